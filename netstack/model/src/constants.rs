@@ -1,0 +1,53 @@
+//! Every number and name that Weft claims on a host, with the reason, in one place.
+//! Other rooms take them from here; a collision with another tool is mended here.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+/// Routing protocol number of every route and rule of ours, so that clean-up finds exactly those.
+/// 0x57 = 'W'; iproute2's rt_protos names nothing between 43 and 185.
+pub const ROUTE_PROTOCOL: u8 = 0x57;
+/// Table for what pods (and the host address) send to other nodes' own addresses: through the tunnel.
+/// Not `main`, because what the host itself sends to a node must not take it (decision 5).
+pub const TUNNEL_TABLE: u32 = 0x5745;
+/// Priority of the rule `from podCIDR lookup TUNNEL_TABLE`: after `local` (0), far before `main` (32766).
+pub const TUNNEL_RULE_PRIORITY: u32 = 5700;
+/// Metric of the unreachable routes for the cluster range: anything more specific or better wins.
+pub const UNREACHABLE_METRIC: u32 = 0x7000_0000;
+
+/// The overlay device, kernel WireGuard or the persistent TUN of the userspace tunnel.
+pub const TUNNEL_LINK: &str = "weft0";
+/// Default UDP port of WireGuard, as IANA lists none and every tool uses this one.
+pub const WIREGUARD_PORT: u16 = 51820;
+/// Host ends of pod veths: this prefix and 11 hexadecimal digits (IFNAMSIZ allows 15 characters).
+pub const POD_LINK_PREFIX: &str = "weftp";
+/// Link-local gateway of every pod: never routed, so it cannot collide with a podCIDR.
+pub const POD_GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
+pub const POD_GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
+/// MAC address of the host end of every pod veth: fixed, so that the pod's permanent neighbour never goes stale.
+/// Locally administered, unicast.
+pub const POD_GATEWAY_MAC: [u8; 6] = [0x02, 0x57, 0x45, 0x46, 0x54, 0x01];
+
+/// nft tables, one per owner, all in family `inet`.
+pub const TABLE_HOST: &str = "weft-host";
+pub const TABLE_PROXY: &str = "weft-proxy";
+pub const TABLE_CNI: &str = "weft-cni";
+
+/// Base chain priorities. DNAT at -105: before other tools' dstnat (-100), so that leftovers of kube-proxy do not
+/// win; filters on what left DNAT at -5; source NAT at 95, before others' srcnat (100); the last look at the
+/// underlay after every NAT (300).
+pub const PRIORITY_RAW: i32 = -300;
+pub const PRIORITY_DNAT: i32 = -105;
+pub const PRIORITY_FILTER: i32 = -5;
+pub const PRIORITY_SNAT: i32 = 95;
+pub const PRIORITY_LAST: i32 = 300;
+
+/// Packet mark bit "masquerade this connection's packet", set by the proxy before DNAT, read in its postrouting.
+/// kube-proxy uses 0x4000; a bit of our own keeps both usable during a migration.
+pub const MARK_MASQUERADE: u32 = 0x0800_0000;
+
+/// Node annotations, written by the node's own agent only (decision 15).
+pub const ANNOTATION_PUBLIC_KEY: &str = "weft.network/public-key";
+pub const ANNOTATION_WIREGUARD_PORT: &str = "weft.network/wireguard-port";
+
+/// MTU cost of WireGuard with an IPv6 outer header: 40 + 8 + 16 + 16.
+pub const WIREGUARD_OVERHEAD_BYTES: u32 = 80;

@@ -1,0 +1,29 @@
+//! The vocabulary of Weft: what planners read and what they return.
+//!
+//! ```text
+//!  objects (Node, Pod, Service, ...) + NodeFacts + ClusterConfig  =  Snapshot
+//!  Snapshot --planner--> Plan (values of `ruleset`, `route`, `wireguard`, ...) + Problems
+//!  Plan --applier--> outside world --> Report
+//! ```
+//!
+//! Everything here is a plain ordered value. This crate does no IO and knows no async; its Cargo.toml
+//! names no crate that could.
+
+pub mod config;
+pub mod constants;
+pub mod ids;
+pub mod node_facts;
+pub mod objects;
+pub mod problem;
+pub mod report;
+pub mod route;
+pub mod ruleset;
+pub mod snapshot;
+pub mod wireguard;
+
+pub use config::ClusterConfig;
+pub use ids::{Generation, NamespacedName, NodeName, PodKey, ServiceKey, WgPublicKey};
+pub use node_facts::NodeFacts;
+pub use problem::{ObjectRef, Planned, Problem, Reason};
+pub use report::{Health, Report};
+pub use snapshot::Snapshot;

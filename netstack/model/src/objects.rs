@@ -1,0 +1,163 @@
+//! Kubernetes objects lowered to what Weft needs, validated: a value here is well-formed.
+//! `netstack::kube` makes them; an object that cannot be lowered becomes a `Problem` instead.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{NodeName, PodKey, ServiceKey, SliceKey, WgPublicKey};
+
+pub type Labels = BTreeMap<String, String>;
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Node {
+    pub name: NodeName,
+    pub uid: String,
+    /// `metadata.creationTimestamp`, seconds since the epoch; the older of two conflicting Nodes wins.
+    pub created: i64,
+    pub labels: Labels,
+    /// `spec.podCIDRs`, at most one a family, in the Node's order.
+    pub pod_cidrs: Vec<IpNet>,
+    /// `status.addresses` of type InternalIP, in order; at most one a family is used.
+    pub internal_ips: Vec<IpAddr>,
+    /// Annotation `weft.network/public-key`.
+    pub public_key: Option<WgPublicKey>,
+    /// Annotation `weft.network/wireguard-port`.
+    pub wireguard_port: Option<u16>,
+}
+
+impl Node {
+    /// The first InternalIP of each family, IPv4 first.
+    pub fn primary_ips(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        let v4 = self.internal_ips.iter().copied().find(IpAddr::is_ipv4);
+        let v6 = self.internal_ips.iter().copied().find(IpAddr::is_ipv6);
+        v4.into_iter().chain(v6)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Namespace {
+    pub name: String,
+    pub labels: Labels,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pod {
+    pub key: PodKey,
+    pub uid: String,
+    pub labels: Labels,
+    pub node: Option<NodeName>,
+    pub host_network: bool,
+    pub ips: Vec<IpAddr>,
+    pub hostname: Option<String>,
+    pub subdomain: Option<String>,
+    /// `status.phase` is Succeeded or Failed: its address may already belong to another pod.
+    pub terminated: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum Protocol {
+    Tcp,
+    Udp,
+    Sctp,
+}
+
+impl Protocol {
+    /// IANA protocol number.
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Tcp => 6,
+            Self::Udp => 17,
+            Self::Sctp => 132,
+        }
+    }
+
+    /// Lower-case name as nft and DNS SRV (`_tcp`) write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+            Self::Sctp => "sctp",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Service {
+    pub key: ServiceKey,
+    pub uid: String,
+    pub created: i64,
+    pub labels: Labels,
+    pub kind: ServiceKind,
+    pub ports: Vec<ServicePort>,
+    pub publish_not_ready_addresses: bool,
+    pub internal_traffic_policy: TrafficPolicy,
+    pub external_traffic_policy: TrafficPolicy,
+    /// `sessionAffinity: ClientIP` with its timeout in seconds.
+    pub session_affinity_seconds: Option<u32>,
+    /// `status.loadBalancer.ingress[].ip` whose ipMode is VIP.
+    pub load_balancer_ips: Vec<IpAddr>,
+    pub external_ips: Vec<IpAddr>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ServiceKind {
+    /// ClusterIP, NodePort or LoadBalancer with these `clusterIPs`, at most one a family.
+    ClusterIps(Vec<IpAddr>),
+    /// `clusterIP: None`.
+    Headless,
+    /// `type: ExternalName`; the name without a trailing dot.
+    ExternalName(String),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServicePort {
+    /// Empty when the only port of the Service has no name.
+    pub name: String,
+    pub protocol: Protocol,
+    pub port: u16,
+    pub node_port: Option<u16>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TrafficPolicy {
+    #[default]
+    Cluster,
+    Local,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndpointSlice {
+    pub key: SliceKey,
+    /// Label `kubernetes.io/service-name`, in the slice's namespace.
+    pub service: ServiceKey,
+    /// `addressType` IPv4 or IPv6; FQDN slices are not lowered.
+    pub ipv6: bool,
+    pub ports: Vec<EndpointPort>,
+    pub endpoints: Vec<Endpoint>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndpointPort {
+    pub name: String,
+    pub protocol: Protocol,
+    pub port: u16,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Endpoint {
+    /// `addresses[0]`: consumers use the first only (EndpointSlice API).
+    pub address: IpAddr,
+    /// `conditions.ready`; nil means ready.
+    pub ready: bool,
+    /// `conditions.serving`; nil means the same as ready (KEP-1672).
+    pub serving: bool,
+    pub terminating: bool,
+    pub hostname: Option<String>,
+    pub node: Option<NodeName>,
+    pub zone: Option<String>,
+    pub target_pod: Option<PodKey>,
+}

@@ -1,0 +1,255 @@
+//! nftables rule sets as values: one [`Table`] is the whole desired state of one owner.
+//!
+//! Planners build these; `netstack::kernel::nft` diffs and encodes them; tests print and trace them. All tables are
+//! of family `inet`. Elements are grouped by the object they come from, so that one change costs one group
+//! (decision 16): groups that are the same `Arc` are not looked at.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+use crate::objects::Protocol;
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Table {
+    pub name: String,
+    pub chains: BTreeMap<String, Chain>,
+    pub sets: BTreeMap<String, Set>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Chain {
+    /// `None` for a chain that only jumps reach.
+    pub base: Option<Base>,
+    pub rules: Vec<Rule>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Base {
+    pub kind: ChainKind,
+    pub hook: Hook,
+    /// See `constants` for the reasoning of each.
+    pub priority: i32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChainKind {
+    Filter,
+    Nat,
+    /// Re-routes after the chain changed the mark of a locally generated packet.
+    Route,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    Prerouting,
+    Input,
+    Forward,
+    Output,
+    Postrouting,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rule {
+    pub statements: Vec<Statement>,
+    /// For people who read `nft list ruleset`; at most 100 bytes.
+    pub comment: Option<String>,
+}
+
+impl Rule {
+    pub fn new(statements: Vec<Statement>) -> Self {
+        Self { statements, comment: None }
+    }
+
+    #[must_use]
+    pub fn comment(mut self, comment: impl Into<String>) -> Self {
+        self.comment = Some(comment.into());
+        self
+    }
+}
+
+/// One step of a rule. A statement that reads a field of one IP family holds only for packets of that family: the
+/// encoder puts the `meta nfproto` match before it, the tracer behaves alike.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Statement {
+    /// `field == value` (or `!=` when negated). An [`Datum::Net`] compares the prefix; [`Datum::NamePrefix`] likewise.
+    Match {
+        field: Field,
+        negated: bool,
+        value: Datum,
+    },
+    /// `meta mark & mask == value`.
+    MarkIs {
+        mask: u32,
+        value: u32,
+    },
+    /// `key @set`, `key != @set`.
+    Lookup {
+        key: Vec<Field>,
+        negated: bool,
+        set: String,
+    },
+    /// `key vmap @map`: no verdict when the key is absent.
+    VerdictMap {
+        key: Vec<Field>,
+        map: String,
+    },
+    /// `ct state { ... }`.
+    CtState {
+        states: Vec<CtState>,
+        negated: bool,
+    },
+    /// `ct status dnat`: this connection's destination was translated.
+    CtStatusDnat,
+    /// `fib daddr type local`.
+    DestinationIsLocal {
+        negated: bool,
+    },
+    /// `fib saddr type local`.
+    SourceIsLocal {
+        negated: bool,
+    },
+    /// `dnat ip to key map @map`: the map's data is an address and a port; nothing happens when the key is absent.
+    DnatMap {
+        ipv6: bool,
+        key: Vec<Field>,
+        map: String,
+    },
+    /// `dnat ip to ADDRESS:PORT` of this family.
+    Dnat {
+        address: IpAddr,
+        port: Option<u16>,
+    },
+    Snat {
+        address: IpAddr,
+    },
+    /// `masquerade fully-random`.
+    Masquerade,
+    /// `meta mark set meta mark | bits`.
+    SetMarkBits(u32),
+    Notrack,
+    Counter,
+    Verdict(Verdict),
+    /// TCP reset for TCP, ICMP port unreachable for the rest.
+    Reject,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Verdict {
+    Accept,
+    Drop,
+    Return,
+    Jump(String),
+    Goto(String),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum CtState {
+    New,
+    Established,
+    Related,
+    Invalid,
+    Untracked,
+}
+
+/// What a statement loads: the key of a match, look-up or map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Field {
+    Ip4Source,
+    Ip4Destination,
+    Ip6Source,
+    Ip6Destination,
+    /// `meta nfproto`.
+    Family,
+    /// `meta l4proto`.
+    L4Protocol,
+    /// `th sport`.
+    SourcePort,
+    /// `th dport`.
+    DestinationPort,
+    /// `meta iifname`.
+    InputLink,
+    /// `meta oifname`.
+    OutputLink,
+    /// `icmpv6 type`; implies `meta l4proto icmpv6`.
+    Icmp6Type,
+    /// `numgen random mod N`; as an element of a key it matches [`Datum::Index`].
+    RandomModulo(u32),
+}
+
+/// A value of a field, an element's key or a map's data.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Datum {
+    Ip(IpAddr),
+    /// A prefix: in a `Match`, or an element of an interval set.
+    Net(IpNet),
+    Protocol(Protocol),
+    /// Any other IANA protocol number.
+    ProtocolNumber(u8),
+    /// `meta nfproto`: true is IPv6.
+    Ipv6(bool),
+    Port(u16),
+    /// A whole link name.
+    Name(String),
+    /// `iifname "weftp*"`.
+    NamePrefix(String),
+    Icmp6Type(u8),
+    /// Result of `numgen`.
+    Index(u32),
+}
+
+/// A set, map or verdict map.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Set {
+    pub key: Vec<KeyType>,
+    pub data: SetData,
+    /// Elements are [`Datum::Net`]s that must not overlap (`flags interval`); the key is one address field.
+    pub interval: bool,
+    /// Elements expire this many milliseconds after they were added (`flags timeout`); such elements are never part of
+    /// a plan: they are added and refreshed at run time by the owner, and the diff leaves them alone.
+    pub timeout_millis: Option<u64>,
+    /// Elements by the object they come from (`default/echo`); one key stands in one group only.
+    pub groups: BTreeMap<String, Arc<Elements>>,
+}
+
+pub type Elements = BTreeMap<Vec<Datum>, ElementData>;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeyType {
+    Ipv4Address,
+    Ipv6Address,
+    L4Protocol,
+    Port,
+    LinkName,
+    /// Holds [`Datum::Index`]; nft prints it as a mark.
+    Index,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SetData {
+    None,
+    Verdict,
+    /// An address of this family and a port.
+    Ipv4AddressAndPort,
+    Ipv6AddressAndPort,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ElementData {
+    None,
+    Verdict(Verdict),
+    AddressAndPort(IpAddr, u16),
+}
+
+impl Set {
+    pub fn new(key: Vec<KeyType>, data: SetData) -> Self {
+        Self { key, data, interval: false, timeout_millis: None, groups: BTreeMap::new() }
+    }
+
+    /// Every element of every group, in key order within a group.
+    pub fn elements(&self) -> impl Iterator<Item = (&Vec<Datum>, &ElementData)> {
+        self.groups.values().flat_map(|group| group.iter())
+    }
+}

@@ -1,0 +1,13 @@
+//! The kernel edge: netlink, namespaces, sysctls, the TUN device and sockets with segmentation offload.
+//! The only room with `unsafe`; each block states why it holds. No decisions are taken here.
+
+pub mod conntrack;
+pub mod facts;
+pub mod link;
+pub mod netns;
+pub mod nft;
+pub mod route;
+pub mod sysctl;
+pub mod tun;
+pub mod udp;
+pub mod wireguard;

@@ -1,0 +1,16 @@
+//! The node: watches, Snapshot, loops, appliers and the kernel edge. See ARCHITECTURE.md for the picture.
+//!
+//! ```text
+//!  kube -> Snapshot -> overlay / proxy planners -> reconcile::Loop -> kernel (netlink)
+//!  cni  (request/response) -> store (leases) -> kernel
+//!  Report of every loop -> admin (status, health, metrics)
+//! ```
+
+pub mod admin;
+pub mod cni;
+pub mod kernel;
+pub mod kube;
+pub mod overlay;
+pub mod proxy;
+pub mod reconcile;
+pub mod store;

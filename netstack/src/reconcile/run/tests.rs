@@ -1,0 +1,139 @@
+//! Time is paused: these tests take no real time.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use weft_model::config::ClusterConfig;
+use weft_model::node_facts::{NodeFacts, WireguardBackend};
+use weft_model::{Generation, Health, NodeName, Planned, Snapshot};
+
+use super::super::{Applied, Applier, Planner, Trust};
+use super::{Loop, LoopHandle, Pace};
+
+struct GenerationPlanner;
+
+impl Planner for GenerationPlanner {
+    type Plan = u64;
+
+    fn plan(&mut self, snapshot: &Snapshot) -> Planned<u64> {
+        Planned::new(snapshot.generation.0, Vec::new())
+    }
+}
+
+/// Remembers every pass; fails while `failing`.
+#[derive(Clone, Default)]
+struct Recorder {
+    passes: Arc<Mutex<Vec<(u64, Trust)>>>,
+    failing: Arc<Mutex<bool>>,
+}
+
+impl Applier for Recorder {
+    type Plan = u64;
+
+    async fn apply(&mut self, plan: &u64, trust: Trust) -> Applied {
+        self.passes.lock().unwrap().push((*plan, trust));
+        let failed = if *self.failing.lock().unwrap() { vec!["no".to_owned()] } else { Vec::new() };
+        Applied { failed, ..Applied::default() }
+    }
+}
+
+fn snapshot(generation: u64) -> Option<Arc<Snapshot>> {
+    Some(Arc::new(Snapshot {
+        generation: Generation(generation),
+        config: Arc::new(ClusterConfig {
+            cluster_cidrs: Vec::new(),
+            service_cidrs: Vec::new(),
+            cluster_dns: Vec::new(),
+            cluster_domain: "cluster.local".to_owned(),
+            wireguard_port: 51820,
+        }),
+        facts: Arc::new(NodeFacts {
+            name: NodeName::from("a"),
+            uplinks: Vec::new(),
+            wireguard_backend: WireguardBackend::Kernel,
+        }),
+        nodes: Arc::default(),
+        namespaces: Arc::default(),
+        services: Arc::default(),
+        endpoint_slices: Arc::default(),
+        local_pods: Arc::default(),
+        problems: Arc::default(),
+        from_store: false,
+    }))
+}
+
+fn start(
+    first: Option<Arc<Snapshot>>,
+) -> (watch::Sender<Option<Arc<Snapshot>>>, Recorder, LoopHandle, tokio::task::JoinHandle<Result<(), String>>)
+{
+    let (tx, rx) = watch::channel(first);
+    let recorder = Recorder::default();
+    let (run, handle) = Loop::new("test", GenerationPlanner, recorder.clone(), Pace::default(), rx);
+    (tx, recorder, handle, tokio::spawn(run.run()))
+}
+
+async fn settle() {
+    tokio::time::sleep(Duration::from_millis(20)).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_happens_before_the_first_snapshot() {
+    let (tx, recorder, handle, _task) = start(None);
+    settle().await;
+    assert!(recorder.passes.lock().unwrap().is_empty());
+    assert_eq!(handle.report().health(), Health::Starting);
+    tx.send(snapshot(1)).unwrap();
+    settle().await;
+    assert_eq!(*recorder.passes.lock().unwrap(), [(1, Trust::Nothing)]);
+    assert_eq!(handle.report().health(), Health::Ok);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_burst_of_changes_becomes_one_pass_with_the_latest() {
+    let (tx, recorder, _handle, _task) = start(snapshot(1));
+    settle().await;
+    for generation in 2..=9 {
+        tx.send(snapshot(generation)).unwrap();
+    }
+    settle().await;
+    assert_eq!(*recorder.passes.lock().unwrap(), [(1, Trust::Nothing), (9, Trust::Shadow)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failure_is_retried_with_growing_gaps_and_heals() {
+    let (_tx, recorder, handle, _task) = start(snapshot(1));
+    *recorder.failing.lock().unwrap() = true;
+    tokio::time::sleep(Duration::from_millis(750)).await;
+    // Passes at 0, 100, 300 and 700 ms.
+    assert_eq!(recorder.passes.lock().unwrap().len(), 4);
+    assert_eq!(handle.report().health(), Health::Failing);
+    *recorder.failing.lock().unwrap() = false;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(handle.report().health(), Health::Ok);
+    assert_eq!(recorder.passes.lock().unwrap().last(), Some(&(1, Trust::Nothing)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn drift_is_checked_without_any_change() {
+    let (_tx, recorder, _handle, _task) = start(snapshot(1));
+    tokio::time::sleep(Duration::from_secs(61)).await;
+    assert_eq!(*recorder.passes.lock().unwrap(), [(1, Trust::Nothing), (1, Trust::Nothing)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_nudge_observes_the_outside_anew() {
+    let (_tx, recorder, handle, _task) = start(snapshot(1));
+    settle().await;
+    handle.nudge();
+    settle().await;
+    assert_eq!(*recorder.passes.lock().unwrap(), [(1, Trust::Nothing), (1, Trust::Nothing)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_loop_ends_when_no_snapshot_can_come() {
+    let (tx, _recorder, _handle, task) = start(snapshot(1));
+    settle().await;
+    drop(tx);
+    assert_eq!(task.await.unwrap(), Ok(()));
+}
