@@ -6,7 +6,7 @@ use crate::name::Name;
 use crate::zone::{Data, TTL_SECONDS};
 
 /// Longest chain of aliases followed inside our zones; a longer one, or a circle, is SERVFAIL.
-pub const MAX_ALIASES: usize = 8;
+pub(crate) const MAX_ALIASES: usize = 8;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Question {

@@ -71,8 +71,7 @@ fn exchange(resolver: &Resolver, bytes: Vec<u8>, protocol: Protocol) -> Option<V
     let handle = Capture { protocol, sent: sent.clone() };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(resolver.handle_request::<_, TokioTime>(&request, handle));
-    let bytes = sent.lock().unwrap().take();
-    bytes
+    sent.lock().unwrap().take()
 }
 
 fn question(name: &str, record_type: RecordType, payload: Option<u16>) -> Message {
