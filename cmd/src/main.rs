@@ -5,7 +5,6 @@ mod cleanup;
 mod cni;
 mod lab;
 mod log;
-mod netexec;
 mod server;
 mod status;
 mod tunnel;
