@@ -14,7 +14,7 @@ use weft_model::ruleset::*;
 use super::*;
 
 /// Runs `test` in a new network namespace, which ends with it; prints and returns when not root.
-fn in_namespace(test: impl FnOnce() + Send + 'static) {
+pub(crate) fn in_namespace(test: impl FnOnce() + Send + 'static) {
     if !nix::unistd::geteuid().is_root() {
         eprintln!("SKIPPED: needs root");
         return;
@@ -29,7 +29,7 @@ fn in_namespace(test: impl FnOnce() + Send + 'static) {
 }
 
 /// Output of a command in the calling thread's namespace; panics with what it says when it fails.
-fn run(command: &str) -> String {
+pub(crate) fn run(command: &str) -> String {
     let output = Command::new("sh").arg("-c").arg(command).output().unwrap();
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{command}: {}\n{err}\n{out}", output.status);

@@ -201,6 +201,14 @@ impl<'a> Attribute<'a> {
         Attributes::of(self.value)
     }
 
+    pub(crate) fn u8(&self) -> Option<u8> {
+        self.value.first().copied()
+    }
+
+    pub(crate) fn be16(&self) -> Option<u16> {
+        Some(u16::from_be_bytes(*self.value.first_chunk()?))
+    }
+
     pub(crate) fn be32(&self) -> Option<u32> {
         Some(u32::from_be_bytes(*self.value.first_chunk()?))
     }
