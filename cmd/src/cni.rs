@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use weft_netstack::cni::plugin;
 
 /// Exit status 1 with an error object on standard output when the operation failed (CNI specification, section 2).
-pub fn run() -> ExitCode {
+pub(crate) fn run() -> ExitCode {
     let mut stdin = Vec::new();
     // What cannot be read is no JSON either, and is reported as that.
     let _ = std::io::stdin().lock().read_to_end(&mut stdin);
