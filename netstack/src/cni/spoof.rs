@@ -24,9 +24,10 @@ const SOURCES_V6: &str = "pod-sources-v6";
 const NEIGHBOUR_SOLICITATION: u8 = 135;
 
 #[derive(Debug, thiserror::Error)]
-pub enum SpoofError {
-    #[error("{operation} in table {TABLE_CNI}")]
-    Nft { operation: &'static str, source: NftError },
+#[error("{operation}")]
+pub struct SpoofError {
+    operation: &'static str,
+    source: NftError,
 }
 
 /// Owner of table `weft-cni`.
@@ -42,14 +43,14 @@ pub trait SourceGuard: Send {
 impl SourceGuard for NftTable {
     fn ensure(&mut self, table: &Table) -> Result<Vec<String>, SpoofError> {
         self.apply(table, Trust::Nothing)
-            .map_err(|source| SpoofError::Nft { operation: "apply rules", source })
+            .map_err(|source| SpoofError { operation: "apply anti-spoofing rules", source })
     }
 
     fn allow(&mut self, link: &str, addresses: &[IpAddr]) -> Result<(), SpoofError> {
         for (set, keys) in by_set(link, addresses) {
             let elements: Vec<_> = keys.into_iter().map(|key| (key, ElementData::None)).collect();
             self.insert(set, &elements)
-                .map_err(|source| SpoofError::Nft { operation: "allow the source of a pod", source })?;
+                .map_err(|source| SpoofError { operation: "allow the source of a pod", source })?;
         }
         Ok(())
     }
@@ -57,7 +58,7 @@ impl SourceGuard for NftTable {
     fn forbid(&mut self, link: &str, addresses: &[IpAddr]) -> Result<(), SpoofError> {
         for (set, keys) in by_set(link, addresses) {
             self.remove(set, &keys)
-                .map_err(|source| SpoofError::Nft { operation: "forbid the source of a pod", source })?;
+                .map_err(|source| SpoofError { operation: "forbid the source of a pod", source })?;
         }
         Ok(())
     }

@@ -7,11 +7,13 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 use tokio::sync::watch;
+use weft_model::constants::TABLE_CNI;
 use weft_model::node_facts::{NodeFacts, WireguardBackend};
 use weft_model::objects::Node;
 use weft_model::{ClusterConfig, Generation, NodeName, Snapshot};
 
 use crate::cni::{Attachment, Cni, Inputs, plugin, server};
+use crate::kernel::nft::NftTable;
 use crate::kernel::testing::NamedNetns;
 use crate::store::{LeaseRecords, Store};
 
@@ -68,7 +70,7 @@ impl Rig {
                 _ => Ok(()),
             }),
             pod_mtu_bytes: Arc::new(|_| 1420),
-            source_guard: guard(),
+            source_guard: Box::new(NftTable::new(TABLE_CNI)),
         };
         let cni = Arc::new(Cni::open(inputs).unwrap());
         let reconciled = cni.reconcile().await;
@@ -194,26 +196,5 @@ pub(super) fn fill_with_garbage(path: &Path) {
         } else {
             std::fs::write(&path, vec![0xa5; 4096]).unwrap();
         }
-    }
-}
-
-fn guard() -> Box<dyn crate::cni::spoof::SourceGuard> {
-    Box::new(Recorder)
-}
-
-struct Recorder;
-
-impl crate::cni::spoof::SourceGuard for Recorder {
-    fn ensure(
-        &mut self,
-        _: &weft_model::ruleset::Table,
-    ) -> Result<Vec<String>, crate::cni::spoof::SpoofError> {
-        Ok(vec![])
-    }
-    fn allow(&mut self, _: &str, _: &[IpAddr]) -> Result<(), crate::cni::spoof::SpoofError> {
-        Ok(())
-    }
-    fn forbid(&mut self, _: &str, _: &[IpAddr]) -> Result<(), crate::cni::spoof::SpoofError> {
-        Ok(())
     }
 }
