@@ -4,6 +4,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use weft_model::constants::TUNNEL_LINK;
+use weft_netstack::overlay::tunnel::{self, TunnelConfig};
+
 use crate::log::LogArgs;
 
 #[derive(Args)]
@@ -20,5 +23,6 @@ pub(crate) struct TunnelArgs {
 
 pub(crate) fn run(args: TunnelArgs) -> anyhow::Result<()> {
     args.log.start()?;
-    anyhow::bail!("to be wired: {} {}", args.run_dir.display(), args.state_dir.display())
+    let config = TunnelConfig { run_dir: args.run_dir, state_dir: args.state_dir, link: TUNNEL_LINK.to_owned() };
+    tunnel::run(config).map_err(Into::into)
 }
