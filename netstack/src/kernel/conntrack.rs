@@ -242,7 +242,9 @@ mod tests {
     #[test]
     fn deleting_a_flow_lets_the_next_packet_find_the_new_endpoint() {
         in_namespace(|| {
-            run("ip link set lo up; ip addr add fd01::1/128 dev lo; ip addr add fd01::2/128 dev lo");
+            run(
+                "ip link set lo up; ip addr add fd01::1/128 dev lo nodad; ip addr add fd01::2/128 dev lo nodad",
+            );
             let mut owner = NftTable::new("weft-test");
             owner.apply(&translate(["127.0.0.2:5353", "[fd01::1]:5353"]), Trust::Nothing).unwrap();
             let [old4, old6, new4, new6] =

@@ -48,8 +48,11 @@ fn carry_out(table: &mut Table, op: &Op<'_>) -> Result<(), Errno> {
         Op::FlushSet { name } => table.sets.get_mut(*name).ok_or(Errno::NoEntry)?.groups.clear(),
         Op::DeleteSet { name } => {
             let used = statements(table).any(|statement| statement.set_name() == Some(name));
-            ensure(!used, Errno::Busy)?;
-            table.sets.remove(*name).ok_or(Errno::NoEntry)?;
+            let set = table.sets.get(*name).ok_or(Errno::NoEntry)?;
+            // Older kernels let go of the chains only when the transaction is over.
+            let holds_chains = set.elements().any(|(_, data)| verdict_target(data).is_some());
+            ensure(!used && !holds_chains, Errno::Busy)?;
+            table.sets.remove(*name);
         }
         Op::DeleteChain { name } => {
             let chain = table.chains.get(*name).ok_or(Errno::NoEntry)?;

@@ -137,6 +137,21 @@ proptest! {
     }
 
     #[test]
+    fn declarations_and_hooks_change_below_rules_that_stay(from in any_table(), changed in 0..32u8) {
+        let mut kernel = FakeKernel::default();
+        converges(&mut kernel, &from);
+        let mut to = from.clone();
+        for (index, set) in to.sets.values_mut().enumerate() {
+            set.interval = changed >> index & 1 == 1;
+        }
+        for base in to.chains.values_mut().filter_map(|chain| chain.base.as_mut()) {
+            base.priority += i32::from(changed & 1);
+        }
+        prop_assert_eq!(kernel.clone().commit(&diff(Some(&from), &to)), Ok(()));
+        converges(&mut kernel, &to);
+    }
+
+    #[test]
     fn a_table_differs_in_nothing_from_itself(table in any_table()) {
         prop_assert_eq!(diff(Some(&table), &table), []);
         let observed = ungrouped(&table);

@@ -4,6 +4,7 @@ mod damage;
 mod listing;
 mod scale;
 mod traffic;
+mod transitions;
 
 use std::process::Command;
 use std::sync::Arc;
@@ -40,6 +41,19 @@ pub(crate) fn run(command: &str) -> String {
 fn listing() -> String {
     run("nft -j list ruleset > /dev/null");
     run("nft list ruleset").lines().map(str::trim).collect::<Vec<_>>().join("\n")
+}
+
+/// The listing with its chains and sets sorted: the kernel keeps them in the order they were made.
+fn sorted_listing() -> String {
+    let listing = listing();
+    let body = listing.strip_suffix("\n}").unwrap_or(&listing);
+    let blocks = body.split("\n\n").map(|block| match block.split_once('\n') {
+        Some((first, rest)) if first.starts_with("table ") => rest,
+        _ => block,
+    });
+    let mut blocks: Vec<_> = blocks.collect();
+    blocks.sort_unstable();
+    blocks.join("\n")
 }
 
 #[track_caller]

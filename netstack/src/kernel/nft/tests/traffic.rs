@@ -27,7 +27,7 @@ fn ask(address: &str) -> std::io::Result<String> {
 #[test]
 fn connections_to_a_service_reach_its_endpoints_in_turn_over_both_families() {
     in_namespace(|| {
-        run("ip link set lo up; ip addr add fd01::1/128 dev lo; ip addr add fd01::2/128 dev lo");
+        run("ip link set lo up; ip addr add fd01::1/128 dev lo nodad; ip addr add fd01::2/128 dev lo nodad");
         run("ip route add local 10.96.0.0/16 dev lo; ip route add local fd96::/64 dev lo");
         serve("127.1.0.1:8080", "one");
         serve("127.1.0.2:8081", "two");
@@ -54,7 +54,7 @@ fn connections_to_a_service_reach_its_endpoints_in_turn_over_both_families() {
 #[test]
 fn reject_answers_tcp_with_a_reset_and_udp_with_port_unreachable() {
     in_namespace(|| {
-        run("ip link set lo up; ip addr add fd01::1/128 dev lo");
+        run("ip link set lo up; ip addr add fd01::1/128 dev lo nodad");
         let mut desired = table("weft-host");
         let rule = Rule::new(vec![
             Statement::Match { field: Field::DestinationPort, negated: false, value: Datum::Port(4000) },
@@ -88,7 +88,7 @@ fn reject_answers_tcp_with_a_reset_and_udp_with_port_unreachable() {
 #[test]
 fn a_family_s_rule_leaves_packets_of_the_other_family_alone() {
     in_namespace(|| {
-        run("ip link set lo up; ip addr add fd01::1/128 dev lo");
+        run("ip link set lo up; ip addr add fd01::1/128 dev lo nodad");
         let mut desired = table("weft-host");
         let drop_all = |field, net: &str| {
             let value = Datum::Net(net.parse().unwrap());
