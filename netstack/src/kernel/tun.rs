@@ -15,8 +15,7 @@ nix::ioctl_write_int!(tun_set_interface, b'T', 202);
 nix::ioctl_write_int!(tun_set_persist, b'T', 203);
 nix::ioctl_write_int!(tun_set_offload, b'T', 208);
 
-const FLAGS: libc::c_int =
-    libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
+const FLAGS: libc::c_int = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
 
 pub const VIRTIO_NET_HEADER_LEN: usize = 10;
 

@@ -269,9 +269,8 @@ fn gro_segment(message: &libc::msghdr) -> Option<usize> {
 fn set_option<T>(fd: &OwnedFd, level: libc::c_int, option: libc::c_int, value: &T) -> io::Result<()> {
     let len = libc::socklen_t::try_from(size_of::<T>()).map_err(io::Error::other)?;
     // SAFETY: `value` points to `len` readable bytes.
-    let outcome = unsafe {
-        libc::setsockopt(fd.as_raw_fd(), level, option, std::ptr::from_ref(value).cast(), len)
-    };
+    let outcome =
+        unsafe { libc::setsockopt(fd.as_raw_fd(), level, option, std::ptr::from_ref(value).cast(), len) };
     if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 

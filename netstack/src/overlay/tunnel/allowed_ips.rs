@@ -10,14 +10,14 @@ use ipnet::IpNet;
 
 /// `T` names a peer.
 #[derive(Debug)]
-pub struct AllowedIps<T> {
+pub(super) struct AllowedIps<T> {
     v4: Vec<(u32, HashMap<u32, T>)>,
     v6: Vec<(u128, HashMap<u128, T>)>,
 }
 
 impl<T: Copy> AllowedIps<T> {
     /// Of two equal prefixes the later wins, as with `wg set`.
-    pub fn new(prefixes: impl IntoIterator<Item = (IpNet, T)>) -> Self {
+    pub(super) fn new(prefixes: impl IntoIterator<Item = (IpNet, T)>) -> Self {
         let (mut v4, mut v6) = (Vec::new(), Vec::new());
         for (prefix, peer) in prefixes {
             match prefix {
@@ -30,7 +30,7 @@ impl<T: Copy> AllowedIps<T> {
         Self { v4, v6 }
     }
 
-    pub fn lookup(&self, address: IpAddr) -> Option<T> {
+    pub(super) fn lookup(&self, address: IpAddr) -> Option<T> {
         match address {
             IpAddr::V4(address) => longest(&self.v4, |mask| address.to_bits() & mask),
             IpAddr::V6(address) => longest(&self.v6, |mask| address.to_bits() & mask),
@@ -59,7 +59,7 @@ fn longest<M: Copy, A: Eq + std::hash::Hash, T: Copy>(
 }
 
 /// Source and destination of an IP packet and its true length, if the headers are whole and agree with each other.
-pub fn addresses(packet: &[u8]) -> Option<(IpAddr, IpAddr, usize)> {
+pub(super) fn addresses(packet: &[u8]) -> Option<(IpAddr, IpAddr, usize)> {
     match packet.first()? >> 4 {
         4 => {
             let header: &[u8; 20] = packet.first_chunk()?;

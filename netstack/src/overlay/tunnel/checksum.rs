@@ -1,7 +1,7 @@
 //! The Internet checksum (RFC 1071).
 
 /// Sum of 16-bit words in the byte order of the host, not yet folded. Sums of pieces that start at even offsets add up.
-pub fn sum(bytes: &[u8]) -> u64 {
+pub(super) fn sum(bytes: &[u8]) -> u64 {
     let (words, rest) = bytes.as_chunks::<4>();
     let total: u64 = words.iter().map(|word| u64::from(u32::from_ne_bytes(*word))).sum();
     let mut last = [0; 4];
@@ -10,7 +10,7 @@ pub fn sum(bytes: &[u8]) -> u64 {
 }
 
 /// The sum folded to 16 bits, as two bytes in network order, not complemented.
-pub fn fold(mut sum: u64) -> [u8; 2] {
+pub(super) fn fold(mut sum: u64) -> [u8; 2] {
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }
@@ -19,14 +19,14 @@ pub fn fold(mut sum: u64) -> [u8; 2] {
 }
 
 /// The checksum to store for this sum.
-pub fn finish(sum: u64) -> [u8; 2] {
+pub(super) fn finish(sum: u64) -> [u8; 2] {
     let [high, low] = fold(sum);
     [!high, !low]
 }
 
 /// Sum of the pseudo header of TCP or UDP: `addresses` are source and destination as they stand in the IP header,
 /// `len` is the length of the transport header and payload.
-pub fn pseudo_header(addresses: &[u8], protocol: u8, len: usize) -> u64 {
+pub(super) fn pseudo_header(addresses: &[u8], protocol: u8, len: usize) -> u64 {
     let len = u32::try_from(len).unwrap_or(u32::MAX).to_be_bytes();
     sum(addresses) + sum(&len) + sum(&[0, 0, 0, protocol])
 }

@@ -26,9 +26,9 @@ const MAX_PIECES: usize = 64;
 
 /// A packet inside the buffer `train` of a receive batch.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Located {
-    pub train: usize,
-    pub range: Range<usize>,
+pub(super) struct Located {
+    pub(super) train: usize,
+    pub(super) range: Range<usize>,
 }
 
 /// Where things are in a packet that may be joined with others.
@@ -128,19 +128,19 @@ struct Group {
 }
 
 /// Packets of one receive batch on their way to the TUN.
-pub struct Coalescer {
+pub(super) struct Coalescer {
     groups: Vec<Group>,
     udp: bool,
 }
 
 impl Coalescer {
     /// `udp`: the kernel takes UDP trains.
-    pub fn new(udp: bool) -> Self {
+    pub(super) fn new(udp: bool) -> Self {
         Self { groups: Vec::new(), udp }
     }
 
     /// Adds an opened packet; `buffer` gives the bytes of a train.
-    pub fn push<'a>(&mut self, located: Located, buffer: impl Fn(usize) -> &'a [u8]) {
+    pub(super) fn push<'a>(&mut self, located: Located, buffer: impl Fn(usize) -> &'a [u8]) {
         let Some(packet) = buffer(located.train).get(located.range.clone()) else { return };
         let headers = Headers::of(packet).filter(|headers| self.udp || headers.protocol == TCP);
         if let Some(headers) = headers {
@@ -158,14 +158,14 @@ impl Coalescer {
     }
 
     /// Writes everything and empties itself; a packet that the kernel refuses is dropped and counted.
-    pub fn write<'a>(&mut self, tun: &Tun, buffer: impl Fn(usize) -> &'a [u8]) -> u64 {
+    pub(super) fn write<'a>(&mut self, tun: &Tun, buffer: impl Fn(usize) -> &'a [u8]) -> u64 {
         let mut refused = 0;
         for group in self.groups.drain(..) {
             match group.write(tun, &buffer) {
                 Ok(()) => {}
                 // The kernel takes no such train: single packets then, and from now on.
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) && group.packets.len() > 1 => {
-                    self.udp &= !group.headers.is_some_and(|headers| headers.protocol == UDP);
+                    self.udp &= group.headers.is_none_or(|headers| headers.protocol != UDP);
                     for located in &group.packets {
                         let packet = buffer(located.train).get(located.range.clone());
                         refused += u64::from(packet.is_none_or(|packet| write_one(tun, packet).is_err()));

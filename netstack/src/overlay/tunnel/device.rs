@@ -27,31 +27,31 @@ use crate::kernel::tun::Tun;
 use crate::kernel::udp::UdpSocket;
 
 /// An idle ingress thread looks this often whether the port changed.
-pub const RECEIVE_TIMEOUT: Duration = Duration::from_secs(1);
+pub(super) const RECEIVE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Timers of a peer are at least this exact; all of them are seconds long.
 const MAX_TIMER_SLEEP: Duration = Duration::from_millis(500);
 const MIN_TIMER_SLEEP: Duration = Duration::from_millis(10);
 
-pub struct PeerEntry {
-    pub slot: u32,
-    pub key: WgPublicKey,
+pub(super) struct PeerEntry {
+    pub(super) slot: u32,
+    pub(super) key: WgPublicKey,
     state: Mutex<Peer>,
 }
 
 impl PeerEntry {
     /// A panic elsewhere leaves the state whole enough: every step of the state machine is a plain assignment.
-    pub fn lock(&self) -> MutexGuard<'_, Peer> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Peer> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// One generation of the configuration.
-pub struct Table {
+pub(super) struct Table {
     slots: Vec<Option<Arc<PeerEntry>>>,
     by_key: BTreeMap<WgPublicKey, (Arc<PeerEntry>, WireguardPeer)>,
     /// To the slot.
-    pub allowed: AllowedIps<u32>,
-    pub mtu_bytes: usize,
+    pub(super) allowed: AllowedIps<u32>,
+    pub(super) mtu_bytes: usize,
 }
 
 impl Table {
@@ -68,11 +68,11 @@ impl Table {
         Self { slots, by_key, allowed, mtu_bytes }
     }
 
-    pub fn peer(&self, slot: u32) -> Option<&Arc<PeerEntry>> {
+    pub(super) fn peer(&self, slot: u32) -> Option<&Arc<PeerEntry>> {
         self.slots.get(usize::try_from(slot).ok()?)?.as_ref()
     }
 
-    pub fn peer_by_key(&self, key: &WgPublicKey) -> Option<&Arc<PeerEntry>> {
+    pub(super) fn peer_by_key(&self, key: &WgPublicKey) -> Option<&Arc<PeerEntry>> {
         self.by_key.get(key).map(|(entry, _)| entry)
     }
 
@@ -82,10 +82,10 @@ impl Table {
 }
 
 /// The UDP sockets of one port; a family that the host lacks is absent.
-pub struct Sockets {
+pub(super) struct Sockets {
     port: u16,
-    pub v4: Option<UdpSocket>,
-    pub v6: Option<UdpSocket>,
+    pub(super) v4: Option<UdpSocket>,
+    pub(super) v6: Option<UdpSocket>,
 }
 
 impl Sockets {
@@ -99,10 +99,10 @@ impl Sockets {
     }
 }
 
-pub struct Device {
-    pub identity: Arc<Identity>,
-    pub tun: Tun,
-    pub admissions: Mutex<Admissions>,
+pub(super) struct Device {
+    pub(super) identity: Arc<Identity>,
+    pub(super) tun: Tun,
+    pub(super) admissions: Mutex<Admissions>,
     table: ArcSwap<Table>,
     sockets: ArcSwapOption<Sockets>,
     /// Serialises [`Device::apply`].
@@ -111,7 +111,7 @@ pub struct Device {
 }
 
 impl Device {
-    pub fn new(identity: Identity, tun: Tun) -> Self {
+    pub(super) fn new(identity: Identity, tun: Tun) -> Self {
         let admissions = Admissions::new(&identity.public.0, Now::read().monotonic);
         Self {
             identity: Arc::new(identity),
@@ -124,11 +124,11 @@ impl Device {
         }
     }
 
-    pub fn table(&self) -> Arc<Table> {
+    pub(super) fn table(&self) -> Arc<Table> {
         self.table.load_full()
     }
 
-    pub fn sockets(&self) -> Option<Arc<Sockets>> {
+    pub(super) fn sockets(&self) -> Option<Arc<Sockets>> {
         self.sockets.load_full()
     }
 
@@ -136,7 +136,7 @@ impl Device {
     /// configured one changed. New peers with an endpoint are greeted at once.
     ///
     /// Errors: the port is taken; peers are not changed then.
-    pub fn apply(&self, state: &TunnelState) -> io::Result<()> {
+    pub(super) fn apply(&self, state: &TunnelState) -> io::Result<()> {
         let _guard = self.applying.lock().unwrap_or_else(PoisonError::into_inner);
         let port = state.wireguard.listen_port;
         if self.sockets().is_none_or(|sockets| sockets.port != port) {
@@ -175,7 +175,11 @@ impl Device {
     }
 
     /// Runs one step of the state machine and sends what it wants sent.
-    pub fn with_peer<R>(&self, entry: &PeerEntry, step: impl FnOnce(&mut Peer, &mut Outbox) -> R) -> R {
+    pub(super) fn with_peer<R>(
+        &self,
+        entry: &PeerEntry,
+        step: impl FnOnce(&mut Peer, &mut Outbox) -> R,
+    ) -> R {
         let mut out = Outbox::new();
         let mut peer = entry.lock();
         let result = step(&mut peer, &mut out);
@@ -190,7 +194,7 @@ impl Device {
     }
 
     /// Sends a train. A failure is a lost packet: logged once until the next success.
-    pub fn send(&self, to: SocketAddr, bytes: &[u8], segment: usize) {
+    pub(super) fn send(&self, to: SocketAddr, bytes: &[u8], segment: usize) {
         let Some(sockets) = self.sockets() else { return };
         let socket = if to.is_ipv4() { &sockets.v4 } else { &sockets.v6 };
         let outcome = match socket {
@@ -208,7 +212,7 @@ impl Device {
     }
 
     /// Counters of every peer, by key.
-    pub fn status(&self) -> Vec<PeerStatus> {
+    pub(super) fn status(&self) -> Vec<PeerStatus> {
         let now = Now::read().monotonic;
         let table = self.table();
         table
@@ -227,7 +231,7 @@ impl Device {
     }
 
     /// Ticks every peer when it is due; never returns.
-    pub fn run_timers(&self) -> io::Result<()> {
+    pub(super) fn run_timers(&self) -> io::Result<()> {
         loop {
             let now = Now::read();
             let mut sleep = MAX_TIMER_SLEEP;

@@ -14,7 +14,7 @@ use crate::kernel::udp::{MAX_SEGMENTS, MAX_TRAIN_BYTES};
 const READ_BUFFER_LEN: usize = VIRTIO_NET_HEADER_LEN + 65_536;
 
 /// Ends only when the device fails, for example because it was deleted.
-pub fn run(device: &Device) -> io::Result<()> {
+pub(super) fn run(device: &Device) -> io::Result<()> {
     let mut buffer = vec![0; READ_BUFFER_LEN];
     let mut train = Train::default();
     loop {

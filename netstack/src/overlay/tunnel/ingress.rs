@@ -20,7 +20,7 @@ use crate::kernel::udp::{ReceiveBatch, ReceivedTrain};
 const PAUSE_AFTER_ERROR: Duration = Duration::from_millis(50);
 
 /// Never ends.
-pub fn run(device: &Device, ipv6: bool) -> io::Result<()> {
+pub(super) fn run(device: &Device, ipv6: bool) -> io::Result<()> {
     let mut batch = ReceiveBatch::default();
     let mut coalescer = Coalescer::new(device.tun.udp_segmentation);
     let mut opened = Vec::new();

@@ -17,20 +17,20 @@ use super::message::{COOKIE_REPLY_LEN, MACS_LEN, TYPE_COOKIE_REPLY, u32_at};
 const LABEL_MAC1: &[u8] = b"mac1----";
 const LABEL_COOKIE: &[u8] = b"cookie--";
 /// A cookie is good for this long.
-pub const COOKIE_LIFETIME: Duration = Duration::from_secs(120);
+pub(super) const COOKIE_LIFETIME: Duration = Duration::from_secs(120);
 /// More initiations than this in a second mean that we are under load: each costs three Curve25519 multiplications.
 const LOAD_PER_SECOND: u32 = 64;
 /// With a valid cookie one address may still start this many handshakes a second.
 const PER_ADDRESS_PER_SECOND: u32 = 20;
 
-pub type Cookie = [u8; 16];
+pub(super) type Cookie = [u8; 16];
 
 /// The key of mac1, or of cookies, for messages to the owner of `public_key`.
-pub fn mac1_key(public_key: &[u8; 32]) -> [u8; 32] {
+pub(super) fn mac1_key(public_key: &[u8; 32]) -> [u8; 32] {
     hash(LABEL_MAC1, public_key)
 }
 
-pub fn cookie_key(public_key: &[u8; 32]) -> [u8; 32] {
+pub(super) fn cookie_key(public_key: &[u8; 32]) -> [u8; 32] {
     hash(LABEL_COOKIE, public_key)
 }
 
@@ -52,7 +52,7 @@ fn mac(key: &[u8], parts: &[&[u8]]) -> [u8; 16] {
 }
 
 /// Fills the last 32 bytes of a handshake message; returns mac1, which a cookie reply is bound to.
-pub fn stamp(message: &mut [u8], mac1_key: &[u8; 32], cookie: Option<&Cookie>) -> [u8; 16] {
+pub(super) fn stamp(message: &mut [u8], mac1_key: &[u8; 32], cookie: Option<&Cookie>) -> [u8; 16] {
     let (body, macs) = message.split_at_mut(message.len() - MACS_LEN);
     let (mac1_field, mac2_field) = macs.split_at_mut(16);
     let mac1 = mac(mac1_key, &[body]);
@@ -74,7 +74,11 @@ fn valid_mac(key: &[u8], parts: &[&[u8]], given: &[u8]) -> bool {
 }
 
 /// Opens a cookie reply to the message with `mac1` that we sent to the owner of `cookie_key`.
-pub fn open_cookie(reply: &[u8; COOKIE_REPLY_LEN], cookie_key: &[u8; 32], mac1: &[u8; 16]) -> Option<Cookie> {
+pub(super) fn open_cookie(
+    reply: &[u8; COOKIE_REPLY_LEN],
+    cookie_key: &[u8; 32],
+    mac1: &[u8; 16],
+) -> Option<Cookie> {
     let cipher = <XChaCha20Poly1305 as chacha20poly1305::KeyInit>::new(cookie_key.into());
     let mut cookie: Cookie = reply[32..48].try_into().ok()?;
     let tag = reply[48..64].into();
@@ -84,7 +88,7 @@ pub fn open_cookie(reply: &[u8; COOKIE_REPLY_LEN], cookie_key: &[u8; 32], mac1: 
 
 /// What to do with a handshake message.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Admission {
+pub(super) enum Admission {
     Process,
     /// We are under load and the sender has not proved its address: answer with this instead.
     Reply([u8; COOKIE_REPLY_LEN]),
@@ -92,7 +96,7 @@ pub enum Admission {
 }
 
 /// Guards the expensive part of handshakes; one per device.
-pub struct Admissions {
+pub(super) struct Admissions {
     mac1_key: [u8; 32],
     cookie_key: [u8; 32],
     secret: [u8; 32],
@@ -104,7 +108,7 @@ pub struct Admissions {
 }
 
 impl Admissions {
-    pub fn new(public_key: &[u8; 32], now: Instant) -> Self {
+    pub(super) fn new(public_key: &[u8; 32], now: Instant) -> Self {
         Self {
             mac1_key: mac1_key(public_key),
             cookie_key: cookie_key(public_key),
@@ -118,7 +122,7 @@ impl Admissions {
     }
 
     /// Judges an initiation or a response (their last 32 bytes are the macs).
-    pub fn judge(&mut self, message: &[u8], from: SocketAddr, now: Instant) -> Admission {
+    pub(super) fn judge(&mut self, message: &[u8], from: SocketAddr, now: Instant) -> Admission {
         let (body, macs) = message.split_at(message.len() - MACS_LEN);
         let (mac1, mac2) = macs.split_at(16);
         if !valid_mac(&self.mac1_key, &[body], mac1) {

@@ -2,24 +2,24 @@
 //!
 //! Source: WireGuard whitepaper, sections 5.4.2 to 5.4.7. All integers are little endian.
 
-pub const INITIATION_LEN: usize = 148;
-pub const RESPONSE_LEN: usize = 92;
-pub const COOKIE_REPLY_LEN: usize = 64;
+pub(super) const INITIATION_LEN: usize = 148;
+pub(super) const RESPONSE_LEN: usize = 92;
+pub(super) const COOKIE_REPLY_LEN: usize = 64;
 /// Type, receiver index and counter before the sealed packet.
-pub const DATA_HEADER_LEN: usize = 16;
+pub(super) const DATA_HEADER_LEN: usize = 16;
 /// Poly1305 tag after the sealed packet.
-pub const TAG_LEN: usize = 16;
+pub(super) const TAG_LEN: usize = 16;
 /// mac1 and mac2 at the end of both handshake messages.
-pub const MACS_LEN: usize = 32;
+pub(super) const MACS_LEN: usize = 32;
 
-pub const TYPE_INITIATION: u32 = 1;
-pub const TYPE_RESPONSE: u32 = 2;
-pub const TYPE_COOKIE_REPLY: u32 = 3;
-pub const TYPE_DATA: u32 = 4;
+pub(super) const TYPE_INITIATION: u32 = 1;
+pub(super) const TYPE_RESPONSE: u32 = 2;
+pub(super) const TYPE_COOKIE_REPLY: u32 = 3;
+pub(super) const TYPE_DATA: u32 = 4;
 
 /// A datagram whose type and length fit; nothing in it is authenticated yet.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Message<'a> {
+pub(super) enum Message<'a> {
     Initiation(&'a [u8; INITIATION_LEN]),
     Response(&'a [u8; RESPONSE_LEN]),
     CookieReply(&'a [u8; COOKIE_REPLY_LEN]),
@@ -31,7 +31,7 @@ pub enum Message<'a> {
 }
 
 /// `None` for everything that is not WireGuard.
-pub fn parse(datagram: &[u8]) -> Option<Message<'_>> {
+pub(super) fn parse(datagram: &[u8]) -> Option<Message<'_>> {
     match (u32_at(datagram, 0)?, datagram.len()) {
         (TYPE_INITIATION, INITIATION_LEN) => datagram.try_into().ok().map(Message::Initiation),
         (TYPE_RESPONSE, RESPONSE_LEN) => datagram.try_into().ok().map(Message::Response),
@@ -45,12 +45,12 @@ pub fn parse(datagram: &[u8]) -> Option<Message<'_>> {
 }
 
 /// The little-endian integer at `offset`, if the slice reaches that far.
-pub fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
+pub(super) fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
     bytes.get(offset..offset + 4)?.try_into().ok().map(u32::from_le_bytes)
 }
 
 /// Writes the header of a data message into the first [`DATA_HEADER_LEN`] bytes of `out`.
-pub fn write_data_header(out: &mut [u8], receiver: u32, counter: u64) {
+pub(super) fn write_data_header(out: &mut [u8], receiver: u32, counter: u64) {
     out[0..4].copy_from_slice(&TYPE_DATA.to_le_bytes());
     out[4..8].copy_from_slice(&receiver.to_le_bytes());
     out[8..16].copy_from_slice(&counter.to_le_bytes());

@@ -89,8 +89,8 @@ pub fn run(config: TunnelConfig) -> Result<(), TunnelError> {
     let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
     signals.thread_block().map_err(|error| TunnelError::Thread(error.into()))?;
     let identity = Identity::new(read_key(&config.state_dir.join(KEY_FILE))?);
-    let tun = Tun::open(&config.link)
-        .map_err(|source| TunnelError::Tun { link: config.link.clone(), source })?;
+    let tun =
+        Tun::open(&config.link).map_err(|source| TunnelError::Tun { link: config.link.clone(), source })?;
     let device = Arc::new(Device::new(identity, tun));
     let state_path = config.run_dir.join(STATE_FILE);
     match apply(&device, &state_path) {
@@ -170,10 +170,9 @@ fn answer(device: &Device, state_path: &Path, method: &str, path: &str) -> Respo
 
 fn apply(device: &Device, state_path: &Path) -> Result<(), TunnelError> {
     let path = || state_path.to_owned();
-    let text =
-        std::fs::read(state_path).map_err(|source| TunnelError::ReadState { path: path(), source })?;
-    let state: TunnelState = serde_json::from_slice(&text)
-        .map_err(|source| TunnelError::InvalidState { path: path(), source })?;
+    let text = std::fs::read(state_path).map_err(|source| TunnelError::ReadState { path: path(), source })?;
+    let state: TunnelState =
+        serde_json::from_slice(&text).map_err(|source| TunnelError::InvalidState { path: path(), source })?;
     let port = state.wireguard.listen_port;
     device.apply(&state).map_err(|source| TunnelError::Port { port, source })?;
     tracing::info!(peers = state.wireguard.peers.len(), port, "configuration applied");

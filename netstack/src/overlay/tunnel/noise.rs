@@ -7,9 +7,7 @@ use snow::{Builder, HandshakeState};
 use weft_model::WgPublicKey;
 use x25519_dalek::{PublicKey, StaticSecret};
 
-use super::message::{
-    INITIATION_LEN, MACS_LEN, RESPONSE_LEN, TYPE_INITIATION, TYPE_RESPONSE, u32_at,
-};
+use super::message::{INITIATION_LEN, MACS_LEN, RESPONSE_LEN, TYPE_INITIATION, TYPE_RESPONSE, u32_at};
 
 const CONSTRUCTION: &str = "Noise_IKpsk2_25519_ChaChaPoly_BLAKE2s";
 const IDENTIFIER: &[u8] = b"WireGuard v1 zx2c4 Jason@zx2c4.com";
@@ -17,13 +15,13 @@ const IDENTIFIER: &[u8] = b"WireGuard v1 zx2c4 Jason@zx2c4.com";
 const PRESHARED_KEY: [u8; 32] = [0; 32];
 const PRESHARED_KEY_LOCATION: u8 = 2;
 
-pub const TIMESTAMP_LEN: usize = 12;
+pub(super) const TIMESTAMP_LEN: usize = 12;
 /// TAI64N: orders initiations of one peer.
-pub type Timestamp = [u8; TIMESTAMP_LEN];
+pub(super) type Timestamp = [u8; TIMESTAMP_LEN];
 
 /// A handshake message that does not hold, or that comes in the wrong state.
 #[derive(Debug, thiserror::Error)]
-pub enum NoiseError {
+pub(super) enum NoiseError {
     #[error("handshake")]
     Snow(#[from] snow::Error),
     #[error("handshake message of an unexpected length")]
@@ -31,13 +29,13 @@ pub enum NoiseError {
 }
 
 /// This node's key pair.
-pub struct Identity {
+pub(super) struct Identity {
     private: [u8; 32],
-    pub public: WgPublicKey,
+    pub(super) public: WgPublicKey,
 }
 
 impl Identity {
-    pub fn new(private: [u8; 32]) -> Self {
+    pub(super) fn new(private: [u8; 32]) -> Self {
         let public = PublicKey::from(&StaticSecret::from(private));
         Self { private, public: WgPublicKey(public.to_bytes()) }
     }
@@ -52,13 +50,13 @@ impl Identity {
 }
 
 /// Keys of one session, from this side's view.
-pub struct TransportKeys {
-    pub send: [u8; 32],
-    pub receive: [u8; 32],
+pub(super) struct TransportKeys {
+    pub(super) send: [u8; 32],
+    pub(super) receive: [u8; 32],
 }
 
 /// Seconds and nanoseconds since the epoch as TAI64N (ten leap seconds as everywhere in WireGuard).
-pub fn timestamp(since_epoch: std::time::Duration) -> Timestamp {
+pub(super) fn timestamp(since_epoch: std::time::Duration) -> Timestamp {
     let mut out = [0; TIMESTAMP_LEN];
     out[..8].copy_from_slice(&(0x4000_0000_0000_000a + since_epoch.as_secs()).to_be_bytes());
     out[8..].copy_from_slice(&since_epoch.subsec_nanos().to_be_bytes());
@@ -66,7 +64,7 @@ pub fn timestamp(since_epoch: std::time::Duration) -> Timestamp {
 }
 
 /// The first message, sent to the owner of `remote`.
-pub fn initiate(
+pub(super) fn initiate(
     identity: &Identity,
     remote: &WgPublicKey,
     timestamp: &Timestamp,
@@ -84,14 +82,14 @@ pub fn initiate(
 }
 
 /// An initiation whose sender has proved to own `remote`.
-pub struct Initiation {
+pub(super) struct Initiation {
     state: HandshakeState,
-    pub remote: WgPublicKey,
-    pub sender: u32,
-    pub timestamp: Timestamp,
+    pub(super) remote: WgPublicKey,
+    pub(super) sender: u32,
+    pub(super) timestamp: Timestamp,
 }
 
-pub fn read_initiation(
+pub(super) fn read_initiation(
     identity: &Identity,
     message: &[u8; INITIATION_LEN],
 ) -> Result<Initiation, NoiseError> {
@@ -106,7 +104,7 @@ pub fn read_initiation(
 }
 
 /// The second message, and the keys it settles.
-pub fn respond(
+pub(super) fn respond(
     initiation: Initiation,
     sender: u32,
 ) -> Result<([u8; RESPONSE_LEN], TransportKeys), NoiseError> {
@@ -124,7 +122,7 @@ pub fn respond(
 }
 
 /// Completes the initiator's side; a message that does not hold leaves `state` as it was.
-pub fn read_response(
+pub(super) fn read_response(
     state: &mut HandshakeState,
     message: &[u8; RESPONSE_LEN],
 ) -> Result<TransportKeys, NoiseError> {

@@ -22,10 +22,10 @@ use super::message::{COOKIE_REPLY_LEN, DATA_HEADER_LEN, RESPONSE_LEN, TAG_LEN, u
 use super::noise::{self, Identity, Initiation, Timestamp, TransportKeys};
 use super::session::{REJECT_AFTER_TIME, REKEY_AFTER_MESSAGES, Session};
 
-pub const REKEY_AFTER_TIME: Duration = Duration::from_secs(120);
-pub const REKEY_ATTEMPT_TIME: Duration = Duration::from_secs(90);
-pub const REKEY_TIMEOUT: Duration = Duration::from_secs(5);
-pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const REKEY_AFTER_TIME: Duration = Duration::from_secs(120);
+pub(super) const REKEY_ATTEMPT_TIME: Duration = Duration::from_secs(90);
+pub(super) const REKEY_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Added to REKEY_TIMEOUT, so that two peers do not keep colliding.
 const MAX_JITTER_MILLIS: u64 = 333;
 /// One peer may start a handshake this often at most.
@@ -34,35 +34,35 @@ const MIN_INITIATION_GAP: Duration = Duration::from_millis(20);
 const MAX_QUEUED: usize = 128;
 /// Session indices of one peer: its slot in the upper 24 bits, a rolling number below.
 const SLOT_SHIFT: u32 = 8;
-pub const MAX_SLOT: u32 = (1 << (32 - SLOT_SHIFT)) - 1;
+pub(super) const MAX_SLOT: u32 = (1 << (32 - SLOT_SHIFT)) - 1;
 
 /// Which peer a session index belongs to.
-pub fn slot_of(index: u32) -> u32 {
+pub(super) fn slot_of(index: u32) -> u32 {
     index >> SLOT_SHIFT
 }
 
 /// The time as an argument: `wall` is the time since the epoch, only for the timestamp of initiations.
 #[derive(Clone, Copy, Debug)]
-pub struct Now {
-    pub monotonic: Instant,
-    pub wall: Duration,
+pub(super) struct Now {
+    pub(super) monotonic: Instant,
+    pub(super) wall: Duration,
 }
 
 impl Now {
-    pub fn read() -> Self {
+    pub(super) fn read() -> Self {
         let wall = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         Self { monotonic: Instant::now(), wall }
     }
 }
 
 /// Datagrams for the peer's endpoint, in order.
-pub type Outbox = Vec<Vec<u8>>;
+pub(super) type Outbox = Vec<Vec<u8>>;
 
 /// Leave to send: `count` counters from `first` of `session`.
-pub struct Reservation {
-    pub session: Arc<Session>,
-    pub first: u64,
-    pub endpoint: SocketAddr,
+pub(super) struct Reservation {
+    pub(super) session: Arc<Session>,
+    pub(super) first: u64,
+    pub(super) endpoint: SocketAddr,
 }
 
 struct Attempt {
@@ -88,9 +88,9 @@ struct Timers {
     last_minute_rekey: bool,
 }
 
-pub struct Peer {
+pub(super) struct Peer {
     identity: Arc<Identity>,
-    pub key: WgPublicKey,
+    pub(super) key: WgPublicKey,
     mac1_key: [u8; 32],
     cookie_key: [u8; 32],
     slot: u32,
@@ -108,13 +108,13 @@ pub struct Peer {
     queue: VecDeque<Vec<u8>>,
     timers: Timers,
     last_handshake: Option<Instant>,
-    pub received_bytes: u64,
-    pub sent_bytes: u64,
+    pub(super) received_bytes: u64,
+    pub(super) sent_bytes: u64,
 }
 
 impl Peer {
     /// `slot` is at most [`MAX_SLOT`] and belongs to no other peer.
-    pub fn new(identity: Arc<Identity>, key: WgPublicKey, slot: u32) -> Self {
+    pub(super) fn new(identity: Arc<Identity>, key: WgPublicKey, slot: u32) -> Self {
         Self {
             identity,
             key,
@@ -139,28 +139,28 @@ impl Peer {
         }
     }
 
-    pub fn endpoint(&self) -> Option<SocketAddr> {
+    pub(super) fn endpoint(&self) -> Option<SocketAddr> {
         self.endpoint
     }
 
-    pub fn set_endpoint(&mut self, endpoint: Option<SocketAddr>) {
+    pub(super) fn set_endpoint(&mut self, endpoint: Option<SocketAddr>) {
         if self.endpoint != endpoint {
             self.cookie = None;
         }
         self.endpoint = endpoint;
     }
 
-    pub fn set_keepalive(&mut self, interval: Option<Duration>, now: Instant) {
+    pub(super) fn set_keepalive(&mut self, interval: Option<Duration>, now: Instant) {
         self.keepalive = interval;
         self.timers.persistent_at = interval.map(|interval| now + interval);
     }
 
-    pub fn seconds_since_handshake(&self, now: Instant) -> Option<u64> {
+    pub(super) fn seconds_since_handshake(&self, now: Instant) -> Option<u64> {
         self.last_handshake.map(|at| now.saturating_duration_since(at).as_secs())
     }
 
     /// A session that may still open packets.
-    pub fn session(&self, index: u32, now: Instant) -> Option<Arc<Session>> {
+    pub(super) fn session(&self, index: u32, now: Instant) -> Option<Arc<Session>> {
         [&self.current, &self.next, &self.previous]
             .into_iter()
             .flatten()
@@ -170,10 +170,17 @@ impl Peer {
 
     /// Leave to send `count` packets (`data`: at least one is not a keepalive). Without a usable session a handshake
     /// starts, and the packets belong into [`Peer::enqueue`].
-    pub fn reserve(&mut self, count: u64, data: bool, now: Now, out: &mut Outbox) -> Option<Reservation> {
+    pub(super) fn reserve(
+        &mut self,
+        count: u64,
+        data: bool,
+        now: Now,
+        out: &mut Outbox,
+    ) -> Option<Reservation> {
         let endpoint = self.endpoint?;
         let usable = self.current.clone().filter(|session| !session.expired(now.monotonic));
-        let Some((session, first)) = usable.and_then(|session| Some((session.clone(), session.reserve(count)?)))
+        let Some((session, first)) =
+            usable.and_then(|session| Some((session.clone(), session.reserve(count)?)))
         else {
             self.start_handshake(now, out);
             return None;
@@ -187,7 +194,7 @@ impl Peer {
     }
 
     /// Keeps a packet until a session exists, and asks for one.
-    pub fn enqueue(&mut self, packet: Vec<u8>, now: Now, out: &mut Outbox) {
+    pub(super) fn enqueue(&mut self, packet: Vec<u8>, now: Now, out: &mut Outbox) {
         if self.queue.len() >= MAX_QUEUED {
             self.queue.pop_front();
         }
@@ -199,7 +206,7 @@ impl Peer {
     }
 
     /// Sends an initiation, unless one is on its way.
-    pub fn start_handshake(&mut self, now: Now, out: &mut Outbox) {
+    pub(super) fn start_handshake(&mut self, now: Now, out: &mut Outbox) {
         let since = match &self.attempt {
             Some(attempt) if now.monotonic < attempt.sent_at + REKEY_TIMEOUT => return,
             Some(attempt) => attempt.since,
@@ -210,7 +217,8 @@ impl Peer {
         }
         let local_index = self.take_index();
         let timestamp = noise::timestamp(now.wall);
-        let Ok((state, mut message)) = noise::initiate(&self.identity, &self.key, &timestamp, local_index) else {
+        let Ok((state, mut message)) = noise::initiate(&self.identity, &self.key, &timestamp, local_index)
+        else {
             return;
         };
         let mac1 = macs::stamp(&mut message, &self.mac1_key, self.fresh_cookie(now.monotonic).as_ref());
@@ -222,14 +230,21 @@ impl Peer {
     }
 
     /// Answers an initiation of this peer that came from `from`; false when it is a replay or comes too often.
-    pub fn consume_initiation(&mut self, initiation: Initiation, from: SocketAddr, now: Now, out: &mut Outbox) -> bool {
+    pub(super) fn consume_initiation(
+        &mut self,
+        initiation: Initiation,
+        from: SocketAddr,
+        now: Now,
+        out: &mut Outbox,
+    ) -> bool {
         let too_soon = self
             .last_initiation_read
             .is_some_and(|at| now.monotonic.saturating_duration_since(at) < MIN_INITIATION_GAP);
         if too_soon || initiation.timestamp <= self.greatest_timestamp {
             return false;
         }
-        let (timestamp, remote_index, local_index) = (initiation.timestamp, initiation.sender, self.take_index());
+        let (timestamp, remote_index, local_index) =
+            (initiation.timestamp, initiation.sender, self.take_index());
         let Ok((mut message, keys)) = noise::respond(initiation, local_index) else {
             return false;
         };
@@ -246,7 +261,7 @@ impl Peer {
     }
 
     /// Completes our handshake; what waited goes out, or a keepalive that confirms the keys.
-    pub fn consume_response(
+    pub(super) fn consume_response(
         &mut self,
         message: &[u8; RESPONSE_LEN],
         from: SocketAddr,
@@ -270,7 +285,7 @@ impl Peer {
     }
 
     /// Keeps the cookie for the next handshake message.
-    pub fn consume_cookie(&mut self, reply: &[u8; COOKIE_REPLY_LEN], now: Instant) -> bool {
+    pub(super) fn consume_cookie(&mut self, reply: &[u8; COOKIE_REPLY_LEN], now: Instant) -> bool {
         let Some(attempt) = &self.attempt else { return false };
         if u32_at(reply, 4) != Some(attempt.local_index) {
             return false;
@@ -281,7 +296,7 @@ impl Peer {
     }
 
     /// Notes authenticated packets of `session`, `data` when one of them was not a keepalive.
-    pub fn note_received(
+    pub(super) fn note_received(
         &mut self,
         session: &Session,
         bytes: u64,
@@ -311,7 +326,7 @@ impl Peer {
     }
 
     /// What has fallen due.
-    pub fn tick(&mut self, now: Now, out: &mut Outbox) {
+    pub(super) fn tick(&mut self, now: Now, out: &mut Outbox) {
         let due = |at: Option<Instant>| at.is_some_and(|at| now.monotonic >= at);
         if due(self.timers.erase_at) {
             self.erase();
@@ -336,11 +351,14 @@ impl Peer {
     }
 
     /// When [`Peer::tick`] has something to do, unless anything else happens before.
-    pub fn next_wake(&self) -> Option<Instant> {
+    pub(super) fn next_wake(&self) -> Option<Instant> {
         let silent_at = self.timers.unanswered_since.map(|since| since + KEEPALIVE_TIMEOUT + REKEY_TIMEOUT);
         let retry_at = self.attempt.as_ref().map(|attempt| attempt.retry_at);
         let timers = &self.timers;
-        [timers.erase_at, timers.keepalive_at, timers.persistent_at, silent_at, retry_at].into_iter().flatten().min()
+        [timers.erase_at, timers.keepalive_at, timers.persistent_at, silent_at, retry_at]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// An empty packet: answers silence, confirms keys, keeps a NAT open.

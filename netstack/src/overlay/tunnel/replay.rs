@@ -7,9 +7,9 @@ const BLOCKS: usize = 129;
 const BLOCK_BITS: u64 = 64;
 /// How far behind the greatest counter a packet may come. One block less than the bitmap holds, because the newest
 /// block is only partly used.
-pub const WINDOW: u64 = (BLOCKS as u64 - 1) * BLOCK_BITS;
+pub(super) const WINDOW: u64 = (BLOCKS as u64 - 1) * BLOCK_BITS;
 
-pub struct ReplayWindow {
+pub(super) struct ReplayWindow {
     /// One more than the greatest accepted counter.
     next: u64,
     bits: [u64; BLOCKS],
@@ -23,7 +23,7 @@ impl Default for ReplayWindow {
 
 impl ReplayWindow {
     /// Marks `counter` as seen; false when it was seen before or is older than the window.
-    pub fn accept(&mut self, counter: u64) -> bool {
+    pub(super) fn accept(&mut self, counter: u64) -> bool {
         if counter == u64::MAX || counter.saturating_add(WINDOW) < self.next {
             return false;
         }

@@ -13,7 +13,7 @@ const TCP_FIN_PSH: u8 = 0x09;
 
 /// A packet as the TUN gave it, checked: every offset lies inside.
 #[derive(Debug)]
-pub struct Superpacket<'a> {
+pub(super) struct Superpacket<'a> {
     packet: &'a [u8],
     shape: Shape,
 }
@@ -26,7 +26,7 @@ enum Shape {
 
 impl<'a> Superpacket<'a> {
     /// Checks the header against the packet and completes a whole packet's checksum. `None` when they do not agree.
-    pub fn new(header: VirtioNetHeader, packet: &'a mut [u8]) -> Option<Self> {
+    pub(super) fn new(header: VirtioNetHeader, packet: &'a mut [u8]) -> Option<Self> {
         let transport_at = usize::from(header.checksum_start);
         if header.gso_type == VirtioNetHeader::GSO_NONE {
             if header.flags & VirtioNetHeader::NEEDS_CHECKSUM != 0 {
@@ -53,7 +53,7 @@ impl<'a> Superpacket<'a> {
     }
 
     /// How many packets it makes; at least one.
-    pub fn count(&self) -> usize {
+    pub(super) fn count(&self) -> usize {
         match self.shape {
             Shape::Whole => 1,
             Shape::Train { payload_at, payload_len, .. } => {
@@ -63,7 +63,7 @@ impl<'a> Superpacket<'a> {
     }
 
     /// Length of packet `index`; all but the last are equally long.
-    pub fn len(&self, index: usize) -> usize {
+    pub(super) fn len(&self, index: usize) -> usize {
         match self.shape {
             Shape::Whole => self.packet.len(),
             Shape::Train { payload_at, payload_len, .. } => {
@@ -74,7 +74,7 @@ impl<'a> Superpacket<'a> {
     }
 
     /// Writes packet `index` into `out`, which is [`Superpacket::len`] long.
-    pub fn write(&self, index: usize, out: &mut [u8]) {
+    pub(super) fn write(&self, index: usize, out: &mut [u8]) {
         let Shape::Train { protocol, transport_at, payload_at, payload_len } = self.shape else {
             out.copy_from_slice(self.packet);
             return;
@@ -148,7 +148,12 @@ pub(super) mod tests {
     use super::*;
 
     /// A TCP or UDP packet with the given payload and right checksums.
-    pub fn packet(ipv6: bool, protocol: u8, sequence: u32, payload: &[u8]) -> Vec<u8> {
+    pub(in crate::overlay::tunnel) fn packet(
+        ipv6: bool,
+        protocol: u8,
+        sequence: u32,
+        payload: &[u8],
+    ) -> Vec<u8> {
         let transport_len = if protocol == TCP { 32 } else { 8 };
         let ip_len = if ipv6 { 40 } else { 20 };
         let mut packet = vec![0; ip_len + transport_len];

@@ -11,17 +11,17 @@ use super::noise::TransportKeys;
 use super::replay::ReplayWindow;
 
 /// WireGuard whitepaper, section 6.1.
-pub const REJECT_AFTER_TIME: Duration = Duration::from_secs(180);
-pub const REKEY_AFTER_MESSAGES: u64 = 1 << 60;
-pub const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);
+pub(super) const REJECT_AFTER_TIME: Duration = Duration::from_secs(180);
+pub(super) const REKEY_AFTER_MESSAGES: u64 = 1 << 60;
+pub(super) const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);
 
-pub struct Session {
+pub(super) struct Session {
     /// What the other side writes into its data messages.
-    pub local_index: u32,
-    pub remote_index: u32,
-    pub created: Instant,
+    pub(super) local_index: u32,
+    pub(super) remote_index: u32,
+    pub(super) created: Instant,
     /// We sent the first message: rekeying is our task.
-    pub initiator: bool,
+    pub(super) initiator: bool,
     send: LessSafeKey,
     receive: LessSafeKey,
     next_counter: AtomicU64,
@@ -29,7 +29,7 @@ pub struct Session {
 }
 
 impl Session {
-    pub fn new(
+    pub(super) fn new(
         local_index: u32,
         remote_index: u32,
         keys: &TransportKeys,
@@ -48,16 +48,16 @@ impl Session {
         }
     }
 
-    pub fn age(&self, now: Instant) -> Duration {
+    pub(super) fn age(&self, now: Instant) -> Duration {
         now.saturating_duration_since(self.created)
     }
 
-    pub fn expired(&self, now: Instant) -> bool {
+    pub(super) fn expired(&self, now: Instant) -> bool {
         self.age(now) >= REJECT_AFTER_TIME
     }
 
     /// The first of `count` consecutive counters that nobody else gets; `None` when the session has no more to give.
-    pub fn reserve(&self, count: u64) -> Option<u64> {
+    pub(super) fn reserve(&self, count: u64) -> Option<u64> {
         self.next_counter
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |next| {
                 next.checked_add(count).filter(|end| *end <= REJECT_AFTER_MESSAGES)
@@ -66,7 +66,7 @@ impl Session {
     }
 
     /// Seals `datagram` in place: header room, padded packet, tag room.
-    pub fn seal(&self, counter: u64, datagram: &mut [u8]) {
+    pub(super) fn seal(&self, counter: u64, datagram: &mut [u8]) {
         write_data_header(datagram, self.remote_index, counter);
         let tag_at = datagram.len() - TAG_LEN;
         let (packet, tag_room) = datagram[DATA_HEADER_LEN..].split_at_mut(tag_at - DATA_HEADER_LEN);
@@ -79,13 +79,13 @@ impl Session {
     }
 
     /// Opens `datagram` in place; the packet is what follows the header. False when it is not authentic.
-    pub fn open(&self, counter: u64, datagram: &mut [u8]) -> bool {
+    pub(super) fn open(&self, counter: u64, datagram: &mut [u8]) -> bool {
         let sealed = &mut datagram[DATA_HEADER_LEN..];
         self.receive.open_in_place(nonce(counter), Aad::empty(), sealed).is_ok()
     }
 
     /// Marks authenticated counters as received; those seen before, too old or beyond the limit are refused.
-    pub fn accept(&self, counters: impl Iterator<Item = u64>, mut verdict: impl FnMut(bool)) {
+    pub(super) fn accept(&self, counters: impl Iterator<Item = u64>, mut verdict: impl FnMut(bool)) {
         let mut replay = self.replay.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         for counter in counters {
             verdict(counter < REJECT_AFTER_MESSAGES && replay.accept(counter));
