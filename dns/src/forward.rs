@@ -29,7 +29,7 @@ use crate::stats::{Stats, count};
 use cache::{Cache, CacheKey};
 
 /// Questions under way at one time; more are refused at once, so that one pod cannot hold memory and ports.
-const MAX_UNDER_WAY: usize = 512;
+const MAX_UNDER_WAY: usize = 256;
 /// One try with one server. glibc's own patience is 5 s.
 const TRY_TIMEOUT: Duration = Duration::from_millis(1500);
 /// All tries of one question: below glibc's 5 s, so that it hears SERVFAIL before it gives up.

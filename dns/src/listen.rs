@@ -1,7 +1,9 @@
-//! The sockets: one UDP and one TCP socket for each address, each with its own hickory-server.
+//! The sockets: one UDP socket with its own hickory-server, and one TCP socket (`tcp`), for each address.
 //!
 //! One socket an address, because a wildcard socket would answer from another address than it was asked at (hickory
 //! does not use IP_PKTINFO). Bound with IP_FREEBIND: the route that makes the address local may come later.
+
+mod tcp;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -16,13 +18,9 @@ use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, listen, setsockopt, socket, sockopt,
 };
 use tokio::net::{TcpListener, UdpSocket};
+use tokio::task::JoinSet;
 
 use crate::serve::Resolver;
-
-/// A TCP client that sends no whole question for this long is disconnected (RFC 7766 section 6.2.3: seconds).
-const TCP_IDLE: Duration = Duration::from_secs(10);
-/// Answers of one TCP connection that may wait to be sent.
-const TCP_ANSWERS: usize = 32;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Transport {
@@ -64,7 +62,7 @@ pub enum ListenError {
 pub(crate) struct Listeners {
     resolver: Arc<Resolver>,
     port: u16,
-    servers: BTreeMap<(IpAddr, Transport), Server<Shared>>,
+    servers: BTreeMap<(IpAddr, Transport), Serving>,
 }
 
 impl Listeners {
@@ -109,7 +107,7 @@ impl Listeners {
     pub(crate) async fn forget_ended(&mut self) {
         let mut ended = Vec::new();
         for (key, server) in &mut self.servers {
-            if tokio::time::timeout(Duration::ZERO, server.block_until_done()).await.is_ok() {
+            if server.has_ended().await {
                 ended.push(*key);
             }
         }
@@ -118,17 +116,38 @@ impl Listeners {
         }
     }
 
-    fn open(&self, address: IpAddr, transport: Transport) -> Result<Server<Shared>, ListenError> {
+    fn open(&self, address: IpAddr, transport: Transport) -> Result<Serving, ListenError> {
         let address = SocketAddr::new(address, self.port);
-        let mut server = Server::new(Shared(self.resolver.clone()));
         let opened = match transport {
-            Transport::Udp => open_udp(address).map(|socket| server.register_socket(socket)),
-            Transport::Tcp => {
-                open_tcp(address).map(|listener| server.register_listener(listener, TCP_IDLE, TCP_ANSWERS))
-            }
+            Transport::Udp => open_udp(address).map(|socket| {
+                let mut server = Server::new(Shared(self.resolver.clone()));
+                server.register_socket(socket);
+                Serving::Udp(server)
+            }),
+            Transport::Tcp => open_tcp(address).map(|listener| {
+                let mut task = JoinSet::new();
+                task.spawn(tcp::serve(listener, self.resolver.clone()));
+                Serving::Tcp(task)
+            }),
         };
-        opened.map_err(|source| named(address, transport.name(), source))?;
-        Ok(server)
+        opened.map_err(|source| named(address, transport.name(), source))
+    }
+}
+
+/// The task behind one socket; ends when dropped.
+enum Serving {
+    Udp(Server<Shared>),
+    Tcp(JoinSet<()>),
+}
+
+impl Serving {
+    async fn has_ended(&mut self) -> bool {
+        match self {
+            Self::Udp(server) => {
+                tokio::time::timeout(Duration::ZERO, server.block_until_done()).await.is_ok()
+            }
+            Self::Tcp(task) => task.try_join_next().is_some(),
+        }
     }
 }
 

@@ -128,9 +128,34 @@ pub(crate) fn first_label(wire: &[u8]) -> Option<&[u8]> {
 
 impl Ord for Name {
     fn cmp(&self, other: &Self) -> Ordering {
-        let ours: Vec<&[u8]> = self.labels().collect();
-        let theirs: Vec<&[u8]> = other.labels().collect();
-        ours.iter().rev().cmp(theirs.iter().rev())
+        let (ours, theirs) = (LabelStarts::of(&self.0), LabelStarts::of(&other.0));
+        ours.backwards(&self.0).cmp(theirs.backwards(&other.0))
+    }
+}
+
+/// Where the labels of a wire name begin: 255 octets hold at most 127 labels. On the stack, because names are
+/// compared far more often than anything else here.
+struct LabelStarts {
+    starts: [u8; 127],
+    count: usize,
+}
+
+impl LabelStarts {
+    fn of(wire: &[u8]) -> Self {
+        let mut found = Self { starts: [0; 127], count: 0 };
+        let mut at: u8 = 0;
+        while let Some(&length @ 1..) = wire.get(usize::from(at)) {
+            found.starts[found.count] = at;
+            found.count += 1;
+            at += 1 + length;
+        }
+        found
+    }
+
+    /// Labels, last label first.
+    fn backwards<'a>(&'a self, wire: &'a [u8]) -> impl Iterator<Item = &'a [u8]> {
+        let starts = self.starts[..self.count].iter().rev();
+        starts.filter_map(|&at| first_label(&wire[usize::from(at)..]))
     }
 }
 

@@ -4,7 +4,7 @@
 //! endpoint costs one Service. Pod names (`1-2-3-4.ns.pod.<zone>`) are not listed: `store` works them out from the
 //! existing Namespaces.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -26,7 +26,8 @@ pub struct DnsPlanner {
     /// The configuration that everything below was planned with.
     config: Option<Arc<ClusterConfig>>,
     namespaces: BTreeMap<String, (Arc<GroupKey>, Planned<Arc<Group>>)>,
-    services: BTreeMap<ServiceKey, ServiceMemo>,
+    /// Ordered by key, as the Snapshot's Services are.
+    services: Vec<ServiceMemo>,
 }
 
 struct ServiceMemo {
@@ -37,10 +38,36 @@ struct ServiceMemo {
 }
 
 impl ServiceMemo {
+    fn is_of(&self, key: &ServiceKey, service: &Arc<Service>) -> bool {
+        Arc::ptr_eq(&self.service, service) || self.service.key == *key
+    }
+
     fn is_for(&self, service: &Arc<Service>, slices: &[&Arc<EndpointSlice>]) -> bool {
         Arc::ptr_eq(&self.service, service)
             && self.slices.len() == slices.len()
             && self.slices.iter().zip(slices).all(|(old, new)| Arc::ptr_eq(old, new))
+    }
+
+    /// Plans the Service. Content equal to `old` keeps its identity, so that whoever compares plans sees at once
+    /// that nothing changed.
+    fn plan(
+        old: Option<Self>,
+        service: &Arc<Service>,
+        slices: &[&Arc<EndpointSlice>],
+        domain: &Name,
+    ) -> Self {
+        let planned = plan_service(service, slices.iter().map(|slice| slice.as_ref()), domain);
+        let (key, group) = match old {
+            Some(old) if *old.planned.plan == planned.plan => (old.key, old.planned.plan),
+            Some(old) => (old.key, Arc::new(planned.plan)),
+            None => (Arc::new(GroupKey::Service(service.key.clone())), Arc::new(planned.plan)),
+        };
+        Self {
+            service: service.clone(),
+            slices: slices.iter().map(|slice| Arc::clone(slice)).collect(),
+            key,
+            planned: Planned { plan: group, problems: planned.problems },
+        }
     }
 }
 
@@ -60,14 +87,16 @@ impl Planner for DnsPlanner {
                 return Planned::new(DnsPlan { zones: None, groups: Groups::new(), listen }, vec![problem]);
             }
         };
-        let mut groups = Groups::new();
+        let mut groups = Vec::with_capacity(1 + snapshot.namespaces.len() + snapshot.services.len());
         let mut problems = Vec::new();
         match zone_group(&zones.domain, &config.cluster_dns) {
-            Ok(group) => drop(groups.insert(Arc::new(GroupKey::Zone), Arc::new(group))),
+            Ok(group) => groups.push((Arc::new(GroupKey::Zone), Arc::new(group))),
             Err(error) => problems.push(bad_domain(config, &error)),
         }
         self.plan_namespaces(snapshot, &zones.domain, &mut groups, &mut problems);
         self.plan_services(snapshot, &zones.domain, &mut groups, &mut problems);
+        // Already in the order of their keys, so this only builds the map.
+        let groups = groups.into_iter().collect();
         Planned::new(DnsPlan { zones: Some(zones), groups, listen }, problems)
     }
 }
@@ -77,7 +106,7 @@ impl DnsPlanner {
         &mut self,
         snapshot: &Snapshot,
         domain: &Name,
-        groups: &mut Groups,
+        groups: &mut Vec<(Arc<GroupKey>, Arc<Group>)>,
         problems: &mut Vec<Problem>,
     ) {
         self.namespaces.retain(|name, _| snapshot.namespaces.contains_key(name));
@@ -85,60 +114,46 @@ impl DnsPlanner {
             let (key, planned) = self.namespaces.entry(name.clone()).or_insert_with(|| {
                 (Arc::new(GroupKey::Namespace(name.clone())), plan_namespace(name, domain))
             });
-            groups.insert(key.clone(), planned.plan.clone());
+            groups.push((key.clone(), planned.plan.clone()));
             problems.extend(planned.problems.iter().cloned());
         }
     }
 
+    /// Walks the Services and what was planned for them side by side, both being in order of their keys: an
+    /// unchanged Service costs a few pointer comparisons.
     fn plan_services(
         &mut self,
         snapshot: &Snapshot,
         domain: &Name,
-        groups: &mut Groups,
+        groups: &mut Vec<(Arc<GroupKey>, Arc<Group>)>,
         problems: &mut Vec<Problem>,
     ) {
-        let mut slices: BTreeMap<&ServiceKey, Vec<&Arc<EndpointSlice>>> = BTreeMap::new();
-        for slice in snapshot.endpoint_slices.values() {
-            slices.entry(&slice.service).or_default().push(slice);
-        }
-        self.services.retain(|key, _| snapshot.services.contains_key(key));
+        let slices = slices_by_service(snapshot);
+        let mut old = std::mem::take(&mut self.services).into_iter().peekable();
+        self.services.reserve(snapshot.services.len());
         for (key, service) in snapshot.services.iter() {
             let slices = slices.get(key).map_or(&[][..], Vec::as_slice);
-            if !self.services.get(key).is_some_and(|memo| memo.is_for(service, slices)) {
-                self.replan(key, service, slices, domain);
+            while old.next_if(|memo| !memo.is_of(key, service) && memo.service.key < *key).is_some() {}
+            let memo = match old.next_if(|memo| memo.is_of(key, service)) {
+                Some(memo) if memo.is_for(service, slices) => memo,
+                old => ServiceMemo::plan(old, service, slices, domain),
+            };
+            if !memo.planned.plan.names.is_empty() {
+                groups.push((memo.key.clone(), memo.planned.plan.clone()));
             }
-            if let Some(memo) = self.services.get(key) {
-                if !memo.planned.plan.names.is_empty() {
-                    groups.insert(memo.key.clone(), memo.planned.plan.clone());
-                }
-                problems.extend(memo.planned.problems.iter().cloned());
-            }
+            problems.extend(memo.planned.problems.iter().cloned());
+            self.services.push(memo);
         }
     }
+}
 
-    fn replan(
-        &mut self,
-        key: &ServiceKey,
-        service: &Arc<Service>,
-        slices: &[&Arc<EndpointSlice>],
-        domain: &Name,
-    ) {
-        let planned = plan_service(service, slices.iter().map(|slice| slice.as_ref()), domain);
-        let old = self.services.remove(key);
-        let (group_key, group) = match old {
-            // Equal content keeps its identity, so that whoever compares plans sees at once that nothing changed.
-            Some(old) if *old.planned.plan == planned.plan => (old.key, old.planned.plan),
-            Some(old) => (old.key, Arc::new(planned.plan)),
-            None => (Arc::new(GroupKey::Service(key.clone())), Arc::new(planned.plan)),
-        };
-        let memo = ServiceMemo {
-            service: service.clone(),
-            slices: slices.iter().map(|slice| Arc::clone(slice)).collect(),
-            key: group_key,
-            planned: Planned { plan: group, problems: planned.problems },
-        };
-        self.services.insert(key.clone(), memo);
+/// Only looked up in, never iterated.
+fn slices_by_service(snapshot: &Snapshot) -> HashMap<&ServiceKey, Vec<&Arc<EndpointSlice>>> {
+    let mut slices: HashMap<&ServiceKey, Vec<&Arc<EndpointSlice>>> = HashMap::new();
+    for slice in snapshot.endpoint_slices.values() {
+        slices.entry(&slice.service).or_default().push(slice);
     }
+    slices
 }
 
 fn bad_domain(config: &ClusterConfig, error: &InvalidName) -> Problem {
@@ -258,7 +273,7 @@ impl<'a> Draft<'a> {
     }
 
     fn headless_srv(&mut self, name: &Name, published: &[Published<'_>]) {
-        let mut targets: BTreeMap<(&str, &str), std::collections::BTreeSet<(&Name, u16)>> = BTreeMap::new();
+        let mut targets: BTreeMap<(&str, &str), BTreeSet<(&Name, u16)>> = BTreeMap::new();
         for Published { name: own, slice } in published {
             for port in &slice.ports {
                 let port_key = (port.name.as_str(), port.protocol.name());

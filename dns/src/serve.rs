@@ -5,7 +5,8 @@
 //!                                              \--Elsewhere, onward alias-> Forwarder --^
 //! ```
 //!
-//! hickory-server reads and writes the sockets, drops responses (QR=1) and answers what it cannot read with FORMERR.
+//! hickory-server reads and writes the UDP sockets, drops responses (QR=1) and answers what it cannot read with
+//! FORMERR.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -136,7 +137,10 @@ fn unresolved(request: &Metadata, outside: &Outside, error: &ForwardError) -> Re
 
 /// A forwarded answer under the client's id, its owner names in the client's case.
 fn relay(request: &Metadata, message: Message, asked: &WireName) -> Reply {
-    let mut reply = Reply::failed(request, message.metadata.response_code);
+    // An extended code speaks about our own EDNS (RFC 6891 section 6.1.3), not about the client's.
+    let code = message.metadata.response_code;
+    let code = if code.high() > 0 { ResponseCode::ServFail } else { code };
+    let mut reply = Reply::failed(request, code);
     reply.metadata.truncation = message.metadata.truncation;
     reply.metadata.authentic_data = message.metadata.authentic_data;
     reply.answers = message.answers;

@@ -391,3 +391,21 @@ fn garbage_on_the_sockets_does_not_end_them() {
         assert_eq!(dig_short("+tcp web.default.svc.cluster.local"), ["10.43.0.80"]);
     });
 }
+
+#[test]
+fn a_client_that_holds_many_connections_takes_none_from_others() {
+    in_namespace(|place| {
+        use std::io::Read as _;
+        place.serve(&zoo());
+        let greedy: Vec<TcpStream> = (0..200).map(|_| TcpStream::connect("10.43.0.10:53").unwrap()).collect();
+        greedy.iter().for_each(|stream| stream.set_read_timeout(Some(Duration::from_secs(2))).unwrap());
+        let closed = |mut stream: &TcpStream| matches!(stream.read(&mut [0]), Ok(0));
+        assert!(greedy.iter().skip(16).all(closed), "all but the first sixteen are closed at once");
+        run("ip address add 10.42.0.99/32 dev lo");
+        assert_eq!(dig_short("-b 10.42.0.99 +tcp web.default.svc.cluster.local"), ["10.43.0.80"]);
+        assert_eq!(dig_short("+notcp web.default.svc.cluster.local"), ["10.43.0.80"]);
+        drop(greedy);
+        std::thread::sleep(Duration::from_millis(200));
+        assert_eq!(dig_short("+tcp web.default.svc.cluster.local"), ["10.43.0.80"]);
+    });
+}
