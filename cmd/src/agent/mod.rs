@@ -4,7 +4,7 @@
 
 mod config;
 mod keep;
-mod start;
+pub(crate) mod start;
 mod wire;
 
 use anyhow::Context as _;

@@ -8,7 +8,7 @@ use anyhow::{Context as _, bail, ensure};
 use nix::fcntl::{Flock, FlockArg};
 use weft_netstack::kernel::nft::NftTable;
 
-pub(super) fn require_root() -> anyhow::Result<()> {
+pub(crate) fn require_root() -> anyhow::Result<()> {
     ensure!(
         nix::unistd::geteuid().is_root(),
         "the agent programs the kernel and needs root; run it as root or with sudo"
@@ -17,7 +17,7 @@ pub(super) fn require_root() -> anyhow::Result<()> {
 }
 
 /// Deleting a table that was never there asks the kernel for nf_tables and for the right to use it, and changes nothing.
-pub(super) fn require_nftables() -> anyhow::Result<()> {
+pub(crate) fn require_nftables() -> anyhow::Result<()> {
     NftTable::delete("weft-probe").map(|_| ()).context(
         "the kernel does not let this process use nf_tables; it needs CAP_NET_ADMIN and a kernel with CONFIG_NF_TABLES_INET \
          (modprobe nf_tables)",
@@ -25,7 +25,7 @@ pub(super) fn require_nftables() -> anyhow::Result<()> {
 }
 
 /// Held as long as the process lives; a second agent is refused by name of the first one's pid.
-pub(super) fn lock(run_dir: &Path) -> anyhow::Result<Flock<File>> {
+pub(crate) fn lock(run_dir: &Path) -> anyhow::Result<Flock<File>> {
     std::fs::create_dir_all(run_dir)
         .with_context(|| format!("{} cannot be made; give a writable --run-dir", run_dir.display()))?;
     let path = run_dir.join("agent.lock");

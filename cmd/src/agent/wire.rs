@@ -11,10 +11,11 @@ use axum::Router;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 use weft_model::constants::{TABLE_CNI, WIREGUARD_OVERHEAD_BYTES};
-use weft_model::{Health, NodeFacts, Snapshot, WgPublicKey};
+use weft_model::{Health, Snapshot, WgPublicKey};
 use weft_netstack::admin::{self, Admin, Counters};
 use weft_netstack::cni::{self, Cni, PodMtu, Readiness};
 use weft_netstack::kernel::facts;
+use weft_netstack::kernel::netns::Rtnetlink;
 use weft_netstack::kernel::nft::NftTable;
 use weft_netstack::kube::{self, ApiStatus, Identity, Publisher, Watches};
 use weft_netstack::overlay::{OverlayApplier, OverlayPlanner};
@@ -51,7 +52,13 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
         &config.cluster,
         weft_dns::Options { resolv_conf: config.resolv_conf.clone(), ..weft_dns::Options::default() },
     );
-    let overlay = OverlayApplier::new(&config.run_dir, &config.state_dir)?;
+    let netlink = Rtnetlink::connect().context("open an rtnetlink socket")?;
+    let overlay =
+        OverlayApplier::new(netlink.handle.clone(), config.run_dir.clone(), config.state_dir.clone());
+    tasks.start("netlink", async move {
+        let _alive = netlink;
+        std::future::pending().await
+    });
     let mut loops = Loops { tasks, snapshots: snapshots.clone(), handles: Vec::new() };
     let overlay = loops.start("overlay", OverlayPlanner::default(), overlay);
     loops.start("proxy", ProxyPlanner::default(), ProxyApplier::new());
