@@ -12,6 +12,7 @@
 
 mod answer;
 mod apply;
+mod diff;
 mod forward;
 mod listen;
 mod name;

@@ -8,7 +8,7 @@
 //! hickory-server reads and writes the UDP sockets, drops responses (QR=1) and answers what it cannot read with
 //! FORMERR.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -278,11 +278,10 @@ fn limit_bytes(protocol: Protocol, edns: Option<&Edns>) -> usize {
     }
 }
 
-/// Never answered: what claims to come from a DNS port that cannot be a client, see `sanitize` in hickory-server;
-/// here only addresses that many hosts listen on.
+/// No answer goes to an address that many hosts may listen on.
 fn is_answerable(source: SocketAddr) -> bool {
     let ip = source.ip().to_canonical();
-    let broadcast = matches!(ip, std::net::IpAddr::V4(v4) if v4.is_broadcast());
+    let broadcast = matches!(ip, IpAddr::V4(v4) if v4.is_broadcast());
     !(ip.is_multicast() || ip.is_unspecified() || broadcast || source.port() == 0)
 }
 

@@ -17,8 +17,9 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use hickory_proto::rr::RecordType;
 
 use crate::answer::{Answer, Local, MAX_ALIASES, Question, Soa, SoaPlace};
+use crate::diff::{Change, changed_groups};
 use crate::name::{Name, first_label, parent, suffixes};
-use crate::zone::{Data, DnsPlan, Group, GroupKey, Groups, Zones};
+use crate::zone::{Data, DnsPlan, GroupKey, Groups, Zones};
 
 /// Holds what is answered. Cheap to share; the tables are behind one lock.
 #[derive(Default)]
@@ -84,45 +85,31 @@ impl Store {
             self.ready.store(false, Ordering::Release);
             self.write_lock().set_zones(plan.zones.clone());
         }
-        let mut changed = Vec::new();
-        for (key, group) in &plan.groups {
-            let before = old.get(key);
-            if before.is_some_and(|before| Arc::ptr_eq(before, group)) {
-                continue;
-            }
-            let count = self.write_group(key, before.map(AsRef::as_ref), group);
-            if count > 0 {
-                changed.push(format!("{key}: {count} names"));
-            }
-        }
-        for (key, before) in old {
-            let now = plan.groups.get(key);
-            if now.is_some_and(|now| Arc::ptr_eq(before, now)) {
-                continue;
-            }
-            let count = self.remove_names(key, before, now.map(AsRef::as_ref));
-            if count > 0 {
-                changed.push(format!("{key}: {count} names gone"));
-            }
-        }
+        let changes = changed_groups(old, &plan.groups);
+        let written: Vec<usize> = changes.iter().map(|change| self.write_names(change)).collect();
+        let removed: Vec<usize> = changes.iter().map(|change| self.remove_names(change)).collect();
         self.ready.store(true, Ordering::Release);
-        changed
+        let line = |((change, written), removed): ((&Change<'_>, usize), usize)| match (written, removed) {
+            (0, 0) => None,
+            (written, 0) => Some(format!("{}: {written} names", change.key)),
+            (0, removed) => Some(format!("{}: {removed} names gone", change.key)),
+            (written, removed) => Some(format!("{}: {written} names, {removed} gone", change.key)),
+        };
+        changes.iter().zip(written).zip(removed).filter_map(line).collect()
     }
 
-    fn write_group(&self, key: &Arc<GroupKey>, before: Option<&Group>, group: &Group) -> usize {
-        let mut count = 0;
-        for (name, records) in &group.names {
-            if before.and_then(|before| before.names.get(name)) != Some(records) {
-                self.write_lock().set(name.wire(), key, records);
-                count += 1;
-            }
-        }
-        count
+    fn write_names(&self, change: &Change<'_>) -> usize {
+        let known = |name| change.before.and_then(|before| before.names.get(name));
+        let names = change.after.into_iter().flat_map(|after| &after.names);
+        let differing = names.filter(|(name, records)| known(*name) != Some(*records));
+        differing.map(|(name, records)| self.write_lock().set(name.wire(), change.key, records)).count()
     }
 
-    fn remove_names(&self, key: &GroupKey, before: &Group, now: Option<&Group>) -> usize {
-        let gone = before.names.keys().filter(|name| now.is_none_or(|now| !now.names.contains_key(*name)));
-        gone.map(|name| self.write_lock().unset(name.wire(), key)).count()
+    fn remove_names(&self, change: &Change<'_>) -> usize {
+        let stays = |name| change.after.is_some_and(|after| after.names.contains_key(name));
+        let names = change.before.into_iter().flat_map(|before| before.names.keys());
+        let gone = names.filter(|name| !stays(*name));
+        gone.map(|name| self.write_lock().unset(name.wire(), change.key)).count()
     }
 
     /// Answers from the table. `turn` rotates the records of a set: the caller counts it up.

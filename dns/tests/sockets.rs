@@ -7,14 +7,16 @@ mod common;
 mod place;
 
 use std::net::{TcpStream, UdpSocket};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::*;
 use hickory_proto::rr::rdata::{A, PTR};
 use hickory_proto::rr::{RData, Record};
 use place::*;
-use weft_model::Snapshot;
 use weft_model::objects::{Protocol, ServiceKind};
+use weft_model::{Health, Snapshot};
+use weft_netstack::reconcile::{Loop, Pace};
 
 fn example() -> Vec<Record> {
     let record = |name: &str, ttl, data| Record::from_rdata(name.parse().unwrap(), ttl, data);
@@ -34,9 +36,8 @@ fn with_big() -> Snapshot {
         [service("default", "big", ServiceKind::Headless)],
         [slice("default", "big", "big-4", &[("x", Protocol::Tcp, 80)], endpoints)],
     );
-    std::sync::Arc::make_mut(&mut cluster.services).extend(std::sync::Arc::unwrap_or_clone(big.services));
-    std::sync::Arc::make_mut(&mut cluster.endpoint_slices)
-        .extend(std::sync::Arc::unwrap_or_clone(big.endpoint_slices));
+    Arc::make_mut(&mut cluster.services).extend(Arc::unwrap_or_clone(big.services));
+    Arc::make_mut(&mut cluster.endpoint_slices).extend(Arc::unwrap_or_clone(big.endpoint_slices));
     cluster
 }
 
@@ -405,7 +406,35 @@ fn a_client_that_holds_many_connections_takes_none_from_others() {
         assert_eq!(dig_short("-b 10.42.0.99 +tcp web.default.svc.cluster.local"), ["10.43.0.80"]);
         assert_eq!(dig_short("+notcp web.default.svc.cluster.local"), ["10.43.0.80"]);
         drop(greedy);
-        std::thread::sleep(Duration::from_millis(200));
-        assert_eq!(dig_short("+tcp web.default.svc.cluster.local"), ["10.43.0.80"]);
+        let again = "dig @10.43.0.10 +tcp +tries=1 +time=1 +short web.default.svc.cluster.local";
+        eventually("the client's own places are free again", || attempt(again) == "10.43.0.80\n");
+    });
+}
+
+#[test]
+fn the_loop_serves_a_change_of_the_snapshot() {
+    in_namespace(|place| {
+        place.route_cluster_dns();
+        place.start();
+        let (planner, applier) = (std::mem::take(&mut place.planner), place.applier.take().unwrap());
+        let (snapshot_tx, snapshot_rx) = tokio::sync::watch::channel(None);
+        let (dns, handle) = Loop::new("dns", planner, applier, Pace::default(), snapshot_rx);
+        let running = place.runtime.spawn(dns.run());
+        snapshot_tx.send_replace(Some(Arc::new(zoo())));
+        eventually("the first Snapshot is served", || {
+            dig_short("web.default.svc.cluster.local") == ["10.43.0.80"]
+        });
+        let mut changed = zoo();
+        changed.generation = changed.generation.next();
+        let mut web = service("default", "web", cluster_ips(&["10.43.0.81"]));
+        web.ports = vec![port("http", Protocol::Tcp, 80)];
+        Arc::make_mut(&mut changed.services).insert(web.key.clone(), Arc::new(web));
+        snapshot_tx.send_replace(Some(Arc::new(changed)));
+        eventually("the change is served", || dig_short("web.default.svc.cluster.local") == ["10.43.0.81"]);
+        assert!(dig("-x 10.43.0.80").contains("status: NXDOMAIN"));
+        eventually("the report is out", || handle.report().health() == Health::Ok);
+        assert_eq!(handle.report().last_change.as_deref(), Some("Service default/web: 2 names, 3 gone"));
+        drop(snapshot_tx);
+        place.runtime.block_on(running).unwrap().unwrap();
     });
 }

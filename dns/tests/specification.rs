@@ -442,3 +442,30 @@ fn an_unchanged_service_keeps_the_identity_of_its_plan() {
     let key = |plan: &weft_dns::DnsPlan| plan.groups.values().nth(5).unwrap().clone();
     assert!(Arc::ptr_eq(&key(&first), &key(&third)));
 }
+
+#[test]
+fn readers_never_miss_a_name_while_its_records_change() {
+    let clusters = ["10.43.0.1", "10.43.0.2"].map(|address| {
+        let mut web = service("default", "web", cluster_ips(&[address]));
+        web.ports = vec![port("http", Protocol::Tcp, 80)];
+        snapshot(&["default"], [web], [])
+    });
+    let mut planner = DnsPlanner::default();
+    let plans = clusters.map(|cluster| planner.plan(&cluster).plan);
+    let store = Store::default();
+    store.write(&Groups::new(), &plans[0]);
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            for round in 0..500 {
+                store.write(&plans[round % 2].groups, &plans[(round + 1) % 2]);
+            }
+        });
+        let mut asked = 0;
+        while !writer.is_finished() || asked == 0 {
+            let answer = records(&store, "web.default.svc.cluster.local", A);
+            assert_eq!(answer.len(), 1, "{answer:?}");
+            assert_no_data(&store, "_tcp.web.default.svc.cluster.local", A);
+            asked += 1;
+        }
+    });
+}

@@ -46,6 +46,13 @@ pub(crate) fn run(command: &str) -> String {
     text
 }
 
+/// The output of a command that may fail.
+pub(crate) fn attempt(command: &str) -> String {
+    let (program, arguments) = command.split_once(' ').unwrap();
+    let output = Command::new(program).args(arguments.split(' ')).output().unwrap();
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
 pub(crate) struct Place {
     pub(crate) runtime: tokio::runtime::Runtime,
     directory: tempfile::TempDir,
@@ -153,7 +160,7 @@ pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Manner {
     Plain,
-    /// Replies with a wrong id, a wrong question, garbage and a query first, each with a wrong address.
+    /// Garbage and empty replies with a wrong id, a wrong question and no response flag first, then the answer.
     ForgeriesFirst,
     /// By UDP only "truncated".
     Truncate,
