@@ -251,6 +251,20 @@ mod tests {
         assert_eq!(attributes.find(2).unwrap().nested().find(3).unwrap().be32(), Some(0xdead_beef));
     }
 
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig { failure_persistence: None, ..Default::default() })]
+
+        #[test]
+        fn no_bytes_make_the_readers_panic(bytes in proptest::collection::vec(0..40u8, 0..200), offset in 0..300usize) {
+            for message in messages(&bytes) {
+                for attribute in message.attributes() {
+                    let _ = (attribute.be32(), attribute.be64(), attribute.string(), attribute.nested().count());
+                }
+            }
+            let _ = attribute_at(&bytes, offset).map(|range| &bytes[range]);
+        }
+    }
+
     #[test]
     fn truncated_bytes_end_the_walk() {
         let mut writer = Writer::default();
