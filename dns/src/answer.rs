@@ -8,9 +8,12 @@ use crate::zone::{Data, TTL_SECONDS};
 /// Longest chain of aliases followed inside our zones; a longer one, or a circle, is SERVFAIL.
 pub(crate) const MAX_ALIASES: usize = 8;
 
+/// Class IN is understood.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Question {
+    /// Whole, in lower case.
     pub name: Name,
+    /// ANY included.
     pub record_type: RecordType,
 }
 
@@ -27,6 +30,7 @@ pub enum Answer {
     AliasLoop,
 }
 
+/// Content of an authoritative answer. No records and no `name_error`: NODATA.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Local {
     /// The last name of the chain does not exist (NXDOMAIN); else NOERROR.
@@ -41,15 +45,19 @@ pub struct Local {
     pub onward: Option<Name>,
 }
 
+/// Section of the SOA record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SoaPlace {
+    /// It was asked for.
     Answer,
+    /// The answer is negative.
     Authority,
 }
 
 /// The parts of a SOA record that differ between our zones.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Soa {
+    /// Owner of the record.
     pub apex: Name,
     /// `ns.dns.<zone>`.
     pub server: Name,
@@ -60,8 +68,11 @@ pub struct Soa {
 impl Soa {
     /// There are no zone transfers, so nobody compares serials.
     pub const SERIAL: u32 = 1;
+    /// For secondary servers, of which there are none; so are RETRY and EXPIRE.
     pub const REFRESH_SECONDS: i32 = 7200;
+    /// See [`Soa::REFRESH_SECONDS`].
     pub const RETRY_SECONDS: i32 = 1800;
+    /// See [`Soa::REFRESH_SECONDS`].
     pub const EXPIRE_SECONDS: i32 = 86_400;
     /// Time to live of a negative answer (RFC 2308 section 5).
     pub const MINIMUM_SECONDS: u32 = TTL_SECONDS;

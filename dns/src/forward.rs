@@ -1,4 +1,5 @@
-//! What is in no zone of ours goes to the host's resolvers: bounded, with time limits, and kept for a while.
+//! What is in no zone of ours goes to the host's resolvers: bounded in all and for each client, with time limits,
+//! and kept for a while.
 //!
 //! ```text
 //!  Outside question -> cache -> resolv.conf's nameservers, the healthy ones first: UDP, TCP when truncated
@@ -24,12 +25,15 @@ use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
 
 use crate::name::Name;
+use crate::quota::Quota;
 use crate::resolv_conf::ResolvConf;
 use crate::stats::{Stats, count};
 use cache::{Cache, CacheKey};
 
 /// Questions under way at one time; more are refused at once, so that one pod cannot hold memory and ports.
 const MAX_UNDER_WAY: usize = 256;
+/// Questions of one client under way at one time.
+const MAX_UNDER_WAY_PER_CLIENT: usize = 64;
 /// One try with one server. glibc's own patience is 5 s.
 const TRY_TIMEOUT: Duration = Duration::from_millis(1500);
 /// All tries of one question: below glibc's 5 s, so that it hears SERVFAIL before it gives up.
@@ -47,6 +51,8 @@ pub(crate) enum ForwardError {
     NoNameserver,
     #[error("too many questions under way ({MAX_UNDER_WAY})")]
     Busy,
+    #[error("too many questions of one client under way ({MAX_UNDER_WAY_PER_CLIENT})")]
+    ClientBusy,
     #[error("no nameserver answered in {QUESTION_TIMEOUT:?}")]
     Timeout,
     #[error("asking {server}")]
@@ -60,6 +66,7 @@ pub(crate) enum ForwardError {
 /// A question as the client asked it.
 #[derive(Clone, Debug)]
 pub(crate) struct Outside {
+    pub(crate) client: IpAddr,
     /// In the client's case.
     pub(crate) name: WireName,
     pub(crate) record_type: RecordType,
@@ -74,6 +81,7 @@ pub(crate) struct Forwarder {
     upstreams: Mutex<Upstreams>,
     cache: Mutex<Cache>,
     permits: Semaphore,
+    quota: Quota,
     /// Addresses we answer on: never asked, that would be a loop.
     own: ArcSwap<BTreeSet<IpAddr>>,
     port: Option<u16>,
@@ -94,6 +102,7 @@ impl Forwarder {
             upstreams: Mutex::new(Upstreams { conf, checked_at: None, failed_at: BTreeMap::new() }),
             cache: Mutex::default(),
             permits: Semaphore::new(MAX_UNDER_WAY),
+            quota: Quota::new(MAX_UNDER_WAY_PER_CLIENT),
             own: ArcSwap::default(),
             port,
             stats,
@@ -148,6 +157,7 @@ impl Forwarder {
         if servers.is_empty() {
             return Err(ForwardError::NoNameserver);
         }
+        let _share = self.quota.take(question.client).ok_or(ForwardError::ClientBusy)?;
         let _permit = self.permits.try_acquire().map_err(|_| ForwardError::Busy)?;
         count(&self.stats.forwarded);
         let asked = tokio::time::timeout(QUESTION_TIMEOUT, self.ask_all(&servers, question)).await;

@@ -17,6 +17,7 @@ mod forward;
 mod listen;
 mod name;
 mod plan;
+mod quota;
 mod resolv_conf;
 mod serve;
 mod stats;
@@ -29,7 +30,6 @@ use std::sync::Arc;
 
 pub use answer::{Answer, Local, Question, Soa, SoaPlace};
 pub use apply::DnsApplier;
-pub use listen::ListenError;
 pub use name::{InvalidName, Name};
 pub use plan::{DnsPlanner, plan_service};
 pub use stats::Stats;

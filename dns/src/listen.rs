@@ -38,7 +38,7 @@ impl Transport {
 }
 
 #[derive(Debug, thiserror::Error)]
-pub enum ListenError {
+pub(crate) enum ListenError {
     #[error(
         "DNS address {address}/{transport} is taken by another process: stop it (ss -lnp 'sport = :{port}' names it; \
          often CoreDNS, dnsmasq or systemd-resolved) or choose another --cluster-dns",

@@ -20,12 +20,16 @@ const MAX_LABEL_OCTETS: usize = 63;
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Name(Arc<[u8]>);
 
+/// Why a text is no domain name.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 pub enum InvalidName {
+    /// Empty or too long.
     #[error("{0:?} is not a DNS label of 1 to 63 octets")]
     Label(String),
+    /// All labels together.
     #[error("the name is longer than 255 octets")]
     TooLong,
+    /// Where a name is needed.
     #[error("{0:?} is an address, not a name")]
     Address(String),
 }

@@ -80,6 +80,7 @@ fn admit(request: &Request) -> Result<(Question, Outside), ResponseCode> {
     let original = query.original().name();
     let name = Name::from_hickory(original).ok_or(ResponseCode::FormErr)?;
     let outside = Outside {
+        client: request.src().ip(),
         name: original.clone(),
         record_type: query.query_type(),
         dnssec_ok: request.edns.as_ref().is_some_and(|edns| edns.flags().dnssec_ok),

@@ -67,10 +67,12 @@ impl Store {
         self.read_lock().names.len()
     }
 
+    /// Not even a zone.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
+    /// A whole plan has been written: names that are not there do not exist.
     pub fn is_ready(&self) -> bool {
         self.ready.load(Ordering::Acquire)
     }

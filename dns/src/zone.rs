@@ -22,25 +22,37 @@ pub const SPECIFICATION_VERSION: &str = "1.1.0";
 /// Data of one record.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Data {
+    /// RFC 1035 section 3.4.1.
     A(Ipv4Addr),
+    /// RFC 3596.
     Aaaa(Ipv6Addr),
+    /// The only record of its name.
     Cname(Name),
+    /// At the apex of the cluster domain only.
     Ns(Name),
+    /// Of a reverse name.
     Ptr(Name),
+    /// Of a named port.
     Srv(Srv),
+    /// One string of at most 255 octets.
     Txt(String),
 }
 
 /// RFC 2782.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Srv {
+    /// Lower first.
     pub priority: u16,
+    /// Share among equal priorities.
     pub weight: u16,
+    /// Of the target.
     pub port: u16,
+    /// Has addresses, is no alias.
     pub target: Name,
 }
 
 impl Data {
+    /// The type that these data belong to.
     pub fn record_type(&self) -> RecordType {
         match self {
             Self::A(_) => RecordType::A,
@@ -83,7 +95,9 @@ impl fmt::Display for Data {
 pub enum GroupKey {
     /// The zone's own names: its apex, `dns-version`, `ns.dns`.
     Zone,
+    /// That the Namespace exists.
     Namespace(String),
+    /// A Service with its endpoints.
     Service(ServiceKey),
 }
 
@@ -101,6 +115,7 @@ impl fmt::Display for GroupKey {
 /// answer is NODATA.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Group {
+    /// In canonical order.
     pub names: BTreeMap<Name, Arc<[Data]>>,
 }
 
@@ -114,6 +129,7 @@ impl FromIterator<(Name, Data)> for Group {
     }
 }
 
+/// All groups of a plan; unchanged ones are shared with the plan before (same `Arc`).
 pub type Groups = BTreeMap<Arc<GroupKey>, Arc<Group>>;
 
 /// The names that we alone answer for.
@@ -163,6 +179,7 @@ fn reverse_zones(range: IpNet) -> Vec<Name> {
 pub struct DnsPlan {
     /// `None` when the cluster domain is not a domain name: nothing but forwarding then.
     pub zones: Option<Zones>,
+    /// Names outside the zones are reverse names of endpoints beyond the cluster's ranges.
     pub groups: Groups,
     /// Addresses to answer on, UDP and TCP.
     pub listen: BTreeSet<IpAddr>,

@@ -11,8 +11,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::*;
+use hickory_proto::op::{Message, Query, ResponseCode};
 use hickory_proto::rr::rdata::{A, PTR};
-use hickory_proto::rr::{RData, Record};
+use hickory_proto::rr::{RData, Record, RecordType};
 use place::*;
 use weft_model::objects::{Protocol, ServiceKind};
 use weft_model::{Health, Snapshot};
@@ -436,5 +437,31 @@ fn the_loop_serves_a_change_of_the_snapshot() {
         assert_eq!(handle.report().last_change.as_deref(), Some("Service default/web: 2 names, 3 gone"));
         drop(snapshot_tx);
         place.runtime.block_on(running).unwrap().unwrap();
+    });
+}
+
+#[test]
+fn one_client_cannot_keep_the_forwarder_from_others() {
+    in_namespace(|place| {
+        // Takes datagrams and never answers.
+        let _silent = UdpSocket::bind("127.0.0.3:53").unwrap();
+        place.nameservers(&["127.0.0.3"]);
+        place.serve(&zoo());
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        socket.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+        for number in 0..100 {
+            let mut query = Message::query();
+            query.add_query(Query::query(format!("n{number}.example.com.").parse().unwrap(), RecordType::A));
+            socket.send_to(&query.to_vec().unwrap(), "10.43.0.10:53").unwrap();
+        }
+        let mut buffer = [0; 512];
+        let mut refused_at_once = 0;
+        while let Ok(length) = socket.recv(&mut buffer) {
+            let answer = Message::from_vec(&buffer[..length]).unwrap();
+            assert_eq!(answer.metadata.response_code, ResponseCode::ServFail);
+            refused_at_once += 1;
+        }
+        assert_eq!((refused_at_once, place.stats.forwarded()), (36, 64));
+        assert_eq!(dig_short("web.default.svc.cluster.local"), ["10.43.0.80"]);
     });
 }

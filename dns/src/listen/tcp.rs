@@ -3,9 +3,8 @@
 //! hickory-server's own TCP loop takes any number of connections and spins when descriptors run out; this one hands
 //! the same requests to the same [`Resolver`]. Frames are RFC 7766: a length of two octets, then the message.
 
-use std::collections::HashMap;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -22,6 +21,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
+use crate::quota::Quota;
 use crate::serve::Resolver;
 
 /// Connections of one listening socket; more wait in the kernel's backlog.
@@ -34,13 +34,10 @@ const IDLE: Duration = Duration::from_secs(10);
 /// Pause after a failed accept: descriptors or memory ran out, or the client is gone already.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// Open connections by client.
-type Clients = Arc<Mutex<HashMap<IpAddr, usize>>>;
-
 /// Serves connections until it is dropped.
 pub(super) async fn serve(listener: TcpListener, resolver: Arc<Resolver>) {
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    let clients = Clients::default();
+    let quota = Quota::new(MAX_CONNECTIONS_PER_CLIENT);
     let mut connections = JoinSet::new();
     loop {
         while connections.try_join_next().is_some() {}
@@ -54,44 +51,14 @@ pub(super) async fn serve(listener: TcpListener, resolver: Arc<Resolver>) {
                 continue;
             }
         };
-        let Some(place) = Place::take(&clients, client.ip()) else { continue };
+        let Some(share) = quota.take(client.ip()) else { continue };
         let resolver = resolver.clone();
         connections.spawn(async move {
-            let _held = (permit, place);
+            let _held = (permit, share);
             if let Err(error) = converse(stream, client, &resolver).await {
                 tracing::debug!(%client, %error, "DNS connection ended");
             }
         });
-    }
-}
-
-/// One of a client's connections, given back on drop.
-struct Place {
-    clients: Clients,
-    client: IpAddr,
-}
-
-impl Place {
-    fn take(clients: &Clients, client: IpAddr) -> Option<Self> {
-        let mut open = clients.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = open.entry(client).or_default();
-        if *count >= MAX_CONNECTIONS_PER_CLIENT {
-            return None;
-        }
-        *count += 1;
-        Some(Self { clients: clients.clone(), client })
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut open = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = open.get_mut(&self.client) {
-            *count -= 1;
-            if *count == 0 {
-                open.remove(&self.client);
-            }
-        }
     }
 }
 
