@@ -6,10 +6,10 @@ use std::net::IpAddr;
 use weft_model::PodKey;
 use weft_model::constants::POD_GATEWAY_MAC;
 
-use super::attachment::{Attachment, KernelError, gateway, make_pod_side, pod_mac};
+use super::attachment::{AttachError, Attachment, gateway, make_pod_side, pod_mac};
 use super::node::NodeView;
 use super::wire::{AddResult, CniError, CniRequest, Code};
-use super::{Cni, ipam, locked};
+use super::{Cni, ipam, locked, spoof};
 use crate::kernel::link::Links;
 use crate::kernel::netns::{Netns, Rtnetlink};
 use crate::reconcile::chain;
@@ -27,8 +27,8 @@ impl Cni {
         }
         let _held = self.locks.one(&attachment.link).await;
         let node = self.node_for_add()?;
-        let netns = Netns::open(&request.netns).map_err(KernelError::from)?;
-        let pod = netns.connect().map_err(KernelError::from)?;
+        let netns = Netns::open(&request.netns).map_err(AttachError::from)?;
+        let pod = netns.connect().map_err(AttachError::from)?;
         refuse_taken_name(&pod, &attachment, &request.netns).await?;
         let addresses = self.reserve(&attachment, request, &node)?;
         match self.attach(&attachment, &netns, &pod, &addresses, &node).await {
@@ -77,11 +77,20 @@ impl Cni {
         pod: &Rtnetlink,
         addresses: &[IpAddr],
         node: &NodeView,
-    ) -> Result<(), KernelError> {
+    ) -> Result<(), AttachError> {
         self.make_pair(attachment, netns, node.mtu_bytes).await?;
         self.ensure_host_side(&attachment.link, addresses, node).await?;
         make_pod_side(netns, &pod.handle, &attachment.ifname, addresses).await?;
-        locked(&self.source_guard).allow(&attachment.link, addresses)?;
+        self.guard_source(&attachment.link, addresses)
+    }
+
+    /// A set that is gone (somebody flushed the rule set) is made anew from the leases, this one among them.
+    fn guard_source(&self, link: &str, addresses: &[IpAddr]) -> Result<(), AttachError> {
+        let mut guard = locked(&self.source_guard);
+        let Err(refused) = guard.allow(link, addresses) else { return Ok(()) };
+        tracing::warn!(link, error = %chain(&refused), "make table weft-cni anew");
+        let leases = self.store.leases()?;
+        guard.ensure(&spoof::plan(&leases))?;
         Ok(())
     }
 
@@ -100,7 +109,7 @@ impl Cni {
 
 /// The specification: ADD must fail when the interface exists already.
 async fn refuse_taken_name(pod: &Rtnetlink, attachment: &Attachment, netns: &str) -> Result<(), CniError> {
-    let found = Links::new(pod.handle.clone()).find(&attachment.ifname).await.map_err(KernelError::from)?;
+    let found = Links::new(pod.handle.clone()).find(&attachment.ifname).await.map_err(AttachError::from)?;
     match found {
         None => Ok(()),
         Some(_) => Err(CniError::new(

@@ -16,6 +16,7 @@ use crate::kernel::netns::{Netns, NetnsError};
 use crate::kernel::route::{LinkRoute, RouteError, ensure_link_route};
 use crate::kernel::sysctl;
 use crate::reconcile::chain;
+use crate::store::StoreError;
 
 /// Digits of the hash in the name of a link: IFNAMSIZ is 16 with the final NUL, [`POD_LINK_PREFIX`] takes 5.
 const LINK_HASH_DIGITS: usize = 10;
@@ -73,7 +74,7 @@ pub(super) fn gateway(address: IpAddr) -> IpAddr {
 }
 
 #[derive(Debug, thiserror::Error)]
-pub(super) enum KernelError {
+pub(super) enum AttachError {
     #[error(transparent)]
     Link(#[from] LinkError),
     #[error(transparent)]
@@ -82,14 +83,17 @@ pub(super) enum KernelError {
     Route(#[from] RouteError),
     #[error(transparent)]
     Spoof(#[from] SpoofError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
     #[error("set {name} to {value}")]
     Sysctl { name: String, value: &'static str, source: io::Error },
 }
 
-impl From<KernelError> for CniError {
-    fn from(error: KernelError) -> Self {
+impl From<AttachError> for CniError {
+    fn from(error: AttachError) -> Self {
         let code = match error {
-            KernelError::Netns(NetnsError::Gone { .. }) => Code::UnknownContainer,
+            AttachError::Netns(NetnsError::Gone { .. }) => Code::UnknownContainer,
+            AttachError::Store(_) => Code::Store,
             _ => Code::Kernel,
         };
         CniError::new(code, chain(&error))
@@ -118,11 +122,11 @@ const HOST_IPV6: [(&str, &str); 7] = [
 const POD_IPV6: [(&str, &str); 3] = [("disable_ipv6", "0"), ("accept_ra", "0"), ("accept_dad", "0")];
 
 /// Writes per-link sysctls of the calling thread's namespace.
-fn set_sysctls(family: &str, link: &str, settings: &[(&str, &'static str)]) -> Result<(), KernelError> {
+fn set_sysctls(family: &str, link: &str, settings: &[(&str, &'static str)]) -> Result<(), AttachError> {
     for (setting, value) in settings {
         let name = format!("net/{family}/conf/{link}/{setting}");
         if let Err(source) = sysctl::ensure(&name, value) {
-            return Err(KernelError::Sysctl { name, value, source });
+            return Err(AttachError::Sysctl { name, value, source });
         }
     }
     Ok(())
@@ -139,7 +143,7 @@ impl Cni {
         attachment: &Attachment,
         netns: &Netns,
         mtu_bytes: u32,
-    ) -> Result<(), KernelError> {
+    ) -> Result<(), AttachError> {
         let pair = VethPair {
             name: &attachment.link,
             mac: POD_GATEWAY_MAC,
@@ -157,7 +161,7 @@ impl Cni {
         link: &str,
         addresses: &[IpAddr],
         node: &NodeView,
-    ) -> Result<(), KernelError> {
+    ) -> Result<(), AttachError> {
         let links = self.links();
         let index = links.index(link).await?;
         set_sysctls("ipv4", link, &HOST_IPV4)?;
@@ -169,15 +173,19 @@ impl Cni {
         links.set_up(link, index).await?;
         for address in addresses {
             links.ensure_neighbour(link, index, *address, pod_mac(link)).await?;
-            let route = LinkRoute {
-                destination: IpNet::from(*address),
-                link_index: index,
-                gateway: None,
-                source: node.source_for(*address),
-            };
-            ensure_link_route(&self.netlink.handle, &route).await?;
+            ensure_link_route(&self.netlink.handle, &host_route(index, *address, node)).await?;
         }
         Ok(())
+    }
+}
+
+/// Decision 11: what the node itself sends to its pod comes from the Node's address.
+pub(super) fn host_route(link_index: u32, address: IpAddr, node: &NodeView) -> LinkRoute {
+    LinkRoute {
+        destination: IpNet::from(address),
+        link_index,
+        gateway: None,
+        source: node.source_for(address),
     }
 }
 
@@ -187,7 +195,7 @@ pub(super) async fn make_pod_side(
     handle: &rtnetlink::Handle,
     ifname: &str,
     addresses: &[IpAddr],
-) -> Result<(), KernelError> {
+) -> Result<(), AttachError> {
     let links = Links::new(handle.clone());
     let index = links.index(ifname).await?;
     if addresses.iter().any(IpAddr::is_ipv6) {

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use serde_json::Value;
 
 use super::Cni;
-use super::attachment::{Attachment, KernelError};
+use super::attachment::{AttachError, Attachment};
 use super::wire::{CniError, CniRequest, Code};
 use crate::kernel::link::{Link, Links};
 use crate::kernel::netns::Netns;
@@ -37,29 +37,31 @@ impl Cni {
         attachment: &Attachment,
         addresses: &BTreeSet<IpAddr>,
     ) -> Result<(), CniError> {
-        let found = self.links().find(&attachment.link).await.map_err(KernelError::from)?;
+        let found = self.links().find(&attachment.link).await.map_err(AttachError::from)?;
         let link = must_be_up(found, &attachment.link)?;
-        let routes = link_routes(&self.netlink.handle).await.map_err(KernelError::from)?;
-        let missing =
-            addresses.iter().find(|address| !routes.contains(&(link.index, IpNet::from(**address))));
+        let routes = link_routes(&self.netlink.handle).await.map_err(AttachError::from)?;
+        let has_route = |address: IpAddr| {
+            routes.iter().any(|r| r.link_index == link.index && r.destination == IpNet::from(address))
+        };
+        let missing = addresses.iter().find(|address| !has_route(**address));
         missing.map_or(Ok(()), |address| mismatch(format!("the route to {address} by {} is gone", link.name)))
     }
 }
 
 async fn check_pod_side(request: &CniRequest, addresses: &BTreeSet<IpAddr>) -> Result<(), CniError> {
-    let netns = Netns::open(&request.netns).map_err(KernelError::from)?;
-    let pod = netns.connect().map_err(KernelError::from)?;
+    let netns = Netns::open(&request.netns).map_err(AttachError::from)?;
+    let pod = netns.connect().map_err(AttachError::from)?;
     let links = Links::new(pod.handle.clone());
-    let link = must_be_up(links.find(&request.ifname).await.map_err(KernelError::from)?, &request.ifname)?;
-    let present = links.addresses(Some(link.index)).await.map_err(KernelError::from)?;
-    let routes = link_routes(&pod.handle).await.map_err(KernelError::from)?;
+    let link = must_be_up(links.find(&request.ifname).await.map_err(AttachError::from)?, &request.ifname)?;
+    let present = links.addresses(Some(link.index)).await.map_err(AttachError::from)?;
+    let routes = link_routes(&pod.handle).await.map_err(AttachError::from)?;
     for address in addresses {
         if !present.iter().any(|have| have.address.addr() == *address) {
             return mismatch(format!("{address} is not on {} in {}", link.name, request.netns));
         }
         let ipv6 = address.is_ipv6();
         let is_default = |net: &IpNet| net.prefix_len() == 0 && net.addr().is_ipv6() == ipv6;
-        if !routes.iter().any(|(index, net)| *index == link.index && is_default(net)) {
+        if !routes.iter().any(|route| route.link_index == link.index && is_default(&route.destination)) {
             return mismatch(format!("the default route for {address} is gone in {}", request.netns));
         }
     }

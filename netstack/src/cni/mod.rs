@@ -4,13 +4,15 @@
 //!  container runtime --exec--> `weft cni` --HTTP over /run/weft/agent.sock--> server --> Cni
 //!  Cni::add    lease in the Store (flushed) -> veth, addresses, routes -> nft element -> answer
 //!  Cni::del    link -> nft element -> lease released (quarantine)
-//!  Cni::reconcile  leases <-> links of the kernel, at start and whenever the caller likes
+//!  Cni::reconcile  leases <-> links of the kernel, before the first request
+//!  Loop(plan, apply)  the same whenever this Node changes and at every drift check
 //! ```
 //!
-//! Imperative on purpose (request and response), the one exception from plan and apply. What is decided without IO
-//! stands in [`ipam`], [`spoof`], [`wire`] and [`conflist`].
+//! Requests are imperative on purpose (request and response), the one exception from plan and apply. What is decided
+//! without IO stands in [`plan`], [`ipam`], [`spoof`], [`wire`] and [`conflist`].
 
 mod add;
+pub mod apply;
 mod attachment;
 mod check;
 pub mod conflist;
@@ -18,6 +20,7 @@ mod del;
 pub mod ipam;
 mod lock;
 mod node;
+pub mod plan;
 pub mod plugin;
 mod reconcile;
 pub mod server;

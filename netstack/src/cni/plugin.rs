@@ -100,7 +100,7 @@ fn ask_agent(socket: &Path, path: &str, request: &CniRequest) -> Result<String, 
         exchange(socket, path, &body).map_err(|error| unreachable_agent(socket, &error))?;
     match status {
         200 => Ok(answer),
-        422 => Err(Failure::Agents(answer)),
+        409 => Err(Failure::Agents(answer)),
         other => Err(CniError::new(Code::TryAgainLater, format!("the agent answered HTTP {other}"))
             .details(answer)
             .into()),
@@ -201,6 +201,6 @@ mod tests {
         assert_eq!(parse_answer(answer), Some((200, "{}".to_owned())));
         assert_eq!(parse_answer(&answer[..answer.len() - 1]), None);
         assert_eq!(parse_answer(b"HTTP/1.1 200 OK\r\n"), None);
-        assert_eq!(parse_answer(b"HTTP/1.1 422 X\r\n\r\n"), Some((422, String::new())));
+        assert_eq!(parse_answer(b"HTTP/1.1 409 X\r\n\r\n"), Some((409, String::new())));
     }
 }

@@ -15,9 +15,11 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use weft_model::constants::POD_LINK_PREFIX;
 
+use super::attachment::host_route;
+use super::node::NodeView;
 use super::{Cni, locked, spoof};
 use crate::kernel::link::Link;
-use crate::kernel::route::link_routes;
+use crate::kernel::route::{LinkRoute, link_routes};
 use crate::reconcile::chain;
 use crate::store::{Boottime, Lease, LeaseRecords};
 
@@ -28,6 +30,8 @@ pub struct Reconciled {
     pub released: Vec<IpAddr>,
     /// Addresses found on links that had no lease.
     pub rebuilt: Vec<IpAddr>,
+    /// Links whose host side was not what it should be.
+    pub completed: Vec<String>,
     /// Links that belonged to nothing.
     pub removed_links: Vec<String>,
     /// Changes to table `weft-cni`.
@@ -43,9 +47,10 @@ impl Cni {
         let mut done = Reconciled::default();
         match self.observe().await {
             Err(error) => done.failed.push(error),
-            Ok((mut leases, links)) => {
-                self.reconcile_leases(&mut leases, &links, &mut done).await;
-                self.complete_host_sides(&leases, &mut done).await;
+            Ok((mut leases, links, routes)) => {
+                let routed = links.iter().map(|link| (link.name.clone(), routed_to(link, &routes))).collect();
+                self.reconcile_leases(&mut leases, &routed, &mut done).await;
+                self.complete_host_sides(&leases, &links, &routes, &mut done).await;
                 match locked(&self.source_guard).ensure(&spoof::plan(&leases)) {
                     Ok(changes) => done.rules = changes,
                     Err(error) => done.failed.push(chain(&error)),
@@ -55,13 +60,12 @@ impl Cni {
         done
     }
 
-    /// All leases, and every pod link with the addresses routed to it.
-    async fn observe(&self) -> Result<(LeaseRecords, BTreeMap<String, Vec<IpAddr>>), String> {
+    /// All leases, every pod link, every route of ours.
+    async fn observe(&self) -> Result<(LeaseRecords, Vec<Link>, Vec<LinkRoute>), String> {
         let leases = self.store.leases().map_err(|error| chain(&error))?;
         let links = self.links().list_by_prefix(POD_LINK_PREFIX).await.map_err(|error| chain(&error))?;
         let routes = link_routes(&self.netlink.handle).await.map_err(|error| chain(&error))?;
-        let links = links.into_iter().map(|link| (link.name.clone(), routed_to(&link, &routes))).collect();
-        Ok((leases, links))
+        Ok((leases, links, routes))
     }
 
     async fn reconcile_leases(
@@ -108,14 +112,31 @@ impl Cni {
     }
 
     /// Without the Node's own addresses the routes' sources are unknown, and what stands is better than a guess.
-    async fn complete_host_sides(&self, leases: &LeaseRecords, done: &mut Reconciled) {
+    async fn complete_host_sides(
+        &self,
+        leases: &LeaseRecords,
+        links: &[Link],
+        routes: &[LinkRoute],
+        done: &mut Reconciled,
+    ) {
         let Some(node) = self.snapshot().and_then(|snapshot| self.node_view(&snapshot).ok()) else { return };
-        for (link, addresses) in live_links(leases) {
-            if let Err(error) = self.ensure_host_side(&link, &addresses, &node).await {
-                done.failed.push(chain(&error));
+        for (name, addresses) in live_links(leases) {
+            let link = links.iter().find(|link| link.name == name);
+            if link.is_some_and(|link| is_complete(link, &addresses, routes, &node)) {
+                continue;
+            }
+            match self.ensure_host_side(&name, &addresses, &node).await {
+                Ok(()) => done.completed.push(name),
+                Err(error) => done.failed.push(chain(&error)),
             }
         }
     }
+}
+
+/// The routes are made last, so a link that has them all is whole.
+fn is_complete(link: &Link, addresses: &[IpAddr], routes: &[LinkRoute], node: &NodeView) -> bool {
+    let wanted = |address: &IpAddr| host_route(link.index, *address, node);
+    link.up && addresses.iter().all(|address| routes.contains(&wanted(address)))
 }
 
 fn live_links(leases: &LeaseRecords) -> BTreeMap<String, Vec<IpAddr>> {
@@ -127,10 +148,10 @@ fn live_links(leases: &LeaseRecords) -> BTreeMap<String, Vec<IpAddr>> {
 }
 
 /// Addresses that the host routes to this link: whole addresses only.
-fn routed_to(link: &Link, routes: &[(u32, IpNet)]) -> Vec<IpAddr> {
-    let here =
-        routes.iter().filter(|(index, net)| *index == link.index && net.prefix_len() == net.max_prefix_len());
-    here.map(|(_, net)| net.addr()).collect()
+fn routed_to(link: &Link, routes: &[LinkRoute]) -> Vec<IpAddr> {
+    let whole = |net: &IpNet| net.prefix_len() == net.max_prefix_len();
+    let here = routes.iter().filter(|route| route.link_index == link.index && whole(&route.destination));
+    here.map(|route| route.destination.addr()).collect()
 }
 
 /// The runtime's names are lost; the link's name, which is made of them, is enough for DEL and GC.

@@ -1,5 +1,5 @@
 //! `POST /cni/{add,del,check,status,gc}` on the agent's Unix socket. Bodies: [`CniRequest`] in, the very text that the
-//! plugin prints out. Status 200 for success, 422 for a CNI error.
+//! plugin prints out. Status 200 for success, 409 for a CNI error.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -81,7 +81,7 @@ fn answer(version: &str, outcome: Result<Option<Value>, CniError>) -> Response {
     match outcome {
         Ok(Some(result)) => Json(result).into_response(),
         Ok(None) => StatusCode::OK.into_response(),
-        Err(error) => (StatusCode::UNPROCESSABLE_ENTITY, Json(error.render(version))).into_response(),
+        Err(error) => (StatusCode::CONFLICT, Json(error.render(version))).into_response(),
     }
 }
 

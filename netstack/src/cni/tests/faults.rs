@@ -1,7 +1,11 @@
 //! Requests out of order, things that are not there, and a Store that refuses.
 
-use serde_json::{Value, json};
+use std::io::Write as _;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
 use weft_model::Generation;
 
 use super::rig::{Rig, link_of, pod_links, snapshot};
@@ -188,6 +192,60 @@ fn an_exhausted_range_is_named() {
         assert_eq!(error["code"], 102);
         assert!(error["msg"].as_str().unwrap().contains("10.244.1.0/30"), "{error}");
         assert_eq!((agent.live().len(), pod_links(&rig.node)), (2, 1));
+    });
+}
+
+#[test]
+fn an_add_whose_plugin_is_killed_ends_whole() {
+    if !needs_root() {
+        return;
+    }
+    let rig = Rig::new();
+    let pod = NamedNetns::new("pod");
+    rig.node.block_on(async {
+        let agent = rig.start().await;
+        let body = json!({
+            "container_id": "a", "ifname": "eth0", "netns": pod.path(), "config": {"cniVersion": "1.0.0"}
+        })
+        .to_string();
+        let length = body.len();
+        let request = format!(
+            "POST /cni/add HTTP/1.1\r\nHost: weft\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
+        );
+        let mut stream = UnixStream::connect(&agent.socket).unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
+        while agent.live().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        drop(stream);
+        agent.del("b", "").await;
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while agent.call("CHECK", "a", &pod.path(), Value::Null).await.is_err() {
+            assert!(Instant::now() < deadline);
+        }
+        pod.must(&["ping", "-c1", "-W2", "192.0.2.1"]);
+        agent.del("a", &pod.path()).await;
+        assert_eq!((agent.live().len(), pod_links(&rig.node)), (0, 0));
+    });
+}
+
+#[test]
+fn add_makes_a_flushed_rule_set_anew() {
+    if !needs_root() {
+        return;
+    }
+    let rig = Rig::new();
+    let (a, b) = (NamedNetns::new("pod"), NamedNetns::new("pod"));
+    rig.node.block_on(async {
+        let agent = rig.start().await;
+        agent.add("a", &a).await;
+        rig.node.must(&["nft", "flush", "ruleset"]);
+        agent.add("b", &b).await;
+        for pod in [&a, &b] {
+            pod.must(&["ping", "-c1", "-W2", "192.0.2.1"]);
+        }
+        let table = rig.node.must(&["nft", "list", "table", "inet", "weft-cni"]);
+        assert_eq!(table.matches("\" . ").count(), 4, "{table}");
     });
 }
 

@@ -2,9 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::Arc;
 
-use super::rig::{Rig, fill_with_garbage, link_of, pod_links};
+use weft_model::Generation;
+
+use super::rig::{Rig, fill_with_garbage, link_of, pod_links, snapshot};
+use crate::cni::apply::PodLinksApplier;
+use crate::cni::plan::PodLinksPlanner;
 use crate::kernel::testing::{NamedNetns, needs_root};
+use crate::reconcile::{Loop, Pace};
 use crate::store::Lease;
 
 fn lease(id: &str) -> Lease {
@@ -100,5 +106,47 @@ fn an_add_that_died_half_way_is_completed_or_removed() {
         agent.del("a", &pod.path()).await;
         agent.add("a", &pod).await;
         assert_eq!(pod_links(&rig.node), 1);
+    });
+}
+
+#[test]
+fn the_loop_follows_the_nodes_address_and_mends_what_others_break() {
+    if !needs_root() {
+        return;
+    }
+    let rig = Rig::new();
+    let pod = NamedNetns::new("pod");
+    rig.node.must(&["ip", "addr", "add", "192.0.2.77/24", "dev", "up0"]);
+    rig.node.block_on(async {
+        let agent = rig.start().await;
+        agent.add("a", &pod).await;
+        let (run, handle) = Loop::new(
+            "cni",
+            PodLinksPlanner,
+            PodLinksApplier::new(agent.cni.clone()),
+            Pace::default(),
+            agent.snapshots.subscribe(),
+        );
+        let running = tokio::spawn(run.run());
+        let mut moved = snapshot(&["10.244.1.0/24", "fd00:244:1::/64"]);
+        let mut node = (**moved.own_node().unwrap()).clone();
+        node.internal_ips[0] = "192.0.2.77".parse().unwrap();
+        moved.generation = Generation(2);
+        moved.nodes = Arc::new([(node.name.clone(), Arc::new(node))].into());
+        agent.snapshots.send_replace(Some(Arc::new(moved)));
+        let mut reports = handle.reports();
+        reports.wait_for(|report| report.generation == Generation(2)).await.unwrap();
+        let route = rig.node.must(&["ip", "route", "get", "10.244.1.2"]);
+        assert!(route.contains("src 192.0.2.77"), "{route}");
+        rig.node.must(&["ip", "route", "flush", "proto", "87"]);
+        rig.node.must(&["nft", "delete", "table", "inet", "weft-cni"]);
+        let passes = handle.report().passes;
+        handle.nudge();
+        let report = reports.wait_for(|report| report.passes > passes).await.unwrap().clone();
+        assert_eq!(report.failures, Vec::<String>::new());
+        assert_eq!(report.details[0], ("10.244.1.0/24".to_owned(), "1 used, 0 resting".to_owned()));
+        rig.node.must(&["ping", "-c1", "-W2", "10.244.1.2"]);
+        pod.must(&["ping", "-c1", "-W2", "2001:db8::1"]);
+        running.abort();
     });
 }

@@ -28,7 +28,7 @@ pub(super) struct Agent {
     pub(super) store: Arc<Store>,
     pub(super) snapshots: watch::Sender<Option<Arc<Snapshot>>>,
     pub(super) set_aside: Option<PathBuf>,
-    socket: PathBuf,
+    pub(super) socket: PathBuf,
     server: tokio::task::JoinHandle<()>,
 }
 
