@@ -3,6 +3,14 @@
 //! Planners build these; `netstack::kernel::nft` diffs and encodes them; tests print and trace them. All tables are
 //! of family `inet`. Elements are grouped by the object they come from, so that one change costs one group
 //! (decision 16): groups that are the same `Arc` are not looked at.
+//!
+//! ```text
+//!  Table (applied or observed) --+
+//!                                +--diff--> [Op] in the order one transaction carries them out
+//!  Table (desired) --------------+
+//! ```
+//!
+//! `Display` prints nft's own syntax, elements sorted, for golden files and people.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -11,6 +19,15 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use crate::objects::Protocol;
+
+mod diff;
+#[cfg(test)]
+mod fake;
+mod print;
+#[cfg(test)]
+mod tests;
+
+pub use diff::{Element, Op, diff};
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Table {

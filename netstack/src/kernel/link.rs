@@ -1,1 +1,323 @@
-//! To be written.
+//! Links over rtnetlink: veth pairs with the peer born in the pod's namespace, addresses, permanent neighbours.
+//!
+//! Every error names the operation and the link. Routes stand in `route`.
+
+use std::io;
+use std::net::IpAddr;
+
+use futures::TryStreamExt;
+use ipnet::IpNet;
+use netlink_packet_route::address::{
+    AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
+};
+use netlink_packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkFlags, LinkMessage};
+use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth};
+
+use super::netns::Netns;
+
+#[derive(Debug, thiserror::Error)]
+#[error("{operation} {link}")]
+pub struct LinkError {
+    pub operation: &'static str,
+    pub link: String,
+    pub source: io::Error,
+}
+
+impl LinkError {
+    fn new(operation: &'static str, link: &str, error: rtnetlink::Error) -> Self {
+        Self { operation, link: link.to_owned(), source: cause(error) }
+    }
+
+    fn missing(operation: &'static str, link: &str) -> Self {
+        Self { operation, link: link.to_owned(), source: io::Error::from_raw_os_error(libc::ENODEV) }
+    }
+
+    /// The kernel's error number.
+    pub fn errno(&self) -> Option<i32> {
+        self.source.raw_os_error()
+    }
+}
+
+/// The kernel's own error where there is one.
+pub fn cause(error: rtnetlink::Error) -> io::Error {
+    match error {
+        rtnetlink::Error::NetlinkError(message) => message.to_io(),
+        other => io::Error::other(other.to_string()),
+    }
+}
+
+/// A link as the kernel shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    pub index: u32,
+    pub name: String,
+    pub mac: Vec<u8>,
+    pub mtu_bytes: u32,
+    /// Administratively up.
+    pub up: bool,
+    pub loopback: bool,
+}
+
+/// A veth pair to be made: `name` here, `peer_name` in `peer_netns`. Both ends are down.
+#[derive(Debug)]
+pub struct VethPair<'a> {
+    pub name: &'a str,
+    pub mac: [u8; 6],
+    pub peer_name: &'a str,
+    pub peer_mac: [u8; 6],
+    pub peer_netns: &'a Netns,
+    pub mtu_bytes: u32,
+}
+
+/// The links of one namespace.
+#[derive(Clone, Debug)]
+pub struct Links {
+    handle: rtnetlink::Handle,
+}
+
+impl Links {
+    pub fn new(handle: rtnetlink::Handle) -> Self {
+        Self { handle }
+    }
+
+    pub async fn list(&self) -> Result<Vec<Link>, LinkError> {
+        let messages: Vec<LinkMessage> = self
+            .handle
+            .link()
+            .get()
+            .execute()
+            .try_collect()
+            .await
+            .map_err(|error| LinkError::new("list", "links", error))?;
+        Ok(messages.iter().filter_map(lower).collect())
+    }
+
+    /// Links whose name begins with `prefix`, sorted by name.
+    pub async fn list_by_prefix(&self, prefix: &str) -> Result<Vec<Link>, LinkError> {
+        let mut links = self.list().await?;
+        links.retain(|link| link.name.starts_with(prefix));
+        links.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(links)
+    }
+
+    /// `None` when there is no such link.
+    pub async fn find(&self, name: &str) -> Result<Option<Link>, LinkError> {
+        let found = self.handle.link().get().match_name(name).execute().try_next().await;
+        match found {
+            Ok(message) => Ok(message.as_ref().and_then(lower)),
+            Err(error) => match LinkError::new("find link", name, error) {
+                missing if missing.errno() == Some(libc::ENODEV) => Ok(None),
+                other => Err(other),
+            },
+        }
+    }
+
+    /// The index of a link that must be there.
+    pub async fn index(&self, name: &str) -> Result<u32, LinkError> {
+        self.find(name).await?.map(|link| link.index).ok_or_else(|| LinkError::missing("find link", name))
+    }
+
+    /// Makes both ends in one request, so that the peer is never seen in this namespace.
+    pub async fn add_veth(&self, pair: &VethPair<'_>) -> Result<(), LinkError> {
+        let peer = LinkMessageBuilder::<LinkUnspec>::new()
+            .name(pair.peer_name)
+            .mtu(pair.mtu_bytes)
+            .address(pair.peer_mac.to_vec())
+            .setns_by_fd(pair.peer_netns.as_raw_fd())
+            .build();
+        let message = LinkVeth::new(pair.name, pair.peer_name)
+            .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
+            .mtu(pair.mtu_bytes)
+            .address(pair.mac.to_vec())
+            .build();
+        let made = self.handle.link().add(message).execute().await;
+        made.map_err(|error| LinkError::new("create veth", pair.name, error))
+    }
+
+    pub async fn set_up(&self, name: &str, index: u32) -> Result<(), LinkError> {
+        let message = LinkUnspec::new_with_index(index).up().build();
+        let set = self.handle.link().set(message).execute().await;
+        set.map_err(|error| LinkError::new("set up", name, error))
+    }
+
+    pub async fn set_mtu(&self, name: &str, index: u32, mtu_bytes: u32) -> Result<(), LinkError> {
+        let message = LinkUnspec::new_with_index(index).mtu(mtu_bytes).build();
+        let set = self.handle.link().set(message).execute().await;
+        set.map_err(|error| LinkError::new("set the MTU of", name, error))
+    }
+
+    /// True when it was there.
+    pub async fn delete(&self, name: &str) -> Result<bool, LinkError> {
+        let Some(link) = self.find(name).await? else { return Ok(false) };
+        match self.handle.link().del(link.index).execute().await {
+            Ok(()) => Ok(true),
+            Err(error) => match LinkError::new("delete link", name, error) {
+                missing if missing.errno() == Some(libc::ENODEV) => Ok(false),
+                other => Err(other),
+            },
+        }
+    }
+
+    /// Adds or keeps an address. IPv6 without duplicate-address detection, so that it is usable at once.
+    pub async fn ensure_address(&self, name: &str, index: u32, address: IpNet) -> Result<(), LinkError> {
+        let mut request = self.handle.address().add(index, address.addr(), address.prefix_len()).replace();
+        if address.addr().is_ipv6() {
+            let message = request.message_mut();
+            message.header.flags |= AddressHeaderFlags::Nodad;
+            message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+        }
+        let added = request.execute().await;
+        added.map_err(|error| LinkError::new("add an address to", name, error))
+    }
+
+    /// Addresses of the link `index` (of every link when `None`), with their link index and whether their scope is global.
+    pub async fn addresses(&self, index: Option<u32>) -> Result<Vec<LinkAddress>, LinkError> {
+        let request = self.handle.address().get();
+        let request = match index {
+            Some(index) => request.set_link_index_filter(index),
+            None => request,
+        };
+        let messages: Vec<AddressMessage> = request
+            .execute()
+            .try_collect()
+            .await
+            .map_err(|error| LinkError::new("list addresses of", "links", error))?;
+        Ok(messages.iter().filter_map(lower_address).collect())
+    }
+
+    /// A permanent neighbour: `address` is always at `mac`, never asked for.
+    pub async fn ensure_neighbour(
+        &self,
+        name: &str,
+        index: u32,
+        address: IpAddr,
+        mac: [u8; 6],
+    ) -> Result<(), LinkError> {
+        let added =
+            self.handle.neighbours().add(index, address).link_layer_address(&mac).replace().execute().await;
+        added.map_err(|error| LinkError::new("add a neighbour to", name, error))
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinkAddress {
+    pub index: u32,
+    pub address: IpNet,
+    pub global: bool,
+    /// Usable: not tentative, not failed.
+    pub usable: bool,
+}
+
+fn lower(message: &LinkMessage) -> Option<Link> {
+    let mut link = Link {
+        index: message.header.index,
+        name: String::new(),
+        mac: Vec::new(),
+        mtu_bytes: 0,
+        up: message.header.flags.contains(LinkFlags::Up),
+        loopback: message.header.flags.contains(LinkFlags::Loopback),
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => link.name.clone_from(name),
+            LinkAttribute::Address(mac) => link.mac.clone_from(mac),
+            LinkAttribute::Mtu(mtu) => link.mtu_bytes = *mtu,
+            _ => {}
+        }
+    }
+    (!link.name.is_empty()).then_some(link)
+}
+
+/// `IFA_LOCAL` is the address itself where both are given (point-to-point IPv4); IPv6 gives `IFA_ADDRESS` only.
+fn lower_address(message: &AddressMessage) -> Option<LinkAddress> {
+    let mut address = None;
+    let mut flags = AddressFlags::empty();
+    for attribute in &message.attributes {
+        match attribute {
+            AddressAttribute::Local(local) => address = Some(*local),
+            AddressAttribute::Address(other) => address = address.or(Some(*other)),
+            AddressAttribute::Flags(all) => flags = *all,
+            _ => {}
+        }
+    }
+    Some(LinkAddress {
+        index: message.header.index,
+        address: IpNet::new(address?, message.header.prefix_len).ok()?,
+        global: message.header.scope == AddressScope::Universe,
+        usable: !flags.intersects(AddressFlags::Tentative | AddressFlags::Dadfailed),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::netns::Rtnetlink;
+    use crate::kernel::testing::{NamedNetns, needs_root};
+
+    const MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 1];
+
+    fn pair<'a>(netns: &'a Netns, name: &'a str) -> VethPair<'a> {
+        VethPair { name, mac: MAC, peer_name: "eth0", peer_mac: MAC, peer_netns: netns, mtu_bytes: 1380 }
+    }
+
+    #[test]
+    fn a_veth_peer_is_born_in_the_other_namespace_and_dies_with_its_host_end() {
+        if !needs_root() {
+            return;
+        }
+        let (node, pod) = (NamedNetns::new("node"), NamedNetns::new("pod"));
+        node.block_on(async {
+            let host = Rtnetlink::connect().unwrap();
+            let links = Links::new(host.handle.clone());
+            let netns = Netns::open(pod.path()).unwrap();
+            links.add_veth(&pair(&netns, "weftp1")).await.unwrap();
+            let inside = netns.connect().unwrap();
+            let peer = Links::new(inside.handle.clone()).find("eth0").await.unwrap().unwrap();
+            assert_eq!((peer.mac.as_slice(), peer.mtu_bytes, peer.up), (MAC.as_slice(), 1380, false));
+            assert_eq!(links.list_by_prefix("weftp").await.unwrap().len(), 1);
+            assert!(links.delete("weftp1").await.unwrap());
+            assert!(!links.delete("weftp1").await.unwrap());
+            assert_eq!(Links::new(inside.handle.clone()).find("eth0").await.unwrap(), None);
+        });
+    }
+
+    #[test]
+    fn an_error_names_the_operation_and_the_link() {
+        if !needs_root() {
+            return;
+        }
+        let (node, pod) = (NamedNetns::new("node"), NamedNetns::new("pod"));
+        let error = node.block_on(async {
+            let host = Rtnetlink::connect().unwrap();
+            let links = Links::new(host.handle.clone());
+            let netns = Netns::open(pod.path()).unwrap();
+            links.add_veth(&pair(&netns, "weftp1")).await.unwrap();
+            links.add_veth(&pair(&netns, "weftp1")).await.unwrap_err()
+        });
+        assert_eq!(crate::reconcile::chain(&error), "create veth weftp1: File exists (os error 17)");
+    }
+
+    #[test]
+    fn an_ipv6_address_is_usable_at_once() {
+        if !needs_root() {
+            return;
+        }
+        let (node, pod) = (NamedNetns::new("node"), NamedNetns::new("pod"));
+        node.block_on(async {
+            let host = Rtnetlink::connect().unwrap();
+            let links = Links::new(host.handle.clone());
+            links.add_veth(&pair(&Netns::open(pod.path()).unwrap(), "weftp1")).await.unwrap();
+            let index = links.index("weftp1").await.unwrap();
+            for text in ["fd00::1/128", "10.0.0.1/32"] {
+                let address: IpNet = text.parse().unwrap();
+                links.ensure_address("weftp1", index, address).await.unwrap();
+                links.ensure_address("weftp1", index, address).await.unwrap();
+            }
+            links.set_up("weftp1", index).await.unwrap();
+            let global: Vec<_> =
+                links.addresses(Some(index)).await.unwrap().into_iter().filter(|a| a.global).collect();
+            assert_eq!(global.len(), 2, "{global:?}");
+            assert!(global.iter().all(|a| a.usable));
+        });
+    }
+}

@@ -8,6 +8,8 @@ pub mod netns;
 pub mod nft;
 pub mod route;
 pub mod sysctl;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod tun;
 pub mod udp;
 pub mod wireguard;

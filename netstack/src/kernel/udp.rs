@@ -1,1 +1,358 @@
-//! To be written.
+//! UDP sockets with segmentation offload: one send for a train of equal datagrams, one receive for many.
+//!
+//! Source: udp(7), UDP_SEGMENT and UDP_GRO. A kernel or device that refuses a train (EIO, EINVAL) gets single datagrams
+//! from then on.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// Most segments in one train (UDP_MAX_SEGMENTS of Linux before 6.9).
+pub const MAX_SEGMENTS: usize = 64;
+/// Most bytes in one train: what fits an IPv6 datagram, with room to spare for extension headers.
+pub const MAX_TRAIN_BYTES: usize = 65_000;
+/// Datagrams, or trains of them, that one receive takes.
+const RECEIVE_BATCH: usize = 8;
+const RECEIVE_BUFFER_LEN: usize = 65_536;
+/// Asked for with the FORCE option: a burst of trains must fit while the receiver is away from the CPU.
+const SOCKET_BUFFER_BYTES: libc::c_int = 4 << 20;
+
+/// A socket of one family on all addresses of the host.
+pub struct UdpSocket {
+    fd: OwnedFd,
+    segmentation: AtomicBool,
+}
+
+impl UdpSocket {
+    /// Binds `port` for one family; IPv6 sockets take IPv6 only. Receives end after `timeout` with no datagram.
+    ///
+    /// Errors: `EADDRINUSE` when the port is taken, `EAFNOSUPPORT` when the host has no such family.
+    pub fn bind(ipv6: bool, port: u16, timeout: Duration) -> io::Result<Self> {
+        let family = if ipv6 { libc::AF_INET6 } else { libc::AF_INET };
+        // SAFETY: no pointers are passed.
+        let raw = unsafe { libc::socket(family, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
+        if raw < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: `raw` was just opened and has no other owner.
+        let fd = unsafe { OwnedFd::from_raw_fd(raw) };
+        if ipv6 {
+            set_option(&fd, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, &1)?;
+        }
+        // Fragments rather than a black hole when the path is narrower than the tunnel believes.
+        let (level, option) = if ipv6 {
+            (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER)
+        } else {
+            (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER)
+        };
+        set_option(&fd, level, option, &libc::IP_PMTUDISC_DONT)?;
+        for option in [libc::SO_RCVBUFFORCE, libc::SO_SNDBUFFORCE] {
+            // Only a help: without the privilege the host's limit stays.
+            let _ = set_option(&fd, libc::SOL_SOCKET, option, &SOCKET_BUFFER_BYTES);
+        }
+        // Without it (Linux before 5.0) datagrams come one by one.
+        let _ = set_option(&fd, libc::SOL_UDP, libc::UDP_GRO, &1);
+        let timeout = libc::timeval {
+            tv_sec: timeout.as_secs().try_into().map_err(io::Error::other)?,
+            tv_usec: timeout.subsec_micros().into(),
+        };
+        set_option(&fd, libc::SOL_SOCKET, libc::SO_RCVTIMEO, &timeout)?;
+        let any = if ipv6 { IpAddr::V6(Ipv6Addr::UNSPECIFIED) } else { IpAddr::V4(Ipv4Addr::UNSPECIFIED) };
+        let (storage, len) = to_storage(SocketAddr::new(any, port));
+        // SAFETY: `storage` holds an address of `len` valid bytes.
+        if unsafe { libc::bind(fd.as_raw_fd(), std::ptr::from_ref(&storage).cast(), len) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self { fd, segmentation: AtomicBool::new(true) })
+    }
+
+    /// Sends `bytes` as datagrams of `segment` bytes, the last may be shorter; at most [`MAX_SEGMENTS`] and
+    /// [`MAX_TRAIN_BYTES`].
+    pub fn send_train(&self, to: SocketAddr, bytes: &[u8], segment: usize) -> io::Result<()> {
+        if bytes.len() > segment && self.segmentation.load(Ordering::Relaxed) {
+            match self.send(to, bytes, u16::try_from(segment).ok()) {
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL)) => {
+                    self.segmentation.store(false, Ordering::Relaxed);
+                }
+                Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {}
+                outcome => return outcome,
+            }
+        }
+        bytes.chunks(segment).try_for_each(|datagram| self.send(to, datagram, None))
+    }
+
+    /// False after the kernel refused a train.
+    pub fn segmentation(&self) -> bool {
+        self.segmentation.load(Ordering::Relaxed)
+    }
+
+    fn send(&self, to: SocketAddr, bytes: &[u8], segment: Option<u16>) -> io::Result<()> {
+        let (mut storage, len) = to_storage(to);
+        let mut piece = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+        let mut control = Control([0; CONTROL_LEN]);
+        // SAFETY: `msghdr` is plain data for which zeroes are a valid value.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        message.msg_name = std::ptr::from_mut(&mut storage).cast();
+        message.msg_namelen = len;
+        message.msg_iov = &raw mut piece;
+        message.msg_iovlen = 1;
+        if let Some(segment) = segment {
+            message.msg_control = control.0.as_mut_ptr().cast();
+            // SAFETY: CMSG_SPACE only computes.
+            message.msg_controllen = unsafe { libc::CMSG_SPACE(2) } as usize;
+            // SAFETY: the control buffer is aligned and long enough for one header and a u16.
+            unsafe {
+                let header = libc::CMSG_FIRSTHDR(&raw const message);
+                (*header).cmsg_level = libc::SOL_UDP;
+                (*header).cmsg_type = libc::UDP_SEGMENT;
+                (*header).cmsg_len = libc::CMSG_LEN(2) as usize;
+                libc::CMSG_DATA(header).cast::<u16>().write_unaligned(segment);
+            }
+        }
+        loop {
+            // SAFETY: name, piece and control of `message` point to locals that outlive the call; the kernel only
+            // reads what `iov_base` points to.
+            if unsafe { libc::sendmsg(self.fd.as_raw_fd(), &raw const message, 0) } >= 0 {
+                return Ok(());
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
+    }
+
+    /// Waits for datagrams and takes those that are there; fewer than one after the timeout.
+    pub fn receive(&self, batch: &mut ReceiveBatch) -> io::Result<usize> {
+        batch.filled = 0;
+        let mut headers = batch.headers();
+        let flags = libc::MSG_WAITFORONE;
+        // SAFETY: each header points to an address, a piece and a control buffer owned by `batch`, which is borrowed
+        // for the whole call; their lengths are the true ones.
+        let count = unsafe {
+            libc::recvmmsg(
+                self.fd.as_raw_fd(),
+                headers.as_mut_ptr(),
+                libc::c_uint::try_from(headers.len()).unwrap_or(0),
+                flags,
+                std::ptr::null_mut(),
+            )
+        };
+        let Ok(count) = usize::try_from(count) else {
+            let error = io::Error::last_os_error();
+            let quiet = matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted);
+            return if quiet { Ok(0) } else { Err(error) };
+        };
+        for (index, header) in headers.iter().take(count).enumerate() {
+            let len = usize::try_from(header.msg_len).unwrap_or(0).min(RECEIVE_BUFFER_LEN);
+            batch.meta[index] = Received {
+                len,
+                segment: gro_segment(&header.msg_hdr).filter(|segment| *segment > 0).unwrap_or(len),
+                from: from_storage(&batch.addresses[index]),
+            };
+        }
+        batch.filled = count;
+        Ok(count)
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Received {
+    len: usize,
+    segment: usize,
+    from: Option<SocketAddr>,
+}
+
+const CONTROL_LEN: usize = 64;
+
+/// Room for control messages, aligned as `cmsghdr` demands.
+#[repr(C, align(8))]
+#[derive(Clone, Copy)]
+struct Control([u8; CONTROL_LEN]);
+
+/// Buffers of one receiving thread. Pages that no datagram ever reached cost no memory.
+pub struct ReceiveBatch {
+    buffers: Vec<Box<[u8]>>,
+    addresses: Vec<libc::sockaddr_storage>,
+    controls: Vec<Control>,
+    pieces: Vec<libc::iovec>,
+    meta: Vec<Received>,
+    filled: usize,
+}
+
+// SAFETY: `pieces` holds raw pointers only for the duration of a receive; between calls nothing reads them.
+unsafe impl Send for ReceiveBatch {}
+
+/// What one source sent: datagrams of `segment` bytes one after another, the last may be shorter.
+pub struct ReceivedTrain<'a> {
+    /// Position in the batch, for [`ReceiveBatch::bytes`].
+    pub index: usize,
+    pub from: SocketAddr,
+    pub bytes: &'a mut [u8],
+    pub segment: usize,
+}
+
+impl Default for ReceiveBatch {
+    fn default() -> Self {
+        // SAFETY: `sockaddr_storage` is plain data for which zeroes are a valid value.
+        let address: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
+        Self {
+            buffers: (0..RECEIVE_BATCH).map(|_| vec![0; RECEIVE_BUFFER_LEN].into_boxed_slice()).collect(),
+            addresses: vec![address; RECEIVE_BATCH],
+            controls: vec![Control([0; CONTROL_LEN]); RECEIVE_BATCH],
+            pieces: Vec::with_capacity(RECEIVE_BATCH),
+            meta: vec![Received { len: 0, segment: 0, from: None }; RECEIVE_BATCH],
+            filled: 0,
+        }
+    }
+}
+
+impl ReceiveBatch {
+    /// What the last receive brought.
+    pub fn trains(&mut self) -> impl Iterator<Item = ReceivedTrain<'_>> {
+        let filled = self.buffers.iter_mut().zip(&self.meta).take(self.filled).enumerate();
+        filled.filter_map(|(index, (buffer, meta))| {
+            let bytes = buffer.get_mut(..meta.len)?;
+            (meta.len > 0).then_some(ReceivedTrain { index, from: meta.from?, bytes, segment: meta.segment })
+        })
+    }
+
+    /// The bytes of one train of the last receive, by its position.
+    pub fn bytes(&self, train: usize) -> &[u8] {
+        self.buffers.get(train).map_or(&[], |buffer| buffer)
+    }
+
+    fn headers(&mut self) -> Vec<libc::mmsghdr> {
+        self.pieces.clear();
+        for buffer in &mut self.buffers {
+            self.pieces.push(libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() });
+        }
+        let parts = self.pieces.iter_mut().zip(&mut self.addresses).zip(&mut self.controls);
+        parts
+            .map(|((piece, address), control)| {
+                // SAFETY: `mmsghdr` is plain data for which zeroes are a valid value.
+                let mut header: libc::mmsghdr = unsafe { std::mem::zeroed() };
+                header.msg_hdr.msg_name = std::ptr::from_mut(address).cast();
+                header.msg_hdr.msg_namelen = STORAGE_LEN;
+                header.msg_hdr.msg_iov = std::ptr::from_mut(piece);
+                header.msg_hdr.msg_iovlen = 1;
+                header.msg_hdr.msg_control = control.0.as_mut_ptr().cast();
+                header.msg_hdr.msg_controllen = CONTROL_LEN;
+                header
+            })
+            .collect()
+    }
+}
+
+const STORAGE_LEN: libc::socklen_t = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
+
+/// The segment size the kernel reports for a train.
+fn gro_segment(message: &libc::msghdr) -> Option<usize> {
+    // SAFETY: the kernel filled `message`'s control buffer, which lives as long as the batch; the macros walk it within
+    // `msg_controllen`, and UDP_GRO carries an int.
+    unsafe {
+        let mut header = libc::CMSG_FIRSTHDR(message);
+        while !header.is_null() {
+            if (*header).cmsg_level == libc::SOL_UDP && (*header).cmsg_type == libc::UDP_GRO {
+                let value = libc::CMSG_DATA(header).cast::<libc::c_int>().read_unaligned();
+                return usize::try_from(value).ok();
+            }
+            header = libc::CMSG_NXTHDR(message, header);
+        }
+    }
+    None
+}
+
+fn set_option<T>(fd: &OwnedFd, level: libc::c_int, option: libc::c_int, value: &T) -> io::Result<()> {
+    let len = libc::socklen_t::try_from(size_of::<T>()).map_err(io::Error::other)?;
+    // SAFETY: `value` points to `len` readable bytes.
+    let outcome =
+        unsafe { libc::setsockopt(fd.as_raw_fd(), level, option, std::ptr::from_ref(value).cast(), len) };
+    if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn to_storage(address: SocketAddr) -> (libc::sockaddr_storage, libc::socklen_t) {
+    // SAFETY: `sockaddr_storage` is plain data for which zeroes are a valid value.
+    let mut storage: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
+    let len = match address {
+        SocketAddr::V4(address) => {
+            let raw = libc::sockaddr_in {
+                sin_family: libc::AF_INET as libc::sa_family_t,
+                sin_port: address.port().to_be(),
+                sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(address.ip().octets()) },
+                sin_zero: [0; 8],
+            };
+            // SAFETY: `sockaddr_storage` is at least as large as any address and as strictly aligned.
+            unsafe { std::ptr::from_mut(&mut storage).cast::<libc::sockaddr_in>().write(raw) };
+            size_of::<libc::sockaddr_in>()
+        }
+        SocketAddr::V6(address) => {
+            let raw = libc::sockaddr_in6 {
+                sin6_family: libc::AF_INET6 as libc::sa_family_t,
+                sin6_port: address.port().to_be(),
+                sin6_flowinfo: address.flowinfo(),
+                sin6_addr: libc::in6_addr { s6_addr: address.ip().octets() },
+                sin6_scope_id: address.scope_id(),
+            };
+            // SAFETY: as above.
+            unsafe { std::ptr::from_mut(&mut storage).cast::<libc::sockaddr_in6>().write(raw) };
+            size_of::<libc::sockaddr_in6>()
+        }
+    };
+    (storage, libc::socklen_t::try_from(len).unwrap_or(STORAGE_LEN))
+}
+
+fn from_storage(storage: &libc::sockaddr_storage) -> Option<SocketAddr> {
+    match libc::c_int::from(storage.ss_family) {
+        libc::AF_INET => {
+            // SAFETY: the family says which address the kernel wrote.
+            let raw = unsafe { std::ptr::from_ref(storage).cast::<libc::sockaddr_in>().read() };
+            let ip = Ipv4Addr::from(raw.sin_addr.s_addr.to_ne_bytes());
+            Some(SocketAddrV4::new(ip, u16::from_be(raw.sin_port)).into())
+        }
+        libc::AF_INET6 => {
+            // SAFETY: as above.
+            let raw = unsafe { std::ptr::from_ref(storage).cast::<libc::sockaddr_in6>().read() };
+            let (ip, port) = (Ipv6Addr::from(raw.sin6_addr.s6_addr), u16::from_be(raw.sin6_port));
+            Some(SocketAddrV6::new(ip, port, 0, raw.sin6_scope_id).into())
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bound(ipv6: bool) -> (UdpSocket, SocketAddr) {
+        // The kernel picks a free port for 0; ask for it through the standard library's view of the same socket.
+        let socket = UdpSocket::bind(ipv6, 0, Duration::from_secs(2)).unwrap();
+        let std_view = std::net::UdpSocket::from(socket.fd.try_clone().unwrap());
+        let mut address = std_view.local_addr().unwrap();
+        address.set_ip(if ipv6 { Ipv6Addr::LOCALHOST.into() } else { Ipv4Addr::LOCALHOST.into() });
+        (socket, address)
+    }
+
+    #[test]
+    fn a_train_arrives_as_the_datagrams_it_was_made_of() {
+        for ipv6 in [false, true] {
+            let (sender, from) = bound(ipv6);
+            let (receiver, to) = bound(ipv6);
+            let bytes: Vec<u8> = (0..2500u32).map(|i| i.to_le_bytes()[0]).collect();
+            sender.send_train(to, &bytes, 1000).unwrap();
+            let (mut batch, mut got, mut sizes) = (ReceiveBatch::default(), Vec::new(), Vec::new());
+            while got.len() < bytes.len() {
+                assert!(receiver.receive(&mut batch).unwrap() > 0, "datagrams lost on loopback");
+                for train in batch.trains() {
+                    assert_eq!(train.from, from);
+                    sizes.extend(train.bytes.chunks(train.segment).map(<[u8]>::len));
+                    got.extend_from_slice(train.bytes);
+                }
+            }
+            assert_eq!((got, sizes), (bytes, vec![1000, 1000, 500]));
+        }
+    }
+}

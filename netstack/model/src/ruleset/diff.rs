@@ -1,0 +1,334 @@
+//! The difference of two tables as operations in the order in which one transaction carries them out.
+//!
+//! Deletions come before additions, references go before what they refer to, so that no operation meets an object
+//! that is still in use (EBUSY), still there (EEXIST) or not there yet (ENOENT). Element groups that are the same
+//! `Arc` are skipped; elements of sets with a timeout are run-time state and never part of a difference.
+
+use std::cmp::Ordering;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::sync::Arc;
+
+use super::{Base, Datum, ElementData, Elements, Rule, Set, SetData, Statement, Table, print};
+
+/// Key and data of one element.
+pub type Element<'a> = (&'a [Datum], &'a ElementData);
+
+/// One step of a transaction.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Op<'a> {
+    AddTable,
+    /// Deletes every rule of the chain.
+    FlushChain {
+        name: &'a str,
+    },
+    /// Deletes every element of a verdict map that is deleted next: its elements hold chains.
+    FlushSet {
+        name: &'a str,
+    },
+    DeleteElements {
+        name: &'a str,
+        set: &'a Set,
+        elements: Vec<Element<'a>>,
+    },
+    DeleteSet {
+        name: &'a str,
+    },
+    /// The chain has no rules any more and nothing jumps to it.
+    DeleteChain {
+        name: &'a str,
+    },
+    AddChain {
+        name: &'a str,
+        base: Option<Base>,
+    },
+    AddSet {
+        name: &'a str,
+        set: &'a Set,
+    },
+    AddElements {
+        name: &'a str,
+        set: &'a Set,
+        elements: Vec<Element<'a>>,
+    },
+    /// Appends.
+    AddRule {
+        chain: &'a str,
+        rule: &'a Rule,
+    },
+}
+
+static ABSENT: Table = Table { name: String::new(), chains: BTreeMap::new(), sets: BTreeMap::new() };
+
+/// Operations that turn `from` into `to`; `None` is a table that does not exist. Empty when there is nothing to do.
+pub fn diff<'a>(from: Option<&'a Table>, to: &'a Table) -> Vec<Op<'a>> {
+    let mut ops = Vec::new();
+    if from.is_none() {
+        ops.push(Op::AddTable);
+    }
+    let from = from.unwrap_or(&ABSENT);
+    let rebuilt = Rebuilt::of(from, to);
+    let mut added_elements = Vec::new();
+
+    flush_chains(from, to, &rebuilt, &mut ops);
+    for (name, old) in &from.sets {
+        match to.sets.get(name) {
+            Some(new) if !rebuilt.sets.contains(name.as_str()) => {
+                change_elements(name, old, new, &mut ops, &mut added_elements);
+            }
+            _ if old.data == SetData::Verdict => ops.push(Op::FlushSet { name }),
+            _ => {}
+        }
+    }
+    ops.extend(
+        from.sets.keys().filter(|name| rebuilt.drops_set(to, name)).map(|name| Op::DeleteSet { name }),
+    );
+    ops.extend(
+        from.chains.keys().filter(|name| rebuilt.drops_chain(to, name)).map(|name| Op::DeleteChain { name }),
+    );
+    for (name, chain) in &to.chains {
+        if !from.chains.contains_key(name) || rebuilt.chains.contains(name.as_str()) {
+            ops.push(Op::AddChain { name, base: chain.base });
+        }
+    }
+    for (name, set) in &to.sets {
+        if !from.sets.contains_key(name) || rebuilt.sets.contains(name.as_str()) {
+            ops.push(Op::AddSet { name, set });
+            let elements: Vec<_> = set.elements().map(|(key, data)| (key.as_slice(), data)).collect();
+            if set.timeout_millis.is_none() && !elements.is_empty() {
+                added_elements.push(Op::AddElements { name, set, elements });
+            }
+        }
+    }
+    ops.extend(added_elements);
+    for (name, chain) in &to.chains {
+        let kept = from.chains.get(name).is_some_and(|old| !rebuilt.rewrites(name, &old.rules, &chain.rules));
+        if !kept {
+            ops.extend(chain.rules.iter().map(|rule| Op::AddRule { chain: name, rule }));
+        }
+    }
+    ops
+}
+
+/// Objects of both tables that cannot be changed in place: they are deleted and added again, with all that refers to
+/// them.
+struct Rebuilt<'a> {
+    chains: BTreeSet<&'a str>,
+    sets: BTreeSet<&'a str>,
+}
+
+impl<'a> Rebuilt<'a> {
+    fn of(from: &'a Table, to: &'a Table) -> Self {
+        let chains = from
+            .chains
+            .iter()
+            .filter(|(name, old)| to.chains.get(name.as_str()).is_some_and(|new| new.base != old.base));
+        let sets = from
+            .sets
+            .iter()
+            .filter(|(name, old)| to.sets.get(name.as_str()).is_some_and(|new| !old.same_declaration(new)));
+        Self {
+            chains: chains.map(|(name, _)| name.as_str()).collect(),
+            sets: sets.map(|(name, _)| name.as_str()).collect(),
+        }
+    }
+
+    fn drops_set(&self, to: &Table, name: &str) -> bool {
+        !to.sets.contains_key(name) || self.sets.contains(name)
+    }
+
+    fn drops_chain(&self, to: &Table, name: &str) -> bool {
+        !to.chains.contains_key(name) || self.chains.contains(name)
+    }
+
+    /// The rules of this chain, present in both tables, have to be deleted and added again. Nothing can jump to a
+    /// chain with a hook, so that no rule or element that stays refers to a chain that is rebuilt.
+    fn rewrites(&self, name: &str, old: &[Rule], new: &[Rule]) -> bool {
+        let mut statements = old.iter().flat_map(|rule| &rule.statements);
+        self.chains.contains(name)
+            || old != new
+            || (!self.sets.is_empty()
+                && statements
+                    .any(|statement| statement.set_name().is_some_and(|set| self.sets.contains(set))))
+    }
+}
+
+fn flush_chains<'a>(from: &'a Table, to: &Table, rebuilt: &Rebuilt<'_>, ops: &mut Vec<Op<'a>>) {
+    for (name, old) in &from.chains {
+        let rewritten = to.chains.get(name).is_none_or(|new| rebuilt.rewrites(name, &old.rules, &new.rules));
+        if rewritten && !old.rules.is_empty() {
+            ops.push(Op::FlushChain { name });
+        }
+    }
+}
+
+fn change_elements<'a>(
+    name: &'a str,
+    old: &'a Set,
+    new: &'a Set,
+    ops: &mut Vec<Op<'a>>,
+    later: &mut Vec<Op<'a>>,
+) {
+    if new.timeout_millis.is_some() {
+        return;
+    }
+    let (removed, added) = changed_elements(old, new);
+    if !removed.is_empty() {
+        ops.push(Op::DeleteElements { name, set: old, elements: removed.into_iter().collect() });
+    }
+    if !added.is_empty() {
+        later.push(Op::AddElements { name, set: new, elements: added.into_iter().collect() });
+    }
+}
+
+type ElementRefs<'a> = BTreeMap<&'a [Datum], &'a ElementData>;
+
+/// What is only in `old` and what is only in `new`; an element that moved between groups is in neither.
+fn changed_elements<'a>(old: &'a Set, new: &'a Set) -> (ElementRefs<'a>, ElementRefs<'a>) {
+    let (mut removed, mut added) = (ElementRefs::new(), ElementRefs::new());
+    static NONE: Elements = Elements::new();
+    for (_, before, after) in joined_groups(old, new) {
+        if let (Some(before), Some(after)) = (before, after)
+            && Arc::ptr_eq(before, after)
+        {
+            continue;
+        }
+        let before = before.map_or(&NONE, |group| group.as_ref());
+        let after = after.map_or(&NONE, |group| group.as_ref());
+        removed.extend(missing(before, after));
+        added.extend(missing(after, before));
+    }
+    removed.retain(|key, data| {
+        let moved = added.get(key) == Some(data);
+        if moved {
+            added.remove(key);
+        }
+        !moved
+    });
+    (removed, added)
+}
+
+/// Elements of `these` that `those` has not, or has with other data.
+fn missing<'a>(these: &'a Elements, those: &'a Elements) -> impl Iterator<Item = Element<'a>> {
+    these
+        .iter()
+        .filter(|(key, data)| those.get(key.as_slice()) != Some(data))
+        .map(|(key, data)| (key.as_slice(), data))
+}
+
+/// Groups of both sets by name, in order, in one walk. The same `Arc` on both sides is taken for the same group without
+/// a look at the names: nearly all are, at every change.
+fn joined_groups<'a>(
+    old: &'a Set,
+    new: &'a Set,
+) -> impl Iterator<Item = (&'a String, Option<&'a Arc<Elements>>, Option<&'a Arc<Elements>>)> {
+    let mut old = old.groups.iter().peekable();
+    let mut new = new.groups.iter().peekable();
+    std::iter::from_fn(move || {
+        let order = match (old.peek(), new.peek()) {
+            (Some((_, a)), Some((_, b))) if Arc::ptr_eq(a, b) => Ordering::Equal,
+            (Some((a, _)), Some((b, _))) => a.cmp(b),
+            (Some(_), None) => Ordering::Less,
+            (None, Some(_)) => Ordering::Greater,
+            (None, None) => return None,
+        };
+        match order {
+            Ordering::Less => old.next().map(|(name, group)| (name, Some(group), None)),
+            Ordering::Greater => new.next().map(|(name, group)| (name, None, Some(group))),
+            Ordering::Equal => {
+                let before = old.next().map(|(_, group)| group);
+                new.next().map(|(name, group)| (name, before, Some(group)))
+            }
+        }
+    })
+}
+
+impl Table {
+    /// Becomes equal to `other`, copying only what differs: what a shadow of the kernel does after a commit.
+    pub fn catch_up(&mut self, other: &Self) {
+        self.name.clone_from(&other.name);
+        if self.chains != other.chains {
+            self.chains.clone_from(&other.chains);
+        }
+        self.sets.retain(|name, set| other.sets.get(name).is_some_and(|new| set.same_declaration(new)));
+        for (name, new) in &other.sets {
+            match self.sets.get_mut(name) {
+                Some(set) => set.catch_up(new),
+                None => drop(self.sets.insert(name.clone(), new.clone())),
+            }
+        }
+    }
+}
+
+impl Set {
+    /// The set without its elements.
+    #[must_use]
+    pub fn declaration(&self) -> Self {
+        Self { groups: BTreeMap::new(), key: self.key.clone(), ..*self }
+    }
+
+    /// Equal in all but the elements.
+    pub fn same_declaration(&self, other: &Self) -> bool {
+        self.key == other.key
+            && self.data == other.data
+            && self.interval == other.interval
+            && self.timeout_millis == other.timeout_millis
+    }
+
+    fn catch_up(&mut self, other: &Self) {
+        let changed: Vec<_> = joined_groups(self, other)
+            .filter(|(_, before, after)| match (before, after) {
+                (Some(before), Some(after)) => !Arc::ptr_eq(before, after),
+                _ => true,
+            })
+            .map(|(name, _, after)| (name.clone(), after.cloned()))
+            .collect();
+        for (name, group) in changed {
+            match group {
+                Some(group) => drop(self.groups.insert(name, group)),
+                None => drop(self.groups.remove(&name)),
+            }
+        }
+    }
+}
+
+impl Statement {
+    /// Name of the set or map the statement looks something up in.
+    pub fn set_name(&self) -> Option<&str> {
+        match self {
+            Self::Lookup { set, .. } => Some(set),
+            Self::VerdictMap { map, .. } | Self::DnatMap { map, .. } => Some(map),
+            _ => None,
+        }
+    }
+}
+
+/// `add chain lb-5`; elements are named when there is one, else counted.
+impl fmt::Display for Op<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::AddTable => f.write_str("add table"),
+            Self::FlushChain { name } => write!(f, "flush chain {name}"),
+            Self::FlushSet { name } => write!(f, "flush set {name}"),
+            Self::DeleteSet { name } => write!(f, "delete set {name}"),
+            Self::DeleteChain { name } => write!(f, "delete chain {name}"),
+            Self::AddChain { name, .. } => write!(f, "add chain {name}"),
+            Self::AddSet { name, .. } => write!(f, "add set {name}"),
+            Self::AddRule { chain, rule } => write!(f, "add rule {chain} {rule}"),
+            Self::DeleteElements { name, elements, .. } => elements_line(f, "delete", name, elements),
+            Self::AddElements { name, elements, .. } => elements_line(f, "add", name, elements),
+        }
+    }
+}
+
+fn elements_line(
+    f: &mut fmt::Formatter<'_>,
+    verb: &str,
+    name: &str,
+    elements: &[Element<'_>],
+) -> fmt::Result {
+    match elements {
+        [(key, data)] => write!(f, "{verb} element {name} {{ {} }}", print::ElementText(key, data)),
+        many => write!(f, "{verb} {} elements of {name}", many.len()),
+    }
+}

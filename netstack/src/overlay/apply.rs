@@ -1,0 +1,215 @@
+//! Makes the host equal to an [`OverlayPlan`].
+//!
+//! Order: the table first, so that strictness stands before any route; then sysctls, the device, WireGuard, routes. Each
+//! step is tried whatever became of those before it.
+
+use std::io::Write as _;
+use std::path::PathBuf;
+
+use ipnet::IpNet;
+use weft_model::constants::{TABLE_HOST, TUNNEL_LINK};
+use weft_model::node_facts::WireguardBackend;
+use weft_model::wireguard::PeerStatus;
+
+use super::plan::{OverlayPlan, Sysctl};
+use super::tunnel::{KEY_FILE, SOCKET_FILE, STATE_FILE, TunnelState, control, read_key};
+use crate::kernel::link::{LinkError, Links};
+use crate::kernel::nft::NftTable;
+use crate::kernel::route::Routes;
+use crate::kernel::{sysctl, tun, wireguard};
+use crate::reconcile::{Applied, Applier, Trust, chain};
+
+/// Owner of the table `weft-host`, the device `weft0` and the routes of the overlay.
+pub struct OverlayApplier {
+    table: NftTable,
+    links: Links,
+    routes: Routes,
+    run_dir: PathBuf,
+    state_dir: PathBuf,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum OverlayError {
+    #[error("write {path}")]
+    WriteState { path: PathBuf, source: std::io::Error },
+    #[error("encode {STATE_FILE}")]
+    EncodeState(#[from] serde_json::Error),
+    #[error("tell the tunnel on {path}: is `weft tunnel` running? start it (systemctl start weft-tunnel)")]
+    Tunnel { path: PathBuf, source: std::io::Error },
+    #[error("create the TUN device {TUNNEL_LINK}: needs root and /dev/net/tun (modprobe tun)")]
+    Tun(#[source] std::io::Error),
+    #[error("remove {what}")]
+    Remove { what: String, source: std::io::Error },
+}
+
+impl OverlayApplier {
+    /// `handle` and the calling threads must be in the node's network namespace. `run_dir` takes `tunnel.json`;
+    /// `state_dir` holds `wireguard.key`.
+    pub fn new(handle: rtnetlink::Handle, run_dir: PathBuf, state_dir: PathBuf) -> Self {
+        Self {
+            table: NftTable::new(TABLE_HOST),
+            links: Links::new(handle.clone()),
+            routes: Routes::new(handle),
+            run_dir,
+            state_dir,
+        }
+    }
+}
+
+impl Applier for OverlayApplier {
+    type Plan = OverlayPlan;
+
+    async fn apply(&mut self, plan: &OverlayPlan, trust: Trust) -> Applied {
+        let mut applied = Applied::default();
+        note(&mut applied, self.table.apply(&plan.table, trust));
+        apply_sysctls(&plan.sysctls, &mut applied);
+        // Kernel WireGuard makes its own device; the tunnel is told once the device is whole.
+        let backend = match plan.backend {
+            WireguardBackend::Kernel => "kernel",
+            WireguardBackend::Userspace => "userspace",
+        };
+        match plan.backend {
+            WireguardBackend::Kernel => self.apply_kernel_wireguard(plan, &mut applied),
+            WireguardBackend::Userspace => note(&mut applied, ensure_tun()),
+        }
+        note(&mut applied, self.apply_link(plan).await);
+        if plan.backend == WireguardBackend::Userspace {
+            note(&mut applied, self.apply_tunnel(plan, trust));
+        }
+        let Applied { changed, failed, .. } = self.routes.apply(&plan.routes, &plan.rules).await;
+        applied.changed.extend(changed);
+        applied.failed.extend(failed);
+        applied.details = vec![
+            ("backend".to_owned(), backend.to_owned()),
+            ("peers".to_owned(), plan.wireguard.peers.len().to_string()),
+            ("mtu".to_owned(), plan.mtu_bytes.to_string()),
+        ];
+        applied
+    }
+}
+
+impl OverlayApplier {
+    fn apply_kernel_wireguard(&self, plan: &OverlayPlan, applied: &mut Applied) {
+        match read_key(&self.state_dir.join(KEY_FILE)) {
+            Ok(key) => note(applied, wireguard::apply(TUNNEL_LINK, &key, &plan.wireguard)),
+            Err(error) => applied.failed.push(chain(&error)),
+        }
+    }
+
+    /// MTU, sysctls, addresses and "up" of a device that exists.
+    async fn apply_link(&self, plan: &OverlayPlan) -> Result<Vec<String>, LinkError> {
+        let mut changed = Vec::new();
+        let Some(link) = self.links.find(TUNNEL_LINK).await? else { return Ok(changed) };
+        let mut applied = Applied::default();
+        apply_sysctls(&plan.link_sysctls, &mut applied);
+        changed.append(&mut applied.changed);
+        if link.mtu_bytes != plan.mtu_bytes {
+            self.links.set_mtu(TUNNEL_LINK, link.index, plan.mtu_bytes).await?;
+            changed.push(format!("{TUNNEL_LINK}: mtu {}", plan.mtu_bytes));
+        }
+        if !link.up {
+            self.links.set_up(TUNNEL_LINK, link.index).await?;
+            changed.push(format!("{TUNNEL_LINK}: up"));
+        }
+        let seen: Vec<IpNet> =
+            self.links.addresses(Some(link.index)).await?.into_iter().map(|seen| seen.address).collect();
+        for address in plan.host_addresses.iter().filter(|address| !seen.contains(address)) {
+            self.links.ensure_address(TUNNEL_LINK, link.index, *address).await?;
+            changed.push(format!("{TUNNEL_LINK}: address {address}"));
+        }
+        Ok(changed)
+    }
+
+    /// Writes `tunnel.json` when it differs, and tells the tunnel then or when nothing is taken for granted.
+    fn apply_tunnel(&self, plan: &OverlayPlan, trust: Trust) -> Result<Vec<String>, OverlayError> {
+        let state = TunnelState { wireguard: plan.wireguard.clone(), mtu_bytes: plan.mtu_bytes };
+        let mut text = serde_json::to_vec_pretty(&state)?;
+        text.push(b'\n');
+        let path = self.run_dir.join(STATE_FILE);
+        let differs = std::fs::read(&path).ok().as_deref() != Some(&text);
+        let mut changed = Vec::new();
+        if differs {
+            replace_file(&path, &text)
+                .map_err(|source| OverlayError::WriteState { path: path.clone(), source })?;
+            changed.push(format!("{STATE_FILE}: {} peers", state.wireguard.peers.len()));
+        }
+        if differs || trust == Trust::Nothing {
+            let path = self.run_dir.join(SOCKET_FILE);
+            control::request(&path, "POST", "/apply")
+                .map_err(|source| OverlayError::Tunnel { path, source })?;
+        }
+        Ok(changed)
+    }
+
+    /// Counters of the peers, from whoever carries them.
+    pub fn peers(run_dir: &std::path::Path, backend: WireguardBackend) -> Result<Vec<PeerStatus>, String> {
+        match backend {
+            WireguardBackend::Kernel => wireguard::peers(TUNNEL_LINK).map_err(|error| chain(&error)),
+            WireguardBackend::Userspace => {
+                let body = control::request(&run_dir.join(SOCKET_FILE), "GET", "/peers");
+                let body = body.map_err(|error| error.to_string())?;
+                serde_json::from_str(&body).map_err(|error| error.to_string())
+            }
+        }
+    }
+}
+
+/// Removes what the overlay put on this host: routes and rules first, the device, the table last, so that nothing leaves
+/// in clear meanwhile. Each step reports for itself. Stop agent and tunnel before: a running tunnel keeps the device.
+pub async fn cleanup(handle: rtnetlink::Handle) -> Applied {
+    let mut applied = Routes::new(handle.clone()).apply(&Default::default(), &Default::default()).await;
+    let removed = |what: &str, was_there| if was_there { vec![format!("no {what}")] } else { Vec::new() };
+    let link = match tun::remove_persistent(TUNNEL_LINK) {
+        // Kernel WireGuard is no TUN.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(false),
+        outcome => outcome,
+    };
+    let link = link.map(|was_tun| removed(&format!("link {TUNNEL_LINK}"), was_tun));
+    let what = format!("link {TUNNEL_LINK}");
+    note(&mut applied, link.map_err(|source| OverlayError::Remove { what, source }));
+    let rest = Links::new(handle).delete(TUNNEL_LINK).await;
+    note(&mut applied, rest.map(|was_there| removed(&format!("link {TUNNEL_LINK}"), was_there)));
+    let table = NftTable::delete(TABLE_HOST);
+    note(&mut applied, table.map(|was_there| removed(&format!("nft table {TABLE_HOST}"), was_there)));
+    applied
+}
+
+fn ensure_tun() -> Result<Vec<String>, OverlayError> {
+    let created = tun::ensure_persistent(TUNNEL_LINK).map_err(OverlayError::Tun)?;
+    Ok(if created { vec![format!("link {TUNNEL_LINK} (TUN)")] } else { Vec::new() })
+}
+
+fn apply_sysctls(sysctls: &[Sysctl], applied: &mut Applied) {
+    for Sysctl { name, value, only_if } in sysctls {
+        if let Some(condition) = only_if {
+            let now = std::fs::read_to_string(format!("/proc/sys/{name}"));
+            if now.is_ok_and(|now| now.trim() != condition) {
+                continue;
+            }
+        }
+        match sysctl::ensure(name, value) {
+            Ok(Some(old)) => applied.changed.push(format!("sysctl {name}: {old} -> {value}")),
+            Ok(None) => {}
+            Err(error) => applied.failed.push(format!("sysctl {name} = {value}: {error}")),
+        }
+    }
+}
+
+fn note<E: std::error::Error>(applied: &mut Applied, outcome: Result<Vec<String>, E>) {
+    match outcome {
+        Ok(changed) => applied.changed.extend(changed),
+        Err(error) => applied.failed.push(chain(&error)),
+    }
+}
+
+/// The old content or the new, never a part: written beside, then renamed.
+fn replace_file(path: &std::path::Path, content: &[u8]) -> std::io::Result<()> {
+    let beside = path.with_extension("json.new");
+    let mut file = std::fs::File::create(&beside)?;
+    file.write_all(content)?;
+    file.sync_all()?;
+    std::fs::rename(&beside, path)
+}
+
+#[cfg(test)]
+mod tests;

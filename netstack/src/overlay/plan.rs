@@ -1,0 +1,279 @@
+//! From Nodes to peers, routes, rules and the host's table. Pure.
+//!
+//! Traffic classes (decision 5):
+//!
+//! ```text
+//!  pod or host -> remote pod      main: podCIDR dev weft0 src HOST
+//!  pod -> remote node address     rule from own podCIDR -> TUNNEL_TABLE: address dev weft0
+//!  host -> remote node address    main, never the tunnel
+//!  anything else in a pod range   unreachable
+//! ```
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+use weft_model::constants::{
+    TUNNEL_LINK, TUNNEL_RULE_PRIORITY, TUNNEL_TABLE, UNREACHABLE_METRIC, WIREGUARD_OVERHEAD_BYTES,
+};
+use weft_model::node_facts::WireguardBackend;
+use weft_model::objects::Node;
+use weft_model::problem::Planned;
+use weft_model::route::{Route, RouteTarget, SourceRule};
+use weft_model::ruleset::Table;
+use weft_model::wireguard::{WireguardPeer, WireguardPlan};
+use weft_model::{Problem, Reason, Snapshot};
+
+use super::quarantine::{self, Accepted, problem};
+use super::rules;
+use crate::reconcile::Planner;
+
+/// Least MTU of a link that carries IPv6 (RFC 8200, section 5).
+const MIN_MTU_BYTES: u32 = 1280;
+
+/// The whole desired state of the overlay on this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OverlayPlan {
+    pub backend: WireguardBackend,
+    pub wireguard: WireguardPlan,
+    /// Of the tunnel device.
+    pub mtu_bytes: u32,
+    /// On the tunnel device, /32 and /128.
+    pub host_addresses: Vec<IpNet>,
+    pub routes: BTreeSet<Route>,
+    pub rules: BTreeSet<SourceRule>,
+    pub table: Table,
+    /// In order; those of the tunnel device follow its creation.
+    pub sysctls: Vec<Sysctl>,
+    pub link_sysctls: Vec<Sysctl>,
+}
+
+/// A file under /proc/sys.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sysctl {
+    /// With `/`: `net/ipv4/ip_forward`.
+    pub name: String,
+    pub value: String,
+    /// Change it only when it holds this.
+    pub only_if: Option<String>,
+}
+
+impl Sysctl {
+    fn new(name: impl Into<String>, value: &str) -> Self {
+        Self { name: name.into(), value: value.to_owned(), only_if: None }
+    }
+}
+
+/// The `host` address of a podCIDR: its first usable one. `None` when the range is too small to hold pods beside it.
+pub fn host_address(pod_cidr: &IpNet) -> Option<IpAddr> {
+    match pod_cidr {
+        IpNet::V4(net) if net.prefix_len() <= 30 => Some(IpAddr::V4((net.network().to_bits() + 1).into())),
+        IpNet::V6(net) if net.prefix_len() <= 126 => Some(IpAddr::V6((net.network().to_bits() + 1).into())),
+        _ => None,
+    }
+}
+
+#[derive(Debug, Default)]
+pub struct OverlayPlanner;
+
+impl Planner for OverlayPlanner {
+    type Plan = OverlayPlan;
+
+    fn plan(&mut self, snapshot: &Snapshot) -> Planned<OverlayPlan> {
+        let (accepted, mut problems) = quarantine::accept(snapshot.nodes.values(), &snapshot.config);
+        let view = View::new(snapshot, &accepted, &mut problems);
+        let wireguard = view.wireguard(&mut problems);
+        let plan = OverlayPlan {
+            backend: snapshot.facts.wireguard_backend,
+            mtu_bytes: view.mtu_bytes(),
+            host_addresses: view.hosts.iter().map(|(_, host)| IpNet::from(*host)).collect(),
+            routes: view.routes(&wireguard),
+            rules: view.rules(),
+            table: rules::table(&snapshot.config, &accepted, &view.own_pod_cidrs()),
+            sysctls: view.sysctls(),
+            link_sysctls: view.link_sysctls(),
+            wireguard,
+        };
+        Planned::new(plan, problems)
+    }
+}
+
+/// The Snapshot from this node's point of view.
+struct View<'a> {
+    snapshot: &'a Snapshot,
+    accepted: &'a [Accepted<'a>],
+    own: Option<&'a Accepted<'a>>,
+    /// Own podCIDRs with their host address.
+    hosts: Vec<(IpNet, IpAddr)>,
+    families: Families,
+}
+
+/// Families in which this node has pods; before that is known, those of the cluster.
+#[derive(Clone, Copy)]
+struct Families {
+    ipv4: bool,
+    ipv6: bool,
+}
+
+impl Families {
+    fn of(cidrs: &[IpNet]) -> Self {
+        let ipv4 = cidrs.iter().any(|cidr| cidr.addr().is_ipv4());
+        Self { ipv4, ipv6: cidrs.iter().any(|cidr| cidr.addr().is_ipv6()) }
+    }
+
+    fn holds(self, address: IpAddr) -> bool {
+        if address.is_ipv4() { self.ipv4 } else { self.ipv6 }
+    }
+}
+
+impl<'a> View<'a> {
+    fn new(snapshot: &'a Snapshot, accepted: &'a [Accepted<'a>], problems: &mut Vec<Problem>) -> Self {
+        let own = accepted.iter().find(|accepted| accepted.node.name == snapshot.facts.name);
+        let mut hosts = Vec::new();
+        for (node, cidr) in own.iter().flat_map(|own| own.pod_cidrs.iter().map(|cidr| (own.node, cidr))) {
+            match host_address(cidr) {
+                Some(host) => hosts.push((*cidr, host)),
+                None => problems.push(problem(
+                    node,
+                    Reason::InvalidField,
+                    format!("spec.podCIDRs: {cidr} is too small: at least four addresses are needed"),
+                )),
+            }
+        }
+        let known: Vec<IpNet> = hosts.iter().map(|(cidr, _)| *cidr).collect();
+        let families = Families::of(if known.is_empty() { &snapshot.config.cluster_cidrs } else { &known });
+        Self { snapshot, accepted, own, hosts, families }
+    }
+
+    fn own_pod_cidrs(&self) -> Vec<IpNet> {
+        self.hosts.iter().map(|(cidr, _)| *cidr).collect()
+    }
+
+    fn own_addresses(&self) -> &[IpAddr] {
+        self.own.map_or(&[], |own| &own.addresses)
+    }
+
+    fn others(&self) -> impl Iterator<Item = &'a Accepted<'a>> {
+        let own = &self.snapshot.facts.name;
+        self.accepted.iter().filter(move |accepted| accepted.node.name != *own)
+    }
+
+    fn port(&self, node: &Node) -> u16 {
+        node.wireguard_port.unwrap_or(self.snapshot.config.wireguard_port)
+    }
+
+    fn wireguard(&self, problems: &mut Vec<Problem>) -> WireguardPlan {
+        let listen_port = self.own.map_or(self.snapshot.config.wireguard_port, |own| self.port(own.node));
+        let mut plan = WireguardPlan { listen_port, ..WireguardPlan::default() };
+        for other in self.others() {
+            let Some(key) = other.node.public_key else { continue };
+            let endpoint = self.endpoint(other);
+            if endpoint.is_none() {
+                let message = "shares no address family with this node: it can only be reached once it calls";
+                problems.push(problem(other.node, Reason::Missing, message.to_owned()));
+            }
+            let addresses = other.addresses.iter().map(|address| IpNet::from(*address));
+            let mut allowed_ips: Vec<IpNet> = other.pod_cidrs.iter().copied().chain(addresses).collect();
+            allowed_ips.sort();
+            let node = other.node.name.0.clone();
+            plan.peers.insert(key, WireguardPeer { node, endpoint, allowed_ips, keepalive_seconds: None });
+        }
+        plan
+    }
+
+    /// IPv4 where both have it, else IPv6.
+    fn endpoint(&self, other: &Accepted<'_>) -> Option<SocketAddr> {
+        let own = self.own_addresses();
+        let shared =
+            |address: &&IpAddr| own.is_empty() || own.iter().any(|mine| mine.is_ipv4() == address.is_ipv4());
+        let address = other.addresses.iter().find(shared)?;
+        Some(SocketAddr::new(*address, self.port(other.node)))
+    }
+
+    fn mtu_bytes(&self) -> u32 {
+        let underlay = self.snapshot.facts.underlay_mtu_bytes(self.own_addresses());
+        underlay.saturating_sub(WIREGUARD_OVERHEAD_BYTES).max(MIN_MTU_BYTES)
+    }
+
+    fn routes(&self, wireguard: &WireguardPlan) -> BTreeSet<Route> {
+        let mut routes = BTreeSet::new();
+        let config = &self.snapshot.config;
+        let ranges = config.cluster_cidrs.iter().map(IpNet::trunc).chain(self.own_pod_cidrs());
+        routes.extend(ranges.map(|range| unreachable(range, None)));
+        routes.extend(config.cluster_dns.iter().map(|address| Route {
+            destination: IpNet::from(*address),
+            table: None,
+            target: RouteTarget::Local,
+            source: None,
+            metric: None,
+        }));
+        for other in self.others() {
+            let peer = other.node.public_key.is_some_and(|key| wireguard.peers.contains_key(&key));
+            for address in &other.addresses {
+                let destination = IpNet::from(*address);
+                routes.insert(unreachable(destination, Some(TUNNEL_TABLE)));
+                if peer {
+                    routes.insert(through_tunnel(destination, Some(TUNNEL_TABLE), None));
+                }
+            }
+            for cidr in other.pod_cidrs.iter().filter(|_| peer) {
+                let host = self.hosts.iter().map(|(_, host)| *host);
+                let source = host.into_iter().find(|host| host.is_ipv4() == cidr.addr().is_ipv4());
+                routes.insert(through_tunnel(*cidr, None, source));
+            }
+        }
+        routes.retain(|route| self.families.holds(route.destination.addr()));
+        routes
+    }
+
+    fn rules(&self) -> BTreeSet<SourceRule> {
+        let rule = |source| SourceRule { source, table: TUNNEL_TABLE, priority: TUNNEL_RULE_PRIORITY };
+        self.own_pod_cidrs().into_iter().map(rule).collect()
+    }
+
+    /// Router advertisements first: the moment forwarding is on, the kernel forgets routes it learned from them
+    /// unless `accept_ra` is 2 (ip-sysctl.rst).
+    fn sysctls(&self) -> Vec<Sysctl> {
+        let mut sysctls = Vec::new();
+        if self.families.ipv4 {
+            sysctls.push(Sysctl::new("net/ipv4/ip_forward", "1"));
+        }
+        if self.families.ipv6 {
+            for uplink in &self.snapshot.facts.uplinks {
+                let name = format!("net/ipv6/conf/{}/accept_ra", uplink.name);
+                sysctls.push(Sysctl { only_if: Some("1".to_owned()), ..Sysctl::new(name, "2") });
+            }
+            sysctls.push(Sysctl::new("net/ipv6/conf/all/forwarding", "1"));
+        }
+        sysctls
+    }
+
+    /// Loose source check: what another node's host answers to a pod comes from its node address, whose route is the
+    /// underlay. No link-local address: nobody beyond the tunnel would hear it.
+    fn link_sysctls(&self) -> Vec<Sysctl> {
+        let name = |family: &str, key: &str| format!("net/{family}/conf/{TUNNEL_LINK}/{key}");
+        let mut sysctls = Vec::new();
+        if self.families.ipv4 {
+            sysctls.push(Sysctl::new(name("ipv4", "rp_filter"), "2"));
+        }
+        if self.families.ipv6 {
+            sysctls.push(Sysctl::new(name("ipv6", "disable_ipv6"), "0"));
+            sysctls.push(Sysctl::new(name("ipv6", "addr_gen_mode"), "1"));
+            sysctls.push(Sysctl::new(name("ipv6", "accept_ra"), "0"));
+        }
+        sysctls
+    }
+}
+
+fn unreachable(destination: IpNet, table: Option<u32>) -> Route {
+    let metric = Some(UNREACHABLE_METRIC);
+    Route { destination, table, target: RouteTarget::Unreachable, source: None, metric }
+}
+
+fn through_tunnel(destination: IpNet, table: Option<u32>, source: Option<IpAddr>) -> Route {
+    let target = RouteTarget::Link(TUNNEL_LINK.to_owned());
+    Route { destination, table, target, source, metric: None }
+}
+
+#[cfg(test)]
+mod tests;

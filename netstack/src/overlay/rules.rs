@@ -1,0 +1,178 @@
+//! The nft table `weft-host`: strictness, masquerade towards the outside, DNS without conntrack. Pure.
+//!
+//! ```text
+//!  raw-prerouting (-300)  from the underlay with a pod's source: drop;  cluster DNS: notrack
+//!  raw-output     (-300)  cluster DNS: notrack
+//!  masquerade       (95)  own pod -> outside: masquerade
+//!  underlay-out    (300)  to the underlay with a pod's source or destination: drop
+//! ```
+//!
+//! The table holds without the tunnel device, without peers and without the agent (decision 5).
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use weft_model::ClusterConfig;
+use weft_model::constants::{
+    POD_LINK_PREFIX, PRIORITY_LAST, PRIORITY_RAW, PRIORITY_SNAT, TABLE_HOST, TUNNEL_LINK,
+};
+use weft_model::objects::Protocol;
+use weft_model::ruleset::{
+    Base, Chain, ChainKind, Datum, ElementData, Elements, Field, Hook, KeyType, Rule, Set, SetData,
+    Statement, Table, Verdict,
+};
+
+use super::quarantine::Accepted;
+
+const DNS_PORT: u16 = 53;
+
+/// Names of sets and fields of one family.
+struct Family {
+    cluster: &'static str,
+    nodes: &'static str,
+    key: KeyType,
+    source: Field,
+    destination: Field,
+}
+
+const V4: Family = Family {
+    cluster: "cluster4",
+    nodes: "nodes4",
+    key: KeyType::Ipv4Address,
+    source: Field::Ip4Source,
+    destination: Field::Ip4Destination,
+};
+const V6: Family = Family {
+    cluster: "cluster6",
+    nodes: "nodes6",
+    key: KeyType::Ipv6Address,
+    source: Field::Ip6Source,
+    destination: Field::Ip6Destination,
+};
+
+fn family_of(address: IpAddr) -> &'static Family {
+    if address.is_ipv4() { &V4 } else { &V6 }
+}
+
+/// `own_pod_cidrs` are this node's; `nodes` are all that were accepted, this one included.
+pub(super) fn table(config: &ClusterConfig, nodes: &[Accepted<'_>], own_pod_cidrs: &[IpNet]) -> Table {
+    let mut table = Table { name: TABLE_HOST.to_owned(), ..Table::default() };
+    for family in [&V4, &V6] {
+        table.sets.insert(family.cluster.to_owned(), cluster_set(family, config));
+        table.sets.insert(family.nodes.to_owned(), node_set(family, nodes));
+    }
+    let mut raw_prerouting: Vec<Rule> = [&V4, &V6].map(from_underlay).into();
+    raw_prerouting.extend(dns_rules(config));
+    let underlay_out = [&V4, &V6].iter().flat_map(|family| to_underlay(family)).collect();
+    let masquerade = own_pod_cidrs.iter().map(masquerade).collect();
+    let chains = [
+        ("raw-prerouting", ChainKind::Filter, Hook::Prerouting, PRIORITY_RAW, raw_prerouting),
+        ("raw-output", ChainKind::Filter, Hook::Output, PRIORITY_RAW, dns_rules(config)),
+        ("masquerade", ChainKind::Nat, Hook::Postrouting, PRIORITY_SNAT, masquerade),
+        ("underlay-out", ChainKind::Filter, Hook::Postrouting, PRIORITY_LAST, underlay_out),
+    ];
+    for (name, kind, hook, priority, rules) in chains {
+        let chain = Chain { base: Some(Base { kind, hook, priority }), rules };
+        table.chains.insert(name.to_owned(), chain);
+    }
+    table
+}
+
+fn cluster_set(family: &Family, config: &ClusterConfig) -> Set {
+    let elements = config
+        .cluster_cidrs
+        .iter()
+        .filter(|cidr| family_of(cidr.addr()).cluster == family.cluster)
+        .map(|cidr| (vec![Datum::Net(cidr.trunc())], ElementData::None));
+    let mut set = Set::new(vec![family.key], SetData::None);
+    set.interval = true;
+    set.groups = BTreeMap::from([("cluster".to_owned(), Arc::new(elements.collect()))]);
+    set
+}
+
+fn node_set(family: &Family, nodes: &[Accepted<'_>]) -> Set {
+    let mut set = Set::new(vec![family.key], SetData::None);
+    for node in nodes {
+        let of_family = node.addresses.iter().filter(|ip| family_of(**ip).nodes == family.nodes);
+        let elements: Elements = of_family.map(|ip| (vec![Datum::Ip(*ip)], ElementData::None)).collect();
+        if !elements.is_empty() {
+            set.groups.insert(node.node.name.0.clone(), Arc::new(elements));
+        }
+    }
+    set
+}
+
+/// Every link but the tunnel, pods' links and loopback.
+fn not_ours(field: Field) -> [Statement; 3] {
+    let other_than = |value| Statement::Match { field, negated: true, value };
+    [
+        other_than(Datum::Name(TUNNEL_LINK.to_owned())),
+        other_than(Datum::NamePrefix(POD_LINK_PREFIX.to_owned())),
+        other_than(Datum::Name("lo".to_owned())),
+    ]
+}
+
+fn in_cluster(family: &Family, key: Field) -> Statement {
+    Statement::Lookup { key: vec![key], negated: false, set: family.cluster.to_owned() }
+}
+
+fn from_underlay(family: &Family) -> Rule {
+    let mut statements = not_ours(Field::InputLink).to_vec();
+    statements.push(in_cluster(family, family.source));
+    statements.extend([Statement::Counter, Statement::Verdict(Verdict::Drop)]);
+    Rule::new(statements).comment("a pod's source in clear on the underlay is forged")
+}
+
+fn to_underlay(family: &Family) -> [Rule; 2] {
+    [(family.source, "source"), (family.destination, "destination")].map(|(field, name)| {
+        let mut statements = not_ours(Field::OutputLink).to_vec();
+        statements.push(in_cluster(family, field));
+        statements.extend([Statement::Counter, Statement::Verdict(Verdict::Drop)]);
+        Rule::new(statements).comment(format!("strict: no pod {name} on the underlay"))
+    })
+}
+
+/// What goes to a node stays as it is: it takes the tunnel, or is dropped.
+fn masquerade(pod_cidr: &IpNet) -> Rule {
+    let family = family_of(pod_cidr.addr());
+    let not_in =
+        |set: &str| Statement::Lookup { key: vec![family.destination], negated: true, set: set.to_owned() };
+    let source = Statement::Match { field: family.source, negated: false, value: Datum::Net(*pod_cidr) };
+    let [not_tunnel, not_pod, _] = not_ours(Field::OutputLink);
+    let statements = vec![
+        source,
+        not_in(family.cluster),
+        not_in(family.nodes),
+        not_tunnel,
+        not_pod,
+        Statement::Masquerade,
+    ];
+    Rule::new(statements).comment("pod to outside")
+}
+
+/// Queries to the cluster DNS addresses and their answers, in either hook.
+fn dns_rules(config: &ClusterConfig) -> Vec<Rule> {
+    let mut rules = Vec::new();
+    for address in &config.cluster_dns {
+        let family = family_of(*address);
+        for (field, port) in
+            [(family.destination, Field::DestinationPort), (family.source, Field::SourcePort)]
+        {
+            for protocol in [Protocol::Udp, Protocol::Tcp] {
+                rules.push(Rule::new(vec![
+                    equals(field, Datum::Ip(*address)),
+                    equals(Field::L4Protocol, Datum::Protocol(protocol)),
+                    equals(port, Datum::Port(DNS_PORT)),
+                    Statement::Notrack,
+                ]));
+            }
+        }
+    }
+    rules
+}
+
+fn equals(field: Field, value: Datum) -> Statement {
+    Statement::Match { field, negated: false, value }
+}

@@ -1,0 +1,269 @@
+//! The peers of the tunnel and what its threads share.
+//!
+//! ```text
+//!  tunnel.json --apply--> Table (peers by slot, by key, allowed IPs), replaced as a whole
+//!  egress thread: TUN -> Table -> Peer::reserve -> seal -> UDP       (egress.rs)
+//!  ingress threads: UDP -> slot of the index -> open -> Peer -> TUN  (ingress.rs)
+//!  timer thread: Peer::tick
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use weft_model::WgPublicKey;
+use weft_model::wireguard::{PeerStatus, WireguardPeer};
+
+use super::TunnelState;
+use super::allowed_ips::AllowedIps;
+use super::macs::Admissions;
+use super::noise::Identity;
+use super::peer::{MAX_SLOT, Now, Outbox, Peer};
+use crate::kernel::tun::Tun;
+use crate::kernel::udp::UdpSocket;
+
+/// An idle ingress thread looks this often whether the port changed.
+pub(super) const RECEIVE_TIMEOUT: Duration = Duration::from_secs(1);
+/// Timers of a peer are at least this exact; all of them are seconds long.
+const MAX_TIMER_SLEEP: Duration = Duration::from_millis(500);
+const MIN_TIMER_SLEEP: Duration = Duration::from_millis(10);
+
+pub(super) struct PeerEntry {
+    pub(super) slot: u32,
+    pub(super) key: WgPublicKey,
+    state: Mutex<Peer>,
+}
+
+impl PeerEntry {
+    /// A panic elsewhere leaves the state whole enough: every step of the state machine is a plain assignment.
+    pub(super) fn lock(&self) -> MutexGuard<'_, Peer> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One generation of the configuration.
+pub(super) struct Table {
+    slots: Vec<Option<Arc<PeerEntry>>>,
+    by_key: BTreeMap<WgPublicKey, (Arc<PeerEntry>, WireguardPeer)>,
+    /// To the slot.
+    pub(super) allowed: AllowedIps<u32>,
+    pub(super) mtu_bytes: usize,
+}
+
+impl Table {
+    fn new(by_key: BTreeMap<WgPublicKey, (Arc<PeerEntry>, WireguardPeer)>, mtu_bytes: usize) -> Self {
+        let greatest = by_key.values().map(|(entry, _)| entry.slot).max();
+        let mut slots = vec![None; greatest.map_or(0, |slot| slot as usize + 1)];
+        for (entry, _) in by_key.values() {
+            slots[entry.slot as usize] = Some(entry.clone());
+        }
+        let prefixes = by_key
+            .values()
+            .flat_map(|(entry, peer)| peer.allowed_ips.iter().map(|prefix| (*prefix, entry.slot)));
+        let allowed = AllowedIps::new(prefixes);
+        Self { slots, by_key, allowed, mtu_bytes }
+    }
+
+    pub(super) fn peer(&self, slot: u32) -> Option<&Arc<PeerEntry>> {
+        self.slots.get(usize::try_from(slot).ok()?)?.as_ref()
+    }
+
+    pub(super) fn peer_by_key(&self, key: &WgPublicKey) -> Option<&Arc<PeerEntry>> {
+        self.by_key.get(key).map(|(entry, _)| entry)
+    }
+
+    fn peers(&self) -> impl Iterator<Item = &Arc<PeerEntry>> {
+        self.by_key.values().map(|(entry, _)| entry)
+    }
+}
+
+/// The UDP sockets of one port; a family that the host lacks is absent.
+pub(super) struct Sockets {
+    port: u16,
+    pub(super) v4: Option<UdpSocket>,
+    pub(super) v6: Option<UdpSocket>,
+}
+
+impl Sockets {
+    fn bind(port: u16) -> io::Result<Self> {
+        let optional = |ipv6| match UdpSocket::bind(ipv6, port, RECEIVE_TIMEOUT) {
+            Ok(socket) => Ok(Some(socket)),
+            Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => Ok(None),
+            Err(error) => Err(error),
+        };
+        Ok(Self { port, v4: optional(false)?, v6: optional(true)? })
+    }
+}
+
+pub(super) struct Device {
+    pub(super) identity: Arc<Identity>,
+    pub(super) tun: Tun,
+    pub(super) admissions: Mutex<Admissions>,
+    table: ArcSwap<Table>,
+    sockets: ArcSwapOption<Sockets>,
+    /// Serialises [`Device::apply`].
+    applying: Mutex<()>,
+    send_failed: AtomicBool,
+}
+
+impl Device {
+    pub(super) fn new(identity: Identity, tun: Tun) -> Self {
+        let admissions = Admissions::new(&identity.public.0, Now::read().monotonic);
+        Self {
+            identity: Arc::new(identity),
+            tun,
+            admissions: Mutex::new(admissions),
+            table: ArcSwap::from_pointee(Table::new(BTreeMap::new(), 1420)),
+            sockets: ArcSwapOption::empty(),
+            applying: Mutex::new(()),
+            send_failed: AtomicBool::new(false),
+        }
+    }
+
+    pub(super) fn table(&self) -> Arc<Table> {
+        self.table.load_full()
+    }
+
+    pub(super) fn sockets(&self) -> Option<Arc<Sockets>> {
+        self.sockets.load_full()
+    }
+
+    /// Makes the device equal to `state`. Peers that stay keep their sessions, and their endpoint unless the
+    /// configured one changed. New peers with an endpoint are greeted at once.
+    ///
+    /// Errors: the port is taken; peers are not changed then.
+    pub(super) fn apply(&self, state: &TunnelState) -> io::Result<()> {
+        let _guard = self.applying.lock().unwrap_or_else(PoisonError::into_inner);
+        let port = state.wireguard.listen_port;
+        if self.sockets().is_none_or(|sockets| sockets.port != port) {
+            self.sockets.store(Some(Arc::new(Sockets::bind(port)?)));
+        }
+        let old = self.table();
+        let now = Now::read();
+        let mut free = free_slots(&old, state);
+        let mut greet = Vec::new();
+        let mut by_key = BTreeMap::new();
+        for (key, wanted) in state.wireguard.peers.iter().filter(|(key, _)| **key != self.identity.public) {
+            let known = old.by_key.get(key);
+            let entry = match known {
+                Some((entry, _)) => entry.clone(),
+                None => match free.next() {
+                    Some(slot) => Arc::new(self.new_peer(*key, slot)),
+                    None => break,
+                },
+            };
+            configure(&entry, known.map(|(_, peer)| peer), wanted, now);
+            if known.is_none() {
+                greet.push(entry.clone());
+            }
+            by_key.insert(*key, (entry, wanted.clone()));
+        }
+        let mtu_bytes = usize::try_from(state.mtu_bytes).unwrap_or(1420);
+        self.table.store(Arc::new(Table::new(by_key, mtu_bytes)));
+        for entry in greet {
+            self.with_peer(&entry, |peer, out| peer.start_handshake(now, out));
+        }
+        Ok(())
+    }
+
+    fn new_peer(&self, key: WgPublicKey, slot: u32) -> PeerEntry {
+        PeerEntry { slot, key, state: Mutex::new(Peer::new(self.identity.clone(), key, slot)) }
+    }
+
+    /// Runs one step of the state machine and sends what it wants sent.
+    pub(super) fn with_peer<R>(
+        &self,
+        entry: &PeerEntry,
+        step: impl FnOnce(&mut Peer, &mut Outbox) -> R,
+    ) -> R {
+        let mut out = Outbox::new();
+        let mut peer = entry.lock();
+        let result = step(&mut peer, &mut out);
+        let endpoint = peer.endpoint();
+        drop(peer);
+        if let Some(endpoint) = endpoint {
+            for datagram in &out {
+                self.send(endpoint, datagram, datagram.len());
+            }
+        }
+        result
+    }
+
+    /// Sends a train. A failure is a lost packet: logged once until the next success.
+    pub(super) fn send(&self, to: SocketAddr, bytes: &[u8], segment: usize) {
+        let Some(sockets) = self.sockets() else { return };
+        let socket = if to.is_ipv4() { &sockets.v4 } else { &sockets.v6 };
+        let outcome = match socket {
+            Some(socket) => socket.send_train(to, bytes, segment),
+            None => Err(io::Error::from_raw_os_error(libc::EAFNOSUPPORT)),
+        };
+        match outcome {
+            Ok(()) => self.send_failed.store(false, Ordering::Relaxed),
+            Err(error) => {
+                if !self.send_failed.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(%to, %error, "cannot send");
+                }
+            }
+        }
+    }
+
+    /// Counters of every peer, by key.
+    pub(super) fn status(&self) -> Vec<PeerStatus> {
+        let now = Now::read().monotonic;
+        let table = self.table();
+        table
+            .peers()
+            .map(|entry| {
+                let peer = entry.lock();
+                PeerStatus {
+                    public_key: entry.key,
+                    endpoint: peer.endpoint(),
+                    last_handshake_seconds: peer.seconds_since_handshake(now),
+                    received_bytes: peer.received_bytes,
+                    sent_bytes: peer.sent_bytes,
+                }
+            })
+            .collect()
+    }
+
+    /// Ticks every peer when it is due; never returns.
+    pub(super) fn run_timers(&self) -> io::Result<()> {
+        loop {
+            let now = Now::read();
+            let mut sleep = MAX_TIMER_SLEEP;
+            for entry in self.table().peers() {
+                self.with_peer(entry, |peer, out| {
+                    if peer.next_wake().is_some_and(|at| at <= now.monotonic) {
+                        peer.tick(now, out);
+                    }
+                    if let Some(at) = peer.next_wake() {
+                        sleep = sleep.min(at.saturating_duration_since(now.monotonic));
+                    }
+                });
+            }
+            std::thread::sleep(sleep.max(MIN_TIMER_SLEEP));
+        }
+    }
+}
+
+/// Slots that no peer uses before or after the change, so that no index changes its meaning.
+fn free_slots(old: &Table, state: &TunnelState) -> impl Iterator<Item = u32> + use<> {
+    let taken: BTreeSet<u32> = old.peers().map(|entry| entry.slot).collect();
+    let needed = u32::try_from(state.wireguard.peers.len() + taken.len()).unwrap_or(MAX_SLOT);
+    (0..=needed.min(MAX_SLOT)).filter(move |slot| !taken.contains(slot))
+}
+
+fn configure(entry: &PeerEntry, old: Option<&WireguardPeer>, wanted: &WireguardPeer, now: Now) {
+    let mut peer = entry.lock();
+    if wanted.endpoint.is_some() && old.is_none_or(|old| old.endpoint != wanted.endpoint) {
+        peer.set_endpoint(wanted.endpoint);
+    }
+    if old.is_none_or(|old| old.keepalive_seconds != wanted.keepalive_seconds) {
+        let interval = wanted.keepalive_seconds.filter(|seconds| *seconds > 0);
+        peer.set_keepalive(interval.map(|seconds| Duration::from_secs(seconds.into())), now.monotonic);
+    }
+}

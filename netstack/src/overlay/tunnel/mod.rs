@@ -1,0 +1,197 @@
+//! `weft tunnel`: WireGuard in user space, in a process of its own, for kernels without it.
+//!
+//! ```text
+//!  weft0 (TUN, superpackets) <-> egress / ingress threads <-> UDP sockets (trains)
+//!                                     |
+//!  tunnel.json, tunnel.sock --> Device: Table of peers, each a sans-IO state machine (peer.rs)
+//! ```
+//!
+//! It needs the agent only for changes: it reads `tunnel.json` at start and whenever it is told to. When it dies, the
+//! device, its addresses and its routes stay; packets are dropped until it is back, and the peers are greeted at once.
+//! No async here: threads run packets to completion. Source of the protocol: the WireGuard whitepaper.
+
+mod allowed_ips;
+mod checksum;
+mod coalesce;
+pub mod control;
+mod device;
+mod egress;
+mod ingress;
+mod macs;
+mod message;
+mod noise;
+mod peer;
+mod replay;
+mod segment;
+mod session;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{self, Sender};
+
+use base64::Engine as _;
+use nix::sys::signal::{SigSet, Signal};
+use serde::{Deserialize, Serialize};
+use weft_model::wireguard::WireguardPlan;
+
+use self::control::Response;
+use self::device::Device;
+use self::noise::Identity;
+use crate::kernel::tun::Tun;
+
+pub const STATE_FILE: &str = "tunnel.json";
+pub const SOCKET_FILE: &str = "tunnel.sock";
+pub const KEY_FILE: &str = "wireguard.key";
+
+#[derive(Clone, Debug)]
+pub struct TunnelConfig {
+    /// Holds `tunnel.json` and `tunnel.sock`.
+    pub run_dir: PathBuf,
+    /// Holds `wireguard.key`.
+    pub state_dir: PathBuf,
+    /// Name of the TUN device, usually `weft0`.
+    pub link: String,
+}
+
+/// Content of `tunnel.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TunnelState {
+    pub wireguard: WireguardPlan,
+    /// MTU of the TUN device; padding never exceeds it.
+    pub mtu_bytes: u32,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum TunnelError {
+    #[error("cannot read the private key {path}: the agent writes it; start the agent first")]
+    ReadKey { path: PathBuf, source: io::Error },
+    #[error("{path} holds no private key: expected 32 bytes, or their base64 as `wg genkey` prints it")]
+    InvalidKey { path: PathBuf },
+    #[error("cannot open the TUN device {link}: needs root (CAP_NET_ADMIN), /dev/net/tun and no other owner")]
+    Tun { link: String, source: io::Error },
+    #[error("cannot read {path}")]
+    ReadState { path: PathBuf, source: io::Error },
+    #[error("{path} is not what the agent writes")]
+    InvalidState { path: PathBuf, source: serde_json::Error },
+    #[error("cannot use UDP port {port}: is another WireGuard running?")]
+    Port { port: u16, source: io::Error },
+    #[error("cannot listen on {path}")]
+    Socket { path: PathBuf, source: io::Error },
+    #[error("cannot start a thread")]
+    Thread(#[source] io::Error),
+    #[error("{thread} ended")]
+    Ended { thread: &'static str, source: io::Error },
+}
+
+/// Runs the tunnel until SIGTERM or SIGINT (`Ok`) or until a part of it fails. Blocks; the device stays.
+pub fn run(config: TunnelConfig) -> Result<(), TunnelError> {
+    let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
+    signals.thread_block().map_err(|error| TunnelError::Thread(error.into()))?;
+    let identity = Identity::new(read_key(&config.state_dir.join(KEY_FILE))?);
+    let tun =
+        Tun::open(&config.link).map_err(|source| TunnelError::Tun { link: config.link.clone(), source })?;
+    let device = Arc::new(Device::new(identity, tun));
+    let state_path = config.run_dir.join(STATE_FILE);
+    match apply(&device, &state_path) {
+        // Without an agent so far: wait for its word.
+        Err(TunnelError::ReadState { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+        outcome => outcome?,
+    }
+    let socket_path = config.run_dir.join(SOCKET_FILE);
+    let listener = control::bind(&socket_path)?;
+    let (end_tx, end_rx) = mpsc::channel();
+    let of_control = device.clone();
+    start("control", &end_tx, move || {
+        control::serve(&listener, |method, path| answer(&of_control, &state_path, method, path))
+    })?;
+    start_data_path(&device, &end_tx)?;
+    start("signals", &end_tx, move || {
+        signals.wait()?;
+        Err(io::ErrorKind::Interrupted.into())
+    })?;
+    tracing::info!(link = config.link, key = %device.identity.public, "tunnel runs");
+    // Every sender lives in a thread that reports before it ends, and one is here: an answer always comes.
+    let outcome = match end_rx.recv() {
+        Ok(("signals", _)) | Err(_) => Ok(()),
+        Ok((thread, source)) => Err(TunnelError::Ended { thread, source }),
+    };
+    // What is left there only makes the next start remove it.
+    let _ = std::fs::remove_file(&socket_path);
+    outcome
+}
+
+type End = (&'static str, io::Error);
+
+fn start_data_path(device: &Arc<Device>, end: &Sender<End>) -> Result<(), TunnelError> {
+    let shared = device.clone();
+    start("egress", end, move || egress::run(&shared))?;
+    for (name, ipv6) in [("ingress-v4", false), ("ingress-v6", true)] {
+        let shared = device.clone();
+        start(name, end, move || ingress::run(&shared, ipv6))?;
+    }
+    let shared = device.clone();
+    start("timers", end, move || shared.run_timers())
+}
+
+/// A thread whose end is reported.
+fn start(
+    name: &'static str,
+    end: &Sender<End>,
+    body: impl FnOnce() -> io::Result<()> + Send + 'static,
+) -> Result<(), TunnelError> {
+    let end = end.clone();
+    let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body));
+        let reason = match outcome {
+            Ok(Ok(())) => io::Error::other("unexpected end"),
+            Ok(Err(error)) => error,
+            Err(_) => io::Error::other("panic"),
+        };
+        // Nobody listens any more when the process is ending.
+        let _ = end.send((name, reason));
+    });
+    thread.map(|_| ()).map_err(TunnelError::Thread)
+}
+
+fn answer(device: &Device, state_path: &Path, method: &str, path: &str) -> Response {
+    match (method, path) {
+        ("POST", "/apply") => match apply(device, state_path) {
+            Ok(()) => Response { status: 204, body: String::new() },
+            Err(error) => Response { status: 500, body: crate::reconcile::chain(&error) },
+        },
+        ("GET", "/peers") => match serde_json::to_string(&device.status()) {
+            Ok(body) => Response { status: 200, body },
+            Err(error) => Response { status: 500, body: error.to_string() },
+        },
+        _ => Response { status: 404, body: "POST /apply, GET /peers".to_owned() },
+    }
+}
+
+fn apply(device: &Device, state_path: &Path) -> Result<(), TunnelError> {
+    let path = || state_path.to_owned();
+    let text = std::fs::read(state_path).map_err(|source| TunnelError::ReadState { path: path(), source })?;
+    let state: TunnelState =
+        serde_json::from_slice(&text).map_err(|source| TunnelError::InvalidState { path: path(), source })?;
+    let port = state.wireguard.listen_port;
+    device.apply(&state).map_err(|source| TunnelError::Port { port, source })?;
+    tracing::info!(peers = state.wireguard.peers.len(), port, "configuration applied");
+    Ok(())
+}
+
+/// Reads a private key: 32 raw bytes, or base64 with or without a line end.
+pub fn read_key(path: &Path) -> Result<[u8; 32], TunnelError> {
+    let bytes =
+        std::fs::read(path).map_err(|source| TunnelError::ReadKey { path: path.to_owned(), source })?;
+    let decoded = match <[u8; 32]>::try_from(bytes.as_slice()) {
+        Ok(raw) => Some(raw),
+        Err(_) => base64::engine::general_purpose::STANDARD
+            .decode(bytes.trim_ascii())
+            .ok()
+            .and_then(|key| key.try_into().ok()),
+    };
+    decoded.ok_or_else(|| TunnelError::InvalidKey { path: path.to_owned() })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,328 @@
+//! Two peers, simulated time, and a wire that can lose datagrams.
+
+use super::*;
+use crate::overlay::tunnel::allowed_ips::addresses;
+use crate::overlay::tunnel::macs::{Admission, Admissions};
+use crate::overlay::tunnel::message::{Message, parse};
+
+/// One side: its peer and what came out of it.
+struct Side {
+    identity: Arc<Identity>,
+    peer: Peer,
+    address: SocketAddr,
+    received: Vec<Vec<u8>>,
+    /// Types of the messages it sent, with the second of sending.
+    sent: Vec<(u64, u32)>,
+}
+
+struct World {
+    start: Instant,
+    elapsed: Duration,
+    sides: [Side; 2],
+    /// Datagrams of this side are lost.
+    lost: [bool; 2],
+}
+
+impl World {
+    fn new() -> Self {
+        let identities = [Arc::new(Identity::new([1; 32])), Arc::new(Identity::new([2; 32]))];
+        let addresses: [SocketAddr; 2] =
+            ["192.0.2.1:51820".parse().unwrap(), "192.0.2.2:51820".parse().unwrap()];
+        let side = |own: usize| {
+            let other = 1 - own;
+            let mut peer = Peer::new(identities[own].clone(), identities[other].public, 5);
+            peer.set_endpoint(Some(addresses[other]));
+            Side {
+                identity: identities[own].clone(),
+                peer,
+                address: addresses[own],
+                received: Vec::new(),
+                sent: Vec::new(),
+            }
+        };
+        Self {
+            start: Instant::now(),
+            elapsed: Duration::ZERO,
+            sides: [side(0), side(1)],
+            lost: [false, false],
+        }
+    }
+
+    fn now(&self) -> Now {
+        Now { monotonic: self.start + self.elapsed, wall: Duration::from_secs(1_800_000_000) + self.elapsed }
+    }
+
+    /// Carries what `from` sent, and every answer, until nothing is on the wire.
+    fn carry(&mut self, from: usize, out: Outbox) {
+        let mut wire: VecDeque<(usize, Vec<u8>)> = out.into_iter().map(|datagram| (from, datagram)).collect();
+        while let Some((from, datagram)) = wire.pop_front() {
+            let kind = u32_at(&datagram, 0).unwrap();
+            self.sides[from].sent.push((self.elapsed.as_secs(), kind));
+            if !self.lost[from] {
+                let answers = self.deliver(from, datagram);
+                wire.extend(answers.into_iter().map(|datagram| (1 - from, datagram)));
+            }
+        }
+    }
+
+    fn deliver(&mut self, from: usize, mut datagram: Vec<u8>) -> Outbox {
+        let (now, source, mut out) = (self.now(), self.sides[from].address, Outbox::new());
+        let side = &mut self.sides[1 - from];
+        match parse(&datagram).unwrap() {
+            Message::Initiation(message) => {
+                if let Ok(initiation) = noise::read_initiation(&side.identity, message) {
+                    side.peer.consume_initiation(initiation, source, now, &mut out);
+                }
+            }
+            Message::Response(message) => {
+                side.peer.consume_response(message, source, now, &mut out);
+            }
+            Message::CookieReply(message) => {
+                side.peer.consume_cookie(message, now.monotonic);
+            }
+            Message::Data { receiver, counter } => {
+                let Some(session) = side.peer.session(receiver, now.monotonic) else { return out };
+                if session.open(counter, &mut datagram) {
+                    let packet = datagram[DATA_HEADER_LEN..datagram.len() - TAG_LEN].to_vec();
+                    let bytes = datagram.len() as u64;
+                    side.peer.note_received(&session, bytes, !packet.is_empty(), source, now, &mut out);
+                    if !packet.is_empty() {
+                        side.received.push(packet);
+                    }
+                }
+            }
+        }
+        out
+    }
+
+    /// Side `from` sends one packet whose payload is `mark`.
+    fn send(&mut self, from: usize, mark: u8) {
+        let (now, mut out) = (self.now(), Outbox::new());
+        let mut packet = vec![mark; 32];
+        packet[0] = 0x45;
+        packet[2..4].copy_from_slice(&[0, 32]);
+        match self.sides[from].peer.reserve(1, true, now, &mut out) {
+            Some(reservation) => {
+                let mut datagram = vec![0; DATA_HEADER_LEN + 32 + TAG_LEN];
+                datagram[DATA_HEADER_LEN..DATA_HEADER_LEN + 32].copy_from_slice(&packet);
+                reservation.session.seal(reservation.first, &mut datagram);
+                out.push(datagram);
+            }
+            None => self.sides[from].peer.enqueue(packet, now, &mut out),
+        }
+        self.carry(from, out);
+    }
+
+    /// Lets time pass in steps of 100 ms, ticking both sides whenever they are due.
+    fn pass(&mut self, duration: Duration) {
+        let until = self.elapsed + duration;
+        while self.elapsed < until {
+            self.elapsed += Duration::from_millis(100);
+            let now = self.now();
+            for side in 0..2 {
+                let mut out = Outbox::new();
+                if self.sides[side].peer.next_wake().is_some_and(|at| at <= now.monotonic) {
+                    self.sides[side].peer.tick(now, &mut out);
+                }
+                self.carry(side, out);
+            }
+        }
+    }
+
+    fn marks(&self, side: usize) -> Vec<u8> {
+        self.sides[side].received.iter().map(|packet| packet[31]).collect()
+    }
+
+    fn sent_of(&self, side: usize, kind: u32) -> Vec<u64> {
+        self.sides[side].sent.iter().filter(|(_, sent)| *sent == kind).map(|(at, _)| *at).collect()
+    }
+}
+
+const INITIATION: u32 = 1;
+const DATA: u32 = 4;
+
+#[test]
+fn the_packet_that_asks_for_a_handshake_arrives_behind_it() {
+    let mut world = World::new();
+    world.send(0, 7);
+    assert_eq!(world.marks(1), [7]);
+    assert!(addresses(&world.sides[1].received[0]).is_some());
+    world.send(1, 8);
+    assert_eq!(world.marks(0), [8]);
+    assert_eq!(world.sent_of(1, INITIATION), [0u64; 0], "the answer uses the session of the initiator");
+}
+
+#[test]
+fn the_initiator_renews_a_session_in_use_after_two_minutes_without_a_loss() {
+    let mut world = World::new();
+    for second in 0..250u8 {
+        world.send(0, second);
+        world.send(1, second);
+        world.pass(Duration::from_secs(1));
+    }
+    let all: Vec<u8> = (0..250).collect();
+    assert_eq!((world.marks(0), world.marks(1)), (all.clone(), all));
+    assert_eq!(world.sent_of(0, INITIATION), [0, 120, 240]);
+    assert_eq!(world.sent_of(1, INITIATION), [0u64; 0]);
+}
+
+#[test]
+fn an_initiator_that_only_receives_renews_the_session_in_time() {
+    let mut world = World::new();
+    world.send(0, 1);
+    for second in 0..200u8 {
+        // Side 0 sends only keepalives, which renew an aged session as data does.
+        world.send(1, second);
+        world.pass(Duration::from_secs(1));
+    }
+    assert_eq!(world.marks(0), (0..200).collect::<Vec<u8>>());
+    assert_eq!(world.sent_of(0, INITIATION).len(), 2);
+}
+
+#[test]
+fn a_session_of_three_minutes_neither_sends_nor_receives() {
+    let mut world = World::new();
+    world.send(0, 1);
+    let index = world.sides[1].peer.current.as_ref().unwrap().local_index;
+    world.elapsed += Duration::from_secs(179);
+    assert!(world.sides[1].peer.session(index, world.now().monotonic).is_some());
+    world.elapsed += Duration::from_secs(1);
+    assert!(world.sides[1].peer.session(index, world.now().monotonic).is_none());
+    world.lost[0] = true;
+    world.send(0, 2);
+    assert_eq!(world.sides[0].sent.last(), Some(&(180, INITIATION)));
+    assert_eq!(world.marks(1), [1]);
+}
+
+#[test]
+fn attempts_repeat_every_five_seconds_and_end_after_ninety() {
+    let mut world = World::new();
+    world.lost = [true, true];
+    world.send(0, 1);
+    world.pass(Duration::from_secs(200));
+    let attempts = world.sent_of(0, INITIATION);
+    assert!((16..=19).contains(&attempts.len()), "{attempts:?}");
+    assert!(attempts.windows(2).all(|pair| (5..=6).contains(&(pair[1] - pair[0]))), "{attempts:?}");
+    assert!(*attempts.last().unwrap() <= 96);
+    assert!(world.sides[0].peer.queue.is_empty(), "what waited is given up with the attempt");
+    world.lost = [false, false];
+    world.send(0, 2);
+    assert_eq!(world.marks(1), [2]);
+}
+
+#[test]
+fn a_receiver_with_nothing_to_say_answers_with_a_keepalive_after_ten_seconds() {
+    let mut world = World::new();
+    world.send(0, 1);
+    world.pass(Duration::from_secs(9));
+    assert_eq!(world.sent_of(1, DATA), [0u64; 0]);
+    world.pass(Duration::from_secs(2));
+    assert_eq!(world.sent_of(1, DATA), [10]);
+    world.pass(Duration::from_secs(60));
+    assert_eq!(world.sent_of(1, DATA), [10], "a keepalive is not answered");
+}
+
+#[test]
+fn silence_after_data_starts_a_new_handshake_after_fifteen_seconds() {
+    let mut world = World::new();
+    world.send(0, 1);
+    world.pass(Duration::from_secs(20));
+    world.lost[1] = true;
+    world.send(0, 2);
+    world.pass(Duration::from_secs(16));
+    assert_eq!(world.sent_of(0, INITIATION), [0, 35]);
+}
+
+#[test]
+fn persistent_keepalives_keep_their_interval() {
+    let mut world = World::new();
+    let now = world.now().monotonic;
+    world.sides[0].peer.set_keepalive(Some(Duration::from_secs(25)), now);
+    world.pass(Duration::from_secs(80));
+    assert_eq!(world.sent_of(0, INITIATION), [25]);
+    assert_eq!(world.sent_of(0, DATA), [25, 50, 75]);
+}
+
+#[test]
+fn keys_are_forgotten_after_nine_minutes() {
+    let mut world = World::new();
+    world.send(0, 1);
+    world.pass(Duration::from_secs(541));
+    for side in &world.sides {
+        assert!(side.peer.current.is_none() && side.peer.previous.is_none() && side.peer.next.is_none());
+        assert_eq!(side.peer.next_wake(), None);
+    }
+}
+
+#[test]
+fn a_replayed_initiation_is_refused() {
+    let mut world = World::new();
+    let (mut out, now) = (Outbox::new(), world.now());
+    world.sides[0].peer.start_handshake(now, &mut out);
+    let replay = out.clone();
+    world.carry(0, out);
+    let answers = world.sides[1].sent.len();
+    world.elapsed += Duration::from_secs(1);
+    world.carry(0, replay);
+    assert_eq!(world.sides[1].sent.len(), answers);
+}
+
+#[test]
+fn the_endpoint_follows_authentic_packets() {
+    let mut world = World::new();
+    world.send(0, 1);
+    let moved: SocketAddr = "[2001:db8::7]:1234".parse().unwrap();
+    world.sides[0].address = moved;
+    world.send(0, 2);
+    assert_eq!(world.sides[1].peer.endpoint(), Some(moved));
+}
+
+#[test]
+fn both_may_start_at_the_same_moment() {
+    let mut world = World::new();
+    let (now, mut ours, mut theirs) = (world.now(), Outbox::new(), Outbox::new());
+    world.sides[0].peer.start_handshake(now, &mut ours);
+    world.sides[1].peer.start_handshake(now, &mut theirs);
+    world.carry(0, ours);
+    world.carry(1, theirs);
+    world.send(0, 1);
+    world.send(1, 2);
+    assert_eq!((world.marks(1), world.marks(0)), (vec![1], vec![2]));
+}
+
+#[test]
+fn a_peer_that_lost_everything_is_back_with_its_first_packet() {
+    let mut world = World::new();
+    world.send(0, 1);
+    world.elapsed += Duration::from_secs(1);
+    let fresh = World::new();
+    let [reborn, _] = fresh.sides;
+    world.sides[0] = reborn;
+    world.send(0, 2);
+    world.send(1, 3);
+    assert_eq!((world.marks(1), world.marks(0)), (vec![1, 2], vec![3]));
+}
+
+#[test]
+fn a_cookie_is_used_in_the_next_attempt() {
+    let mut world = World::new();
+    let (now, mut out) = (world.now(), Outbox::new());
+    let bob = world.sides[1].identity.public;
+    let mut admissions = Admissions::new(&bob.0, now.monotonic);
+    world.sides[0].peer.start_handshake(now, &mut out);
+    let reply = loop {
+        match admissions.judge(&out[0], world.sides[0].address, now.monotonic) {
+            Admission::Reply(reply) => break reply,
+            Admission::Process => {}
+            Admission::Drop => panic!("mac1 is right"),
+        }
+    };
+    assert!(world.sides[0].peer.consume_cookie(&reply, now.monotonic));
+    world.elapsed += Duration::from_millis(5400);
+    let (later, mut retry) = (world.now(), Outbox::new());
+    for _ in 0..100 {
+        admissions.judge(&out[0], "192.0.2.9:9".parse().unwrap(), later.monotonic);
+    }
+    world.sides[0].peer.tick(later, &mut retry);
+    assert_eq!(admissions.judge(&retry[0], world.sides[0].address, later.monotonic), Admission::Process);
+}

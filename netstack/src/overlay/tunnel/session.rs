@@ -1,0 +1,142 @@
+//! One session: a pair of transport keys with their counters. Sealing and opening need no lock.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
+
+use super::message::{DATA_HEADER_LEN, TAG_LEN, write_data_header};
+use super::noise::TransportKeys;
+use super::replay::ReplayWindow;
+
+/// WireGuard whitepaper, section 6.1.
+pub(super) const REJECT_AFTER_TIME: Duration = Duration::from_secs(180);
+pub(super) const REKEY_AFTER_MESSAGES: u64 = 1 << 60;
+pub(super) const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);
+
+pub(super) struct Session {
+    /// What the other side writes into its data messages.
+    pub(super) local_index: u32,
+    pub(super) remote_index: u32,
+    pub(super) created: Instant,
+    /// We sent the first message: rekeying is our task.
+    pub(super) initiator: bool,
+    send: LessSafeKey,
+    receive: LessSafeKey,
+    next_counter: AtomicU64,
+    replay: Mutex<ReplayWindow>,
+}
+
+impl Session {
+    pub(super) fn new(
+        local_index: u32,
+        remote_index: u32,
+        keys: &TransportKeys,
+        initiator: bool,
+        now: Instant,
+    ) -> Self {
+        Self {
+            local_index,
+            remote_index,
+            created: now,
+            initiator,
+            send: aead_key(&keys.send),
+            receive: aead_key(&keys.receive),
+            next_counter: AtomicU64::new(0),
+            replay: Mutex::default(),
+        }
+    }
+
+    pub(super) fn age(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.created)
+    }
+
+    pub(super) fn expired(&self, now: Instant) -> bool {
+        self.age(now) >= REJECT_AFTER_TIME
+    }
+
+    /// The first of `count` consecutive counters that nobody else gets; `None` when the session has no more to give.
+    pub(super) fn reserve(&self, count: u64) -> Option<u64> {
+        self.next_counter
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |next| {
+                next.checked_add(count).filter(|end| *end <= REJECT_AFTER_MESSAGES)
+            })
+            .ok()
+    }
+
+    /// Seals `datagram` in place: header room, padded packet, tag room.
+    pub(super) fn seal(&self, counter: u64, datagram: &mut [u8]) {
+        write_data_header(datagram, self.remote_index, counter);
+        let tag_at = datagram.len() - TAG_LEN;
+        let (packet, tag_room) = datagram[DATA_HEADER_LEN..].split_at_mut(tag_at - DATA_HEADER_LEN);
+        // ring fails only beyond 256 GiB of plaintext.
+        let tag = self
+            .send
+            .seal_in_place_separate_tag(nonce(counter), Aad::empty(), packet)
+            .expect("a datagram is shorter than the cipher's limit");
+        tag_room.copy_from_slice(tag.as_ref());
+    }
+
+    /// Opens `datagram` in place; the packet is what follows the header. False when it is not authentic.
+    pub(super) fn open(&self, counter: u64, datagram: &mut [u8]) -> bool {
+        let sealed = &mut datagram[DATA_HEADER_LEN..];
+        self.receive.open_in_place(nonce(counter), Aad::empty(), sealed).is_ok()
+    }
+
+    /// Marks authenticated counters as received; those seen before, too old or beyond the limit are refused.
+    pub(super) fn accept(&self, counters: impl Iterator<Item = u64>, mut verdict: impl FnMut(bool)) {
+        let mut replay = self.replay.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        for counter in counters {
+            verdict(counter < REJECT_AFTER_MESSAGES && replay.accept(counter));
+        }
+    }
+}
+
+fn aead_key(key: &[u8; 32]) -> LessSafeKey {
+    LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, key).expect("32 bytes are a ChaCha20 key"))
+}
+
+/// Four zero bytes and the counter, little endian (whitepaper, section 5.4.6).
+fn nonce(counter: u64) -> Nonce {
+    let mut bytes = [0; 12];
+    bytes[4..].copy_from_slice(&counter.to_le_bytes());
+    Nonce::assume_unique_for_key(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair() -> (Session, Session) {
+        let now = Instant::now();
+        let keys = TransportKeys { send: [1; 32], receive: [2; 32] };
+        let back = TransportKeys { send: [2; 32], receive: [1; 32] };
+        (Session::new(1, 2, &keys, true, now), Session::new(2, 1, &back, false, now))
+    }
+
+    #[test]
+    fn what_one_side_seals_the_other_opens_once() {
+        let (alice, bob) = pair();
+        let mut datagram = vec![0; 16 + 32 + 16];
+        datagram[16..48].fill(9);
+        alice.seal(alice.reserve(1).unwrap(), &mut datagram);
+        let mut tampered = datagram.clone();
+        tampered[20] ^= 1;
+        assert!(!bob.open(0, &mut tampered));
+        assert!(bob.open(0, &mut datagram));
+        assert_eq!(datagram[16..48], [9; 32]);
+        let mut verdicts = Vec::new();
+        bob.accept([0, 0].into_iter(), |fresh| verdicts.push(fresh));
+        assert_eq!(verdicts, [true, false]);
+    }
+
+    #[test]
+    fn counters_end_before_they_could_repeat() {
+        let (alice, _) = pair();
+        alice.next_counter.store(REJECT_AFTER_MESSAGES - 1, Ordering::Relaxed);
+        assert_eq!(alice.reserve(2), None);
+        assert_eq!(alice.reserve(1), Some(REJECT_AFTER_MESSAGES - 1));
+        assert_eq!(alice.reserve(1), None);
+    }
+}

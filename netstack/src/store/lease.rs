@@ -1,0 +1,86 @@
+//! CNI leases: one record per address, flushed before ADD answers.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use nix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
+use weft_model::PodKey;
+
+use super::{Store, StoreError};
+
+/// Seconds since boot, sleep included: as boot-scoped as the leases, and no clock step can move it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Boottime(pub u64);
+
+impl Boottime {
+    pub fn now() -> Self {
+        // CLOCK_BOOTTIME is in every kernel since 2.6.39; without it quarantine would merely never end early.
+        let time = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(0, |time| time.tv_sec());
+        Self(u64::try_from(time).unwrap_or(0))
+    }
+}
+
+/// Who has an address, or had it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    /// Empty when the lease was rebuilt from what the kernel shows.
+    pub container_id: String,
+    pub ifname: String,
+    pub netns: String,
+    /// From `CNI_ARGS`, when the runtime gave it.
+    pub pod: Option<PodKey>,
+    pub pod_uid: String,
+    /// Name of the host end of the pod's veth.
+    pub link: String,
+    /// Set by DEL; the address stays unused for a while.
+    pub released: Option<Boottime>,
+}
+
+/// Every lease of the node by address, live and released.
+pub type LeaseRecords = BTreeMap<IpAddr, Lease>;
+
+impl Store {
+    /// Records that cannot be read are skipped and logged: the kernel shows them too.
+    pub fn leases(&self) -> Result<LeaseRecords, StoreError> {
+        let mut records = LeaseRecords::new();
+        for record in self.leases.iter() {
+            let (key, value) = record.map_err(self.error("read leases"))?;
+            match (address(&key), serde_json::from_slice(&value)) {
+                (Some(address), Ok(lease)) => {
+                    records.insert(address, lease);
+                }
+                _ => tracing::warn!(key = ?key, "a lease cannot be read and is skipped"),
+            }
+        }
+        Ok(records)
+    }
+
+    /// Writes and deletes (`None`) records as one change, and waits until it is on the medium.
+    pub fn write_leases(&self, changes: &BTreeMap<IpAddr, Option<Lease>>) -> Result<(), StoreError> {
+        if changes.is_empty() {
+            return Ok(());
+        }
+        self.ensure_writable()?;
+        let mut batch = sled::Batch::default();
+        for (address, lease) in changes {
+            let key = address.to_string();
+            match lease {
+                None => batch.remove(key.as_bytes()),
+                Some(lease) => batch.insert(
+                    key.as_bytes(),
+                    serde_json::to_vec(lease)
+                        .map_err(|source| StoreError::Encode { path: self.path.clone(), source })?,
+                ),
+            }
+        }
+        self.leases.apply_batch(batch).map_err(self.error("write leases"))?;
+        self.db.flush().map_err(self.error("flush leases"))?;
+        Ok(())
+    }
+}
+
+fn address(key: &[u8]) -> Option<IpAddr> {
+    std::str::from_utf8(key).ok()?.parse().ok()
+}

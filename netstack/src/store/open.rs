@@ -1,0 +1,109 @@
+//! Opening a store so that damage can never become a crash loop.
+//!
+//! sled reports some damage as an error and panics on other (release builds abort on panic). So a file beside the
+//! store counts openings that never ended: the second one in a row is taken for damage. One is not: it may have been
+//! a power cut.
+
+use std::fs;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+
+use super::{CACHE_BYTES, Store, StoreError};
+
+/// A store and, when the one before was damaged, where that is now.
+#[derive(Debug)]
+pub struct Opened {
+    pub store: Store,
+    pub set_aside: Option<PathBuf>,
+}
+
+/// Openings that did not end before the store is given up.
+const STRIKES: u32 = 2;
+
+enum Failure {
+    Damaged,
+    Refused(io::Error),
+}
+
+pub(super) fn open(path: &Path) -> Result<Opened, StoreError> {
+    if let Some(parent) = path.parent() {
+        let made = fs::create_dir_all(parent);
+        made.map_err(|source| StoreError::Open { path: path.to_owned(), source })?;
+    }
+    let marker = sibling(path, "opening");
+    let strikes = fs::read_to_string(&marker).ok().and_then(|text| text.parse().ok()).unwrap_or(0);
+    let mut set_aside = None;
+    if strikes >= STRIKES {
+        set_aside = Some(move_aside(path)?);
+    }
+    // A marker that cannot be written is a full disk, about to be reported by sled itself.
+    let _ = fs::write(&marker, (strikes + 1).to_string());
+    let opened = match attempt(path) {
+        Err(Failure::Damaged) => {
+            set_aside = Some(move_aside(path)?);
+            attempt(path)
+        }
+        other => other,
+    };
+    let _ = fs::remove_file(&marker);
+    let store = opened.map_err(|failure| StoreError::Open {
+        path: path.to_owned(),
+        source: match failure {
+            Failure::Damaged => io::Error::other("a new store is damaged too"),
+            Failure::Refused(source) => source,
+        },
+    })?;
+    Ok(Opened { store, set_aside })
+}
+
+/// Opens and reads every record once: damage shows now, not in the middle of an ADD.
+fn attempt(path: &Path) -> Result<Store, Failure> {
+    let opening = AssertUnwindSafe(|| -> Result<Store, sled::Error> {
+        let db = sled::Config::new()
+            .path(path)
+            .cache_capacity(CACHE_BYTES)
+            .mode(sled::Mode::LowSpace)
+            .flush_every_ms(None)
+            .open()?;
+        let leases = db.open_tree("leases")?;
+        let snapshot = db.open_tree("snapshot")?;
+        for record in leases.iter().chain(snapshot.iter()) {
+            record?;
+        }
+        Ok(Store { path: path.to_owned(), db, leases, snapshot })
+    });
+    match catch_unwind(opening) {
+        Ok(Ok(store)) => Ok(store),
+        Ok(Err(sled::Error::Io(source))) if !is_damage(&source) => Err(Failure::Refused(source)),
+        Ok(Err(_)) | Err(_) => Err(Failure::Damaged),
+    }
+}
+
+/// sled wraps what it could not make sense of into I/O errors without an error number, and the refusal of its lock too.
+fn is_damage(error: &io::Error) -> bool {
+    let parsing = matches!(
+        error.kind(),
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput
+    );
+    parsing && error.raw_os_error().is_none()
+        || matches!(error.raw_os_error(), Some(libc::EISDIR | libc::ENOTDIR))
+}
+
+fn move_aside(path: &Path) -> Result<PathBuf, StoreError> {
+    let aside = (1..)
+        .map(|number| sibling(path, &format!("damaged-{number}")))
+        .find(|candidate| !candidate.exists())
+        .expect("the natural numbers do not end");
+    let moved = fs::rename(path, &aside);
+    moved.map_err(|source| StoreError::SetAside { path: path.to_owned(), source })?;
+    Ok(aside)
+}
+
+/// `/run/weft/store` and `opening` give `/run/weft/store.opening`.
+fn sibling(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".");
+    name.push(suffix);
+    name.into()
+}

@@ -1,0 +1,177 @@
+//! Leases and Snapshots survive a restart; damage does not survive one.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::Path;
+use std::sync::Arc;
+
+use weft_model::node_facts::{NodeFacts, WireguardBackend};
+use weft_model::{ClusterConfig, Generation, PodKey, Snapshot};
+
+use super::*;
+
+fn lease(container: &str) -> Lease {
+    Lease {
+        container_id: container.to_owned(),
+        ifname: "eth0".to_owned(),
+        netns: "/run/netns/a".to_owned(),
+        pod: Some(PodKey::new("default", "web-0")),
+        pod_uid: "42".to_owned(),
+        link: "weftp0123456789a".to_owned(),
+        released: None,
+    }
+}
+
+fn address(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+fn write(store: &Store, text: &str, lease: Option<Lease>) {
+    store.write_leases(&BTreeMap::from([(address(text), lease)])).unwrap();
+}
+
+fn snapshot() -> Snapshot {
+    Snapshot {
+        generation: Generation(7),
+        config: Arc::new(ClusterConfig {
+            cluster_cidrs: vec!["10.244.0.0/16".parse().unwrap()],
+            service_cidrs: vec![],
+            cluster_dns: vec![],
+            cluster_domain: "cluster.local".to_owned(),
+            wireguard_port: 51820,
+        }),
+        facts: Arc::new(NodeFacts {
+            name: "n1".into(),
+            uplinks: vec![],
+            wireguard_backend: WireguardBackend::Userspace,
+        }),
+        nodes: Arc::default(),
+        namespaces: Arc::default(),
+        services: Arc::default(),
+        endpoint_slices: Arc::default(),
+        local_pods: Arc::default(),
+        problems: Arc::default(),
+        from_store: false,
+    }
+}
+
+/// Overwrites every file below with the same number of other bytes.
+fn fill_with_garbage(path: &Path) {
+    for entry in std::fs::read_dir(path).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            fill_with_garbage(&path);
+        } else {
+            let length = std::fs::metadata(&path).unwrap().len().max(100);
+            let garbage: Vec<u8> = (0..length).map(|n| (n * 131 + 7) as u8).collect();
+            std::fs::write(&path, garbage).unwrap();
+        }
+    }
+}
+
+#[test]
+fn leases_survive_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store");
+    let opened = Store::open(&path).unwrap();
+    assert_eq!(opened.set_aside, None);
+    write(&opened.store, "10.244.1.2", Some(lease("a")));
+    write(&opened.store, "fd00::2", Some(lease("a")));
+    write(&opened.store, "10.244.1.3", Some(lease("b")));
+    write(&opened.store, "10.244.1.3", None);
+    drop(opened);
+    let leases = Store::open(&path).unwrap().store.leases().unwrap();
+    assert_eq!(leases, [(address("10.244.1.2"), lease("a")), (address("fd00::2"), lease("a"))].into());
+}
+
+#[test]
+fn a_store_full_of_garbage_is_set_aside_and_begun_anew() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store");
+    for round in 1..=2 {
+        let opened = Store::open(&path).unwrap();
+        write(&opened.store, "10.244.1.2", Some(lease("a")));
+        drop(opened);
+        fill_with_garbage(&path);
+        let opened = Store::open(&path).unwrap();
+        assert_eq!(opened.set_aside, Some(folder.path().join(format!("store.damaged-{round}"))));
+        assert!(opened.set_aside.unwrap().join("conf").exists());
+        assert_eq!(opened.store.leases().unwrap(), LeaseRecords::new());
+        write(&opened.store, "10.244.1.9", Some(lease("c")));
+    }
+}
+
+#[test]
+fn a_file_in_place_of_the_store_is_set_aside() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store");
+    std::fs::write(&path, "not a folder").unwrap();
+    let opened = Store::open(&path).unwrap();
+    assert_eq!(opened.set_aside, Some(folder.path().join("store.damaged-1")));
+}
+
+#[test]
+fn a_store_that_kills_its_opener_twice_is_set_aside() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store");
+    drop(Store::open(&path).unwrap());
+    let marker = folder.path().join("store.opening");
+    std::fs::write(&marker, "1").unwrap();
+    assert_eq!(Store::open(&path).unwrap().set_aside, None);
+    assert!(!marker.exists());
+    std::fs::write(&marker, "2").unwrap();
+    assert_eq!(Store::open(&path).unwrap().set_aside, Some(folder.path().join("store.damaged-1")));
+}
+
+#[test]
+fn a_store_in_use_is_an_error_and_not_damage() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store");
+    let first = Store::open(&path).unwrap();
+    assert!(matches!(Store::open(&path), Err(StoreError::Open { .. })));
+    drop(first);
+    assert_eq!(Store::open(&path).unwrap().set_aside, None);
+}
+
+#[test]
+fn the_last_good_snapshot_comes_back_marked() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store");
+    let store = Store::open(&path).unwrap().store;
+    assert_eq!(store.load_snapshot().unwrap(), SnapshotRead::default());
+    store.save_snapshot(&snapshot()).unwrap();
+    drop(store);
+    let store = Store::open(&path).unwrap().store;
+    let expected = Snapshot { from_store: true, ..snapshot() };
+    assert_eq!(store.load_snapshot().unwrap().snapshot, Some(expected));
+}
+
+#[test]
+fn a_snapshot_of_another_version_is_none_and_says_why() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(folder.path().join("store")).unwrap().store;
+    for (bytes, reason) in [
+        (&br#"{"version":99,"snapshot":{}}"#[..], "version 99"),
+        (b"{", "cannot be read"),
+        (br#"{"version":1,"snapshot":{}}"#, "missing field"),
+    ] {
+        store.snapshot.insert("last-good", bytes).unwrap();
+        let read = store.load_snapshot().unwrap();
+        assert_eq!(read.snapshot, None);
+        assert!(read.unreadable.clone().unwrap().contains(reason), "{read:?}");
+    }
+}
+
+#[test]
+fn a_read_only_disk_is_an_error_and_not_damage() {
+    if !crate::kernel::testing::needs_root() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().to_str().unwrap();
+    crate::kernel::testing::run(&["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", path]);
+    let opened = Store::open(folder.path().join("store"));
+    crate::kernel::testing::run(&["umount", "-l", path]);
+    let error = crate::reconcile::chain(&opened.unwrap_err());
+    assert!(error.starts_with("open the store") && error.contains("Read-only"), "{error}");
+}
