@@ -4,19 +4,20 @@
 //! step is tried whatever became of those before it.
 
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use weft_model::constants::{TABLE_HOST, TUNNEL_LINK};
 use weft_model::node_facts::WireguardBackend;
 use weft_model::wireguard::PeerStatus;
 
-use super::plan::{OverlayPlan, Sysctl};
+use super::plan::OverlayPlan;
+use super::sysctls;
 use super::tunnel::{KEY_FILE, SOCKET_FILE, STATE_FILE, TunnelState, control, read_key};
 use crate::kernel::link::{LinkError, Links};
 use crate::kernel::nft::NftTable;
 use crate::kernel::route::Routes;
-use crate::kernel::{sysctl, tun, wireguard};
+use crate::kernel::{tun, wireguard};
 use crate::reconcile::{Applied, Applier, Trust, chain};
 
 /// Owner of the table `weft-host`, the device `weft0` and the routes of the overlay.
@@ -62,7 +63,7 @@ impl Applier for OverlayApplier {
     async fn apply(&mut self, plan: &OverlayPlan, trust: Trust) -> Applied {
         let mut applied = Applied::default();
         note(&mut applied, self.table.apply(&plan.table, trust));
-        apply_sysctls(&plan.sysctls, &mut applied);
+        sysctls::apply(&plan.sysctls, Some(&self.run_dir), &mut applied);
         // Kernel WireGuard makes its own device; the tunnel is told once the device is whole.
         let backend = match plan.backend {
             WireguardBackend::Kernel => "kernel",
@@ -71,6 +72,9 @@ impl Applier for OverlayApplier {
         match plan.backend {
             WireguardBackend::Kernel => self.apply_kernel_wireguard(plan, &mut applied),
             WireguardBackend::Userspace => note(&mut applied, ensure_tun()),
+        }
+        if link_exists() {
+            sysctls::apply(&plan.link_sysctls, None, &mut applied);
         }
         note(&mut applied, self.apply_link(plan).await);
         if plan.backend == WireguardBackend::Userspace {
@@ -96,13 +100,10 @@ impl OverlayApplier {
         }
     }
 
-    /// MTU, sysctls, addresses and "up" of a device that exists.
+    /// MTU, addresses and "up" of a device that exists.
     async fn apply_link(&self, plan: &OverlayPlan) -> Result<Vec<String>, LinkError> {
         let mut changed = Vec::new();
         let Some(link) = self.links.find(TUNNEL_LINK).await? else { return Ok(changed) };
-        let mut applied = Applied::default();
-        apply_sysctls(&plan.link_sysctls, &mut applied);
-        changed.append(&mut applied.changed);
         if link.mtu_bytes != plan.mtu_bytes {
             self.links.set_mtu(TUNNEL_LINK, link.index, plan.mtu_bytes).await?;
             changed.push(format!("{TUNNEL_LINK}: mtu {}", plan.mtu_bytes));
@@ -142,7 +143,7 @@ impl OverlayApplier {
     }
 
     /// Counters of the peers, from whoever carries them.
-    pub fn peers(run_dir: &std::path::Path, backend: WireguardBackend) -> Result<Vec<PeerStatus>, String> {
+    pub fn peers(run_dir: &Path, backend: WireguardBackend) -> Result<Vec<PeerStatus>, String> {
         match backend {
             WireguardBackend::Kernel => wireguard::peers(TUNNEL_LINK).map_err(|error| chain(&error)),
             WireguardBackend::Userspace => {
@@ -156,7 +157,8 @@ impl OverlayApplier {
 
 /// Removes what the overlay put on this host: routes and rules first, the device, the table last, so that nothing leaves
 /// in clear meanwhile. Each step reports for itself. Stop agent and tunnel before: a running tunnel keeps the device.
-pub async fn cleanup(handle: rtnetlink::Handle) -> Applied {
+/// `run_dir` remembers the sysctls.
+pub async fn cleanup(handle: rtnetlink::Handle, run_dir: &Path) -> Applied {
     let mut applied = Routes::new(handle.clone()).apply(&Default::default(), &Default::default()).await;
     let removed = |what: &str, was_there| if was_there { vec![format!("no {what}")] } else { Vec::new() };
     let link = match tun::remove_persistent(TUNNEL_LINK) {
@@ -171,28 +173,30 @@ pub async fn cleanup(handle: rtnetlink::Handle) -> Applied {
     note(&mut applied, rest.map(|was_there| removed(&format!("link {TUNNEL_LINK}"), was_there)));
     let table = NftTable::delete(TABLE_HOST);
     note(&mut applied, table.map(|was_there| removed(&format!("nft table {TABLE_HOST}"), was_there)));
+    sysctls::restore(run_dir, &mut applied);
+    for file in [STATE_FILE, SOCKET_FILE] {
+        note(&mut applied, remove_file(&run_dir.join(file)));
+    }
     applied
+}
+
+/// Without the device its settings are no failure of their own.
+fn link_exists() -> bool {
+    nix::net::if_::if_nametoindex(TUNNEL_LINK).is_ok()
+}
+
+fn remove_file(path: &Path) -> Result<Vec<String>, OverlayError> {
+    let what = path.display().to_string();
+    match std::fs::remove_file(path) {
+        Ok(()) => Ok(vec![format!("no {what}")]),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(source) => Err(OverlayError::Remove { what, source }),
+    }
 }
 
 fn ensure_tun() -> Result<Vec<String>, OverlayError> {
     let created = tun::ensure_persistent(TUNNEL_LINK).map_err(OverlayError::Tun)?;
     Ok(if created { vec![format!("link {TUNNEL_LINK} (TUN)")] } else { Vec::new() })
-}
-
-fn apply_sysctls(sysctls: &[Sysctl], applied: &mut Applied) {
-    for Sysctl { name, value, only_if } in sysctls {
-        if let Some(condition) = only_if {
-            let now = std::fs::read_to_string(format!("/proc/sys/{name}"));
-            if now.is_ok_and(|now| now.trim() != condition) {
-                continue;
-            }
-        }
-        match sysctl::ensure(name, value) {
-            Ok(Some(old)) => applied.changed.push(format!("sysctl {name}: {old} -> {value}")),
-            Ok(None) => {}
-            Err(error) => applied.failed.push(format!("sysctl {name} = {value}: {error}")),
-        }
-    }
 }
 
 fn note<E: std::error::Error>(applied: &mut Applied, outcome: Result<Vec<String>, E>) {
@@ -203,7 +207,7 @@ fn note<E: std::error::Error>(applied: &mut Applied, outcome: Result<Vec<String>
 }
 
 /// The old content or the new, never a part: written beside, then renamed.
-fn replace_file(path: &std::path::Path, content: &[u8]) -> std::io::Result<()> {
+fn replace_file(path: &Path, content: &[u8]) -> std::io::Result<()> {
     let beside = path.with_extension("json.new");
     let mut file = std::fs::File::create(&beside)?;
     file.write_all(content)?;

@@ -13,6 +13,7 @@ pub mod apply;
 pub mod plan;
 mod quarantine;
 mod rules;
+mod sysctls;
 pub mod tunnel;
 
 pub use apply::{OverlayApplier, cleanup};
