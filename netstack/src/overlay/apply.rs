@@ -33,8 +33,10 @@ pub struct OverlayApplier {
 pub enum OverlayError {
     #[error("write {path}")]
     WriteState { path: PathBuf, source: std::io::Error },
-    #[error("encode {STATE_FILE}")]
-    EncodeState(#[from] serde_json::Error),
+    #[error("encode {STATE_FILE} or decode the tunnel's answer")]
+    Json(#[from] serde_json::Error),
+    #[error(transparent)]
+    Wireguard(#[from] wireguard::WireguardError),
     #[error("tell the tunnel on {path}: is `weft tunnel` running? start it (systemctl start weft-tunnel)")]
     Tunnel { path: PathBuf, source: std::io::Error },
     #[error("create the TUN device {TUNNEL_LINK}: needs root and /dev/net/tun (modprobe tun)")]
@@ -78,7 +80,7 @@ impl Applier for OverlayApplier {
         }
         note(&mut applied, self.apply_link(plan).await);
         if plan.backend == WireguardBackend::Userspace {
-            note(&mut applied, self.apply_tunnel(plan, trust));
+            note(&mut applied, self.apply_tunnel(plan, trust).await);
         }
         let Applied { changed, failed, .. } = self.routes.apply(&plan.routes, &plan.rules).await;
         applied.changed.extend(changed);
@@ -93,11 +95,18 @@ impl Applier for OverlayApplier {
 }
 
 impl OverlayApplier {
+    /// A TUN of a time when the kernel had no WireGuard makes way.
     fn apply_kernel_wireguard(&self, plan: &OverlayPlan, applied: &mut Applied) {
-        match read_key(&self.state_dir.join(KEY_FILE)) {
-            Ok(key) => note(applied, wireguard::apply(TUNNEL_LINK, &key, &plan.wireguard)),
-            Err(error) => applied.failed.push(chain(&error)),
+        let key = match read_key(&self.state_dir.join(KEY_FILE)) {
+            Ok(key) => key,
+            Err(error) => return applied.failed.push(chain(&error)),
+        };
+        let mut outcome = wireguard::apply(TUNNEL_LINK, &key, &plan.wireguard);
+        if outcome.is_err() && tun::remove_persistent(TUNNEL_LINK).is_ok_and(|was_tun| was_tun) {
+            applied.changed.push(format!("no link {TUNNEL_LINK} (TUN)"));
+            outcome = wireguard::apply(TUNNEL_LINK, &key, &plan.wireguard);
         }
+        note(applied, outcome);
     }
 
     /// MTU, addresses and "up" of a device that exists.
@@ -122,7 +131,7 @@ impl OverlayApplier {
     }
 
     /// Writes `tunnel.json` when it differs, and tells the tunnel then or when nothing is taken for granted.
-    fn apply_tunnel(&self, plan: &OverlayPlan, trust: Trust) -> Result<Vec<String>, OverlayError> {
+    async fn apply_tunnel(&self, plan: &OverlayPlan, trust: Trust) -> Result<Vec<String>, OverlayError> {
         let state = TunnelState { wireguard: plan.wireguard.clone(), mtu_bytes: plan.mtu_bytes };
         let mut text = serde_json::to_vec_pretty(&state)?;
         text.push(b'\n');
@@ -135,22 +144,29 @@ impl OverlayApplier {
             changed.push(format!("{STATE_FILE}: {} peers", state.wireguard.peers.len()));
         }
         if differs || trust == Trust::Nothing {
-            let path = self.run_dir.join(SOCKET_FILE);
-            control::request(&path, "POST", "/apply")
-                .map_err(|source| OverlayError::Tunnel { path, source })?;
+            tell_tunnel(self.run_dir.join(SOCKET_FILE)).await?;
         }
         Ok(changed)
     }
+}
 
-    /// Counters of the peers, from whoever carries them.
-    pub fn peers(run_dir: &Path, backend: WireguardBackend) -> Result<Vec<PeerStatus>, String> {
-        match backend {
-            WireguardBackend::Kernel => wireguard::peers(TUNNEL_LINK).map_err(|error| chain(&error)),
-            WireguardBackend::Userspace => {
-                let body = control::request(&run_dir.join(SOCKET_FILE), "GET", "/peers");
-                let body = body.map_err(|error| error.to_string())?;
-                serde_json::from_str(&body).map_err(|error| error.to_string())
-            }
+/// `POST /apply`; a tunnel that hangs must not hold up the runtime.
+async fn tell_tunnel(path: PathBuf) -> Result<(), OverlayError> {
+    let socket = path.clone();
+    let asked = tokio::task::spawn_blocking(move || control::request(&socket, "POST", "/apply")).await;
+    let answer = asked.unwrap_or_else(|error| Err(std::io::Error::other(error)));
+    answer.map(|_| ()).map_err(|source| OverlayError::Tunnel { path, source })
+}
+
+/// Counters of the peers, from whoever carries them. Blocks for at most a few seconds.
+pub fn peers(run_dir: &Path, backend: WireguardBackend) -> Result<Vec<PeerStatus>, OverlayError> {
+    match backend {
+        WireguardBackend::Kernel => Ok(wireguard::peers(TUNNEL_LINK)?),
+        WireguardBackend::Userspace => {
+            let path = run_dir.join(SOCKET_FILE);
+            let body = control::request(&path, "GET", "/peers")
+                .map_err(|source| OverlayError::Tunnel { path, source })?;
+            Ok(serde_json::from_str(&body)?)
         }
     }
 }

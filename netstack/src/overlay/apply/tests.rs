@@ -197,7 +197,7 @@ fn a_second_pass_changes_nothing_and_cleanup_restores_the_picture() {
     let details = [("backend", "userspace"), ("peers", "1"), ("mtu", "1420")];
     assert_eq!(passes[0].details, details.map(|(name, value)| (name.to_owned(), value.to_owned())));
     let dir = host.dir.path().to_owned();
-    assert_eq!(OverlayApplier::peers(&dir, WireguardBackend::Userspace).unwrap().len(), 1);
+    assert_eq!(peers(&dir, WireguardBackend::Userspace).unwrap().len(), 1);
     host.kill_tunnel();
     let cleaned = host.netns.block_on(async {
         let netlink = Rtnetlink::connect().unwrap();

@@ -267,6 +267,24 @@ fn udp_arrives(from: &Host, to: &Host, ipv6: bool) {
 }
 
 #[test]
+fn an_underlay_that_is_narrower_than_thought_costs_fragments_but_no_packets() {
+    if !needs_root() {
+        return;
+    }
+    let (_switch, hosts) = three();
+    for host in &hosts {
+        host.netns.must(&["ip", "link", "set", "eth0", "mtu", "1300"]);
+    }
+    // Host 3 talks to host 1 over IPv6 and to host 2 over IPv4.
+    for to in [0, 1] {
+        hosts[2].reaches(hosts[to].inner(true), PATIENCE);
+        let bytes = noise(500_000, 11);
+        assert!(over_tcp(&hosts[2], &hosts[to], true, &bytes) == bytes);
+        assert!(over_tcp(&hosts[to], &hosts[2], false, &bytes) == bytes);
+    }
+}
+
+#[test]
 fn a_tunnel_that_was_killed_is_back_within_two_seconds_on_the_same_device() {
     if !needs_root() {
         return;
