@@ -1,1 +1,101 @@
-fn main() {}
+//! The binary `weft`: flags to configuration, wiring, subcommands. No decisions.
+
+mod agent;
+mod cleanup;
+mod cni;
+mod lab;
+mod log;
+mod server;
+mod status;
+mod tunnel;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "weft", version, about = "The whole network of a Kubernetes node in one binary", max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the node's agent (one a node)
+    Agent(agent::AgentArgs),
+    /// Run the userspace WireGuard tunnel, for kernels without WireGuard
+    Tunnel(tunnel::TunnelArgs),
+    /// Run the embedded API server
+    Server(server::ServerArgs),
+    /// Act as CNI plugin: the container runtime runs this
+    Cni,
+    /// Run a cluster of several nodes on this machine
+    Lab(lab::LabArgs),
+    /// Show what this node's agent does
+    Status(status::StatusArgs),
+    /// Remove every rule, link, route and file of Weft from this node
+    Cleanup(cleanup::CleanupArgs),
+    /// Print what to `kubectl apply` before agents can run
+    Manifests,
+}
+
+/// A container runtime runs the plugin without arguments, under whatever name it was installed.
+fn run_by_container_runtime() -> bool {
+    std::env::args_os().len() == 1 && std::env::var_os("CNI_COMMAND").is_some()
+}
+
+fn main() -> ExitCode {
+    if run_by_container_runtime() {
+        return cni::run();
+    }
+    let outcome = match parse().command {
+        Command::Cni => return cni::run(),
+        Command::Agent(args) => agent::run(args),
+        Command::Tunnel(args) => tunnel::run(args),
+        Command::Server(args) => on_runtime(server::run(args)),
+        Command::Lab(args) => lab::run(args),
+        Command::Status(args) => status::run(&args),
+        Command::Cleanup(args) => on_runtime(cleanup::run(args)),
+        Command::Manifests => {
+            print!("{}", weft_manifests::all());
+            Ok(())
+        }
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("weft: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Flags, or the end of the process: one line that says what is wrong and what to do, exit code 2. Help and version go
+/// the usual way.
+fn parse() -> Cli {
+    use clap::error::ErrorKind;
+    Cli::try_parse().unwrap_or_else(|error| match error.kind() {
+        ErrorKind::DisplayHelp
+        | ErrorKind::DisplayVersion
+        | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => error.exit(),
+        _ => {
+            let text = error.to_string();
+            let line = text.lines().next().unwrap_or("invalid command line").trim_start_matches("error: ");
+            let missing: String = text.lines().skip(1).take_while(|l| l.starts_with("  ")).collect();
+            let command = std::env::args().skip(1).take_while(|arg| !arg.starts_with('-')).next();
+            let help = command.map_or_else(|| "weft --help".to_owned(), |name| format!("weft {name} --help"));
+            eprintln!("weft: {line}{missing}; see '{help}'");
+            usage_exit()
+        }
+    })
+}
+
+#[expect(clippy::exit, reason = "a wrong command line ends the process before anything was started")]
+fn usage_exit() -> ! {
+    std::process::exit(2)
+}
+
+fn on_runtime(task: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?.block_on(task)
+}

@@ -1,1 +1,92 @@
-//! .
+//! DNS answered on the node that asks.
+//!
+//! ```text
+//!  Snapshot --plan--> DnsPlan --apply--> Store (names in memory)  <--answer-- Resolver <-- hickory-server <-- sockets
+//!                                   \--> Listeners (a socket an address)          |
+//!                                              resolv.conf's nameservers <-- Forwarder
+//! ```
+//!
+//! The cluster's zones follow the Kubernetes DNS-Based Service Discovery specification 1.1.0; everything else is
+//! forwarded to the host's resolvers. [`start`] is the one way in. The route that makes the cluster DNS address local
+//! and the rules that keep it out of conntrack belong to the overlay room.
+
+mod answer;
+mod apply;
+mod diff;
+mod forward;
+mod listen;
+mod name;
+mod plan;
+mod quota;
+mod resolv_conf;
+mod serve;
+mod stats;
+mod store;
+mod zone;
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+pub use answer::{Answer, Local, Question, Soa, SoaPlace};
+pub use apply::DnsApplier;
+pub use name::{InvalidName, Name};
+pub use plan::{DnsPlanner, plan_service};
+pub use stats::Stats;
+pub use store::Store;
+use weft_model::ClusterConfig;
+use weft_netstack::reconcile::chain;
+pub use zone::{Data, DnsPlan, Group, GroupKey, Groups, SPECIFICATION_VERSION, Srv, TTL_SECONDS, Zones};
+
+/// The port of the DNS (RFC 1035 section 4.2).
+pub const DNS_PORT: u16 = 53;
+
+/// Where the DNS room listens and whom it asks.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Port of every listening address; [`DNS_PORT`] outside tests.
+    pub port: u16,
+    /// The host's resolvers, usually `/etc/resolv.conf`; read again when it changes.
+    pub resolv_conf: PathBuf,
+    /// Replaces port 53 of the host's resolvers; `None` outside tests.
+    pub upstream_port: Option<u16>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { port: DNS_PORT, resolv_conf: PathBuf::from("/etc/resolv.conf"), upstream_port: None }
+    }
+}
+
+/// The parts that the agent wires into its loops.
+pub struct Dns {
+    /// For the `dns` loop.
+    pub planner: DnsPlanner,
+    /// For the `dns` loop.
+    pub applier: DnsApplier,
+    /// For metrics.
+    pub stats: Arc<Stats>,
+}
+
+/// Opens the sockets on the configuration's cluster DNS addresses and answers at once: SERVFAIL for names of the
+/// cluster until the first plan is applied, everything else from the host's resolvers. An address that cannot be
+/// opened is logged here and tried again, and reported, with every failing pass of the loop.
+///
+/// Needs a tokio runtime: the sockets' tasks end when the applier is dropped.
+pub fn start(config: &ClusterConfig, options: Options) -> Dns {
+    let stats = Arc::new(Stats::default());
+    let store = Arc::new(Store::new(Zones::new(config).ok()));
+    let forwarder =
+        Arc::new(forward::Forwarder::new(options.resolv_conf, options.upstream_port, stats.clone()));
+    let listen: std::collections::BTreeSet<IpAddr> = config.cluster_dns.iter().copied().collect();
+    forwarder.set_own(listen.clone());
+    let resolver = Arc::new(serve::Resolver::new(store.clone(), forwarder.clone(), stats.clone()));
+    let mut listeners = listen::Listeners::new(resolver, options.port);
+    let (early, failed) = listeners.ensure(&listen);
+    for error in &failed {
+        tracing::warn!(reason = chain(error), "DNS does not listen yet");
+    }
+    let applier =
+        DnsApplier { store, forwarder, listeners, stats: stats.clone(), written: Groups::new(), early };
+    Dns { planner: DnsPlanner::default(), applier, stats }
+}

@@ -1,1 +1,125 @@
-//! To be written.
+//! What the node says of itself: `/status` for the CLI, `/metrics`, `/healthz` and `/readyz` for machines.
+//!
+//! In flow handles of the loops and closures that read a part's state; out flow JSON and Prometheus text. Nothing here
+//! decides or changes anything.
+
+mod metrics;
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use weft_model::{Generation, Health, NodeName, Report, Snapshot};
+
+use crate::reconcile::LoopHandle;
+
+pub use metrics::Counters;
+
+/// The answer of `GET /status`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Status {
+    pub node: NodeName,
+    pub version: String,
+    /// Every loop has applied a Snapshot and none is failing.
+    pub ready: bool,
+    pub generation: Generation,
+    /// The Snapshot's cluster part is the last good one from disk; the API server has not been seen yet.
+    pub from_store: bool,
+    /// `connected`, or since when and why not.
+    pub api_server: String,
+    /// Resident memory of the agent in bytes.
+    pub resident_bytes: u64,
+    pub loops: Vec<Report>,
+    /// Objects that could not be read at all.
+    pub problems: Vec<String>,
+    /// Further parts, each in its own shape: `peers`, `leases`, `dns`.
+    pub parts: serde_json::Map<String, serde_json::Value>,
+}
+
+type Read<T> = Box<dyn Fn() -> T + Send + Sync>;
+
+/// Everything that is shown, with the handles to read it.
+pub struct Admin {
+    pub node: NodeName,
+    pub version: &'static str,
+    pub loops: Vec<LoopHandle>,
+    pub snapshot_rx: watch::Receiver<Option<Arc<Snapshot>>>,
+    pub api_server: Read<String>,
+    pub parts: Vec<(&'static str, Read<serde_json::Value>)>,
+    pub counters: Vec<Counters>,
+}
+
+impl Admin {
+    pub fn status(&self) -> Status {
+        let snapshot = self.snapshot_rx.borrow().clone();
+        let loops: Vec<Report> = self.loops.iter().map(LoopHandle::report).collect();
+        Status {
+            node: self.node.clone(),
+            version: self.version.to_owned(),
+            ready: ready(&loops),
+            generation: snapshot.as_ref().map_or(Generation(0), |s| s.generation),
+            from_store: snapshot.as_ref().is_some_and(|s| s.from_store),
+            api_server: (self.api_server)(),
+            resident_bytes: metrics::resident_bytes(),
+            loops,
+            problems: snapshot
+                .map(|s| s.problems.iter().map(ToString::to_string).collect())
+                .unwrap_or_default(),
+            parts: self.parts.iter().map(|(name, read)| ((*name).to_owned(), read())).collect(),
+        }
+    }
+}
+
+fn ready(loops: &[Report]) -> bool {
+    loops.iter().all(|report| report.health() == Health::Ok)
+}
+
+/// Routes for the agent's Unix socket.
+pub fn status_router(admin: Arc<Admin>) -> Router {
+    Router::new().route("/status", get(status)).with_state(admin)
+}
+
+/// Routes for the loopback listener: `/metrics`, `/healthz`, `/readyz`.
+pub fn observe_router(admin: Arc<Admin>) -> Router {
+    Router::new()
+        .route("/metrics", get(metrics_text))
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(readyz))
+        .with_state(admin)
+}
+
+async fn status(State(admin): State<Arc<Admin>>) -> axum::Json<Status> {
+    axum::Json(admin.status())
+}
+
+async fn readyz(State(admin): State<Arc<Admin>>) -> Response {
+    let reports: Vec<Report> = admin.loops.iter().map(LoopHandle::report).collect();
+    if ready(&reports) {
+        return "ok\n".into_response();
+    }
+    let mut text = String::new();
+    for report in reports.iter().filter(|report| report.health() != Health::Ok) {
+        let why = report.failures.first().map_or("no Snapshot applied yet", String::as_str);
+        let _ = writeln!(text, "{}: {why}", report.name);
+    }
+    (StatusCode::SERVICE_UNAVAILABLE, text).into_response()
+}
+
+async fn metrics_text(State(admin): State<Arc<Admin>>) -> Response {
+    match metrics::encode(&admin) {
+        Ok(text) => {
+            ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text)
+                .into_response()
+        }
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,94 @@
-//! To be written.
+//! The CNI plugin's side in the agent: addresses with leases, veth pairs, anti-spoofing.
+//!
+//! ```text
+//!  container runtime --exec--> `weft cni` --HTTP over /run/weft/agent.sock--> server --> Cni
+//!  Cni::add    lease in the Store (flushed) -> veth, addresses, routes -> nft element -> answer
+//!  Cni::del    link -> nft element -> lease released (quarantine)
+//!  Cni::reconcile  leases <-> links of the kernel, before the first request
+//!  Loop(plan, apply)  the same whenever this Node changes and at every drift check
+//! ```
+//!
+//! Requests are imperative on purpose (request and response), the one exception from plan and apply. What is decided
+//! without IO stands in [`plan`], [`ipam`], [`spoof`], [`wire`] and [`conflist`].
+
+mod add;
+pub mod apply;
+mod attachment;
+mod check;
+pub mod conflist;
+mod del;
+pub mod ipam;
+mod lock;
+mod node;
+pub mod plan;
+pub mod plugin;
+mod reconcile;
+pub mod server;
+pub mod spoof;
+mod status;
+#[cfg(test)]
+mod tests;
+pub mod wire;
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::watch;
+use weft_model::Snapshot;
+
+use crate::kernel::netns::Rtnetlink;
+use crate::store::Store;
+use lock::AttachmentLocks;
+use spoof::SourceGuard;
+
+pub use attachment::Attachment;
+pub use reconcile::Reconciled;
+
+/// Says why the data plane cannot carry a pod yet, one sentence; `Ok` when the given Snapshot's rules are in place.
+pub type Readiness = Arc<dyn Fn(&Snapshot) -> Result<(), String> + Send + Sync>;
+/// MTU of pod links, bytes: what the overlay leaves of the underlay.
+pub type PodMtu = Arc<dyn Fn(&Snapshot) -> u32 + Send + Sync>;
+
+/// What the wiring gives.
+pub struct Inputs {
+    pub snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
+    /// The boot-scoped one.
+    pub store: Arc<Store>,
+    pub readiness: Readiness,
+    pub pod_mtu_bytes: PodMtu,
+    /// Owner of table `weft-cni`: `Box::new(NftTable::new(constants::TABLE_CNI))`.
+    pub source_guard: Box<dyn SourceGuard>,
+}
+
+/// The plugin's server half. One per agent; every method may run in parallel with every other.
+pub struct Cni {
+    snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
+    store: Arc<Store>,
+    readiness: Readiness,
+    pod_mtu_bytes: PodMtu,
+    netlink: Rtnetlink,
+    locks: AttachmentLocks,
+    /// One allocation at a time: from reading the leases to the flushed new one.
+    ipam: Mutex<ipam::Cursors>,
+    source_guard: Mutex<Box<dyn SourceGuard>>,
+}
+
+impl Cni {
+    /// Opens an rtnetlink connection in the namespace of the calling thread, within a tokio runtime.
+    pub fn open(inputs: Inputs) -> io::Result<Self> {
+        Ok(Self {
+            snapshots: inputs.snapshots,
+            store: inputs.store,
+            readiness: inputs.readiness,
+            pod_mtu_bytes: inputs.pod_mtu_bytes,
+            netlink: Rtnetlink::connect()?,
+            locks: AttachmentLocks::default(),
+            ipam: Mutex::default(),
+            source_guard: Mutex::new(inputs.source_guard),
+        })
+    }
+}
+
+fn locked<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

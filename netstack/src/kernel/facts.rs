@@ -5,7 +5,6 @@
 use std::future::Future;
 use std::io;
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -51,7 +50,7 @@ const RE_READ: Duration = Duration::from_secs(30);
 pub async fn watch(
     name: NodeName,
 ) -> Result<
-    (watch::Receiver<Arc<NodeFacts>>, impl Future<Output = Result<(), String>> + Send + 'static),
+    (watch::Receiver<NodeFacts>, impl Future<Output = Result<(), String>> + Send + 'static),
     FactsError,
 > {
     let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
@@ -59,7 +58,7 @@ pub async fn watch(
         rtnetlink::new_multicast_connection(&groups).map_err(FactsError::Socket)?;
     let connection = Rtnetlink::connect().map_err(FactsError::Socket)?;
     let facts = read(name).await?;
-    let (sender, receiver) = watch::channel(Arc::new(facts));
+    let (sender, receiver) = watch::channel(facts);
     let follow = async move {
         let _alive = monitor_handle;
         while !matches!(tokio::time::timeout(RE_READ, messages.next()).await, Ok(None)) {
@@ -80,11 +79,11 @@ pub async fn watch(
     Ok((receiver, task))
 }
 
-fn publish(sender: &watch::Sender<Arc<NodeFacts>>, uplinks: Vec<Uplink>) {
+fn publish(sender: &watch::Sender<NodeFacts>, uplinks: Vec<Uplink>) {
     sender.send_if_modified(|facts| {
         let changed = facts.uplinks != uplinks;
         if changed {
-            *facts = Arc::new(NodeFacts { uplinks, ..NodeFacts::clone(facts) });
+            facts.uplinks = uplinks;
         }
         changed
     });

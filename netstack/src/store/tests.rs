@@ -161,3 +161,17 @@ fn a_snapshot_of_another_version_is_none_and_says_why() {
         assert!(read.unreadable.clone().unwrap().contains(reason), "{read:?}");
     }
 }
+
+#[test]
+fn a_read_only_disk_is_an_error_and_not_damage() {
+    if !crate::kernel::testing::needs_root() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().to_str().unwrap();
+    crate::kernel::testing::run(&["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", path]);
+    let opened = Store::open(folder.path().join("store"));
+    crate::kernel::testing::run(&["umount", "-l", path]);
+    let error = crate::reconcile::chain(&opened.unwrap_err());
+    assert!(error.starts_with("open the store") && error.contains("Read-only"), "{error}");
+}

@@ -3,10 +3,12 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use netlink_packet_route::route::{RouteAttribute, RouteFlags, RouteMessage, RouteScope, RouteType};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteScope, RouteType,
+};
 
 use super::RouteError;
-use super::kernel_view::{base_message, destination, dump, output};
+use super::kernel_view::{base_message, destination, dump, ip, output};
 use crate::kernel::link::cause;
 
 const TABLE_MAIN: u32 = 254;
@@ -49,8 +51,25 @@ fn message(route: &LinkRoute) -> RouteMessage {
     message
 }
 
-/// Every route of our protocol as (link index, destination).
-pub async fn link_routes(handle: &rtnetlink::Handle) -> Result<Vec<(u32, IpNet)>, RouteError> {
-    let messages = dump(handle).await?;
-    Ok(messages.iter().filter_map(|message| Some((output(message)?, destination(message)?))).collect())
+/// Every route of our protocol that leaves by a link.
+pub async fn link_routes(handle: &rtnetlink::Handle) -> Result<Vec<LinkRoute>, RouteError> {
+    Ok(dump(handle).await?.iter().filter_map(lower).collect())
+}
+
+fn lower(message: &RouteMessage) -> Option<LinkRoute> {
+    let find = |wanted: fn(&RouteAttribute) -> Option<&RouteAddress>| {
+        message.attributes.iter().find_map(wanted).and_then(ip)
+    };
+    Some(LinkRoute {
+        destination: destination(message)?,
+        link_index: output(message)?,
+        gateway: find(|attribute| match attribute {
+            RouteAttribute::Gateway(address) => Some(address),
+            _ => None,
+        }),
+        source: find(|attribute| match attribute {
+            RouteAttribute::PrefSource(address) => Some(address),
+            _ => None,
+        }),
+    })
 }

@@ -128,4 +128,7 @@ fn foreign_routes_and_pod_routes_are_left_alone() {
     let applied = node.block_on(apply(&[foreign], &[]));
     assert_eq!(applied.failed, ["add route 10.9.0.0/24 dev b0: File exists (os error 17)"]);
     assert!(node.must(&["ip", "route"]).contains("10.9.0.0/24 dev a0"));
+    node.must(&["ip", "route", "add", "fd09::/64", "dev", "a0"]);
+    let applied = node.block_on(apply(&[route("fd09::/64", link("b0"))], &[]));
+    assert_eq!(applied.failed, ["add route fd09::/64 dev b0: File exists (os error 17)"]);
 }

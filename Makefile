@@ -1,0 +1,34 @@
+# The commands of README.md. Each installs what it needs from Debian's packages (scripts/need).
+.PHONY: build debug lab test check bench clean
+
+HOST := $(shell rustc -vV | sed -n 's/^host: //p')
+WEFT := target/$(HOST)/release/weft
+
+# A static binary: --target keeps +crt-static away from build scripts and proc macros.
+build:
+	@scripts/need cc
+	RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --locked --target $(HOST) -p weft
+
+debug:
+	cargo build --locked -p weft
+
+lab: build
+	@scripts/need lab
+	$(WEFT) lab up
+	$(WEFT) lab tour
+
+test: debug build
+	@scripts/need test
+	scripts/test $(WEFT)
+
+check:
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	scripts/dependency-policy
+
+bench: build
+	@scripts/need test
+	scripts/bench $(WEFT) $(ONLY)
+
+clean:
+	cargo clean

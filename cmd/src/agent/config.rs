@@ -1,0 +1,200 @@
+//! Flags of `weft agent` to one validated configuration.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+
+use anyhow::{Context as _, ensure};
+use clap::Args;
+use ipnet::IpNet;
+use weft_model::{ClusterConfig, NodeName};
+use weft_netstack::kube::Endpoint;
+
+use crate::log::LogArgs;
+
+#[derive(Args)]
+pub(crate) struct AgentArgs {
+    /// Name of this node's Node object; the host name by default
+    #[arg(long)]
+    node_name: Option<String>,
+    /// How to reach the API server
+    #[arg(long, conflicts_with = "api_server")]
+    kubeconfig: Option<PathBuf>,
+    /// Address of the API server, such as <https://192.0.2.1:6443>, instead of a kubeconfig
+    #[arg(long)]
+    api_server: Option<String>,
+    /// Bearer token for --api-server; read anew when it rotates
+    #[arg(long, requires = "api_server")]
+    token_file: Option<PathBuf>,
+    /// CA certificate for --api-server
+    #[arg(long, requires = "api_server")]
+    ca_file: Option<PathBuf>,
+    /// Pod ranges of the cluster, one a family
+    #[arg(long, value_delimiter = ',', default_value = "10.42.0.0/16,fd00:10:42::/56")]
+    cluster_cidr: Vec<IpNet>,
+    /// Service ranges of the cluster, one a family
+    #[arg(long, value_delimiter = ',', default_value = "10.43.0.0/16,fd00:10:43::/112")]
+    service_cidr: Vec<IpNet>,
+    /// Addresses of the cluster's DNS, one a family; each within a --service-cidr
+    #[arg(long, value_delimiter = ',', default_value = "10.43.0.10,fd00:10:43::a")]
+    cluster_dns: Vec<IpAddr>,
+    /// Domain of the cluster's names
+    #[arg(long, default_value = "cluster.local")]
+    cluster_domain: String,
+    /// UDP port of the overlay, the same on every node
+    #[arg(long, default_value_t = weft_model::constants::WIREGUARD_PORT)]
+    wireguard_port: u16,
+    /// Resolvers for names outside the cluster
+    #[arg(long, default_value = "/etc/resolv.conf")]
+    resolv_conf: PathBuf,
+    /// Where container runtimes look for network configurations
+    #[arg(long, default_value = "/etc/cni/net.d")]
+    cni_conf_dir: PathBuf,
+    /// Where container runtimes look for plugins; the plugin `weft` is put there
+    #[arg(long, default_value = "/opt/cni/bin")]
+    cni_bin_dir: PathBuf,
+    /// Socket, lock and leases; must not survive a reboot
+    #[arg(long, default_value = "/run/weft")]
+    run_dir: PathBuf,
+    /// Private key and last good snapshot; must survive a reboot
+    #[arg(long, default_value = "/var/lib/weft")]
+    state_dir: PathBuf,
+    /// Where /metrics, /healthz and /readyz are served
+    #[arg(long, default_value = "127.0.0.1:9470")]
+    observe_address: SocketAddr,
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+}
+
+pub(crate) struct Config {
+    pub(crate) node: NodeName,
+    pub(crate) api_server: Endpoint,
+    pub(crate) cluster: ClusterConfig,
+    pub(crate) resolv_conf: PathBuf,
+    pub(crate) cni_conf_dir: PathBuf,
+    pub(crate) cni_bin_dir: PathBuf,
+    pub(crate) run_dir: PathBuf,
+    pub(crate) state_dir: PathBuf,
+    pub(crate) observe_address: SocketAddr,
+}
+
+impl AgentArgs {
+    /// Every field checked; the error is one sentence with the flag and the remedy.
+    pub(crate) fn validate(self) -> anyhow::Result<Config> {
+        one_a_family("--cluster-cidr", self.cluster_cidr.iter().map(IpNet::addr))?;
+        one_a_family("--service-cidr", self.service_cidr.iter().map(IpNet::addr))?;
+        one_a_family("--cluster-dns", self.cluster_dns.iter().copied())?;
+        for pods in &self.cluster_cidr {
+            let overlap = self.service_cidr.iter().find(|s| s.contains(&pods.network()) || pods.contains(&s.network()));
+            if let Some(services) = overlap {
+                anyhow::bail!("--cluster-cidr {pods} and --service-cidr {services} overlap; choose disjoint ranges");
+            }
+        }
+        for address in &self.cluster_dns {
+            ensure!(
+                self.service_cidr.iter().any(|range| range.contains(address)),
+                "--cluster-dns {address} is in no --service-cidr; take an address of the service range, such as its tenth"
+            );
+        }
+        Ok(Config {
+            node: node_name(self.node_name)?,
+            api_server: endpoint(self.kubeconfig, self.api_server, self.token_file, self.ca_file)?,
+            cluster: ClusterConfig {
+                cluster_cidrs: self.cluster_cidr.iter().map(IpNet::trunc).collect(),
+                service_cidrs: self.service_cidr.iter().map(IpNet::trunc).collect(),
+                cluster_dns: self.cluster_dns,
+                cluster_domain: domain(&self.cluster_domain)?,
+                wireguard_port: self.wireguard_port,
+            },
+            resolv_conf: self.resolv_conf,
+            cni_conf_dir: self.cni_conf_dir,
+            cni_bin_dir: self.cni_bin_dir,
+            run_dir: self.run_dir,
+            state_dir: self.state_dir,
+            observe_address: self.observe_address,
+        })
+    }
+}
+
+fn one_a_family(flag: &str, addresses: impl Iterator<Item = IpAddr>) -> anyhow::Result<()> {
+    let (v4, v6): (Vec<_>, Vec<_>) = addresses.partition(IpAddr::is_ipv4);
+    ensure!(v4.len() <= 1 && v6.len() <= 1, "{flag} takes at most one value of each IP family, separated by a comma");
+    Ok(())
+}
+
+fn node_name(given: Option<String>) -> anyhow::Result<NodeName> {
+    let name = match given {
+        Some(name) => name,
+        None => nix::unistd::gethostname()
+            .context("the host name cannot be read; give --node-name")?
+            .to_string_lossy()
+            .to_lowercase(),
+    };
+    let valid = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '.';
+    ensure!(
+        !name.is_empty() && name.len() <= 253 && name.chars().all(valid),
+        "--node-name {name:?} is no name of a Node: lower-case letters, digits, '-' and '.' only"
+    );
+    Ok(NodeName(name))
+}
+
+fn endpoint(
+    kubeconfig: Option<PathBuf>,
+    url: Option<String>,
+    token_file: Option<PathBuf>,
+    ca_file: Option<PathBuf>,
+) -> anyhow::Result<Endpoint> {
+    match (kubeconfig, url) {
+        (Some(path), _) => Ok(Endpoint::Kubeconfig(path)),
+        (None, Some(url)) => Ok(Endpoint::Server { url, token_file, ca_file }),
+        (None, None) => anyhow::bail!("the API server is not named; give --kubeconfig or --api-server"),
+    }
+}
+
+fn domain(text: &str) -> anyhow::Result<String> {
+    let domain = text.trim_end_matches('.').to_lowercase();
+    let label = |label: &str| {
+        (1..=63).contains(&label.len()) && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+    };
+    ensure!(
+        domain.len() <= 200 && domain.split('.').all(label),
+        "--cluster-domain {text:?} is no domain name such as cluster.local"
+    );
+    Ok(domain)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        agent: AgentArgs,
+    }
+
+    fn validate(flags: &[&str]) -> Result<Config, String> {
+        let line = ["weft", "--node-name", "a", "--kubeconfig", "/k"].iter().chain(flags);
+        Line::try_parse_from(line).map_err(|error| error.to_string())?.agent.validate().map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn the_defaults_are_valid() {
+        assert!(validate(&[]).is_ok());
+    }
+
+    #[test]
+    fn a_wrong_value_is_named_with_its_flag() {
+        let wrong = [
+            (["--cluster-cidr", "10.0.0.0/8,10.43.0.0/16"], "--cluster-cidr takes at most one"),
+            (["--cluster-cidr", "10.43.0.0/20"], "overlap"),
+            (["--cluster-dns", "10.99.0.10"], "--cluster-dns 10.99.0.10 is in no --service-cidr"),
+            (["--cluster-domain", "a..b"], "--cluster-domain"),
+        ];
+        for (flags, expected) in wrong {
+            let message = validate(&flags).err().unwrap_or_default();
+            assert!(message.contains(expected), "{flags:?}: {message}");
+        }
+    }
+}

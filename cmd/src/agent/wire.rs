@@ -1,0 +1,243 @@
+//! The rooms of a node, connected: who is given what. No decisions.
+
+use std::fs::File;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use axum::Router;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::watch;
+use weft_model::constants::{TABLE_CNI, WIREGUARD_OVERHEAD_BYTES};
+use weft_model::{Health, Snapshot, WgPublicKey};
+use weft_netstack::admin::{self, Admin, Counters};
+use weft_netstack::cni::{self, Cni, PodMtu, Readiness};
+use weft_netstack::kernel::facts;
+use weft_netstack::kernel::netns::Rtnetlink;
+use weft_netstack::kernel::nft::NftTable;
+use weft_netstack::kube::{self, ApiStatus, Identity, Publisher, Watches};
+use weft_netstack::overlay::{OverlayApplier, OverlayPlanner};
+use weft_netstack::proxy::{ProxyApplier, ProxyPlanner};
+use weft_netstack::reconcile::{Applier, Loop, LoopHandle, Pace, Planner, TaskGroup, chain};
+use weft_netstack::store::{Opened, Store, StoreError, key};
+
+use super::config::Config;
+use super::keep::{self, Conflist, Saver};
+
+type Snapshots = watch::Receiver<Option<Arc<Snapshot>>>;
+
+/// Starts every part of the node in `tasks`.
+pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Result<Saver> {
+    let private_key = key::load_or_create_key(&config.state_dir.join("wireguard.key"))?;
+    let durable = Arc::new(open_store(&config.state_dir.join("store"))?);
+    let leases = Arc::new(open_store(&config.run_dir.join("store"))?);
+    let (facts_rx, follow_facts) = facts::watch(config.node.clone()).await?;
+    tasks.start("facts", follow_facts);
+
+    let initial = durable.load_snapshot()?;
+    if let Some(reason) = initial.unreadable {
+        tracing::warn!(reason, "starting without the last good snapshot");
+    }
+    let client = kube::client(&config.api_server).await?;
+    let Watches { snapshots, status } =
+        kube::start(tasks, client.clone(), config.cluster.clone(), facts_rx.clone(), initial.snapshot);
+
+    let identity = Identity {
+        public_key: public_key(&private_key),
+        wireguard_port: config.cluster.wireguard_port,
+    };
+    let dns = weft_dns::start(
+        &config.cluster,
+        weft_dns::Options { resolv_conf: config.resolv_conf.clone(), ..weft_dns::Options::default() },
+    );
+    let netlink = Rtnetlink::connect().context("open an rtnetlink socket")?;
+    let overlay =
+        OverlayApplier::new(netlink.handle.clone(), config.run_dir.clone(), config.state_dir.clone());
+    tasks.start("netlink", async move {
+        let _alive = netlink;
+        std::future::pending().await
+    });
+    let mut loops = Loops { tasks, snapshots: snapshots.clone(), handles: Vec::new() };
+    let overlay = loops.start("overlay", OverlayPlanner::default(), overlay);
+    loops.start("proxy", ProxyPlanner::default(), ProxyApplier::new());
+    loops.start("dns", dns.planner, dns.applier);
+    loops.start("publish", identity, Publisher::new(client));
+    let handles = loops.handles;
+
+    let ready = readiness(overlay);
+    let cni = start_cni(tasks, snapshots.clone(), leases.clone(), ready.clone()).await?;
+    let admin = Arc::new(admin(config, handles, snapshots.clone(), status, leases, dns.stats));
+    let socket = config.run_dir.join("agent.sock");
+    serve_unix(tasks, &socket, cni::server::router(cni).merge(admin::status_router(admin.clone())))?;
+    serve_tcp(tasks, config.observe_address, admin::observe_router(admin)).await?;
+
+    install_plugin(&config.cni_bin_dir)?;
+    tasks.start(
+        "conflist",
+        Conflist { folder: config.cni_conf_dir.clone(), socket, snapshots: snapshots.clone(), ready }.run(),
+    );
+    let saver = Saver { store: durable, snapshots };
+    tasks.start("saver", saver.clone().run());
+    Ok(saver)
+}
+
+fn open_store(path: &Path) -> Result<Store, StoreError> {
+    let Opened { store, set_aside } = Store::open(path)?;
+    if let Some(damaged) = set_aside {
+        tracing::error!(damaged = %damaged.display(), "the store was damaged: set aside, a new one is in use");
+    }
+    Ok(store)
+}
+
+fn public_key(private: &[u8; 32]) -> WgPublicKey {
+    let secret = x25519_dalek::StaticSecret::from(*private);
+    WgPublicKey(x25519_dalek::PublicKey::from(&secret).to_bytes())
+}
+
+struct Loops<'a> {
+    tasks: &'a mut TaskGroup,
+    snapshots: Snapshots,
+    handles: Vec<LoopHandle>,
+}
+
+impl Loops<'_> {
+    fn start<P, A>(&mut self, name: &'static str, planner: P, applier: A) -> LoopHandle
+    where
+        P: Planner,
+        A: Applier<Plan = P::Plan>,
+    {
+        let (run, handle) = Loop::new(name, planner, applier, Pace::default(), self.snapshots.clone());
+        self.tasks.start(name, run.run());
+        self.handles.push(handle.clone());
+        handle
+    }
+}
+
+/// Pods may come once the overlay's strict rules and routes are in place.
+fn readiness(overlay: LoopHandle) -> Readiness {
+    Arc::new(move |snapshot| {
+        let report = overlay.report();
+        match report.health() {
+            Health::Starting => Err("the overlay is not programmed yet".to_owned()),
+            Health::Failing => Err(format!("the overlay is not in place: {}", report.failures.join("; "))),
+            Health::Ok if snapshot.own_node().is_none() => {
+                Err(format!("Node {} is not known to the API server yet", snapshot.facts.name))
+            }
+            Health::Ok => Ok(()),
+        }
+    })
+}
+
+async fn start_cni(
+    tasks: &mut TaskGroup,
+    snapshots: Snapshots,
+    store: Arc<Store>,
+    readiness: Readiness,
+) -> anyhow::Result<Arc<Cni>> {
+    let pod_mtu_bytes: PodMtu = Arc::new(|snapshot| {
+        let own = snapshot.own_node().map(|node| node.primary_ips().collect::<Vec<_>>()).unwrap_or_default();
+        snapshot.facts.underlay_mtu_bytes(&own) - WIREGUARD_OVERHEAD_BYTES
+    });
+    let source_guard = Box::new(NftTable::new(TABLE_CNI));
+    let inputs = cni::Inputs { snapshots, store, readiness, pod_mtu_bytes, source_guard };
+    let cni = Arc::new(Cni::open(inputs).context("open an rtnetlink socket")?);
+    let outcome = cni.reconcile().await;
+    for failure in &outcome.failed {
+        tracing::warn!(failure, "leases");
+    }
+    tasks.start("leases", keep::leases(cni.clone()));
+    Ok(cni)
+}
+
+fn admin(
+    config: &Config,
+    loops: Vec<LoopHandle>,
+    snapshot_rx: Snapshots,
+    api: watch::Receiver<ApiStatus>,
+    leases: Arc<Store>,
+    dns: Arc<weft_dns::Stats>,
+) -> Admin {
+    Admin {
+        node: config.node.clone(),
+        version: env!("CARGO_PKG_VERSION"),
+        loops,
+        snapshot_rx,
+        api_server: Box::new(move || api_text(&api.borrow())),
+        parts: vec![(
+            "leases",
+            Box::new(move || leases.leases().map_or_else(|error| chain(&error).into(), |leases| leases.len().into())),
+        )],
+        counters: vec![Counters {
+            name: "dns_responses",
+            help: "DNS answers sent, by response code",
+            label: "rcode",
+            read: Box::new(move || dns.responses().to_vec()),
+        }],
+    }
+}
+
+fn api_text(status: &ApiStatus) -> String {
+    let seconds = status.since.elapsed().unwrap_or(Duration::ZERO).as_secs();
+    match (&status.last_error, status.connected) {
+        (_, true) => format!("connected for {seconds} s"),
+        (Some(error), false) => format!("away for {seconds} s: {error}"),
+        (None, false) => format!("not reached yet ({seconds} s)"),
+    }
+}
+
+/// A socket left by a dead agent is replaced: the lock says that no other agent lives.
+fn serve_unix(tasks: &mut TaskGroup, path: &Path, router: Router) -> anyhow::Result<()> {
+    let _ = std::fs::remove_file(path);
+    let listener = UnixListener::bind(path).with_context(|| format!("listen on {}", path.display()))?;
+    std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+    tasks.start("socket", async move { axum::serve(listener, router).await.map_err(|error| chain(&error)) });
+    Ok(())
+}
+
+async fn serve_tcp(
+    tasks: &mut TaskGroup,
+    address: std::net::SocketAddr,
+    router: Router,
+) -> anyhow::Result<()> {
+    let listener = TcpListener::bind(address).await.with_context(|| {
+        format!("{address} for metrics and health cannot be used; free it or give another --observe-address")
+    })?;
+    tasks.start("observe", async move { axum::serve(listener, router).await.map_err(|error| chain(&error)) });
+    Ok(())
+}
+
+/// Copies this very binary to where runtimes look for the plugin `weft`, atomically, unless it is there already.
+fn install_plugin(folder: &Path) -> anyhow::Result<()> {
+    let plugin = folder.join("weft");
+    let own = std::env::current_exe().context("find the running binary")?;
+    if own == plugin || same_content(&own, &plugin).unwrap_or(false) {
+        return Ok(());
+    }
+    let install = || -> std::io::Result<()> {
+        std::fs::create_dir_all(folder)?;
+        let temporary: PathBuf = folder.join(".weft.new");
+        std::fs::copy(&own, &temporary)?;
+        std::fs::rename(&temporary, &plugin)
+    };
+    install().with_context(|| format!("install the CNI plugin as {}; give a writable --cni-bin-dir", plugin.display()))
+}
+
+fn same_content(a: &Path, b: &Path) -> std::io::Result<bool> {
+    let (mut a, mut b) = (File::open(a)?, File::open(b)?);
+    if a.metadata()?.len() != b.metadata()?.len() {
+        return Ok(false);
+    }
+    let (mut of_a, mut of_b) = ([0; 16 * 1024], [0; 16 * 1024]);
+    loop {
+        let read = a.read(&mut of_a)?;
+        if read == 0 {
+            return Ok(true);
+        }
+        b.read_exact(&mut of_b[..read])?;
+        if of_a[..read] != of_b[..read] {
+            return Ok(false);
+        }
+    }
+}

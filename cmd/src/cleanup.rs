@@ -1,0 +1,108 @@
+//! `weft cleanup`: takes everything of ours off this node and proves it by looking again.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, ensure};
+use clap::Args;
+use weft_model::constants::{POD_LINK_PREFIX, TABLE_CNI, TABLE_PROXY};
+use weft_netstack::cni::conflist;
+use weft_netstack::kernel::link::Links;
+use weft_netstack::kernel::netns::Rtnetlink;
+use weft_netstack::kernel::nft::NftTable;
+use weft_netstack::overlay;
+use weft_netstack::reconcile::chain;
+
+use crate::agent::start;
+
+#[derive(Args)]
+pub(crate) struct CleanupArgs {
+    #[arg(long, default_value = "/etc/cni/net.d")]
+    cni_conf_dir: PathBuf,
+    #[arg(long, default_value = "/opt/cni/bin")]
+    cni_bin_dir: PathBuf,
+    #[arg(long, default_value = "/run/weft")]
+    run_dir: PathBuf,
+    #[arg(long, default_value = "/var/lib/weft")]
+    state_dir: PathBuf,
+    /// Keep the private key and the last good snapshot
+    #[arg(long)]
+    keep_state: bool,
+}
+
+/// Refuses while an agent runs. Every step is tried; a second look then has to find nothing.
+pub(crate) async fn run(args: CleanupArgs) -> anyhow::Result<()> {
+    start::require_root()?;
+    let lock = start::lock(&args.run_dir)?;
+    let first = remove(&args).await?;
+    for line in &first.removed {
+        println!("removed {line}");
+    }
+    let second = remove(&args).await?;
+    drop(lock);
+    if args.run_dir.exists() {
+        std::fs::remove_dir_all(&args.run_dir).with_context(|| format!("remove {}", args.run_dir.display()))?;
+    }
+    ensure!(second.failed.is_empty(), "not everything could be removed: {}", second.failed.join("; "));
+    ensure!(second.removed.is_empty(), "these came back, is something of Weft running? {}", second.removed.join("; "));
+    println!("nothing of Weft is left on this node");
+    Ok(())
+}
+
+#[derive(Default)]
+struct Outcome {
+    removed: Vec<String>,
+    failed: Vec<String>,
+}
+
+impl Outcome {
+    fn note(&mut self, what: &str, was_there: Result<bool, impl std::error::Error>) {
+        match was_there {
+            Ok(true) => self.removed.push(what.to_owned()),
+            Ok(false) => {}
+            Err(error) => self.failed.push(format!("{what}: {}", chain(&error))),
+        }
+    }
+}
+
+/// The conflist first, so that no pod is sent our way; the strict rules last, so that nothing leaves in clear meanwhile.
+async fn remove(args: &CleanupArgs) -> anyhow::Result<Outcome> {
+    let mut outcome = Outcome::default();
+    outcome.note("CNI configuration", conflist::remove(&args.cni_conf_dir));
+    let plugin = args.cni_bin_dir.join("weft");
+    outcome.note(&format!("{}", plugin.display()), remove_file(&plugin));
+
+    let netlink = Rtnetlink::connect().context("open an rtnetlink socket")?;
+    let links = Links::new(netlink.handle.clone());
+    for link in links.list_by_prefix(POD_LINK_PREFIX).await? {
+        outcome.note(&format!("link {}", link.name), links.delete(&link.name).await);
+    }
+    outcome.note("nft table weft-proxy", NftTable::delete(TABLE_PROXY));
+    outcome.note("nft table weft-cni", NftTable::delete(TABLE_CNI));
+    let overlay = overlay::cleanup(netlink.handle.clone()).await;
+    outcome.removed.extend(overlay.changed);
+    outcome.failed.extend(overlay.failed);
+
+    for name in ["store", "tunnel.json", "tunnel.sock", "agent.sock"] {
+        let path = args.run_dir.join(name);
+        outcome.note(&path.display().to_string(), remove_any(&path));
+    }
+    if !args.keep_state {
+        outcome.note(&args.state_dir.display().to_string(), remove_any(&args.state_dir));
+    }
+    Ok(outcome)
+}
+
+fn remove_file(path: &Path) -> std::io::Result<bool> {
+    match std::fs::remove_file(path) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn remove_any(path: &Path) -> std::io::Result<bool> {
+    if path.is_dir() {
+        return std::fs::remove_dir_all(path).map(|()| true);
+    }
+    remove_file(path)
+}

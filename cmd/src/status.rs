@@ -1,0 +1,98 @@
+//! `weft status`: what the agent of this node says of itself, for people or as JSON.
+
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::{Args, ValueEnum};
+use comfy_table::{Table, presets};
+use weft_model::{Health, Report};
+use weft_netstack::admin::Status;
+
+#[derive(Args)]
+pub(crate) struct StatusArgs {
+    /// Where the agent's socket is
+    #[arg(long, default_value = "/run/weft")]
+    run_dir: PathBuf,
+    #[arg(short, long, value_enum, default_value = "text")]
+    output: Output,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    Text,
+    Json,
+}
+
+pub(crate) fn run(args: &StatusArgs) -> anyhow::Result<()> {
+    let socket = args.run_dir.join("agent.sock");
+    let body = fetch(&socket, "/status").with_context(|| {
+        format!("no agent answers on {}; is 'weft agent' running on this node?", socket.display())
+    })?;
+    if args.output == Output::Json {
+        println!("{body}");
+        return Ok(());
+    }
+    let status: Status = serde_json::from_str(&body).context("the agent's answer is of another version of weft")?;
+    print!("{}", text(&status));
+    Ok(())
+}
+
+/// Body of `GET path` over a Unix socket; HTTP/1.0, so the answer ends with the connection.
+fn fetch(socket: &Path, path: &str) -> anyhow::Result<String> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: weft\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("not an HTTP answer")?;
+    anyhow::ensure!(head.split(' ').nth(1) == Some("200"), "{}", head.lines().next().unwrap_or_default());
+    Ok(body.to_owned())
+}
+
+fn text(status: &Status) -> String {
+    let mut lines = vec![
+        format!("node        {}  (weft {})", status.node, status.version),
+        format!("ready       {}", if status.ready { "yes" } else { "no" }),
+        format!("API server  {}", status.api_server),
+        format!(
+            "snapshot    {}{}",
+            status.generation,
+            if status.from_store { "  (last good one from disk)" } else { "" }
+        ),
+        format!("memory      {:.1} MiB", status.resident_bytes as f64 / 1024.0 / 1024.0),
+        String::new(),
+        loops(&status.loops).to_string(),
+    ];
+    for report in &status.loops {
+        lines.extend(report.details.iter().map(|(name, value)| format!("{} {name}: {value}", report.name)));
+        lines.extend(report.failures.iter().map(|failure| format!("{} FAILED: {failure}", report.name)));
+        lines.extend(report.problems.iter().map(|problem| format!("{} problem: {problem}", report.name)));
+    }
+    lines.extend(status.problems.iter().map(|problem| format!("problem: {problem}")));
+    lines.extend(status.parts.iter().map(|(name, value)| format!("{name}: {value}")));
+    lines.join("\n") + "\n"
+}
+
+fn loops(reports: &[Report]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_header(["LOOP", "HEALTH", "APPLIED", "PASSES", "LAST PASS", "LAST CHANGE"]);
+    for report in reports {
+        let health = match report.health() {
+            Health::Starting => "starting",
+            Health::Ok => "ok",
+            Health::Failing => "failing",
+        };
+        table.add_row([
+            report.name.clone(),
+            health.to_owned(),
+            report.generation.to_string(),
+            report.passes.to_string(),
+            format!("{} us", report.last_pass_micros),
+            report.last_change.clone().unwrap_or_default(),
+        ]);
+    }
+    table
+}

@@ -1,0 +1,59 @@
+//! What differs between two plans' groups: pure, and cheap where both share values.
+
+use std::cmp::Ordering;
+use std::sync::Arc;
+
+use crate::zone::{Group, GroupKey, Groups};
+
+/// One group that is not the same before and after.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Change<'a> {
+    pub(crate) key: &'a Arc<GroupKey>,
+    pub(crate) before: Option<&'a Arc<Group>>,
+    pub(crate) after: Option<&'a Arc<Group>>,
+}
+
+/// Walks both maps side by side in the order of their keys. Groups and keys that are one value in both cost a
+/// comparison of pointers; equal groups that are not may be told as changed.
+pub(crate) fn changed_groups<'a>(before: &'a Groups, after: &'a Groups) -> Vec<Change<'a>> {
+    let mut changes = Vec::new();
+    let (mut before, mut after) = (before.iter().peekable(), after.iter().peekable());
+    loop {
+        let order = match (before.peek(), after.peek()) {
+            (None, None) => return changes,
+            (Some(_), None) => Ordering::Less,
+            (None, Some(_)) => Ordering::Greater,
+            (Some((old, _)), Some((new, _))) if Arc::ptr_eq(old, new) => Ordering::Equal,
+            (Some((old, _)), Some((new, _))) => old.cmp(new),
+        };
+        let old = if order == Ordering::Greater { None } else { before.next() };
+        let new = if order == Ordering::Less { None } else { after.next() };
+        let Some(key) = new.or(old).map(|(key, _)| key) else { return changes };
+        let (before, after) = (old.map(|(_, group)| group), new.map(|(_, group)| group));
+        let same = before.zip(after).is_some_and(|(before, after)| Arc::ptr_eq(before, after));
+        if !same {
+            changes.push(Change { key, before, after });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn added_changed_and_removed_groups_are_told_and_shared_ones_are_not() {
+        let key = |name: &str| Arc::new(GroupKey::Namespace(name.to_owned()));
+        let shared = Arc::new(Group::default());
+        let fresh = || Arc::new(Group::default());
+        let before = Groups::from([(key("a"), shared.clone()), (key("b"), fresh()), (key("d"), fresh())]);
+        let after =
+            Groups::from([(key("a"), shared), (key("c"), fresh()), (key("d"), fresh()), (key("e"), fresh())]);
+        let told: Vec<(String, bool, bool)> = changed_groups(&before, &after)
+            .iter()
+            .map(|change| (change.key.to_string(), change.before.is_some(), change.after.is_some()))
+            .collect();
+        let expected = [("b", true, false), ("c", false, true), ("d", true, true), ("e", false, true)];
+        assert_eq!(told, expected.map(|(name, before, after)| (format!("Namespace {name}"), before, after)));
+    }
+}

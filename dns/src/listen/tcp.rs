@@ -1,0 +1,130 @@
+//! DNS over TCP with a bound on connections, so that no pod can use the agent's file descriptors up.
+//!
+//! hickory-server's own TCP loop takes any number of connections and spins when descriptors run out; this one hands
+//! the same requests to the same [`Resolver`]. Frames are RFC 7766: a length of two octets, then the message.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use hickory_proto::op::MessageType;
+use hickory_proto::rr::Record;
+use hickory_proto::serialize::binary::BinEncoder;
+use hickory_server::net::NetError;
+use hickory_server::net::runtime::TokioTime;
+use hickory_server::net::xfer::Protocol;
+use hickory_server::server::{Request, RequestHandler as _, ResponseHandler, ResponseInfo};
+use hickory_server::zone_handler::MessageResponse;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+
+use crate::quota::Quota;
+use crate::serve::Resolver;
+
+/// Connections of one listening socket; more wait in the kernel's backlog.
+const MAX_CONNECTIONS: usize = 128;
+/// Connections of one client; more are closed at once.
+const MAX_CONNECTIONS_PER_CLIENT: usize = 16;
+/// A client that sends no whole question, or takes no whole answer, for this long is disconnected (RFC 7766
+/// section 6.2.3: seconds).
+const IDLE: Duration = Duration::from_secs(10);
+/// Pause after a failed accept: descriptors or memory ran out, or the client is gone already.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Serves connections until it is dropped.
+pub(super) async fn serve(listener: TcpListener, resolver: Arc<Resolver>) {
+    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let quota = Quota::new(MAX_CONNECTIONS_PER_CLIENT);
+    let mut connections = JoinSet::new();
+    loop {
+        while connections.try_join_next().is_some() {}
+        // The semaphore is never closed, so this only waits.
+        let Ok(permit) = permits.clone().acquire_owned().await else { return };
+        let (stream, client) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::debug!(%error, "DNS connection not accepted");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let Some(share) = quota.take(client.ip()) else { continue };
+        let resolver = resolver.clone();
+        connections.spawn(async move {
+            let _held = (permit, share);
+            if let Err(error) = converse(stream, client, &resolver).await {
+                tracing::debug!(%client, %error, "DNS connection ended");
+            }
+        });
+    }
+}
+
+/// Question after question, answered in order, until the client closes, idles or sends what is no question.
+async fn converse(mut stream: TcpStream, client: SocketAddr, resolver: &Resolver) -> io::Result<()> {
+    loop {
+        let Some(bytes) = within(read_frame(&mut stream)).await? else { return Ok(()) };
+        let request = Request::from_bytes(bytes, client, Protocol::Tcp).map_err(io::Error::other)?;
+        if request.metadata.message_type == MessageType::Response {
+            return Ok(());
+        }
+        let answer = Answer::default();
+        resolver.handle_request::<_, TokioTime>(&request, answer.clone()).await;
+        let Some(frame) = answer.into_frame() else { return Ok(()) };
+        within(stream.write_all(&frame)).await?;
+    }
+}
+
+/// `None` when the client closed between two messages.
+async fn read_frame(stream: &mut TcpStream) -> io::Result<Option<Vec<u8>>> {
+    let length = match stream.read_u16().await {
+        Ok(length) => usize::from(length),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let mut bytes = vec![0; length];
+    stream.read_exact(&mut bytes).await?;
+    Ok(Some(bytes))
+}
+
+async fn within<T>(work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    let idle = || io::Error::new(io::ErrorKind::TimedOut, "idle");
+    tokio::time::timeout(IDLE, work).await.unwrap_or_else(|_| Err(idle()))
+}
+
+/// Takes the one answer to a request, encoded.
+#[derive(Clone, Default)]
+struct Answer(Arc<Mutex<Vec<u8>>>);
+
+impl Answer {
+    /// `None` when there was no answer.
+    fn into_frame(self) -> Option<Vec<u8>> {
+        let bytes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let length = u16::try_from(bytes.len()).ok().filter(|&length| length > 0)?;
+        Some([&length.to_be_bytes()[..], bytes.as_slice()].concat())
+    }
+}
+
+#[async_trait::async_trait]
+impl ResponseHandler for Answer {
+    async fn send_response<'a>(
+        &mut self,
+        response: MessageResponse<
+            '_,
+            'a,
+            impl Iterator<Item = &'a Record> + Send + 'a,
+            impl Iterator<Item = &'a Record> + Send + 'a,
+            impl Iterator<Item = &'a Record> + Send + 'a,
+            impl Iterator<Item = &'a Record> + Send + 'a,
+        >,
+    ) -> Result<ResponseInfo, NetError> {
+        let mut bytes = Vec::with_capacity(512);
+        let mut encoder = BinEncoder::new(&mut bytes);
+        encoder.set_max_size(u16::MAX);
+        let info = response.destructive_emit(&mut encoder)?;
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = bytes;
+        Ok(info)
+    }
+}

@@ -1,0 +1,244 @@
+//! Domain names as the name store keeps them: lower-case wire format, shared, in canonical order.
+//!
+//! A name here can be compared, hashed and cut into its parents without looking at a single label twice, and equals
+//! what stands in a query after lower-casing it. The case of a question is kept elsewhere (`serve`).
+
+use std::cmp::Ordering;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
+
+use hickory_proto::rr::Name as WireName;
+
+/// Longest name in octets, with the length octets and the root (RFC 1035 section 2.3.4).
+const MAX_NAME_OCTETS: usize = 255;
+/// Longest label in octets (RFC 1035 section 2.3.4).
+const MAX_LABEL_OCTETS: usize = 63;
+
+/// A fully qualified name in lower-case wire format: length octet and label, repeated, then the root's zero.
+/// Ordered canonically (RFC 4034 section 6.1): by the last label first.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct Name(Arc<[u8]>);
+
+/// Why a text is no domain name.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+pub enum InvalidName {
+    /// Empty or too long.
+    #[error("{0:?} is not a DNS label of 1 to 63 octets")]
+    Label(String),
+    /// All labels together.
+    #[error("the name is longer than 255 octets")]
+    TooLong,
+    /// Where a name is needed.
+    #[error("{0:?} is an address, not a name")]
+    Address(String),
+}
+
+impl Name {
+    /// From labels, first label first; ASCII letters are lower-cased.
+    pub fn from_labels<'a>(labels: impl IntoIterator<Item = &'a [u8]>) -> Result<Self, InvalidName> {
+        let mut wire = Vec::with_capacity(64);
+        for label in labels {
+            let length = u8::try_from(label.len()).unwrap_or(u8::MAX);
+            if label.is_empty() || usize::from(length) > MAX_LABEL_OCTETS {
+                return Err(InvalidName::Label(String::from_utf8_lossy(label).into_owned()));
+            }
+            wire.push(length);
+            wire.extend(label.iter().map(u8::to_ascii_lowercase));
+        }
+        wire.push(0);
+        if wire.len() > MAX_NAME_OCTETS { Err(InvalidName::TooLong) } else { Ok(Self(wire.into())) }
+    }
+
+    /// From text without escapes, as Kubernetes writes names; the final dot may be left out.
+    pub fn parse(text: &str) -> Result<Self, InvalidName> {
+        let text = text.strip_suffix('.').unwrap_or(text);
+        if text.is_empty() {
+            return Self::from_labels([]);
+        }
+        Self::from_labels(text.split('.').map(str::as_bytes))
+    }
+
+    /// `label` in front of this name; the label may hold anything but has at most 63 octets.
+    pub fn child(&self, label: &str) -> Result<Self, InvalidName> {
+        Self::from_labels(std::iter::once(label.as_bytes()).chain(self.labels()))
+    }
+
+    /// Name of an address under `in-addr.arpa` (RFC 1035 section 3.5) or `ip6.arpa` (RFC 3596 section 2.5).
+    pub fn reverse(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(v4) => Self::reverse_v4(v4),
+            IpAddr::V6(v6) => Self::reverse_v6(v6),
+        }
+    }
+
+    fn reverse_v4(address: Ipv4Addr) -> Self {
+        let [a, b, c, d] = address.octets();
+        Self::parse(&format!("{d}.{c}.{b}.{a}.in-addr.arpa"))
+            .expect("four numbers and two words are labels, and short")
+    }
+
+    fn reverse_v6(address: Ipv6Addr) -> Self {
+        let mut text = String::with_capacity(72);
+        for octet in address.octets().iter().rev() {
+            text.push_str(&format!("{:x}.{:x}.", octet & 0xf, octet >> 4));
+        }
+        text.push_str("ip6.arpa");
+        Self::parse(&text).expect("32 hexadecimal digits and two words are labels, and short")
+    }
+
+    /// Labels, first label first, without the root.
+    pub fn labels(&self) -> impl Iterator<Item = &[u8]> {
+        suffixes(&self.0).map_while(first_label)
+    }
+
+    /// This name is `ancestor` or below it.
+    pub fn is_in(&self, ancestor: &Self) -> bool {
+        suffixes(&self.0).any(|suffix| suffix == ancestor.0.as_ref())
+    }
+
+    /// The name in wire format, the key of the store's table.
+    pub fn wire(&self) -> &Arc<[u8]> {
+        &self.0
+    }
+
+    /// The same name as hickory's, for encoding.
+    pub fn to_hickory(&self) -> WireName {
+        WireName::from_labels(self.labels()).expect("a Name keeps the limits of RFC 1035")
+    }
+
+    /// Lower-cased; `None` only for what is no name in the DNS (hickory's decoder gives none of those).
+    pub fn from_hickory(name: &WireName) -> Option<Self> {
+        Self::from_labels(name.iter()).ok()
+    }
+}
+
+/// The wire name itself, then its parent, and so on to the root.
+pub(crate) fn suffixes(wire: &[u8]) -> impl Iterator<Item = &[u8]> {
+    std::iter::successors(Some(wire), |name| parent(name))
+}
+
+/// The wire name without its first label; `None` for the root.
+pub(crate) fn parent(wire: &[u8]) -> Option<&[u8]> {
+    let label = first_label(wire)?;
+    wire.get(1 + label.len()..)
+}
+
+/// First label of a wire name; `None` for the root.
+pub(crate) fn first_label(wire: &[u8]) -> Option<&[u8]> {
+    let (&length, rest) = wire.split_first()?;
+    if length == 0 { None } else { rest.get(..usize::from(length)) }
+}
+
+impl Ord for Name {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let (ours, theirs) = (LabelStarts::of(&self.0), LabelStarts::of(&other.0));
+        ours.backwards(&self.0).cmp(theirs.backwards(&other.0))
+    }
+}
+
+/// Where the labels of a wire name begin: 255 octets hold at most 127 labels. On the stack, because names are
+/// compared far more often than anything else here.
+struct LabelStarts {
+    starts: [u8; 127],
+    count: usize,
+}
+
+impl LabelStarts {
+    fn of(wire: &[u8]) -> Self {
+        let mut found = Self { starts: [0; 127], count: 0 };
+        let mut at: u8 = 0;
+        while let Some(&length @ 1..) = wire.get(usize::from(at)) {
+            found.starts[found.count] = at;
+            found.count += 1;
+            at += 1 + length;
+        }
+        found
+    }
+
+    /// Labels, last label first.
+    fn backwards<'a>(&'a self, wire: &'a [u8]) -> impl Iterator<Item = &'a [u8]> {
+        let starts = self.starts[..self.count].iter().rev();
+        starts.filter_map(|&at| first_label(&wire[usize::from(at)..]))
+    }
+}
+
+impl PartialOrd for Name {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.len() == 1 {
+            return f.write_str(".");
+        }
+        for label in self.labels() {
+            for &octet in label {
+                match octet {
+                    b'.' | b'\\' | b'"' | b';' => write!(f, "\\{}", char::from(octet))?,
+                    0x21..=0x7e => write!(f, "{}", char::from(octet))?,
+                    _ => write!(f, "\\{octet:03}")?,
+                }
+            }
+            f.write_str(".")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Name({self})")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(text: &str) -> Name {
+        Name::parse(text).unwrap()
+    }
+
+    #[test]
+    fn names_are_lower_case_and_end_at_the_root() {
+        assert_eq!(name("Web.Default.SVC.cluster.local"), name("web.default.svc.cluster.local."));
+        assert_eq!(name("a.b").to_string(), "a.b.");
+        assert_eq!(name("").to_string(), ".");
+        assert_eq!(name("a.b").wire().as_ref(), b"\x01a\x01b\x00");
+    }
+
+    #[test]
+    fn names_beyond_the_limits_are_refused() {
+        assert_eq!(Name::parse("a..b"), Err(InvalidName::Label(String::new())));
+        assert!(Name::parse(&"a".repeat(64)).is_err());
+        assert_eq!(Name::parse(&"abcdefg.".repeat(32)), Err(InvalidName::TooLong));
+        assert!(Name::parse(&"abcdefg.".repeat(31)).is_ok());
+    }
+
+    #[test]
+    fn order_is_by_the_last_label_first() {
+        let mut names = vec![name("z.a"), name("b"), name("a.b"), name("a"), name("a.a")];
+        names.sort();
+        assert_eq!(names, [name("a"), name("a.a"), name("z.a"), name("b"), name("a.b")]);
+    }
+
+    #[test]
+    fn addresses_have_reverse_names_in_both_families() {
+        assert_eq!(Name::reverse("10.43.0.10".parse().unwrap()).to_string(), "10.0.43.10.in-addr.arpa.");
+        assert_eq!(
+            Name::reverse("fd00:43::a".parse().unwrap()).to_string(),
+            "a.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.3.4.0.0.0.0.d.f.ip6.arpa."
+        );
+    }
+
+    #[test]
+    fn hickory_names_go_there_and_back() {
+        let there = name("a-b.c.cluster.local").to_hickory();
+        assert_eq!(there.to_string(), "a-b.c.cluster.local.");
+        assert_eq!(Name::from_hickory(&there), Some(name("a-b.c.cluster.local")));
+        assert_eq!(Name::from_hickory(&WireName::root()), Some(name(".")));
+    }
+}

@@ -1,0 +1,339 @@
+//! From the Snapshot to the names of the cluster: Kubernetes DNS-Based Service Discovery specification 1.1.0.
+//!
+//! Pure per Service and memoised by the identity of its inputs (the Service and its EndpointSlices), so one changed
+//! endpoint costs one Service. Pod names (`1-2-3-4.ns.pod.<zone>`) are not listed: `store` works them out from the
+//! existing Namespaces.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use weft_model::objects::{Endpoint, EndpointSlice, Service, ServiceKind};
+use weft_model::{ClusterConfig, ObjectRef, Planned, Problem, Reason, ServiceKey, Snapshot};
+use weft_netstack::reconcile::Planner;
+
+use crate::name::{InvalidName, Name};
+use crate::zone::{Data, DnsPlan, Group, GroupKey, Groups, SPECIFICATION_VERSION, Srv, Zones};
+
+/// SRV priority: every target is as good as the other. The specification leaves both numbers to the implementation.
+const SRV_PRIORITY: u16 = 0;
+/// SRV weights of one name add up to about this.
+const SRV_WEIGHT_TOTAL: u16 = 100;
+
+/// Plans the names of the whole cluster.
+#[derive(Default)]
+pub struct DnsPlanner {
+    /// The configuration that everything below was planned with.
+    config: Option<Arc<ClusterConfig>>,
+    namespaces: BTreeMap<String, (Arc<GroupKey>, Planned<Arc<Group>>)>,
+    /// Ordered by key, as the Snapshot's Services are.
+    services: Vec<ServiceMemo>,
+}
+
+struct ServiceMemo {
+    service: Arc<Service>,
+    slices: Vec<Arc<EndpointSlice>>,
+    key: Arc<GroupKey>,
+    planned: Planned<Arc<Group>>,
+}
+
+impl ServiceMemo {
+    fn is_of(&self, key: &ServiceKey, service: &Arc<Service>) -> bool {
+        Arc::ptr_eq(&self.service, service) || self.service.key == *key
+    }
+
+    fn is_for(&self, service: &Arc<Service>, slices: &[&Arc<EndpointSlice>]) -> bool {
+        Arc::ptr_eq(&self.service, service)
+            && self.slices.len() == slices.len()
+            && self.slices.iter().zip(slices).all(|(old, new)| Arc::ptr_eq(old, new))
+    }
+
+    /// Plans the Service. Content equal to `old` keeps its identity, so that whoever compares plans sees at once
+    /// that nothing changed.
+    fn plan(
+        old: Option<Self>,
+        service: &Arc<Service>,
+        slices: &[&Arc<EndpointSlice>],
+        domain: &Name,
+    ) -> Self {
+        let planned = plan_service(service, slices.iter().map(|slice| slice.as_ref()), domain);
+        let (key, group) = match old {
+            Some(old) if *old.planned.plan == planned.plan => (old.key, old.planned.plan),
+            Some(old) => (old.key, Arc::new(planned.plan)),
+            None => (Arc::new(GroupKey::Service(service.key.clone())), Arc::new(planned.plan)),
+        };
+        Self {
+            service: service.clone(),
+            slices: slices.iter().map(|slice| Arc::clone(slice)).collect(),
+            key,
+            planned: Planned { plan: group, problems: planned.problems },
+        }
+    }
+}
+
+impl Planner for DnsPlanner {
+    type Plan = DnsPlan;
+
+    fn plan(&mut self, snapshot: &Snapshot) -> Planned<DnsPlan> {
+        let config = &snapshot.config;
+        if self.config.as_ref() != Some(config) {
+            *self = Self { config: Some(config.clone()), ..Self::default() };
+        }
+        let listen = config.cluster_dns.iter().copied().collect();
+        let zones = match Zones::new(config) {
+            Ok(zones) => zones,
+            Err(error) => {
+                let problem = bad_domain(config, &error);
+                return Planned::new(DnsPlan { zones: None, groups: Groups::new(), listen }, vec![problem]);
+            }
+        };
+        let mut groups = Vec::with_capacity(1 + snapshot.namespaces.len() + snapshot.services.len());
+        let mut problems = Vec::new();
+        match zone_group(&zones.domain, &config.cluster_dns) {
+            Ok(group) => groups.push((Arc::new(GroupKey::Zone), Arc::new(group))),
+            Err(error) => problems.push(bad_domain(config, &error)),
+        }
+        self.plan_namespaces(snapshot, &zones.domain, &mut groups, &mut problems);
+        self.plan_services(snapshot, &zones.domain, &mut groups, &mut problems);
+        // Already in the order of their keys, so this only builds the map.
+        let groups = groups.into_iter().collect();
+        Planned::new(DnsPlan { zones: Some(zones), groups, listen }, problems)
+    }
+}
+
+impl DnsPlanner {
+    fn plan_namespaces(
+        &mut self,
+        snapshot: &Snapshot,
+        domain: &Name,
+        groups: &mut Vec<(Arc<GroupKey>, Arc<Group>)>,
+        problems: &mut Vec<Problem>,
+    ) {
+        self.namespaces.retain(|name, _| snapshot.namespaces.contains_key(name));
+        for name in snapshot.namespaces.keys() {
+            let (key, planned) = self.namespaces.entry(name.clone()).or_insert_with(|| {
+                (Arc::new(GroupKey::Namespace(name.clone())), plan_namespace(name, domain))
+            });
+            groups.push((key.clone(), planned.plan.clone()));
+            problems.extend(planned.problems.iter().cloned());
+        }
+    }
+
+    /// Walks the Services and what was planned for them side by side, both being in order of their keys: an
+    /// unchanged Service costs a few pointer comparisons.
+    fn plan_services(
+        &mut self,
+        snapshot: &Snapshot,
+        domain: &Name,
+        groups: &mut Vec<(Arc<GroupKey>, Arc<Group>)>,
+        problems: &mut Vec<Problem>,
+    ) {
+        let slices = slices_by_service(snapshot);
+        let mut old = std::mem::take(&mut self.services).into_iter().peekable();
+        self.services.reserve(snapshot.services.len());
+        for (key, service) in snapshot.services.iter() {
+            let slices = slices.get(key).map_or(&[][..], Vec::as_slice);
+            while old.next_if(|memo| !memo.is_of(key, service) && memo.service.key < *key).is_some() {}
+            let memo = match old.next_if(|memo| memo.is_of(key, service)) {
+                Some(memo) if memo.is_for(service, slices) => memo,
+                old => ServiceMemo::plan(old, service, slices, domain),
+            };
+            if !memo.planned.plan.names.is_empty() {
+                groups.push((memo.key.clone(), memo.planned.plan.clone()));
+            }
+            problems.extend(memo.planned.problems.iter().cloned());
+            self.services.push(memo);
+        }
+    }
+}
+
+/// Only looked up in, never iterated.
+fn slices_by_service(snapshot: &Snapshot) -> HashMap<&ServiceKey, Vec<&Arc<EndpointSlice>>> {
+    let mut slices: HashMap<&ServiceKey, Vec<&Arc<EndpointSlice>>> = HashMap::new();
+    for slice in snapshot.endpoint_slices.values() {
+        slices.entry(&slice.service).or_default().push(slice);
+    }
+    slices
+}
+
+fn bad_domain(config: &ClusterConfig, error: &InvalidName) -> Problem {
+    let message = format!("cluster domain {:?}: {error}; set --cluster-domain", config.cluster_domain);
+    Problem::new(ObjectRef::new("ClusterConfig", "", "cluster-domain"), Reason::InvalidField, message)
+}
+
+/// The zone's own names. "There must be a TXT record `dns-version.<zone>.`" (2.2); `ns.dns` names this server, as
+/// CoreDNS does.
+fn zone_group(domain: &Name, cluster_dns: &[IpAddr]) -> Result<Group, InvalidName> {
+    let server = domain.child("dns")?.child("ns")?;
+    let mut records = vec![
+        (domain.child("dns-version")?, Data::Txt(SPECIFICATION_VERSION.to_owned())),
+        (domain.clone(), Data::Ns(server.clone())),
+    ];
+    records.extend(cluster_dns.iter().map(|address| (server.clone(), Data::from(*address))));
+    Ok(records.into_iter().collect())
+}
+
+/// A Namespace's names exist without records: `<ns>.svc.<zone>` and, as the parent of pod names, `<ns>.pod.<zone>`.
+fn plan_namespace(name: &str, domain: &Name) -> Planned<Arc<Group>> {
+    let names = || -> Result<Group, InvalidName> {
+        let empty = || Arc::from([]);
+        let names = ["svc", "pod"].map(|kind| Ok((domain.child(kind)?.child(name)?, empty())));
+        Ok(Group { names: names.into_iter().collect::<Result<_, InvalidName>>()? })
+    };
+    match names() {
+        Ok(group) => Planned::new(Arc::new(group), Vec::new()),
+        Err(error) => {
+            let object = ObjectRef::new("Namespace", "", name);
+            let message = format!("metadata.name: {error}; no DNS names for it");
+            Planned::new(Arc::default(), vec![Problem::new(object, Reason::InvalidField, message)])
+        }
+    }
+}
+
+/// All names of one Service under `domain`, the reverse ones included: pure, the unit that is memoised.
+pub fn plan_service<'a>(
+    service: &Service,
+    slices: impl Iterator<Item = &'a EndpointSlice>,
+    domain: &Name,
+) -> Planned<Group> {
+    let mut draft = Draft::new(service);
+    let name = domain
+        .child("svc")
+        .and_then(|svc| svc.child(&service.key.namespace))
+        .and_then(|namespace| namespace.child(&service.key.name));
+    match (name, &service.kind) {
+        (Err(error), _) => draft.problem("metadata.name", &error),
+        (Ok(name), ServiceKind::ClusterIps(addresses)) => draft.cluster_ips(&name, addresses),
+        (Ok(name), ServiceKind::Headless) => draft.headless(&name, slices),
+        (Ok(name), ServiceKind::ExternalName(target)) => draft.external_name(&name, target),
+    }
+    Planned::new(draft.records.into_iter().collect(), draft.problems)
+}
+
+/// One published endpoint of a headless Service.
+struct Published<'a> {
+    name: Name,
+    slice: &'a EndpointSlice,
+}
+
+struct Draft<'a> {
+    service: &'a Service,
+    records: Vec<(Name, Data)>,
+    problems: Vec<Problem>,
+}
+
+impl<'a> Draft<'a> {
+    fn new(service: &'a Service) -> Self {
+        Self { service, records: Vec::new(), problems: Vec::new() }
+    }
+
+    fn problem(&mut self, field: &str, error: &InvalidName) {
+        let key = &self.service.key;
+        let object = ObjectRef::new("Service", &key.namespace, &key.name);
+        let message = format!("{field}: {error}; no DNS name for it");
+        self.problems.push(Problem::new(object, Reason::InvalidField, message));
+    }
+
+    /// 2.3: A or AAAA, SRV for each named port, PTR.
+    fn cluster_ips(&mut self, name: &Name, addresses: &[IpAddr]) {
+        for address in addresses {
+            self.records.push((name.clone(), Data::from(*address)));
+            self.records.push((Name::reverse(*address), Data::Ptr(name.clone())));
+        }
+        if addresses.is_empty() {
+            return;
+        }
+        for port in &self.service.ports {
+            let target = Target { name, port: port.port, weight: SRV_WEIGHT_TOTAL };
+            self.srv(name, &port.name, port.protocol.name(), &target);
+        }
+    }
+
+    /// 2.4: A or AAAA of every published endpoint, an own name, SRV and PTR for each.
+    fn headless<'s>(&mut self, name: &Name, slices: impl Iterator<Item = &'s EndpointSlice>) {
+        let mut published = Vec::new();
+        for slice in slices {
+            for endpoint in &slice.endpoints {
+                // "ready" or, for a Service that publishes them, not ready addresses (2.1, 2.4.1).
+                if !endpoint.ready && !self.service.publish_not_ready_addresses {
+                    continue;
+                }
+                self.records.push((name.clone(), Data::from(endpoint.address)));
+                match name.child(&endpoint_label(endpoint)) {
+                    Ok(own) => {
+                        self.records.push((own.clone(), Data::from(endpoint.address)));
+                        self.records.push((Name::reverse(endpoint.address), Data::Ptr(own.clone())));
+                        published.push(Published { name: own, slice });
+                    }
+                    Err(error) => self.problem(&format!("hostname of endpoint {}", endpoint.address), &error),
+                }
+            }
+        }
+        self.headless_srv(name, &published);
+    }
+
+    fn headless_srv(&mut self, name: &Name, published: &[Published<'_>]) {
+        let mut targets: BTreeMap<(&str, &str), BTreeSet<(&Name, u16)>> = BTreeMap::new();
+        for Published { name: own, slice } in published {
+            for port in &slice.ports {
+                let port_key = (port.name.as_str(), port.protocol.name());
+                targets.entry(port_key).or_default().insert((own, port.port));
+            }
+        }
+        for ((port_name, protocol), targets) in targets {
+            let count = u16::try_from(targets.len()).unwrap_or(u16::MAX);
+            let weight = (SRV_WEIGHT_TOTAL / count).max(1);
+            for (own, port) in targets {
+                self.srv(name, port_name, protocol, &Target { name: own, port, weight });
+            }
+        }
+    }
+
+    /// `_<port>._<protocol>.<name>`; "unnamed ports do not have an SRV record" (2.3.2, 2.4.2).
+    fn srv(&mut self, name: &Name, port_name: &str, protocol: &str, target: &Target<'_>) {
+        if port_name.is_empty() {
+            return;
+        }
+        let owner =
+            name.child(&format!("_{protocol}")).and_then(|parent| parent.child(&format!("_{port_name}")));
+        match owner {
+            Ok(owner) => {
+                let srv = Srv {
+                    priority: SRV_PRIORITY,
+                    weight: target.weight,
+                    port: target.port,
+                    target: target.name.clone(),
+                };
+                self.records.push((owner, Data::Srv(srv)));
+            }
+            Err(error) => self.problem(&format!("name of port {port_name:?}"), &error),
+        }
+    }
+
+    /// 2.5: a CNAME and nothing else. An address is not a name that an alias could lead to.
+    fn external_name(&mut self, name: &Name, target: &str) {
+        let target = match target.trim_end_matches('.').parse::<IpAddr>() {
+            Ok(_) => Err(InvalidName::Address(target.to_owned())),
+            Err(_) if target.trim_end_matches('.').is_empty() => Err(InvalidName::Label(String::new())),
+            Err(_) => Name::parse(target),
+        };
+        match target {
+            Ok(target) => self.records.push((name.clone(), Data::Cname(target))),
+            Err(error) => self.problem("spec.externalName", &error),
+        }
+    }
+}
+
+struct Target<'a> {
+    name: &'a Name,
+    port: u16,
+    weight: u16,
+}
+
+/// The endpoint's hostname, else its address with dashes: "a unique, system-generated identifier" (2.4.1).
+fn endpoint_label(endpoint: &Endpoint) -> String {
+    match &endpoint.hostname {
+        Some(hostname) if !hostname.is_empty() => hostname.clone(),
+        _ => endpoint.address.to_string().replace(['.', ':'], "-"),
+    }
+}

@@ -1,0 +1,332 @@
+//! Between the wire and the pure answers: hickory-server hands in a request, this hands back records.
+//!
+//! ```text
+//!  Request -> admit -> Question -> Store::answer --Local-----------------> Reply -> fit to the client -> wire
+//!                                              \--Elsewhere, onward alias-> Forwarder --^
+//! ```
+//!
+//! hickory-server reads and writes the UDP sockets, drops responses (QR=1) and answers what it cannot read with
+//! FORMERR.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use hickory_proto::op::{Edns, Message, MessageType, Metadata, OpCode, ResponseCode};
+use hickory_proto::rr::rdata::{A, AAAA, CNAME, NS, PTR, SOA, SRV, TXT};
+use hickory_proto::rr::{DNSClass, Name as WireName, RData, Record, RecordType};
+use hickory_proto::serialize::binary::BinEncoder;
+use hickory_server::net::runtime::Time;
+use hickory_server::net::xfer::Protocol;
+use hickory_server::server::{Request, RequestHandler, ResponseHandler, ResponseInfo};
+use hickory_server::zone_handler::MessageResponseBuilder;
+use weft_netstack::reconcile::chain;
+
+use crate::answer::{Answer, Local, Question, Soa, SoaPlace};
+use crate::forward::{ForwardError, Forwarder, Outside};
+use crate::name::Name;
+use crate::stats::Stats;
+use crate::store::Store;
+use crate::zone::{Data, TTL_SECONDS};
+
+/// Largest UDP answer, whatever the client would take (DNS flag day 2020).
+const UDP_PAYLOAD_BYTES: u16 = 1232;
+/// Largest answer to a client without EDNS (RFC 1035 section 4.2.1).
+const PLAIN_UDP_BYTES: u16 = 512;
+/// An OPT record without options (RFC 6891 section 6.1.2).
+const OPT_BYTES: usize = 11;
+
+/// What every socket shares.
+pub(crate) struct Resolver {
+    store: Arc<Store>,
+    forwarder: Arc<Forwarder>,
+    stats: Arc<Stats>,
+    turn: AtomicUsize,
+}
+
+/// Sections of an answer, before they are cut to the client's size.
+#[derive(Debug)]
+struct Reply {
+    metadata: Metadata,
+    answers: Vec<Record>,
+    authorities: Vec<Record>,
+    additionals: Vec<Record>,
+}
+
+impl Reply {
+    fn failed(request: &Metadata, code: ResponseCode) -> Self {
+        let mut metadata = Metadata::response_from_request(request);
+        metadata.recursion_available = true;
+        metadata.response_code = code;
+        Self { metadata, answers: Vec::new(), authorities: Vec::new(), additionals: Vec::new() }
+    }
+}
+
+/// The question, or the code that a request without a proper one deserves.
+fn admit(request: &Request) -> Result<(Question, Outside), ResponseCode> {
+    if request.version() > 0 {
+        return Err(ResponseCode::BADVERS);
+    }
+    if request.metadata.op_code != OpCode::Query {
+        return Err(ResponseCode::NotImp);
+    }
+    let [query] = request.queries.queries() else { return Err(ResponseCode::FormErr) };
+    if query.query_class() != DNSClass::IN {
+        return Err(ResponseCode::Refused);
+    }
+    if matches!(query.query_type(), RecordType::AXFR | RecordType::IXFR | RecordType::OPT) {
+        return Err(ResponseCode::Refused);
+    }
+    let original = query.original().name();
+    let name = Name::from_hickory(original).ok_or(ResponseCode::FormErr)?;
+    let outside = Outside {
+        client: request.src().ip(),
+        name: original.clone(),
+        record_type: query.query_type(),
+        dnssec_ok: request.edns.as_ref().is_some_and(|edns| edns.flags().dnssec_ok),
+        checking_disabled: request.metadata.checking_disabled,
+    };
+    Ok((Question { name, record_type: query.query_type() }, outside))
+}
+
+impl Resolver {
+    pub(crate) fn new(store: Arc<Store>, forwarder: Arc<Forwarder>, stats: Arc<Stats>) -> Self {
+        Self { store, forwarder, stats, turn: AtomicUsize::new(0) }
+    }
+
+    async fn reply(&self, request: &Request) -> Reply {
+        let (question, outside) = match admit(request) {
+            Ok(admitted) => admitted,
+            Err(code) => return Reply::failed(&request.metadata, code),
+        };
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        match self.store.answer(&question, turn) {
+            Answer::Local(local) => self.local(request, local, outside).await,
+            Answer::Elsewhere => self.forwarded(request, &outside).await,
+            Answer::NotReady | Answer::AliasLoop => Reply::failed(&request.metadata, ResponseCode::ServFail),
+        }
+    }
+
+    async fn local(&self, request: &Request, local: Local, outside: Outside) -> Reply {
+        let onward = local.onward.clone();
+        let mut reply = render(&request.metadata, local, &outside.name);
+        let Some(target) = onward else { return reply };
+        let outside = Outside { name: target.to_hickory(), ..outside };
+        match self.forwarder.resolve(&outside).await {
+            Ok(message) => {
+                reply.metadata.response_code = message.metadata.response_code;
+                reply.answers.extend(message.answers);
+                reply.authorities.extend(message.authorities);
+                reply
+            }
+            Err(error) => unresolved(&request.metadata, &outside, &error),
+        }
+    }
+
+    async fn forwarded(&self, request: &Request, outside: &Outside) -> Reply {
+        match self.forwarder.resolve(outside).await {
+            Ok(message) => relay(&request.metadata, message, &outside.name),
+            Err(error) => unresolved(&request.metadata, outside, &error),
+        }
+    }
+}
+
+fn unresolved(request: &Metadata, outside: &Outside, error: &ForwardError) -> Reply {
+    tracing::debug!(name = %outside.name, reason = chain(error), "not forwarded");
+    Reply::failed(request, ResponseCode::ServFail)
+}
+
+/// A forwarded answer under the client's id, its owner names in the client's case.
+fn relay(request: &Metadata, message: Message, asked: &WireName) -> Reply {
+    // An extended code speaks about our own EDNS (RFC 6891 section 6.1.3), not about the client's.
+    let code = message.metadata.response_code;
+    let code = if code.high() > 0 { ResponseCode::ServFail } else { code };
+    let mut reply = Reply::failed(request, code);
+    reply.metadata.truncation = message.metadata.truncation;
+    reply.metadata.authentic_data = message.metadata.authentic_data;
+    reply.answers = message.answers;
+    for record in reply.answers.iter_mut().filter(|record| record.name == *asked) {
+        record.name = asked.clone();
+    }
+    reply.authorities = message.authorities;
+    reply.additionals = message.additionals;
+    reply
+}
+
+/// Our own answer: authoritative, the first owner name in the question's case.
+fn render(request: &Metadata, local: Local, asked: &WireName) -> Reply {
+    let code = if local.name_error { ResponseCode::NXDomain } else { ResponseCode::NoError };
+    let mut reply = Reply::failed(request, code);
+    reply.metadata.authoritative = true;
+    let first = Name::from_hickory(asked);
+    let owner = |name: &Name| if first.as_ref() == Some(name) { asked.clone() } else { name.to_hickory() };
+    let record = |(name, data): (Name, Data)| Record::from_rdata(owner(&name), TTL_SECONDS, rdata(data));
+    reply.answers = local.records.into_iter().map(record).collect();
+    reply.additionals = local.additionals.into_iter().map(record).collect();
+    match local.soa {
+        Some((SoaPlace::Answer, soa)) => reply.answers.push(soa_record(&soa)),
+        Some((SoaPlace::Authority, soa)) => reply.authorities.push(soa_record(&soa)),
+        None => {}
+    }
+    reply
+}
+
+fn rdata(data: Data) -> RData {
+    match data {
+        Data::A(address) => RData::A(A(address)),
+        Data::Aaaa(address) => RData::AAAA(AAAA(address)),
+        Data::Cname(name) => RData::CNAME(CNAME(name.to_hickory())),
+        Data::Ns(name) => RData::NS(NS(name.to_hickory())),
+        Data::Ptr(name) => RData::PTR(PTR(name.to_hickory())),
+        Data::Srv(srv) => RData::SRV(SRV::new(srv.priority, srv.weight, srv.port, srv.target.to_hickory())),
+        Data::Txt(text) => RData::TXT(TXT::new(vec![text])),
+    }
+}
+
+fn soa_record(soa: &Soa) -> Record {
+    let data = SOA::new(
+        soa.server.to_hickory(),
+        soa.mailbox.to_hickory(),
+        Soa::SERIAL,
+        Soa::REFRESH_SECONDS,
+        Soa::RETRY_SECONDS,
+        Soa::EXPIRE_SECONDS,
+        Soa::MINIMUM_SECONDS,
+    );
+    Record::from_rdata(soa.apex.to_hickory(), TTL_SECONDS, RData::SOA(data))
+}
+
+/// The OPT record of the answer: there is one when the request had one (RFC 6891 section 6.1.1), with DO as asked.
+/// Its size is what hickory's encoder holds the answer to, so it is the client's, at most ours.
+fn reply_edns(request: &Request) -> Option<Edns> {
+    let asked = request.edns.as_ref()?;
+    let mut edns = Edns::new();
+    edns.set_max_payload(asked.max_payload().clamp(PLAIN_UDP_BYTES, UDP_PAYLOAD_BYTES))
+        .set_version(0)
+        .set_dnssec_ok(asked.flags().dnssec_ok);
+    Some(edns)
+}
+
+/// Cuts the sections to `limit` octets: additional records go silently, a cut of the rest sets TC. Whole records
+/// only, as many as fit; room for the OPT record is kept.
+fn fit(reply: &mut Reply, request: &Request, limit: usize, has_edns: bool) {
+    let room = if has_edns { limit.saturating_sub(OPT_BYTES) } else { limit };
+    if at_most_bytes(reply, request) <= room {
+        return;
+    }
+    if !trial(reply, request, room).is_some_and(|counts| counts.truncated) {
+        return;
+    }
+    reply.additionals.clear();
+    match trial(reply, request, room) {
+        Some(counts) if !counts.truncated => {}
+        Some(counts) => {
+            reply.answers.truncate(usize::from(counts.answers));
+            reply.authorities.truncate(usize::from(counts.authorities));
+            reply.metadata.truncation = true;
+        }
+        None => *reply = Reply::failed(&request.metadata, ResponseCode::ServFail),
+    }
+}
+
+/// Size without any name compression and with the largest data of the types that we answer ourselves; other types
+/// count as too large, so that they are tried.
+fn at_most_bytes(reply: &Reply, request: &Request) -> usize {
+    const HEADER_BYTES: usize = 12;
+    const RECORD_BYTES: usize = 10;
+    let sections = [&reply.answers, &reply.authorities, &reply.additionals];
+    let records = sections.into_iter().flatten().map(|record| {
+        let data = match &record.data {
+            RData::A(_) => 4,
+            RData::AAAA(_) => 16,
+            _ => 600,
+        };
+        record.name.len() + 1 + RECORD_BYTES + data
+    });
+    HEADER_BYTES + request.queries.as_bytes().len() + records.sum::<usize>()
+}
+
+struct Counts {
+    answers: u16,
+    authorities: u16,
+    truncated: bool,
+}
+
+/// How many records hickory's encoder gets into `room` octets.
+fn trial(reply: &Reply, request: &Request, room: usize) -> Option<Counts> {
+    let mut bytes = Vec::with_capacity(room);
+    let mut encoder = BinEncoder::new(&mut bytes);
+    encoder.set_max_size(u16::try_from(room).unwrap_or(u16::MAX));
+    let mut metadata = reply.metadata;
+    metadata.truncation = false;
+    let none = std::iter::empty::<&Record>;
+    let response = MessageResponseBuilder::new(&request.queries, None).build(
+        metadata,
+        &reply.answers,
+        &reply.authorities,
+        none(),
+        &reply.additionals,
+    );
+    let info = response.destructive_emit(&mut encoder).ok()?;
+    let counts = info.counts();
+    Some(Counts { answers: counts.answers, authorities: counts.authorities, truncated: info.truncation })
+}
+
+fn limit_bytes(protocol: Protocol, edns: Option<&Edns>) -> usize {
+    match protocol {
+        Protocol::Udp => usize::from(edns.map_or(PLAIN_UDP_BYTES, Edns::max_payload)),
+        _ => usize::from(u16::MAX),
+    }
+}
+
+/// No answer goes to an address that many hosts may listen on.
+fn is_answerable(source: SocketAddr) -> bool {
+    let ip = source.ip().to_canonical();
+    let broadcast = matches!(ip, IpAddr::V4(v4) if v4.is_broadcast());
+    !(ip.is_multicast() || ip.is_unspecified() || broadcast || source.port() == 0)
+}
+
+#[async_trait::async_trait]
+impl RequestHandler for Resolver {
+    async fn handle_request<R: ResponseHandler, T: Time>(
+        &self,
+        request: &Request,
+        mut response_handle: R,
+    ) -> ResponseInfo {
+        let mut reply = if is_answerable(request.src()) {
+            self.reply(request).await
+        } else {
+            return silent(request);
+        };
+        let edns = reply_edns(request);
+        fit(&mut reply, request, limit_bytes(request.protocol(), edns.as_ref()), edns.is_some());
+        self.stats.count_response(reply.metadata.response_code);
+        let response = MessageResponseBuilder::new(&request.queries, edns.as_ref()).build(
+            reply.metadata,
+            &reply.answers,
+            &reply.authorities,
+            std::iter::empty::<&Record>(),
+            &reply.additionals,
+        );
+        match response_handle.send_response(response).await {
+            Ok(info) => info,
+            Err(error) => {
+                tracing::debug!(client = %request.src(), %error, "answer not sent");
+                silent(request)
+            }
+        }
+    }
+}
+
+/// What hickory-server wants to hear when nothing was sent.
+fn silent(request: &Request) -> ResponseInfo {
+    let mut metadata = Metadata::new(request.metadata.id, MessageType::Response, request.metadata.op_code);
+    metadata.response_code = ResponseCode::ServFail;
+    ResponseInfo::from(hickory_proto::op::Header {
+        metadata,
+        counts: hickory_proto::op::HeaderCounts::default(),
+    })
+}
+
+#[cfg(test)]
+mod tests;

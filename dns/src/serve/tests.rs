@@ -1,0 +1,222 @@
+//! The server path on whole messages, without sockets: arbitrary bytes, sizes, codes.
+
+use std::sync::Mutex;
+
+use hickory_proto::op::{Edns, Message, Query};
+use hickory_server::net::NetError;
+use hickory_server::net::runtime::TokioTime;
+use hickory_server::zone_handler::MessageResponse;
+use proptest::prelude::*;
+
+use super::*;
+use crate::zone::{DnsPlan, Group, GroupKey, Groups, Srv, Zones};
+
+/// Takes what would be sent, encoded as hickory's own handle does it.
+#[derive(Clone)]
+struct Capture {
+    protocol: Protocol,
+    sent: Arc<Mutex<Option<Vec<u8>>>>,
+}
+
+#[async_trait::async_trait]
+impl ResponseHandler for Capture {
+    async fn send_response<'a>(
+        &mut self,
+        response: MessageResponse<
+            '_,
+            'a,
+            impl Iterator<Item = &'a Record> + Send + 'a,
+            impl Iterator<Item = &'a Record> + Send + 'a,
+            impl Iterator<Item = &'a Record> + Send + 'a,
+            impl Iterator<Item = &'a Record> + Send + 'a,
+        >,
+    ) -> Result<ResponseInfo, NetError> {
+        let mut bytes = Vec::new();
+        let mut encoder = BinEncoder::new(&mut bytes);
+        let limit = limit_bytes(self.protocol, response.edns());
+        encoder.set_max_size(u16::try_from(limit).unwrap());
+        let info = response.destructive_emit(&mut encoder)?;
+        *self.sent.lock().unwrap() = Some(bytes);
+        Ok(info)
+    }
+}
+
+/// A cluster with one headless Service of `endpoints` endpoints: `big.default.svc.cluster.local`.
+fn resolver(endpoints: u8) -> Resolver {
+    let store = Store::default();
+    let domain = Name::parse("cluster.local").unwrap();
+    let big = Name::parse("big.default.svc.cluster.local").unwrap();
+    let srv = Name::parse("_x._tcp.big.default.svc.cluster.local").unwrap();
+    let records = (0..endpoints).flat_map(|n| {
+        let own = big.child(&format!("endpoint-{n}")).unwrap();
+        let address = Data::A([10, 42, 0, n].into());
+        let target = Srv { priority: 0, weight: 1, port: 80, target: own.clone() };
+        [(big.clone(), address.clone()), (own, address), (srv.clone(), Data::Srv(target))]
+    });
+    let group: Group = records.collect();
+    let plan = DnsPlan {
+        zones: Some(Zones { domain, reverse: Default::default() }),
+        groups: Groups::from([(Arc::new(GroupKey::Zone), Arc::new(group))]),
+        listen: Default::default(),
+    };
+    store.write(&Groups::new(), &plan);
+    let stats = Arc::new(Stats::default());
+    let forwarder = Arc::new(Forwarder::new("/nonexistent/resolv.conf".into(), None, stats.clone()));
+    Resolver::new(Arc::new(store), forwarder, stats)
+}
+
+fn exchange(resolver: &Resolver, bytes: Vec<u8>, protocol: Protocol) -> Option<Vec<u8>> {
+    let request = Request::from_bytes(bytes, "192.0.2.1:4000".parse().unwrap(), protocol).ok()?;
+    let sent = Arc::new(Mutex::new(None));
+    let handle = Capture { protocol, sent: sent.clone() };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(resolver.handle_request::<_, TokioTime>(&request, handle));
+    sent.lock().unwrap().take()
+}
+
+fn question(name: &str, record_type: RecordType, payload: Option<u16>) -> Message {
+    let mut message = Message::query();
+    message.metadata.recursion_desired = true;
+    message.add_query(Query::query(WireName::from_ascii(name).unwrap(), record_type));
+    if let Some(payload) = payload {
+        let mut edns = Edns::new();
+        edns.set_max_payload(payload).set_dnssec_ok(true);
+        message.set_edns(edns);
+    }
+    message
+}
+
+fn ask(resolver: &Resolver, message: &Message, protocol: Protocol) -> (Message, usize) {
+    let bytes = exchange(resolver, message.to_vec().unwrap(), protocol).unwrap();
+    (Message::from_vec(&bytes).unwrap(), bytes.len())
+}
+
+const BIG: &str = "big.default.svc.cluster.local.";
+
+#[test]
+fn without_edns_an_answer_has_at_most_512_octets_and_tells_that_it_was_cut() {
+    let (answer, length) = ask(&resolver(200), &question(BIG, RecordType::A, None), Protocol::Udp);
+    assert!(answer.metadata.truncation && length <= 512, "{length}");
+    assert!(answer.answers.len() >= 25, "as many as fit: {}", answer.answers.len());
+    assert_eq!(answer.edns, None);
+}
+
+#[test]
+fn a_cut_answer_keeps_its_opt_record_and_stays_below_the_clients_size() {
+    for payload in [512, 900, 1232, 4096] {
+        let (answer, length) =
+            ask(&resolver(200), &question(BIG, RecordType::A, Some(payload)), Protocol::Udp);
+        assert!(answer.metadata.truncation);
+        assert!(length <= usize::from(payload.min(1232)), "{length} octets for {payload}");
+        let edns = answer.edns.expect("OPT answers OPT");
+        assert!(edns.flags().dnssec_ok);
+    }
+}
+
+#[test]
+fn a_tiny_advertised_size_counts_as_512() {
+    let (answer, length) = ask(&resolver(200), &question(BIG, RecordType::A, Some(100)), Protocol::Udp);
+    assert!(answer.metadata.truncation && length > 450 && length <= 512, "{length}");
+}
+
+#[test]
+fn by_tcp_the_whole_set_is_answered() {
+    let (answer, _) = ask(&resolver(200), &question(BIG, RecordType::A, None), Protocol::Tcp);
+    assert_eq!((answer.answers.len(), answer.metadata.truncation), (200, false));
+}
+
+#[test]
+fn addresses_of_srv_targets_are_left_out_before_anything_is_cut() {
+    let name = "_x._tcp.big.default.svc.cluster.local.";
+    let (whole, _) = ask(&resolver(3), &question(name, RecordType::SRV, Some(1232)), Protocol::Udp);
+    assert_eq!((whole.answers.len(), whole.additionals.len()), (3, 3));
+    let (lean, _) = ask(&resolver(6), &question(name, RecordType::SRV, None), Protocol::Udp);
+    assert_eq!((lean.answers.len(), lean.additionals.len(), lean.metadata.truncation), (6, 0, false));
+    let (cut, _) = ask(&resolver(60), &question(name, RecordType::SRV, None), Protocol::Udp);
+    assert!(cut.metadata.truncation && !cut.answers.is_empty(), "part of the set is given");
+}
+
+#[test]
+fn the_case_of_the_question_is_kept() {
+    let (answer, _) =
+        ask(&resolver(1), &question("bIg.DEFAULT.svc.Cluster.LOCAL.", RecordType::A, None), Protocol::Udp);
+    assert_eq!(answer.queries[0].name.to_ascii(), "bIg.DEFAULT.svc.Cluster.LOCAL.");
+    assert_eq!(answer.answers[0].name.to_ascii(), "bIg.DEFAULT.svc.Cluster.LOCAL.");
+    assert!(answer.metadata.authoritative && answer.metadata.recursion_available);
+}
+
+#[test]
+fn what_is_no_proper_question_is_refused_with_its_code() {
+    let resolver = resolver(1);
+    let code = |message: &Message| ask(&resolver, message, Protocol::Udp).0.metadata.response_code;
+    let plain = || question(BIG, RecordType::A, None);
+    let mut update = plain();
+    update.metadata.op_code = OpCode::Notify;
+    let mut chaos = plain();
+    chaos.queries[0].query_class = DNSClass::CH;
+    let mut two = plain();
+    two.add_query(Query::query(WireName::root(), RecordType::A));
+    let mut none = plain();
+    none.queries.clear();
+    let mut future = question(BIG, RecordType::A, Some(1232));
+    future.edns.as_mut().unwrap().set_version(1);
+    let codes = [
+        (code(&plain()), ResponseCode::NoError),
+        (code(&update), ResponseCode::NotImp),
+        (code(&chaos), ResponseCode::Refused),
+        (code(&two), ResponseCode::FormErr),
+        (code(&none), ResponseCode::FormErr),
+        (code(&future), ResponseCode::BADVERS),
+        (code(&question(BIG, RecordType::AXFR, None)), ResponseCode::Refused),
+        (code(&question("example.com.", RecordType::A, None)), ResponseCode::ServFail),
+    ];
+    for (got, wanted) in codes {
+        // 16 is BADSIG and BADVERS: the numbers are compared.
+        assert_eq!(u16::from(got), u16::from(wanted));
+    }
+    let counted: u64 = resolver.stats.responses().iter().map(|(_, count)| count).sum();
+    assert_eq!((counted, resolver.stats.queries()), (8, 8));
+}
+
+/// A query that is well-formed but for `changes`: positions and octets to overwrite, and a cut.
+fn mangled() -> impl Strategy<Value = Vec<u8>> {
+    let names = prop_oneof![Just(BIG), Just("."), Just("1-2-3-4.default.pod.cluster.local."), Just("a.b.")];
+    let changes = prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6);
+    (
+        names,
+        any::<u16>(),
+        prop::option::of(any::<u16>()),
+        changes,
+        any::<prop::sample::Index>(),
+        any::<bool>(),
+    )
+        .prop_map(|(name, record_type, payload, changes, cut, whole)| {
+            let mut bytes = question(name, RecordType::from(record_type), payload).to_vec().unwrap();
+            for (at, octet) in changes {
+                let at = at.index(bytes.len());
+                bytes[at] = octet;
+            }
+            if !whole {
+                bytes.truncate(cut.index(bytes.len()));
+            }
+            bytes
+        })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn arbitrary_octets_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..600), tcp: bool) {
+        let protocol = if tcp { Protocol::Tcp } else { Protocol::Udp };
+        exchange(&resolver(3), bytes, protocol);
+    }
+
+    #[test]
+    fn mangled_queries_never_panic_and_answers_are_messages_within_their_size(bytes in mangled()) {
+        if let Some(answer) = exchange(&resolver(60), bytes, Protocol::Udp) {
+            prop_assert!(answer.len() <= usize::from(UDP_PAYLOAD_BYTES));
+            prop_assert!(Message::from_vec(&answer).is_ok());
+        }
+    }
+}

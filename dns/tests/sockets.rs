@@ -1,0 +1,467 @@
+//! The DNS room on real sockets, in namespaces of the tests' own, asked by dig, glibc and busybox.
+
+#![allow(clippy::unwrap_used, reason = "tests may fail by panic")]
+
+mod common;
+#[path = "common/place.rs"]
+mod place;
+
+use std::net::{TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::*;
+use hickory_proto::op::{Message, Query, ResponseCode};
+use hickory_proto::rr::rdata::{A, PTR};
+use hickory_proto::rr::{RData, Record, RecordType};
+use place::*;
+use weft_model::objects::{Protocol, ServiceKind};
+use weft_model::{Health, Snapshot};
+use weft_netstack::reconcile::{Loop, Pace};
+
+fn example() -> Vec<Record> {
+    let record = |name: &str, ttl, data| Record::from_rdata(name.parse().unwrap(), ttl, data);
+    vec![
+        record("www.example.com.", 60, RData::A(A::new(192, 0, 2, 80))),
+        record("7.2.0.192.in-addr.arpa.", 60, RData::PTR(PTR("seven.example.com.".parse().unwrap()))),
+        record("zero.example.com.", 0, RData::A(A::new(192, 0, 2, 90))),
+    ]
+}
+
+/// The zoo and a headless Service with sixty endpoints.
+fn with_big() -> Snapshot {
+    let mut cluster = zoo();
+    let endpoints = (1..=60).map(|n| endpoint(&format!("10.42.9.{n}"), None, true)).collect();
+    let big = snapshot(
+        &[],
+        [service("default", "big", ServiceKind::Headless)],
+        [slice("default", "big", "big-4", &[("x", Protocol::Tcp, 80)], endpoints)],
+    );
+    Arc::make_mut(&mut cluster.services).extend(Arc::unwrap_or_clone(big.services));
+    Arc::make_mut(&mut cluster.endpoint_slices).extend(Arc::unwrap_or_clone(big.endpoint_slices));
+    cluster
+}
+
+#[test]
+fn dig_gets_answers_over_udp_and_tcp_in_both_families() {
+    in_namespace(|place| {
+        place.serve(&zoo());
+        for server in ["10.43.0.10", "fd00:43::a"] {
+            for transport in ["+notcp", "+tcp"] {
+                let ask = |what: &str| run(&format!("dig @{server} {transport} +tries=1 +short {what}"));
+                assert_eq!(ask("web.default.svc.cluster.local A"), "10.43.0.80\n");
+                assert_eq!(ask("web.default.svc.cluster.local AAAA"), "fd00:43::80\n");
+                assert_eq!(ask("-x 10.43.0.80"), "web.default.svc.cluster.local.\n");
+                assert_eq!(ask("-x fd00:43::80"), "web.default.svc.cluster.local.\n");
+                assert_eq!(ask("dns-version.cluster.local TXT"), "\"1.1.0\"\n");
+                assert_eq!(
+                    ask("_http._tcp.web.default.svc.cluster.local SRV"),
+                    "0 100 80 web.default.svc.cluster.local.\n"
+                );
+            }
+        }
+    });
+}
+
+#[test]
+fn codes_flags_and_the_negative_ttl_are_as_dig_reads_them() {
+    in_namespace(|place| {
+        place.serve(&zoo());
+        let no_name = dig("nothing.default.svc.cluster.local");
+        assert!(no_name.contains("status: NXDOMAIN") && no_name.contains("flags: qr aa rd ra;"), "{no_name}");
+        assert!(
+            no_name.contains(
+                "cluster.local. 5 IN SOA ns.dns.cluster.local. hostmaster.cluster.local. 1 7200 1800 86400 5"
+            ),
+            "{no_name}"
+        );
+        let no_data = dig("v4only.default.svc.cluster.local AAAA");
+        assert!(
+            no_data.contains("status: NOERROR") && no_data.contains("ANSWER: 0, AUTHORITY: 1"),
+            "{no_data}"
+        );
+        assert!(
+            dig("web.default.svc.cluster.local").contains("web.default.svc.cluster.local. 5 IN A 10.43.0.80")
+        );
+        assert!(dig("+edns=1 +noednsnegotiation web.default.svc.cluster.local").contains("status: BADVERS"));
+        assert!(dig("web.default.svc.cluster.local CH A").contains("status: REFUSED"));
+        assert!(dig("+cookie web.default.svc.cluster.local").contains("status: NOERROR"));
+        let responses = place.stats.responses();
+        assert_eq!(responses[3], ("NXDOMAIN", 1));
+        assert_eq!(responses[5], ("REFUSED", 1));
+    });
+}
+
+#[test]
+fn sockets_open_before_the_address_is_local_and_answer_once_it_is() {
+    in_namespace(|place| {
+        place.start();
+        let applied = place.apply(&zoo());
+        assert_eq!(applied.failed, Vec::<String>::new());
+        assert_eq!(applied.changed.iter().filter(|line| line.starts_with("listening on")).count(), 4);
+        place.route_cluster_dns();
+        assert_eq!(dig_short("web.default.svc.cluster.local"), ["10.43.0.80"]);
+    });
+}
+
+#[test]
+fn before_the_first_plan_cluster_names_fail_and_others_are_forwarded() {
+    in_namespace(|place| {
+        let _upstream = Upstream::start("127.0.0.2", Manner::Plain, example());
+        place.nameservers(&["127.0.0.2"]);
+        place.route_cluster_dns();
+        place.start();
+        assert!(dig("web.default.svc.cluster.local").contains("status: SERVFAIL"));
+        assert!(dig("-x 10.43.0.80").contains("status: SERVFAIL"));
+        assert_eq!(dig_short("www.example.com"), ["192.0.2.80"]);
+        place.apply(&zoo());
+        assert_eq!(dig_short("web.default.svc.cluster.local"), ["10.43.0.80"]);
+    });
+}
+
+#[test]
+fn a_large_set_is_cut_by_udp_and_whole_by_tcp() {
+    in_namespace(|place| {
+        place.serve(&with_big());
+        for size in ["+noedns", "+bufsize=512", "+bufsize=800"] {
+            let cut = dig(&format!("+ignore {size} big.default.svc.cluster.local"));
+            assert!(cut.contains("flags: qr aa tc rd ra;"), "{size}: {cut}");
+            assert!(cut.matches("10.42.9.").count() >= 25, "{size}: {cut}");
+            assert_eq!(cut.contains("EDNS: version: 0"), size != "+noedns", "{size}: {cut}");
+        }
+        // Without +ignore dig asks again by TCP.
+        assert_eq!(dig_short("+noedns big.default.svc.cluster.local").len(), 60);
+        assert_eq!(dig_short("+bufsize=1232 big.default.svc.cluster.local").len(), 60);
+        assert_eq!(dig_short("_x._tcp.big.default.svc.cluster.local SRV").len(), 60);
+    });
+}
+
+#[test]
+fn the_case_of_the_question_comes_back() {
+    in_namespace(|place| {
+        place.serve(&zoo());
+        let text = dig("wEb.DeFaUlT.sVc.ClUsTeR.lOcAl");
+        assert!(text.contains("wEb.DeFaUlT.sVc.ClUsTeR.lOcAl. 5 IN A 10.43.0.80"), "{text}");
+    });
+}
+
+#[test]
+fn addresses_rotate_from_query_to_query() {
+    in_namespace(|place| {
+        place.serve(&zoo());
+        let firsts: Vec<String> =
+            (0..2).map(|_| dig_short("db.default.svc.cluster.local A").remove(0)).collect();
+        assert_ne!(firsts[0], firsts[1]);
+    });
+}
+
+#[test]
+fn an_external_name_is_chased_outside_and_inside() {
+    in_namespace(|place| {
+        let _upstream = Upstream::start("127.0.0.2", Manner::Plain, example());
+        place.nameservers(&["127.0.0.2"]);
+        place.serve(&zoo());
+        assert_eq!(dig_short("outside.default.svc.cluster.local"), ["www.example.com.", "192.0.2.80"]);
+        let alias = dig_short("alias2.default.svc.cluster.local");
+        assert_eq!(
+            alias,
+            ["alias.default.svc.cluster.local.", "web.default.svc.cluster.local.", "10.43.0.80"]
+        );
+        assert!(dig("circle.default.svc.cluster.local").contains("status: SERVFAIL"));
+    });
+}
+
+#[test]
+fn the_rest_is_forwarded_once_and_then_kept() {
+    in_namespace(|place| {
+        let upstream = Upstream::start("127.0.0.2", Manner::Plain, example());
+        place.nameservers(&["127.0.0.2"]);
+        place.serve(&zoo());
+        let text = dig("WWW.example.com");
+        assert!(
+            text.contains("flags: qr rd ra;") && text.contains("WWW.example.com. 60 IN A 192.0.2.80"),
+            "{text}"
+        );
+        assert_eq!(dig_short("www.example.com"), ["192.0.2.80"]);
+        assert_eq!((upstream.asked(), place.stats.forwarded(), place.stats.cache_hits()), (1, 1, 1));
+        assert_eq!(dig_short("-x 192.0.2.7"), ["seven.example.com."]);
+        assert!(dig("nothing.example.com").contains("status: NXDOMAIN"));
+        let before = upstream.asked();
+        dig("zero.example.com");
+        dig("zero.example.com");
+        assert_eq!(upstream.asked(), before + 2, "a TTL of zero is not kept");
+        // Unknown reverse names in our ranges never leave the node.
+        assert!(dig("-x 10.43.9.9").contains("status: NXDOMAIN"));
+        assert_eq!(upstream.asked(), before + 2);
+    });
+}
+
+#[test]
+fn do_reaches_the_upstream_and_is_kept_apart() {
+    in_namespace(|place| {
+        let upstream = Upstream::start("127.0.0.2", Manner::Plain, example());
+        place.nameservers(&["127.0.0.2"]);
+        place.serve(&zoo());
+        dig("+nodnssec www.example.com");
+        assert!(!upstream.last.lock().unwrap().as_ref().unwrap().edns.as_ref().unwrap().flags().dnssec_ok);
+        dig("+dnssec www.example.com");
+        assert!(upstream.last.lock().unwrap().as_ref().unwrap().edns.as_ref().unwrap().flags().dnssec_ok);
+        assert_eq!(upstream.asked(), 2);
+    });
+}
+
+#[test]
+fn forged_replies_of_an_upstream_are_ignored() {
+    in_namespace(|place| {
+        let _upstream = Upstream::start("127.0.0.2", Manner::ForgeriesFirst, example());
+        place.nameservers(&["127.0.0.2"]);
+        place.serve(&zoo());
+        assert_eq!(dig_short("www.example.com"), ["192.0.2.80"]);
+    });
+}
+
+#[test]
+fn a_truncated_upstream_answer_is_fetched_by_tcp() {
+    in_namespace(|place| {
+        let upstream = Upstream::start("127.0.0.2", Manner::Truncate, example());
+        place.nameservers(&["127.0.0.2"]);
+        place.serve(&zoo());
+        assert_eq!(dig_short("+ignore www.example.com"), ["192.0.2.80"]);
+        assert_eq!(upstream.asked(), 2);
+    });
+}
+
+#[test]
+fn an_upstream_without_edns_is_asked_plainly() {
+    in_namespace(|place| {
+        let _upstream = Upstream::start("127.0.0.2", Manner::NoEdns, example());
+        place.nameservers(&["127.0.0.2"]);
+        place.serve(&zoo());
+        assert_eq!(dig_short("www.example.com"), ["192.0.2.80"]);
+    });
+}
+
+#[test]
+fn the_next_upstream_helps_when_one_fails_or_is_dead() {
+    in_namespace(|place| {
+        let failing = Upstream::start("127.0.0.2", Manner::Fail, example());
+        let _good = Upstream::start("::1", Manner::Plain, example());
+        // 127.0.0.3 refuses: nobody listens there.
+        place.nameservers(&["127.0.0.3", "127.0.0.2", "::1"]);
+        place.serve(&zoo());
+        assert_eq!(dig_short("www.example.com"), ["192.0.2.80"]);
+        assert_eq!(failing.asked(), 1);
+        assert!(place.stats.upstream_failures() >= 1);
+    });
+}
+
+#[test]
+fn a_silent_upstream_costs_one_try_and_is_then_asked_last() {
+    in_namespace(|place| {
+        // Takes datagrams and never answers.
+        let _silent = UdpSocket::bind("127.0.0.3:53").unwrap();
+        let _good = Upstream::start("127.0.0.2", Manner::Plain, example());
+        place.nameservers(&["127.0.0.3", "127.0.0.2"]);
+        place.serve(&zoo());
+        assert_eq!(dig_short("www.example.com"), ["192.0.2.80"]);
+        let since = Instant::now();
+        assert_eq!(dig_short("-x 192.0.2.7"), ["seven.example.com."]);
+        assert!(since.elapsed() < Duration::from_secs(1), "the silent one was asked first again");
+    });
+}
+
+#[test]
+fn with_every_upstream_dead_others_fail_and_cluster_names_go_on() {
+    in_namespace(|place| {
+        place.nameservers(&["127.0.0.3"]);
+        place.serve(&zoo());
+        assert!(dig("www.example.com").contains("status: SERVFAIL"));
+        assert!(dig("outside.default.svc.cluster.local").contains("status: SERVFAIL"));
+        assert_eq!(dig_short("web.default.svc.cluster.local"), ["10.43.0.80"]);
+    });
+}
+
+#[test]
+fn our_own_address_among_the_hosts_resolvers_makes_no_loop() {
+    in_namespace(|place| {
+        place.nameservers(&["10.43.0.10", "fd00:43::a"]);
+        place.serve(&zoo());
+        assert!(dig("www.example.com").contains("status: SERVFAIL"));
+        assert_eq!((place.stats.queries(), place.stats.forwarded()), (1, 0));
+    });
+}
+
+#[test]
+fn a_changed_resolv_conf_is_followed() {
+    in_namespace(|place| {
+        place.serve(&zoo());
+        assert!(dig("www.example.com").contains("status: SERVFAIL"));
+        let _upstream = Upstream::start("127.0.0.2", Manner::Plain, example());
+        place.nameservers(&["127.0.0.2"]);
+        eventually("the new resolver is asked", || dig_short("www.example.com") == ["192.0.2.80"]);
+    });
+}
+
+#[test]
+fn a_taken_port_is_named_with_the_remedy_and_the_rest_goes_on() {
+    in_namespace(|place| {
+        place.route_cluster_dns();
+        let taken = UdpSocket::bind("10.43.0.10:53").unwrap();
+        place.start();
+        let applied = place.apply(&zoo());
+        assert_eq!(applied.failed.len(), 1, "{:?}", applied.failed);
+        assert!(applied.failed[0].contains("10.43.0.10:53/udp is taken"), "{}", applied.failed[0]);
+        assert!(applied.failed[0].contains("stop it"), "{}", applied.failed[0]);
+        assert_eq!(run("dig @fd00:43::a +short web.default.svc.cluster.local"), "10.43.0.80\n");
+        assert_eq!(dig_short("+tcp web.default.svc.cluster.local"), ["10.43.0.80"]);
+        drop(taken);
+        let again = place.apply(&zoo());
+        assert_eq!(
+            (again.changed, again.failed),
+            (vec!["listening on 10.43.0.10/udp".to_owned()], Vec::new())
+        );
+        assert_eq!(dig_short("+notcp web.default.svc.cluster.local"), ["10.43.0.80"]);
+    });
+}
+
+#[test]
+fn a_second_pass_changes_nothing_and_the_end_closes_the_sockets() {
+    in_namespace(|place| {
+        place.serve(&zoo());
+        let again = place.apply(&zoo());
+        assert_eq!(again.changed, Vec::<String>::new());
+        assert!(again.details.contains(&("listening".to_owned(), "10.43.0.10 fd00:43::a".to_owned())));
+        place.stop();
+        eventually("the port is free", || UdpSocket::bind("10.43.0.10:53").is_ok());
+        place.start();
+        place.apply(&zoo());
+        assert_eq!(dig_short("web.default.svc.cluster.local"), ["10.43.0.80"]);
+    });
+}
+
+const POD: &str = "search default.svc.cluster.local svc.cluster.local cluster.local\nnameserver 10.43.0.10\noptions ndots:5\n";
+
+#[test]
+fn the_c_library_resolves_as_in_a_pod() {
+    in_namespace(|place| {
+        let _upstream = Upstream::start("127.0.0.2", Manner::Plain, example());
+        place.nameservers(&["127.0.0.2"]);
+        place.serve(&with_big());
+        place.pod_resolv_conf(POD);
+        assert!(run("getent ahostsv4 web").contains("10.43.0.80"));
+        assert!(run("getent ahostsv6 web.default").contains("fd00:43::80"));
+        let both = run("getent ahosts web.default.svc");
+        assert!(both.contains("10.43.0.80") && both.contains("fd00:43::80"), "{both}");
+        assert!(run("getent ahosts v4only").contains("10.43.0.4"));
+        assert!(run("getent hosts 10.43.0.80").contains("web.default.svc.cluster.local"));
+        assert!(run("getent ahostsv4 www.example.com").contains("192.0.2.80"));
+        assert!(run("getent ahostsv4 outside").contains("192.0.2.80"));
+        assert_eq!(run("getent ahostsv4 big").matches("STREAM").count(), 60);
+    });
+}
+
+#[test]
+fn a_static_busybox_resolves_as_in_a_pod() {
+    in_namespace(|place| {
+        place.serve(&zoo());
+        place.pod_resolv_conf(POD);
+        let text = run("busybox nslookup web.default.svc.cluster.local");
+        assert!(text.contains("10.43.0.80") && text.contains("fd00:43::80"), "{text}");
+        let text = run("busybox nslookup v4only.default.svc.cluster.local");
+        assert!(text.contains("10.43.0.4"), "{text}");
+        let text = run("busybox nslookup 10.43.0.80");
+        assert!(text.contains("web.default.svc.cluster.local"), "{text}");
+    });
+}
+
+#[test]
+fn garbage_on_the_sockets_does_not_end_them() {
+    in_namespace(|place| {
+        use std::io::Write as _;
+        place.serve(&zoo());
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        for length in 0..64u8 {
+            let bytes: Vec<u8> = (0..length).map(|n| n.wrapping_mul(37) ^ length).collect();
+            socket.send_to(&bytes, "10.43.0.10:53").unwrap();
+        }
+        // A header that promises 65535 questions, and one message cut in the middle of its length.
+        socket.send_to(&[0, 1, 1, 0, 255, 255, 0, 0, 0, 0, 0, 0], "10.43.0.10:53").unwrap();
+        for bytes in [&[0u8][..], &[255, 255, 0], &[0, 0], &[0, 3, 1, 2, 3]] {
+            TcpStream::connect("10.43.0.10:53").unwrap().write_all(bytes).unwrap();
+        }
+        assert_eq!(dig_short("+notcp web.default.svc.cluster.local"), ["10.43.0.80"]);
+        assert_eq!(dig_short("+tcp web.default.svc.cluster.local"), ["10.43.0.80"]);
+    });
+}
+
+#[test]
+fn a_client_that_holds_many_connections_takes_none_from_others() {
+    in_namespace(|place| {
+        use std::io::Read as _;
+        place.serve(&zoo());
+        let greedy: Vec<TcpStream> = (0..200).map(|_| TcpStream::connect("10.43.0.10:53").unwrap()).collect();
+        greedy.iter().for_each(|stream| stream.set_read_timeout(Some(Duration::from_secs(2))).unwrap());
+        let closed = |mut stream: &TcpStream| matches!(stream.read(&mut [0]), Ok(0));
+        assert!(greedy.iter().skip(16).all(closed), "all but the first sixteen are closed at once");
+        run("ip address add 10.42.0.99/32 dev lo");
+        assert_eq!(dig_short("-b 10.42.0.99 +tcp web.default.svc.cluster.local"), ["10.43.0.80"]);
+        assert_eq!(dig_short("+notcp web.default.svc.cluster.local"), ["10.43.0.80"]);
+        drop(greedy);
+        let again = "dig @10.43.0.10 +tcp +tries=1 +time=1 +short web.default.svc.cluster.local";
+        eventually("the client's own places are free again", || attempt(again) == "10.43.0.80\n");
+    });
+}
+
+#[test]
+fn the_loop_serves_a_change_of_the_snapshot() {
+    in_namespace(|place| {
+        place.route_cluster_dns();
+        place.start();
+        let (planner, applier) = (std::mem::take(&mut place.planner), place.applier.take().unwrap());
+        let (snapshot_tx, snapshot_rx) = tokio::sync::watch::channel(None);
+        let (dns, handle) = Loop::new("dns", planner, applier, Pace::default(), snapshot_rx);
+        let running = place.runtime.spawn(dns.run());
+        snapshot_tx.send_replace(Some(Arc::new(zoo())));
+        eventually("the first Snapshot is served", || {
+            dig_short("web.default.svc.cluster.local") == ["10.43.0.80"]
+        });
+        let mut changed = zoo();
+        changed.generation = changed.generation.next();
+        let mut web = service("default", "web", cluster_ips(&["10.43.0.81"]));
+        web.ports = vec![port("http", Protocol::Tcp, 80)];
+        Arc::make_mut(&mut changed.services).insert(web.key.clone(), Arc::new(web));
+        snapshot_tx.send_replace(Some(Arc::new(changed)));
+        eventually("the change is served", || dig_short("web.default.svc.cluster.local") == ["10.43.0.81"]);
+        assert!(dig("-x 10.43.0.80").contains("status: NXDOMAIN"));
+        eventually("the report is out", || handle.report().health() == Health::Ok);
+        assert_eq!(handle.report().last_change.as_deref(), Some("Service default/web: 2 names, 3 gone"));
+        drop(snapshot_tx);
+        place.runtime.block_on(running).unwrap().unwrap();
+    });
+}
+
+#[test]
+fn one_client_cannot_keep_the_forwarder_from_others() {
+    in_namespace(|place| {
+        // Takes datagrams and never answers.
+        let _silent = UdpSocket::bind("127.0.0.3:53").unwrap();
+        place.nameservers(&["127.0.0.3"]);
+        place.serve(&zoo());
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        socket.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+        for number in 0..100 {
+            let mut query = Message::query();
+            query.add_query(Query::query(format!("n{number}.example.com.").parse().unwrap(), RecordType::A));
+            socket.send_to(&query.to_vec().unwrap(), "10.43.0.10:53").unwrap();
+        }
+        let mut buffer = [0; 512];
+        let mut refused_at_once = 0;
+        while let Ok(length) = socket.recv(&mut buffer) {
+            let answer = Message::from_vec(&buffer[..length]).unwrap();
+            assert_eq!(answer.metadata.response_code, ResponseCode::ServFail);
+            refused_at_once += 1;
+        }
+        assert_eq!((refused_at_once, place.stats.forwarded()), (36, 64));
+        assert_eq!(dig_short("web.default.svc.cluster.local"), ["10.43.0.80"]);
+    });
+}

@@ -1,0 +1,57 @@
+use tokio::sync::watch;
+use weft_model::NodeName;
+
+use super::*;
+use crate::reconcile::{Applied, Applier, Loop, Pace, Planner, Trust};
+
+struct Still;
+
+impl Planner for Still {
+    type Plan = ();
+
+    fn plan(&mut self, _snapshot: &Snapshot) -> weft_model::Planned<()> {
+        weft_model::Planned::new((), Vec::new())
+    }
+}
+
+impl Applier for Still {
+    type Plan = ();
+
+    async fn apply(&mut self, _plan: &(), _trust: Trust) -> Applied {
+        Applied::default()
+    }
+}
+
+fn admin() -> Admin {
+    let (_tx, snapshot_rx) = watch::channel(None);
+    let (_run, handle) = Loop::new("proxy", Still, Still, Pace::default(), snapshot_rx.clone());
+    Admin {
+        node: NodeName::from("a"),
+        version: "0",
+        loops: vec![handle],
+        snapshot_rx,
+        api_server: Box::new(|| "connected".to_owned()),
+        parts: vec![("leases", Box::new(|| 3.into()))],
+        counters: vec![Counters {
+            name: "dns_queries",
+            help: "Queries answered",
+            label: "rcode",
+            read: Box::new(|| vec![("noerror", 7), ("nxdomain", 2)]),
+        }],
+    }
+}
+
+#[test]
+fn a_node_is_not_ready_before_every_loop_has_applied() {
+    let status = admin().status();
+    assert!(!status.ready);
+    assert_eq!(status.parts.get("leases"), Some(&3.into()));
+}
+
+#[test]
+fn metrics_carry_every_loop_and_counter() {
+    let text = metrics::encode(&admin()).unwrap();
+    assert!(text.contains("weft_loop_generation{loop=\"proxy\"} 0"), "{text}");
+    assert!(text.contains("weft_dns_queries_total{rcode=\"nxdomain\"} 2"), "{text}");
+    assert!(text.ends_with("# EOF\n"), "{text}");
+}

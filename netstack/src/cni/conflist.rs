@@ -1,0 +1,126 @@
+//! The network configuration list that container runtimes read: what it says, and keeping it in place.
+//!
+//! Its appearance makes the kubelet call the node Ready, so it is written last, atomically, and only when ADD can work.
+
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+
+/// Runtimes take the first file in lexical order; `05` comes before what other installers usually write (`10-...`).
+pub const FILE_NAME: &str = "05-weft.conflist";
+/// containerd 1.6 brings libcni 1.1, which knows specifications up to 1.0.0 and reads only this field.
+const CNI_VERSION: &str = "1.0.0";
+/// Runtimes of CNI 1.1 take the highest of these that they know; without it they would never send STATUS and GC.
+const CNI_VERSIONS: [&str; 2] = ["1.0.0", "1.1.0"];
+
+#[derive(Debug, thiserror::Error)]
+pub enum ConflistError {
+    #[error("read {path}")]
+    Read { path: PathBuf, source: io::Error },
+    #[error("write {path}")]
+    Write { path: PathBuf, source: io::Error },
+    #[error("remove {path}")]
+    Remove { path: PathBuf, source: io::Error },
+}
+
+/// What [`ensure`] did and saw.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ensured {
+    /// False when the file was there with the same text.
+    pub written: bool,
+    /// A foreign configuration that runtimes would take instead of ours.
+    pub shadowed_by: Option<String>,
+}
+
+/// The list for a plugin that finds the agent at `socket`.
+pub fn render(socket: &Path) -> String {
+    let list = json!({
+        "cniVersion": CNI_VERSION,
+        "cniVersions": CNI_VERSIONS,
+        "name": "weft",
+        "plugins": [{ "type": "weft", "socket": socket }],
+    });
+    format!("{list:#}\n")
+}
+
+/// Makes `folder/05-weft.conflist` hold `text`.
+pub fn ensure(folder: &Path, text: &str) -> Result<Ensured, ConflistError> {
+    let path = folder.join(FILE_NAME);
+    let present = fs::read_to_string(&path).is_ok_and(|present| present == text);
+    if !present {
+        write_atomically(folder, &path, text)
+            .map_err(|source| ConflistError::Write { path: path.clone(), source })?;
+    }
+    Ok(Ensured { written: !present, shadowed_by: shadowing(folder)? })
+}
+
+/// True when it was there.
+pub fn remove(folder: &Path) -> Result<bool, ConflistError> {
+    let path = folder.join(FILE_NAME);
+    match fs::remove_file(&path) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(source) => Err(ConflistError::Remove { path, source }),
+    }
+}
+
+/// The temporary name begins with a dot and ends in no suffix that runtimes read.
+fn write_atomically(folder: &Path, path: &Path, text: &str) -> io::Result<()> {
+    fs::create_dir_all(folder)?;
+    let temporary = folder.join(format!(".weft-{}.tmp", std::process::id()));
+    let mut file = File::create(&temporary)?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()?;
+    fs::rename(&temporary, path)
+}
+
+/// libcni reads `.conf`, `.conflist` and `.json`, in lexical order.
+fn shadowing(folder: &Path) -> Result<Option<String>, ConflistError> {
+    let entries = fs::read_dir(folder);
+    let entries = entries.map_err(|source| ConflistError::Read { path: folder.to_owned(), source })?;
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let read_by_runtimes = |name: &String| {
+        matches!(Path::new(name).extension().and_then(|e| e.to_str()), Some("conf" | "conflist" | "json"))
+    };
+    Ok(names.filter(read_by_runtimes).filter(|name| name.as_str() < FILE_NAME).min())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_list_is_written_once_and_removed_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let net_d = folder.path().join("cni/net.d");
+        let text = render(Path::new("/run/weft/agent.sock"));
+        assert_eq!(ensure(&net_d, &text).unwrap(), Ensured { written: true, shadowed_by: None });
+        assert_eq!(ensure(&net_d, &text).unwrap(), Ensured { written: false, shadowed_by: None });
+        let names: Vec<_> = fs::read_dir(&net_d).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(names, [FILE_NAME]);
+        assert!(remove(&net_d).unwrap());
+        assert!(!remove(&net_d).unwrap());
+    }
+
+    #[test]
+    fn the_list_names_the_plugin_and_the_socket() {
+        let list: serde_json::Value = serde_json::from_str(&render(Path::new("/a b/x.sock"))).unwrap();
+        let plugin = json!({"type": "weft", "socket": "/a b/x.sock"});
+        assert_eq!(
+            list,
+            json!({"cniVersion": "1.0.0", "cniVersions": ["1.0.0", "1.1.0"], "name": "weft", "plugins": [plugin]})
+        );
+    }
+
+    #[test]
+    fn an_earlier_foreign_list_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["10-flannel.conflist", "00-readme.txt", "04-calico.conflist", "01-old.conf"] {
+            fs::write(folder.path().join(name), "{}").unwrap();
+        }
+        let ensured = ensure(folder.path(), "{}").unwrap();
+        assert_eq!(ensured.shadowed_by.as_deref(), Some("01-old.conf"));
+    }
+}

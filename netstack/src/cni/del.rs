@@ -1,0 +1,92 @@
+//! DEL and GC: idempotent in every order; nothing about the container needs to exist any more.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use weft_model::constants::POD_LINK_PREFIX;
+
+use super::attachment::Attachment;
+use super::wire::{CniError, CniRequest, Code, valid_attachments};
+use super::{Cni, locked};
+use crate::reconcile::chain;
+use crate::store::{Boottime, LeaseRecords};
+
+impl Cni {
+    /// Removes whatever is left of an attachment; absent things are no error. Deleting the host end deletes the pod's.
+    pub async fn del(&self, request: &CniRequest) -> Result<(), CniError> {
+        let attachment = Attachment::of(request)?;
+        self.detach(&attachment.link).await
+    }
+
+    /// Removes every attachment that is not in `cni.dev/valid-attachments`. Goes on after a failure; names them all.
+    pub async fn gc(&self, request: &CniRequest) -> Result<(), CniError> {
+        let valid: BTreeSet<String> = valid_attachments(&request.config)?
+            .into_iter()
+            .map(|(container_id, ifname)| Attachment::new(&container_id, &ifname).link)
+            .collect();
+        let mut present = self.links_with_leases()?;
+        let links = self.links().list_by_prefix(POD_LINK_PREFIX).await;
+        present.extend(links.map_err(|error| kernel(&error))?.into_iter().map(|link| link.name));
+        let mut failed = Vec::new();
+        for link in present.difference(&valid) {
+            if let Err(error) = self.detach(link).await {
+                failed.push(format!("{link}: {error}"));
+            }
+        }
+        if failed.is_empty() {
+            return Ok(());
+        }
+        Err(CniError::new(Code::Kernel, "some attachments could not be removed").details(failed.join("; ")))
+    }
+
+    fn links_with_leases(&self) -> Result<BTreeSet<String>, CniError> {
+        let live = self.live_leases()?;
+        Ok(live.into_values().map(|lease| lease.link).collect())
+    }
+
+    pub(super) fn live_leases(&self) -> Result<LeaseRecords, CniError> {
+        let mut leases = self.store.leases().map_err(|error| CniError::new(Code::Store, chain(&error)))?;
+        leases.retain(|_, lease| lease.released.is_none());
+        Ok(leases)
+    }
+
+    async fn detach(&self, link: &str) -> Result<(), CniError> {
+        let _held = self.locks.one(link).await;
+        let mut leases = self.live_leases()?;
+        leases.retain(|_, lease| lease.link == link);
+        let addresses: Vec<IpAddr> = leases.keys().copied().collect();
+        self.remove_from_kernel(link, &addresses).await?;
+        self.release(leases);
+        Ok(())
+    }
+
+    /// A release that cannot be written is repaired by the next [`Cni::reconcile`], since the link is gone. It must not
+    /// keep a pod from being deleted.
+    fn release(&self, leases: LeaseRecords) {
+        let now = Boottime::now();
+        let _one_at_a_time = locked(&self.ipam);
+        let changes: BTreeMap<_, _> = leases
+            .into_iter()
+            .map(|(address, mut lease)| {
+                lease.released = Some(now);
+                (address, Some(lease))
+            })
+            .collect();
+        if let Err(error) = self.store.write_leases(&changes) {
+            tracing::warn!(error = %chain(&error), "release leases");
+        }
+    }
+
+    /// The link first: an element without its link lets nobody in.
+    pub(super) async fn remove_from_kernel(&self, link: &str, addresses: &[IpAddr]) -> Result<(), CniError> {
+        self.links().delete(link).await.map_err(|error| kernel(&error))?;
+        if let Err(error) = locked(&self.source_guard).forbid(link, addresses) {
+            tracing::warn!(link, error = %chain(&error), "remove anti-spoofing elements");
+        }
+        Ok(())
+    }
+}
+
+fn kernel(error: &crate::kernel::link::LinkError) -> CniError {
+    CniError::new(Code::Kernel, chain(error))
+}

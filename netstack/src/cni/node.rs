@@ -1,0 +1,58 @@
+//! What ADD must know of this node, taken from the Snapshot at one moment.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use weft_model::Snapshot;
+
+use super::Cni;
+use super::wire::{CniError, Code};
+
+/// The node as ADD sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct NodeView {
+    /// At most one a family, the primary one first.
+    pub(super) pod_cidrs: Vec<IpNet>,
+    /// The Node's InternalIPs, at most one a family: sources of what the node sends to its pods.
+    pub(super) sources: Vec<IpAddr>,
+    pub(super) mtu_bytes: u32,
+}
+
+impl NodeView {
+    /// The node's own address of the same family.
+    pub(super) fn source_for(&self, address: IpAddr) -> Option<IpAddr> {
+        self.sources.iter().copied().find(|source| source.is_ipv6() == address.is_ipv6())
+    }
+}
+
+impl Cni {
+    pub(super) fn snapshot(&self) -> Option<Arc<Snapshot>> {
+        self.snapshots.borrow().clone()
+    }
+
+    /// Why ADD cannot work yet is a sentence for whoever reads the Pod's events.
+    pub(super) fn node_for_add(&self) -> Result<NodeView, CniError> {
+        let later = |reason: String| CniError::new(Code::TryAgainLater, reason);
+        let snapshot = self
+            .snapshot()
+            .ok_or_else(|| later("the agent has not read this cluster's objects yet".to_owned()))?;
+        let view = self.node_view(&snapshot).map_err(later)?;
+        (self.readiness)(&snapshot).map_err(later)?;
+        Ok(view)
+    }
+
+    pub(super) fn node_view(&self, snapshot: &Snapshot) -> Result<NodeView, String> {
+        let name = &snapshot.facts.name;
+        let node =
+            snapshot.own_node().ok_or_else(|| format!("there is no Node {name} in the cluster yet"))?;
+        if node.pod_cidrs.is_empty() {
+            return Err(format!("Node {name} has no spec.podCIDRs yet; the controller manager assigns them"));
+        }
+        Ok(NodeView {
+            pod_cidrs: node.pod_cidrs.clone(),
+            sources: node.primary_ips().collect(),
+            mtu_bytes: (self.pod_mtu_bytes)(snapshot),
+        })
+    }
+}

@@ -1,0 +1,13 @@
+//! STATUS: can ADD work now? Informational; ADD itself asks again.
+
+use super::Cni;
+use super::wire::{CniError, Code};
+use crate::reconcile::chain;
+
+impl Cni {
+    pub fn status(&self) -> Result<(), CniError> {
+        let unavailable = |reason: String| CniError::new(Code::Unavailable, reason);
+        self.node_for_add().map_err(|error| unavailable(error.msg))?;
+        self.store.ensure_writable().map_err(|error| unavailable(chain(&error)))
+    }
+}

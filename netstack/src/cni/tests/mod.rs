@@ -1,0 +1,8 @@
+//! The plugin against the real kernel: a node and pods as namespaces, the agent's router on a Unix socket, the
+//! plugin's own code as the client.
+
+mod attach;
+mod faults;
+mod reconcile;
+mod rig;
+mod spoof;

@@ -1,0 +1,200 @@
+//! A node with an uplink, its agent's CNI half, and pods.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+use tokio::sync::watch;
+use weft_model::constants::TABLE_CNI;
+use weft_model::node_facts::{NodeFacts, WireguardBackend};
+use weft_model::objects::Node;
+use weft_model::{ClusterConfig, Generation, NodeName, Snapshot};
+
+use crate::cni::{Attachment, Cni, Inputs, plugin, server};
+use crate::kernel::nft::NftTable;
+use crate::kernel::testing::NamedNetns;
+use crate::store::{LeaseRecords, Store};
+
+pub(super) struct Rig {
+    pub(super) node: NamedNetns,
+    pub(super) folder: tempfile::TempDir,
+}
+
+/// The agent of one life.
+pub(super) struct Agent {
+    pub(super) cni: Arc<Cni>,
+    pub(super) store: Arc<Store>,
+    pub(super) snapshots: watch::Sender<Option<Arc<Snapshot>>>,
+    pub(super) set_aside: Option<PathBuf>,
+    pub(super) socket: PathBuf,
+    server: tokio::task::JoinHandle<()>,
+}
+
+impl Rig {
+    pub(super) fn new() -> Self {
+        let node = NamedNetns::new("node");
+        for command in [
+            &["ip", "link", "set", "lo", "up"][..],
+            &["ip", "link", "add", "up0", "type", "veth", "peer", "name", "up0p"],
+            &["ip", "addr", "add", "192.0.2.1/24", "dev", "up0"],
+            &["ip", "addr", "add", "2001:db8::1/64", "dev", "up0", "nodad"],
+            &["ip", "link", "set", "up0", "up"],
+            &["ip", "link", "set", "up0p", "up"],
+            &["sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"],
+        ] {
+            node.must(command);
+        }
+        Self { node, folder: tempfile::tempdir().unwrap() }
+    }
+
+    pub(super) fn store_path(&self) -> PathBuf {
+        self.folder.path().join("run/store")
+    }
+
+    /// Starts the agent as the wiring does: store, reconcile, socket.
+    pub(super) async fn start(&self) -> Agent {
+        self.start_with(snapshot(&["10.244.1.0/24", "fd00:244:1::/64"])).await
+    }
+
+    pub(super) async fn start_with(&self, snapshot: Snapshot) -> Agent {
+        let opened = Store::open(self.store_path()).unwrap();
+        let store = Arc::new(opened.store);
+        let (snapshots, receiver) = watch::channel(Some(Arc::new(snapshot)));
+        let inputs = Inputs {
+            snapshots: receiver,
+            store: store.clone(),
+            readiness: Arc::new(|snapshot| match snapshot.generation {
+                Generation(0) => Err("the overlay is not programmed yet".to_owned()),
+                _ => Ok(()),
+            }),
+            pod_mtu_bytes: Arc::new(|_| 1420),
+            source_guard: Box::new(NftTable::new(TABLE_CNI)),
+        };
+        let cni = Arc::new(Cni::open(inputs).unwrap());
+        let reconciled = cni.reconcile().await;
+        assert_eq!(reconciled.failed, Vec::<String>::new());
+        let socket = self.folder.path().join("agent.sock");
+        let _ = std::fs::remove_file(&socket);
+        let listener = tokio::net::UnixListener::bind(&socket).unwrap();
+        let router = server::router(cni.clone());
+        let server = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+        Agent { cni, store, snapshots, set_aside: opened.set_aside, socket, server }
+    }
+}
+
+pub(super) fn snapshot(pod_cidrs: &[&str]) -> Snapshot {
+    let name = NodeName::from("n1");
+    let node = Node {
+        name: name.clone(),
+        uid: "1".to_owned(),
+        created: 0,
+        labels: BTreeMap::new(),
+        pod_cidrs: pod_cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect(),
+        internal_ips: vec!["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()],
+        public_key: None,
+        wireguard_port: None,
+    };
+    Snapshot {
+        generation: Generation(1),
+        config: Arc::new(ClusterConfig {
+            cluster_cidrs: vec![],
+            service_cidrs: vec![],
+            cluster_dns: vec![],
+            cluster_domain: "cluster.local".to_owned(),
+            wireguard_port: 51820,
+        }),
+        facts: Arc::new(NodeFacts {
+            name: name.clone(),
+            uplinks: vec![],
+            wireguard_backend: WireguardBackend::Userspace,
+        }),
+        nodes: Arc::new(BTreeMap::from([(name, Arc::new(node))])),
+        namespaces: Arc::default(),
+        services: Arc::default(),
+        endpoint_slices: Arc::default(),
+        local_pods: Arc::default(),
+        problems: Arc::default(),
+        from_store: false,
+    }
+}
+
+impl Agent {
+    /// No good-bye: what is not in the Store or the kernel is lost.
+    pub(super) async fn kill(self) {
+        self.server.abort();
+        let _ = self.server.await;
+        while Arc::strong_count(&self.cni) > 1 {
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+    }
+
+    /// Runs the plugin as a runtime does; `Err` is the CNI error object.
+    pub(super) async fn call(&self, verb: &str, id: &str, netns: &str, extra: Value) -> Result<Value, Value> {
+        let mut config =
+            json!({"cniVersion": "1.1.0", "name": "weft", "type": "weft", "socket": self.socket});
+        if let (Some(config), Value::Object(extra)) = (config.as_object_mut(), extra) {
+            config.extend(extra);
+        }
+        let variables: BTreeMap<String, String> = [
+            ("CNI_COMMAND", verb),
+            ("CNI_CONTAINERID", id),
+            ("CNI_NETNS", netns),
+            ("CNI_IFNAME", "eth0"),
+            ("CNI_ARGS", "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=web;K8S_POD_UID=42"),
+        ]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .into();
+        let printed = tokio::task::spawn_blocking(move || {
+            plugin::execute(&|name| variables.get(name).cloned(), &config.to_string())
+        })
+        .await
+        .unwrap();
+        let value = match printed.stdout.as_str() {
+            "" => Value::Null,
+            text => serde_json::from_str(text).unwrap(),
+        };
+        if printed.failed { Err(value) } else { Ok(value) }
+    }
+
+    /// ADD that must succeed: the pod's addresses.
+    pub(super) async fn add(&self, id: &str, pod: &NamedNetns) -> Vec<IpAddr> {
+        addresses(&self.call("ADD", id, &pod.path(), Value::Null).await.unwrap())
+    }
+
+    pub(super) async fn del(&self, id: &str, netns: &str) {
+        self.call("DEL", id, netns, Value::Null).await.unwrap();
+    }
+
+    pub(super) fn live(&self) -> LeaseRecords {
+        let mut leases = self.store.leases().unwrap();
+        leases.retain(|_, lease| lease.released.is_none());
+        leases
+    }
+}
+
+pub(super) fn addresses(result: &Value) -> Vec<IpAddr> {
+    let ips = result["ips"].as_array().unwrap();
+    ips.iter().map(|ip| ip["address"].as_str().unwrap().parse::<ipnet::IpNet>().unwrap().addr()).collect()
+}
+
+pub(super) fn link_of(id: &str) -> String {
+    Attachment::new(id, "eth0").link
+}
+
+pub(super) fn pod_links(node: &NamedNetns) -> usize {
+    node.must(&["ip", "-o", "link"]).matches(": weftp").count()
+}
+
+/// Overwrites every file below with other bytes.
+pub(super) fn fill_with_garbage(path: &Path) {
+    for entry in std::fs::read_dir(path).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            fill_with_garbage(&path);
+        } else {
+            std::fs::write(&path, vec![0xa5; 4096]).unwrap();
+        }
+    }
+}

@@ -1,0 +1,54 @@
+//! As much OpenAPI v3 as kubectl reads before it writes: that PATCH of every kind knows `fieldValidation` (so that kubectl
+//! leaves validation to the server) and which patches there are. Schemas are not published: `kubectl explain` finds none.
+
+use serde_json::{Map, Value, json};
+
+use crate::resources::{self, RESOURCES, Resource};
+
+/// `/openapi/v3` and the document of one group and version; nothing else (`/openapi/v2` is 404, kubectl goes on without).
+pub(super) fn answer(path: &str) -> Option<Value> {
+    if path == "/openapi/v3" {
+        let entries = resources::groups().into_iter().map(|group| {
+            let place = place(group);
+            let url = format!("/openapi/v3/{place}?hash={}", env!("CARGO_PKG_VERSION"));
+            (place, json!({"serverRelativeURL": url}))
+        });
+        return Some(json!({"paths": entries.collect::<Map<_, _>>()}));
+    }
+    let wanted = path.strip_prefix("/openapi/v3/")?;
+    let group = resources::groups().into_iter().find(|it| place(it) == wanted)?;
+    let paths: Map<String, Value> = RESOURCES
+        .iter()
+        .filter(|it| it.group == group)
+        .map(|it| (object_path(it), json!({"patch": patch_operation(it)})))
+        .collect();
+    Some(
+        json!({"openapi": "3.0.0", "info": {"title": "Kubernetes", "version": "unversioned"}, "paths": paths,
+        "components": {"schemas": {}}}),
+    )
+}
+
+fn place(group: &str) -> String {
+    if group.is_empty() { "api/v1".to_owned() } else { format!("apis/{group}/v1") }
+}
+
+fn object_path(resource: &Resource) -> String {
+    let place = place(resource.group);
+    if resource.namespaced {
+        format!("/{place}/namespaces/{{namespace}}/{}/{{name}}", resource.plural)
+    } else {
+        format!("/{place}/{}/{{name}}", resource.plural)
+    }
+}
+
+fn patch_operation(resource: &Resource) -> Value {
+    let query = |name: &str| json!({"name": name, "in": "query", "schema": {"type": "string"}});
+    let body = json!({"schema": {"type": "object"}});
+    json!({"operationId": format!("patch{}{}", resource.group.replace('.', ""), resource.kind),
+        "x-kubernetes-action": "patch",
+        "x-kubernetes-group-version-kind": {"group": resource.group, "version": resource.version, "kind": resource.kind},
+        "parameters": [query("dryRun"), query("fieldValidation")],
+        "requestBody": {"content": {"application/json-patch+json": body, "application/merge-patch+json": body,
+            "application/strategic-merge-patch+json": body}},
+        "responses": {"200": {"description": "OK"}}})
+}

@@ -1,0 +1,145 @@
+//! One node for a benchmark: the embedded API server, the tunnel and the agent in the namespaces of this process.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail, ensure};
+use kube::api::{Api, Patch, PatchParams, PostParams};
+use serde_json::json;
+
+pub(crate) const NODE: &str = "bench";
+const UPLINK_V4: &str = "172.31.0.1/24";
+const UPLINK_V6: &str = "fd00:31::1/64";
+const API: &str = "127.0.0.1:6443";
+const CIDRS: [&str; 4] = ["--cluster-cidr", "10.244.0.0/16,fd00:10:244::/56", "--service-cidr", "10.96.0.0/16,fd00:10:96::/112"];
+
+pub(crate) struct Rig {
+    weft: PathBuf,
+    pub(crate) folder: tempfile::TempDir,
+    pub(crate) client: kube::Client,
+    pub(crate) runtime: tokio::runtime::Runtime,
+    children: Vec<(&'static str, Child)>,
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        for (_, child) in &mut self.children {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Rig {
+    /// Links, the API server and the Node; no agent yet.
+    pub(crate) fn start(weft: &Path) -> anyhow::Result<Self> {
+        ip("link set lo up")?;
+        ip("link add up0 type veth peer name up1")?;
+        ip(&format!("addr add {UPLINK_V4} dev up0"))?;
+        ip(&format!("addr add {UPLINK_V6} dev up0 nodad"))?;
+        ip("link set up0 up")?;
+        ip("link set up1 up")?;
+        let folder = tempfile::tempdir()?;
+        let server = Command::new(weft)
+            .args(["server", "--listen", API, "--advertise-address", "172.31.0.1", "--tls-san", "127.0.0.1"])
+            .args(CIDRS)
+            .arg("--data-dir")
+            .arg(folder.path().join("server"))
+            .arg("--kubeconfig-out")
+            .arg(folder.path().join("kubeconfig"))
+            .stderr(log(folder.path(), "server")?)
+            .spawn()?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let client = runtime.block_on(connect(&folder.path().join("kubeconfig")))?;
+        let rig = Self { weft: weft.to_owned(), folder, client, runtime, children: vec![("server", server)] };
+        rig.runtime.block_on(make_node(&rig.client))?;
+        Ok(rig)
+    }
+
+    /// The tunnel and the agent; returns the instant before the agent was started.
+    pub(crate) fn start_agent(&mut self) -> anyhow::Result<Instant> {
+        let folder = self.folder.path().to_owned();
+        let dirs = |command: &mut Command| {
+            command.arg("--run-dir").arg(folder.join("run")).arg("--state-dir").arg(folder.join("state"));
+        };
+        let mut agent = Command::new(&self.weft);
+        agent.args(["agent", "--node-name", NODE, "--cluster-dns", "10.96.0.10,fd00:10:96::a"]).args(CIDRS);
+        agent.arg("--kubeconfig").arg(folder.join("kubeconfig"));
+        agent.arg("--cni-conf-dir").arg(folder.join("cni")).arg("--cni-bin-dir").arg(folder.join("bin"));
+        dirs(&mut agent);
+        let started_at = Instant::now();
+        let agent = agent.stderr(log(&folder, "agent")?).spawn()?;
+        self.children.push(("agent", agent));
+        until("the private key", || folder.join("state/wireguard.key").exists())?;
+        let mut tunnel = Command::new(&self.weft);
+        tunnel.arg("tunnel");
+        dirs(&mut tunnel);
+        self.children.push(("tunnel", tunnel.stderr(log(&folder, "tunnel")?).spawn()?));
+        Ok(started_at)
+    }
+
+    pub(crate) fn await_ready(&self) -> anyhow::Result<()> {
+        until("the CNI configuration", || self.folder.path().join("cni/05-weft.conflist").exists())
+    }
+
+    /// Resident memory of a child in MiB.
+    pub(crate) fn resident_mib(&self, name: &str) -> anyhow::Result<f64> {
+        let (_, child) = self.children.iter().rev().find(|(n, _)| *n == name).context("no such child")?;
+        let status = std::fs::read_to_string(format!("/proc/{}/status", child.id()))?;
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("no VmRSS")?;
+        let kib: f64 = line.split_whitespace().nth(1).context("no VmRSS value")?.parse()?;
+        Ok(kib / 1024.0)
+    }
+}
+
+fn log(folder: &Path, name: &str) -> anyhow::Result<Stdio> {
+    Ok(std::fs::File::create(folder.join(format!("{name}.log")))?.into())
+}
+
+pub(crate) fn ip(args: &str) -> anyhow::Result<()> {
+    let output = Command::new("ip").args(args.split(' ')).output().context("run ip (Debian's iproute2)")?;
+    ensure!(output.status.success(), "ip {args}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+/// Polls every millisecond, for ten seconds at most.
+pub(crate) fn until(what: &str, mut holds: impl FnMut() -> bool) -> anyhow::Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !holds() {
+        if Instant::now() > deadline {
+            bail!("waited 10 s for {what}");
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
+async fn connect(kubeconfig: &Path) -> anyhow::Result<kube::Client> {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        if let Ok(config) = kube::config::Kubeconfig::read_from(kubeconfig) {
+            let config = kube::Config::from_custom_kubeconfig(config, &Default::default()).await?;
+            let client = kube::Client::try_from(config)?;
+            if client.apiserver_version().await.is_ok() {
+                return Ok(client);
+            }
+        }
+        ensure!(Instant::now() < deadline, "the API server did not come up");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+async fn make_node(client: &kube::Client) -> anyhow::Result<()> {
+    let nodes: Api<k8s_openapi::api::core::v1::Node> = Api::all(client.clone());
+    let node = serde_json::from_value(json!({"metadata": {"name": NODE}}))?;
+    nodes.create(&PostParams::default(), &node).await?;
+    let addresses = json!([
+        {"type": "InternalIP", "address": "172.31.0.1"},
+        {"type": "InternalIP", "address": "fd00:31::1"},
+        {"type": "Hostname", "address": NODE},
+    ]);
+    let status = json!({"status": {"addresses": addresses}});
+    nodes.patch_status(NODE, &PatchParams::default(), &Patch::Merge(status)).await?;
+    Ok(())
+}

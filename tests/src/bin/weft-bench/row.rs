@@ -1,0 +1,101 @@
+//! One figure, as JSON and as a line of a table.
+
+use std::fmt::Write as _;
+
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Better {
+    Higher,
+    Lower,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Row {
+    name: String,
+    unit: String,
+    weft: f64,
+    peer: Option<f64>,
+    peer_name: Option<String>,
+    /// weft / peer.
+    ratio: Option<f64>,
+    better: Better,
+    /// Of the ratio where there is a peer, else of Weft's own figure.
+    target: Option<f64>,
+    met: Option<bool>,
+}
+
+impl Row {
+    /// A figure without a peer.
+    pub(crate) fn alone(name: &str, unit: &str, weft: f64, better: Better, target: f64) -> Self {
+        Self {
+            name: name.to_owned(),
+            unit: unit.to_owned(),
+            weft,
+            peer: None,
+            peer_name: None,
+            ratio: None,
+            better,
+            target: Some(target),
+            met: Some(better.holds(weft, target)),
+        }
+    }
+
+    /// A figure beside a peer's; `target` is of the ratio.
+    pub(crate) fn beside(
+        name: &str,
+        unit: &str,
+        weft: f64,
+        (peer_name, peer): (&str, f64),
+        better: Better,
+        target: f64,
+    ) -> Self {
+        let ratio = weft / peer;
+        Self {
+            peer: Some(peer),
+            peer_name: Some(peer_name.to_owned()),
+            ratio: Some(ratio),
+            met: Some(better.holds(ratio, target)),
+            ..Self::alone(name, unit, weft, better, target)
+        }
+    }
+}
+
+impl Better {
+    fn holds(self, figure: f64, target: f64) -> bool {
+        match self {
+            Self::Higher => figure >= target,
+            Self::Lower => figure <= target,
+        }
+    }
+}
+
+pub(crate) fn table(area: &str, rows: &[Row]) -> String {
+    let mut text = format!("{area}\n");
+    for row in rows {
+        let peer = match (&row.peer_name, row.peer, row.ratio) {
+            (Some(name), Some(peer), Some(ratio)) => format!("{name} {peer:.2}, ratio {ratio:.2}"),
+            _ => String::new(),
+        };
+        let sign = if row.better == Better::Higher { ">=" } else { "<=" };
+        let target = row.target.map_or(String::new(), |target| format!("{sign} {target}"));
+        let met = match row.met {
+            Some(true) => "met",
+            Some(false) => "NOT MET",
+            None => "",
+        };
+        let _ = writeln!(text, "  {:<44} {:>10.2} {:<7} {peer:<34} target {target:<9} {met}", row.name, row.weft, row.unit);
+    }
+    text
+}
+
+/// The middle of the samples; the mean of the two middle ones for an even count. NaN when there are none.
+pub(crate) fn median(mut samples: Vec<f64>) -> f64 {
+    samples.sort_by(f64::total_cmp);
+    match samples.len() {
+        0 => f64::NAN,
+        n if n % 2 == 1 => samples[n / 2],
+        n => f64::midpoint(samples[n / 2 - 1], samples[n / 2]),
+    }
+}
