@@ -40,10 +40,15 @@ pub(crate) async fn run(args: CleanupArgs) -> anyhow::Result<()> {
     let second = remove(&args).await?;
     drop(lock);
     if args.run_dir.exists() {
-        std::fs::remove_dir_all(&args.run_dir).with_context(|| format!("remove {}", args.run_dir.display()))?;
+        std::fs::remove_dir_all(&args.run_dir)
+            .with_context(|| format!("remove {}", args.run_dir.display()))?;
     }
     ensure!(second.failed.is_empty(), "not everything could be removed: {}", second.failed.join("; "));
-    ensure!(second.removed.is_empty(), "these came back, is something of Weft running? {}", second.removed.join("; "));
+    ensure!(
+        second.removed.is_empty(),
+        "these came back, is something of Weft running? {}",
+        second.removed.join("; ")
+    );
     println!("nothing of Weft is left on this node");
     Ok(())
 }
@@ -78,7 +83,7 @@ async fn remove(args: &CleanupArgs) -> anyhow::Result<Outcome> {
     }
     outcome.note("nft table weft-proxy", NftTable::delete(TABLE_PROXY));
     outcome.note("nft table weft-cni", NftTable::delete(TABLE_CNI));
-    let overlay = overlay::cleanup(netlink.handle.clone()).await;
+    let overlay = overlay::cleanup(netlink.handle.clone(), &args.run_dir).await;
     outcome.removed.extend(overlay.changed);
     outcome.failed.extend(overlay.failed);
 

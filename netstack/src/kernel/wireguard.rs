@@ -45,7 +45,8 @@ pub fn apply(
     let seen = observe(link)?;
     let mut update = DeviceUpdate::new();
     let mut lines = Vec::new();
-    if seen.private_key.as_ref().map(|key| key.0) != Some(*private_key) {
+    // By its public key: the kernel clamps the private one, and setting it again would end every session.
+    if seen.public_key != Some(Key(*private_key).get_public()) {
         update = update.set_private_key(Key(*private_key));
         lines.push("private key".to_owned());
     }
