@@ -1,1 +1,26 @@
-//! To be written.
+//! The API server as an input: watches, lowering, and the one immutable Snapshot per generation.
+//!
+//! ```text
+//!  watch Nodes, Namespaces, Services, EndpointSlices, own Pods --Document--> lower (pure) --+
+//!  NodeFacts (watch channel) ---------------------------------------------------------------+--> Cluster --> Snapshot #g
+//!  last good Snapshot from the Store (until every watch has listed once) -------------------+
+//! ```
+//!
+//! What is valid of an object is used, and every field that is not becomes a [`weft_model::Problem`]; an object that cannot be
+//! read at all is as if it were absent. The last good value of such an object is deliberately not kept: the same
+//! cluster always gives the same Snapshot, whatever came before, so a restart changes nothing.
+//! The API server's absence changes nothing either: the last Snapshot stays.
+
+mod client;
+mod cluster;
+mod document;
+pub mod lower;
+mod publish;
+mod watch;
+mod wire;
+
+pub use client::{ClientError, Endpoint, client};
+pub use cluster::Cluster;
+pub use document::{Document, Kind};
+pub use publish::{Identity, Publication, Publisher, publish};
+pub use watch::{ApiStatus, Watches, start};

@@ -1,0 +1,261 @@
+//! The cluster's objects as they are known now: watch events in, Snapshots out. Pure; `watch` feeds it.
+//!
+//! A value that lowers to what is already there keeps its `Arc`, so planners may memoise by identity, and an event
+//! that changes nothing is told apart from one that does.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use kube::runtime::watcher::Event;
+use serde_json::Value;
+use weft_model::objects::{EndpointSlice, Namespace, Node, Pod, Service};
+use weft_model::snapshot::Objects;
+use weft_model::{
+    ClusterConfig, Generation, NamespacedName, NodeFacts, NodeName, PodKey, Problem, ServiceKey, Snapshot,
+};
+
+use super::document::{Document, Kind};
+use super::lower::{self, Lowered};
+
+/// Everything lowered so far.
+#[derive(Debug, Default)]
+pub struct Cluster {
+    nodes: Collection<NodeName, Node>,
+    namespaces: Collection<String, Namespace>,
+    services: Collection<ServiceKey, Service>,
+    endpoint_slices: Collection<NamespacedName, EndpointSlice>,
+    local_pods: Collection<PodKey, Pod>,
+    problems: Arc<Vec<Problem>>,
+}
+
+impl Cluster {
+    /// Starts with the objects of a stored Snapshot, so that those that did not change keep their identity. Nothing
+    /// counts as listed yet.
+    pub fn from_stored(stored: &Snapshot) -> Self {
+        Self {
+            nodes: Collection::from_stored(&stored.nodes),
+            namespaces: Collection::from_stored(&stored.namespaces),
+            services: Collection::from_stored(&stored.services),
+            endpoint_slices: Collection::from_stored(&stored.endpoint_slices),
+            local_pods: Collection::from_stored(&stored.local_pods),
+            problems: stored.problems.clone(),
+        }
+    }
+
+    /// A whole cluster at once, as if every watch had just listed these objects; kinds that are not watched are
+    /// skipped, and so are Pods of other nodes than `node`.
+    pub fn from_documents(documents: impl IntoIterator<Item = Value>, node: &NodeName) -> Self {
+        let mut cluster = Self::default();
+        for kind in Kind::ALL {
+            cluster.apply(kind, Event::Init);
+        }
+        for document in documents {
+            let Some(kind) = document["kind"].as_str().and_then(Kind::from_name) else {
+                continue;
+            };
+            if kind != Kind::Pod || document["spec"]["nodeName"] == node.0.as_str() {
+                cluster.apply(kind, Event::InitApply(Document::new(document)));
+            }
+        }
+        for kind in Kind::ALL {
+            cluster.apply(kind, Event::InitDone);
+        }
+        cluster
+    }
+
+    /// Takes one event of one kind's watch; true when a Snapshot would differ.
+    pub fn apply(&mut self, kind: Kind, event: Event<Document>) -> bool {
+        let changed = match kind {
+            Kind::Node => self.nodes.apply(event, lower::node),
+            Kind::Namespace => self.namespaces.apply(event, lower::namespace),
+            Kind::Service => self.services.apply(event, lower::service),
+            Kind::EndpointSlice => self.endpoint_slices.apply(event, lower::endpoint_slice),
+            Kind::Pod => self.local_pods.apply(event, lower::pod),
+        };
+        if changed.problems {
+            self.problems = Arc::new(self.all_problems());
+        }
+        changed.values || changed.problems || changed.first_list
+    }
+
+    /// Every kind has listed at least once.
+    pub fn is_complete(&self) -> bool {
+        self.nodes.listed
+            && self.namespaces.listed
+            && self.services.listed
+            && self.endpoint_slices.listed
+            && self.local_pods.listed
+    }
+
+    pub fn snapshot(
+        &self,
+        generation: Generation,
+        config: Arc<ClusterConfig>,
+        facts: Arc<NodeFacts>,
+    ) -> Snapshot {
+        Snapshot {
+            generation,
+            config,
+            facts,
+            nodes: self.nodes.values.clone(),
+            namespaces: self.namespaces.values.clone(),
+            services: self.services.values.clone(),
+            endpoint_slices: self.endpoint_slices.values.clone(),
+            local_pods: self.local_pods.values.clone(),
+            problems: self.problems.clone(),
+            from_store: false,
+        }
+    }
+
+    fn all_problems(&self) -> Vec<Problem> {
+        let mut problems: Vec<Problem> = self
+            .nodes
+            .problems()
+            .chain(self.namespaces.problems())
+            .chain(self.services.problems())
+            .chain(self.endpoint_slices.problems())
+            .chain(self.local_pods.problems())
+            .cloned()
+            .collect();
+        problems.sort();
+        problems
+    }
+}
+
+#[derive(Clone, Copy, Default)]
+struct Changed {
+    values: bool,
+    problems: bool,
+    /// The kind listed for the first time, even when the list equals what the Store had.
+    first_list: bool,
+}
+
+/// The objects of one kind.
+#[derive(Debug)]
+struct Collection<K, V> {
+    values: Objects<K, V>,
+    problems: BTreeMap<K, Vec<Problem>>,
+    listed: bool,
+    /// The list that is being received.
+    listing: Option<Listing<K, V>>,
+}
+
+#[derive(Debug)]
+struct Listing<K, V> {
+    values: BTreeMap<K, Arc<V>>,
+    problems: BTreeMap<K, Vec<Problem>>,
+}
+
+impl<K, V> Default for Collection<K, V> {
+    fn default() -> Self {
+        Self { values: Objects::default(), problems: BTreeMap::new(), listed: false, listing: None }
+    }
+}
+
+impl<K: ObjectKey, V: Eq> Collection<K, V> {
+    fn from_stored(values: &Objects<K, V>) -> Self {
+        Self { values: values.clone(), ..Self::default() }
+    }
+
+    fn apply(&mut self, event: Event<Document>, lower: fn(&Value) -> Lowered<V>) -> Changed {
+        match event {
+            Event::Init => {
+                self.listing = Some(Listing { values: BTreeMap::new(), problems: BTreeMap::new() });
+                Changed::default()
+            }
+            Event::InitApply(document) => {
+                self.list_one(&document, lower);
+                Changed::default()
+            }
+            Event::InitDone => self.end_list(),
+            Event::Apply(document) => {
+                let lowered = lower(&document.value);
+                self.set(K::of(&document), lowered.value, lowered.problems)
+            }
+            Event::Delete(document) => self.set(K::of(&document), None, Vec::new()),
+        }
+    }
+
+    fn list_one(&mut self, document: &Document, lower: fn(&Value) -> Lowered<V>) {
+        let Some(listing) = &mut self.listing else {
+            return;
+        };
+        let key = K::of(document);
+        let Lowered { value, problems } = lower(&document.value);
+        if let Some(value) = value {
+            let value = match self.values.get(&key) {
+                Some(known) if **known == value => known.clone(),
+                _ => Arc::new(value),
+            };
+            listing.values.insert(key.clone(), value);
+        }
+        if !problems.is_empty() {
+            listing.problems.insert(key, problems);
+        }
+    }
+
+    fn end_list(&mut self) -> Changed {
+        let Some(listing) = self.listing.take() else {
+            return Changed::default();
+        };
+        let changed = Changed {
+            values: *self.values != listing.values,
+            problems: self.problems != listing.problems,
+            first_list: !std::mem::replace(&mut self.listed, true),
+        };
+        if changed.values {
+            self.values = Arc::new(listing.values);
+        }
+        self.problems = listing.problems;
+        changed
+    }
+
+    fn set(&mut self, key: K, value: Option<V>, problems: Vec<Problem>) -> Changed {
+        let known = self.problems.get(&key).map(Vec::as_slice).unwrap_or_default();
+        let problems_changed = known != problems;
+        if problems.is_empty() {
+            self.problems.remove(&key);
+        } else {
+            self.problems.insert(key.clone(), problems);
+        }
+        let values_changed = self.values.get(&key).map(Arc::as_ref) != value.as_ref();
+        if values_changed {
+            // Copies the map once after it was published, then edits the copy in place.
+            let values = Arc::make_mut(&mut self.values);
+            match value {
+                Some(value) => values.insert(key, Arc::new(value)),
+                None => values.remove(&key),
+            };
+        }
+        Changed { values: values_changed, problems: problems_changed, first_list: false }
+    }
+
+    fn problems(&self) -> impl Iterator<Item = &Problem> {
+        self.problems.values().flatten()
+    }
+}
+
+trait ObjectKey: Ord + Clone {
+    fn of(document: &Document) -> Self;
+}
+
+impl ObjectKey for NodeName {
+    fn of(document: &Document) -> Self {
+        Self(document.name().to_owned())
+    }
+}
+
+impl ObjectKey for String {
+    fn of(document: &Document) -> Self {
+        document.name().to_owned()
+    }
+}
+
+impl ObjectKey for NamespacedName {
+    fn of(document: &Document) -> Self {
+        Self::new(document.namespace(), document.name())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,119 @@
+//! One object as the API server sent it, before lowering: any JSON with a name. Parsing never fails on a field's type,
+//! because one unreadable object must not fail the list it came in.
+
+use std::borrow::Cow;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::core::DynamicResourceScope;
+use serde::{Deserialize, Deserializer};
+use serde_json::Value;
+
+/// The kinds that are watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    Node,
+    Namespace,
+    Service,
+    EndpointSlice,
+    Pod,
+}
+
+impl Kind {
+    pub const ALL: [Self; 5] = [Self::Node, Self::Namespace, Self::Service, Self::EndpointSlice, Self::Pod];
+
+    /// `kind` as manifests write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Node => "Node",
+            Self::Namespace => "Namespace",
+            Self::Service => "Service",
+            Self::EndpointSlice => "EndpointSlice",
+            Self::Pod => "Pod",
+        }
+    }
+
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+
+    fn group(self) -> &'static str {
+        match self {
+            Self::EndpointSlice => "discovery.k8s.io",
+            _ => "",
+        }
+    }
+
+    fn plural(self) -> &'static str {
+        match self {
+            Self::Node => "nodes",
+            Self::Namespace => "namespaces",
+            Self::Service => "services",
+            Self::EndpointSlice => "endpointslices",
+            Self::Pod => "pods",
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+pub struct Document {
+    /// Only name, namespace and resourceVersion.
+    meta: ObjectMeta,
+    pub value: Value,
+}
+
+impl Document {
+    pub fn new(value: Value) -> Self {
+        let field = |name: &str| value["metadata"][name].as_str().map(str::to_owned);
+        let meta = ObjectMeta {
+            name: field("name"),
+            namespace: field("namespace"),
+            resource_version: field("resourceVersion"),
+            ..ObjectMeta::default()
+        };
+        Self { meta, value }
+    }
+
+    /// Empty when the object has none.
+    pub fn namespace(&self) -> &str {
+        self.meta.namespace.as_deref().unwrap_or_default()
+    }
+
+    pub fn name(&self) -> &str {
+        self.meta.name.as_deref().unwrap_or_default()
+    }
+}
+
+impl<'de> Deserialize<'de> for Document {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Value::deserialize(deserializer).map(Self::new)
+    }
+}
+
+impl kube::Resource for Document {
+    type DynamicType = Kind;
+    type Scope = DynamicResourceScope;
+
+    fn kind(kind: &Kind) -> Cow<'_, str> {
+        kind.name().into()
+    }
+
+    fn group(kind: &Kind) -> Cow<'_, str> {
+        kind.group().into()
+    }
+
+    fn version(_: &Kind) -> Cow<'_, str> {
+        "v1".into()
+    }
+
+    fn plural(kind: &Kind) -> Cow<'_, str> {
+        kind.plural().into()
+    }
+
+    fn meta(&self) -> &ObjectMeta {
+        &self.meta
+    }
+
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.meta
+    }
+}

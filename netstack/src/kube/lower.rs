@@ -1,0 +1,430 @@
+//! Lowering: one JSON object in, a validated value of `weft_model::objects` and Problems out. Pure.
+//!
+//! A field that does not hold what its type promises is left out and named; only an object whose JSON has the wrong
+//! shape, or without its identity, is refused whole.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use weft_model::constants::{ANNOTATION_PUBLIC_KEY, ANNOTATION_WIREGUARD_PORT};
+use weft_model::objects::{
+    Endpoint, EndpointPort, EndpointSlice, Namespace, Node, Pod, Protocol, Service, ServiceKind, ServicePort,
+    TrafficPolicy,
+};
+use weft_model::{NamespacedName, NodeName, ObjectRef, Problem, Reason};
+
+use super::wire;
+
+/// Label of an EndpointSlice that names its Service (discovery.k8s.io/v1).
+const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+/// Default of `sessionAffinityConfig.clientIP.timeoutSeconds` (core/v1).
+const AFFINITY_SECONDS: u32 = 10_800;
+
+/// What became of one object: `None` when it is refused (then there is a problem) or is none of our business (an
+/// EndpointSlice of host names).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lowered<T> {
+    pub value: Option<T>,
+    pub problems: Vec<Problem>,
+}
+
+pub fn node(document: &Value) -> Lowered<Node> {
+    lower("Node", document, |wire: wire::Node, notes| {
+        let meta = wire.metadata;
+        let cidrs = wire.spec.pod_cidrs.or_else(|| wire.spec.pod_cidr.map(|cidr| vec![cidr]));
+        let pod_cidrs = notes.cidrs("spec.podCIDRs", &cidrs.unwrap_or_default());
+        let addresses = wire.status.addresses.unwrap_or_default();
+        let internal = addresses.iter().enumerate().filter(|(_, address)| address.kind == "InternalIP");
+        let internal_ips = internal
+            .filter_map(|(i, address)| notes.ip(&format!("status.addresses[{i}].address"), &address.address))
+            .collect();
+        let annotations = meta.annotations.unwrap_or_default();
+        Some(Node {
+            public_key: notes.annotation(&annotations, ANNOTATION_PUBLIC_KEY),
+            wireguard_port: notes.annotation(&annotations, ANNOTATION_WIREGUARD_PORT),
+            name: NodeName(meta.name),
+            uid: meta.uid.unwrap_or_default(),
+            created: notes.created(meta.creation_timestamp.as_deref()),
+            labels: meta.labels.unwrap_or_default(),
+            pod_cidrs,
+            internal_ips,
+        })
+    })
+}
+
+pub fn namespace(document: &Value) -> Lowered<Namespace> {
+    lower("Namespace", document, |wire: wire::Namespace, _| {
+        Some(Namespace { name: wire.metadata.name, labels: wire.metadata.labels.unwrap_or_default() })
+    })
+}
+
+pub fn pod(document: &Value) -> Lowered<Pod> {
+    lower("Pod", document, |wire: wire::Pod, notes| {
+        let status = wire.status;
+        let listed: Vec<String> = status.pod_ips.unwrap_or_default().into_iter().map(|ip| ip.ip).collect();
+        let texts = if listed.is_empty() { status.pod_ip.into_iter().collect() } else { listed };
+        let non_empty = |text: Option<String>| text.filter(|text| !text.is_empty());
+        Some(Pod {
+            key: key(&wire.metadata),
+            ips: notes.ips("status.podIPs", &texts),
+            uid: wire.metadata.uid.unwrap_or_default(),
+            labels: wire.metadata.labels.unwrap_or_default(),
+            node: non_empty(wire.spec.node_name).map(NodeName),
+            host_network: wire.spec.host_network.unwrap_or(false),
+            hostname: non_empty(wire.spec.hostname),
+            subdomain: non_empty(wire.spec.subdomain),
+            terminated: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
+        })
+    })
+}
+
+pub fn service(document: &Value) -> Lowered<Service> {
+    lower("Service", document, |wire: wire::Service, notes| {
+        let kind = service_kind(&wire.spec, notes)?;
+        let node_ports = matches!(wire.spec.kind.as_deref(), Some("NodePort" | "LoadBalancer"));
+        let spec = wire.spec;
+        let load_balancer = spec.kind.as_deref() == Some("LoadBalancer");
+        let ingress = wire.status.load_balancer.and_then(|status| status.ingress).unwrap_or_default();
+        let vips: Vec<String> = ingress
+            .into_iter()
+            .filter(|ingress| load_balancer && ingress.ip_mode.as_deref().is_none_or(|mode| mode == "VIP"))
+            .filter_map(|ingress| ingress.ip)
+            .collect();
+        Some(Service {
+            key: key(&wire.metadata),
+            uid: wire.metadata.uid.unwrap_or_default(),
+            created: notes.created(wire.metadata.creation_timestamp.as_deref()),
+            labels: wire.metadata.labels.unwrap_or_default(),
+            kind,
+            ports: service_ports(spec.ports.unwrap_or_default(), node_ports, notes),
+            publish_not_ready_addresses: spec.publish_not_ready_addresses.unwrap_or(false),
+            internal_traffic_policy: notes.policy("spec.internalTrafficPolicy", spec.internal_traffic_policy),
+            external_traffic_policy: notes.policy("spec.externalTrafficPolicy", spec.external_traffic_policy),
+            session_affinity_seconds: affinity(spec.session_affinity, spec.session_affinity_config, notes),
+            load_balancer_ips: notes.ips("status.loadBalancer.ingress", &vips),
+            external_ips: notes.ips("spec.externalIPs", &spec.external_ips.unwrap_or_default()),
+        })
+    })
+}
+
+fn service_kind(spec: &wire::ServiceSpec, notes: &mut Notes) -> Option<ServiceKind> {
+    match spec.kind.as_deref() {
+        Some("ExternalName") => {
+            let name = spec.external_name.as_deref().unwrap_or_default().trim_end_matches('.');
+            if name.is_empty() {
+                notes.invalid("spec.externalName is empty; give the name that clients are to be sent to");
+                return None;
+            }
+            return Some(ServiceKind::ExternalName(name.to_owned()));
+        }
+        None | Some("ClusterIP" | "NodePort" | "LoadBalancer") => {}
+        Some(other) => {
+            notes.invalid(format!(
+                "spec.type {other:?} is unknown; use ClusterIP, NodePort, LoadBalancer or ExternalName"
+            ));
+            return None;
+        }
+    }
+    let single = spec.cluster_ip.iter().filter(|ip| !ip.is_empty()).cloned();
+    let texts = match &spec.cluster_ips {
+        Some(texts) if !texts.is_empty() => texts.clone(),
+        _ => single.collect(),
+    };
+    if texts.first().is_some_and(|text| text == "None") {
+        return Some(ServiceKind::Headless);
+    }
+    let ips = notes.ips("spec.clusterIPs", &texts);
+    Some(ServiceKind::ClusterIps(notes.one_a_family("spec.clusterIPs", ips, IpAddr::is_ipv6)))
+}
+
+fn service_ports(ports: Vec<wire::ServicePort>, node_ports: bool, notes: &mut Notes) -> Vec<ServicePort> {
+    let mut seen = BTreeSet::new();
+    let mut lowered = Vec::new();
+    for (i, port) in ports.into_iter().enumerate() {
+        let field = format!("spec.ports[{i}]");
+        let (Some(protocol), Some(number)) =
+            (notes.protocol(&field, port.protocol), notes.port(&format!("{field}.port"), port.port))
+        else {
+            continue;
+        };
+        if !seen.insert((number, protocol)) {
+            notes.invalid(format!("{field} repeats port {number} of {protocol:?}; remove one of the two"));
+            continue;
+        }
+        let node_port = port.node_port.filter(|number| *number != 0 && node_ports);
+        lowered.push(ServicePort {
+            name: port.name.unwrap_or_default(),
+            protocol,
+            port: number,
+            node_port: node_port.and_then(|number| notes.port(&format!("{field}.nodePort"), number)),
+        });
+    }
+    lowered
+}
+
+fn affinity(
+    affinity: Option<String>,
+    config: Option<wire::SessionAffinityConfig>,
+    notes: &mut Notes,
+) -> Option<u32> {
+    if affinity.as_deref() != Some("ClientIP") {
+        return None;
+    }
+    let seconds = config.and_then(|config| config.client_ip).and_then(|config| config.timeout_seconds);
+    let Some(seconds) = seconds else {
+        return Some(AFFINITY_SECONDS);
+    };
+    // core/v1: more than 0, at most a day.
+    let valid = u32::try_from(seconds).ok().filter(|seconds| (1..=86_400).contains(seconds));
+    if valid.is_none() {
+        notes.invalid(format!(
+            "spec.sessionAffinityConfig.clientIP.timeoutSeconds {seconds} is outside 1 to 86400; \
+             {AFFINITY_SECONDS} is used until it is corrected"
+        ));
+    }
+    Some(valid.unwrap_or(AFFINITY_SECONDS))
+}
+
+pub fn endpoint_slice(document: &Value) -> Lowered<EndpointSlice> {
+    lower("EndpointSlice", document, |wire: wire::EndpointSlice, notes| {
+        let ipv6 = match wire.address_type.as_str() {
+            "IPv4" => false,
+            "IPv6" => true,
+            "FQDN" => return None,
+            other => {
+                notes.invalid(format!("addressType {other:?} is unknown; use IPv4 or IPv6"));
+                return None;
+            }
+        };
+        let service = wire.metadata.labels.as_ref()?.get(SERVICE_NAME_LABEL)?;
+        let key = key(&wire.metadata);
+        let ports = wire.ports.unwrap_or_default();
+        let endpoints = wire.endpoints.unwrap_or_default();
+        Some(EndpointSlice {
+            service: NamespacedName::new(&key.namespace, service),
+            ipv6,
+            ports: ports
+                .into_iter()
+                .enumerate()
+                .filter_map(|(i, port)| endpoint_port(i, port, notes))
+                .collect(),
+            endpoints: endpoints
+                .into_iter()
+                .enumerate()
+                .filter_map(|(i, endpoint)| self::endpoint(i, endpoint, ipv6, &key.namespace, notes))
+                .collect(),
+            key,
+        })
+    })
+}
+
+/// A port without a number (the Service's target has none) is no port to send to.
+fn endpoint_port(i: usize, port: wire::EndpointPort, notes: &mut Notes) -> Option<EndpointPort> {
+    let field = format!("ports[{i}]");
+    let number = notes.port(&format!("{field}.port"), port.port?)?;
+    let protocol = notes.protocol(&field, port.protocol)?;
+    Some(EndpointPort { name: port.name.unwrap_or_default(), protocol, port: number })
+}
+
+fn endpoint(
+    i: usize,
+    endpoint: wire::Endpoint,
+    ipv6: bool,
+    namespace: &str,
+    notes: &mut Notes,
+) -> Option<Endpoint> {
+    let field = format!("endpoints[{i}].addresses[0]");
+    let Some(text) = endpoint.addresses.unwrap_or_default().into_iter().next() else {
+        notes.invalid(format!("endpoints[{i}].addresses is empty; give the endpoint an address"));
+        return None;
+    };
+    let address = notes.ip(&field, &text)?;
+    if address.is_ipv6() != ipv6 {
+        notes.invalid(format!(
+            "{field} {address} is not of the slice's addressType; move it to a slice that is"
+        ));
+        return None;
+    }
+    let conditions = endpoint.conditions.unwrap_or_default();
+    let ready = conditions.ready.unwrap_or(true);
+    let target = endpoint.target_ref.filter(|target| target.kind.as_deref() == Some("Pod"));
+    Some(Endpoint {
+        address,
+        ready,
+        serving: conditions.serving.unwrap_or(ready),
+        terminating: conditions.terminating.unwrap_or(false),
+        hostname: endpoint.hostname.filter(|name| !name.is_empty()),
+        node: endpoint.node_name.filter(|name| !name.is_empty()).map(NodeName),
+        zone: endpoint.zone,
+        target_pod: target.and_then(|target| {
+            let namespace = target.namespace.unwrap_or_else(|| namespace.to_owned());
+            Some(NamespacedName::new(namespace, target.name?))
+        }),
+    })
+}
+
+fn key(meta: &wire::Meta) -> NamespacedName {
+    NamespacedName::new(meta.namespace.clone().unwrap_or_default(), &meta.name)
+}
+
+/// Reads the wire form, then lowers it with `build`.
+fn lower<W, T>(kind: &str, document: &Value, build: impl FnOnce(W, &mut Notes) -> Option<T>) -> Lowered<T>
+where
+    W: DeserializeOwned,
+{
+    let text = |field: &str| document["metadata"][field].as_str().unwrap_or_default().to_owned();
+    let mut notes =
+        Notes { object: ObjectRef::new(kind, text("namespace"), text("name")), problems: Vec::new() };
+    let value = match W::deserialize(document) {
+        Ok(wire) => build(wire, &mut notes),
+        Err(error) => {
+            notes.invalid(format!("the object cannot be read ({error}); correct that field"));
+            None
+        }
+    };
+    Lowered { value, problems: notes.problems }
+}
+
+/// Collects the problems of one object.
+struct Notes {
+    object: ObjectRef,
+    problems: Vec<Problem>,
+}
+
+impl Notes {
+    fn invalid(&mut self, message: impl Into<String>) {
+        self.problems.push(Problem::new(self.object.clone(), Reason::InvalidField, message));
+    }
+
+    fn ip(&mut self, field: &str, text: &str) -> Option<IpAddr> {
+        let Ok(ip) = text.parse::<IpAddr>() else {
+            self.invalid(format!("{field} {text:?} is not an IP address; correct it"));
+            return None;
+        };
+        if !usable(ip) {
+            self.invalid(format!("{field} {ip} is no unicast address of a network; give a routable one"));
+            return None;
+        }
+        Some(ip)
+    }
+
+    fn ips(&mut self, field: &str, texts: &[String]) -> Vec<IpAddr> {
+        texts.iter().enumerate().filter_map(|(i, text)| self.ip(&format!("{field}[{i}]"), text)).collect()
+    }
+
+    fn cidrs(&mut self, field: &str, texts: &[String]) -> Vec<IpNet> {
+        let mut cidrs = Vec::new();
+        for (i, text) in texts.iter().enumerate() {
+            match text.parse::<IpNet>() {
+                Ok(cidr) => cidrs.push(cidr.trunc()),
+                Err(_) => self.invalid(format!("{field}[{i}] {text:?} is not a CIDR; correct it")),
+            }
+        }
+        self.one_a_family(field, cidrs, |cidr| cidr.addr().is_ipv6())
+    }
+
+    /// Keeps the first of each family.
+    fn one_a_family<T: std::fmt::Display>(
+        &mut self,
+        field: &str,
+        values: Vec<T>,
+        is_ipv6: impl Fn(&T) -> bool,
+    ) -> Vec<T> {
+        let mut seen = BTreeSet::new();
+        let mut kept = Vec::new();
+        for value in values {
+            if seen.insert(is_ipv6(&value)) {
+                kept.push(value);
+            } else {
+                self.invalid(format!("{field} holds a second {value} of one family; keep one a family"));
+            }
+        }
+        kept
+    }
+
+    fn port(&mut self, field: &str, number: i64) -> Option<u16> {
+        let port = u16::try_from(number).ok().filter(|port| *port != 0);
+        if port.is_none() {
+            self.invalid(format!("{field} {number} is no port; use 1 to 65535"));
+        }
+        port
+    }
+
+    fn protocol(&mut self, field: &str, text: Option<String>) -> Option<Protocol> {
+        match text.as_deref() {
+            None | Some("" | "TCP") => Some(Protocol::Tcp),
+            Some("UDP") => Some(Protocol::Udp),
+            Some("SCTP") => Some(Protocol::Sctp),
+            Some(other) => {
+                self.invalid(format!("{field}.protocol {other:?} is unknown; use TCP, UDP or SCTP"));
+                None
+            }
+        }
+    }
+
+    fn policy(&mut self, field: &str, text: Option<String>) -> TrafficPolicy {
+        match text.as_deref() {
+            None | Some("" | "Cluster") => TrafficPolicy::Cluster,
+            Some("Local") => TrafficPolicy::Local,
+            Some(other) => {
+                self.invalid(format!(
+                    "{field} {other:?} is unknown; Cluster is used until it is Cluster or Local"
+                ));
+                TrafficPolicy::Cluster
+            }
+        }
+    }
+
+    fn annotation<T: std::str::FromStr>(&mut self, annotations: &wire::Strings, name: &str) -> Option<T> {
+        let text = annotations.get(name)?;
+        let parsed = text.parse().ok();
+        if parsed.is_none() {
+            self.invalid(format!(
+                "annotation {name} {text:?} cannot be read; remove it, the node's agent writes it anew"
+            ));
+        }
+        parsed
+    }
+
+    /// Seconds since the epoch; an object without a readable time counts as the youngest of all.
+    fn created(&mut self, text: Option<&str>) -> i64 {
+        let Some(text) = text else {
+            return i64::MAX;
+        };
+        match text.parse::<jiff::Timestamp>() {
+            Ok(time) => time.as_second(),
+            Err(_) => {
+                self.invalid(format!(
+                    "metadata.creationTimestamp {text:?} is no RFC 3339 time; recreate the object"
+                ));
+                i64::MAX
+            }
+        }
+    }
+}
+
+/// What the Kubernetes API accepts as an endpoint: no unspecified, loopback, link-local, multicast or IPv4-mapped address.
+fn usable(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => {
+            !(ip.is_unspecified()
+                || ip.is_loopback()
+                || ip.is_link_local()
+                || ip.is_multicast()
+                || ip.is_broadcast())
+        }
+        IpAddr::V6(ip) => {
+            !(ip.is_unspecified()
+                || ip.is_loopback()
+                || ip.is_unicast_link_local()
+                || ip.is_multicast()
+                || ip.to_ipv4_mapped().is_some())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

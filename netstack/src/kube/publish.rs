@@ -1,0 +1,87 @@
+//! What this node tells the others: its WireGuard identity, as annotations of its own Node (decision 15). A planner and an
+//! applier like any other, so the generic Loop retries it; it writes only while the Node says something else.
+
+use std::future::Future;
+
+use kube::api::{Api, Patch, PatchParams};
+use serde_json::json;
+use weft_model::constants::{ANNOTATION_PUBLIC_KEY, ANNOTATION_WIREGUARD_PORT};
+use weft_model::{NodeName, Planned, Snapshot, WgPublicKey};
+
+use super::document::{Document, Kind};
+use crate::reconcile::{Applied, Applier, Planner, Trust, chain};
+
+/// What peers must know of this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    pub public_key: WgPublicKey,
+    pub wireguard_port: u16,
+}
+
+/// The write that is due, if any.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Publication {
+    pub node: NodeName,
+    pub identity: Identity,
+}
+
+impl Planner for Identity {
+    type Plan = Option<Publication>;
+
+    /// Nothing while the own Node is unknown or known from the Store only: then the API server has not been seen.
+    fn plan(&mut self, snapshot: &Snapshot) -> Planned<Self::Plan> {
+        let due = snapshot.own_node().filter(|node| {
+            let differs =
+                node.public_key != Some(self.public_key) || node.wireguard_port != Some(self.wireguard_port);
+            differs && !snapshot.from_store
+        });
+        let plan = due.map(|node| Publication { node: node.name.clone(), identity: self.clone() });
+        Planned::new(plan, Vec::new())
+    }
+}
+
+/// Owner of the annotations of the own Node.
+pub struct Publisher {
+    client: kube::Client,
+}
+
+impl Publisher {
+    pub fn new(client: kube::Client) -> Self {
+        Self { client }
+    }
+}
+
+impl Applier for Publisher {
+    type Plan = Option<Publication>;
+
+    fn apply(&mut self, plan: &Self::Plan, _trust: Trust) -> impl Future<Output = Applied> + Send {
+        let (client, due) = (self.client.clone(), plan.clone());
+        async move {
+            let Some(due) = due else {
+                return Applied::default();
+            };
+            match publish(&client, &due).await {
+                Ok(()) => Applied {
+                    changed: vec![format!("annotations of Node {}", due.node)],
+                    ..Applied::default()
+                },
+                Err(error) => {
+                    let failure = format!("annotations of Node {}: {}", due.node, chain(&error));
+                    Applied { failed: vec![failure], ..Applied::default() }
+                }
+            }
+        }
+    }
+}
+
+/// Merge-patches the two annotations and nothing else.
+pub async fn publish(client: &kube::Client, publication: &Publication) -> Result<(), kube::Error> {
+    let api: Api<Document> = Api::all_with(client.clone(), &Kind::Node);
+    let Identity { public_key, wireguard_port } = &publication.identity;
+    let annotations = json!({
+        ANNOTATION_PUBLIC_KEY: public_key.to_string(),
+        ANNOTATION_WIREGUARD_PORT: wireguard_port.to_string(),
+    });
+    let patch = json!({ "metadata": { "annotations": annotations } });
+    api.patch(&publication.node.0, &PatchParams::default(), &Patch::Merge(patch)).await.map(|_| ())
+}

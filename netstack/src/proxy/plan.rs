@@ -1,0 +1,375 @@
+//! The planner: a Snapshot in, the table `weft-proxy` and the UDP targets out. Pure; memoised per Service (decision 16).
+//!
+//! A Service is planned anew only when it, one of its slices, or a fact that concerns all Services is another value than last
+//! time. What it owns is kept as one group an nft set, and the group stays the same `Arc` while its elements are equal, so
+//! the applier looks at nothing else. Of two Services that claim one address or port the older keeps it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use weft_model::objects::{EndpointSlice, Protocol, Service};
+use weft_model::ruleset::{Datum, ElementData, Elements, Table};
+use weft_model::snapshot::Objects;
+use weft_model::{NamespacedName, ObjectRef, Planned, Problem, Reason, ServiceKey, Snapshot};
+
+use super::layout::{self, Emission, SetName, Site, Spread};
+use super::service::{self, Claim, Holding, ServicePlan, Target, View};
+use super::stale::{UdpDestination, UdpTargets};
+use crate::reconcile::Planner;
+
+/// The whole desired state of the proxy.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ProxyPlan {
+    pub table: Arc<Table>,
+    pub udp: Arc<UdpTargets>,
+}
+
+type SliceKey = NamespacedName;
+
+/// Plans Services and remembers what it planned.
+#[derive(Default)]
+pub struct ProxyPlanner {
+    /// What concerns every Service; `None` before the first Snapshot.
+    common: Option<Common>,
+    services: Objects<ServiceKey, Service>,
+    slices: Objects<SliceKey, EndpointSlice>,
+    by_service: BTreeMap<ServiceKey, BTreeMap<SliceKey, Arc<EndpointSlice>>>,
+    planned: BTreeMap<ServiceKey, ServicePlan>,
+    /// Who wants what, the eldest first.
+    claims: BTreeMap<Claim, BTreeSet<(i64, ServiceKey)>>,
+    emitted: BTreeMap<ServiceKey, Emitted>,
+    spreads: BTreeMap<Spread, usize>,
+    hairpins: BTreeMap<IpAddr, usize>,
+    problems: BTreeMap<ServiceKey, Vec<Problem>>,
+    plan: ProxyPlan,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Common {
+    site: Site,
+    view: View,
+    own_node: bool,
+}
+
+/// What one Service last put into the plan, to be taken out again.
+#[derive(Default)]
+struct Emitted {
+    sets: BTreeSet<(SetName, bool)>,
+    spreads: Vec<Spread>,
+    hairpins: BTreeSet<IpAddr>,
+}
+
+impl Planner for ProxyPlanner {
+    type Plan = ProxyPlan;
+
+    fn plan(&mut self, snapshot: &Snapshot) -> Planned<ProxyPlan> {
+        let common = Common::of(snapshot);
+        if self.common.as_ref() != Some(&common) {
+            *self = Self::empty(common);
+        }
+        let dirty = self.dirty(snapshot);
+        let affected: BTreeSet<ServiceKey> = dirty.into_iter().flat_map(|key| self.replan(key)).collect();
+        for key in affected {
+            self.emit(&key);
+        }
+        Planned::new(self.plan.clone(), self.all_problems(snapshot))
+    }
+}
+
+impl Common {
+    fn of(snapshot: &Snapshot) -> Self {
+        let own = snapshot.own_node();
+        let pod_cidrs = own.map(|node| node.pod_cidrs.clone()).unwrap_or_default();
+        let config = &snapshot.config;
+        Self {
+            site: Site {
+                node_ips: own.map(|node| node.primary_ips().collect()).unwrap_or_default(),
+                pod_cidrs: pod_cidrs.clone(),
+                cluster_cidrs: config.cluster_cidrs.clone(),
+                service_cidrs: config.service_cidrs.clone(),
+                cluster_dns: config.cluster_dns.clone(),
+            },
+            view: View {
+                node: snapshot.facts.name.clone(),
+                pod_cidrs,
+                cluster_dns: config.cluster_dns.clone(),
+            },
+            own_node: own.is_some(),
+        }
+    }
+}
+
+impl ProxyPlanner {
+    fn empty(common: Common) -> Self {
+        let table = Arc::new(layout::skeleton(&common.site));
+        let udp = UdpTargets {
+            node_ips: common.site.node_ips.clone(),
+            service_cidrs: common.site.service_cidrs.clone(),
+            ..UdpTargets::default()
+        };
+        let plan = ProxyPlan { table, udp: Arc::new(udp) };
+        Self { common: Some(common), plan, ..Self::default() }
+    }
+
+    /// The Services that are not what they were, or whose slices are not; takes the new values over.
+    fn dirty(&mut self, snapshot: &Snapshot) -> BTreeSet<ServiceKey> {
+        let services = std::mem::replace(&mut self.services, snapshot.services.clone());
+        let mut dirty: BTreeSet<ServiceKey> =
+            changes(&services, &snapshot.services).map(|(key, ..)| key.clone()).collect();
+        let slices = std::mem::replace(&mut self.slices, snapshot.endpoint_slices.clone());
+        for (key, old, new) in changes(&slices, &snapshot.endpoint_slices) {
+            if let Some(old) = old {
+                let siblings = self.by_service.entry(old.service.clone()).or_default();
+                siblings.remove(key);
+                if siblings.is_empty() {
+                    self.by_service.remove(&old.service);
+                }
+                dirty.insert(old.service.clone());
+            }
+            if let Some(new) = new {
+                self.by_service.entry(new.service.clone()).or_default().insert(key.clone(), new.clone());
+                dirty.insert(new.service.clone());
+            }
+        }
+        dirty
+    }
+
+    /// Plans one Service; returns it with the Services that share a claim with it.
+    fn replan(&mut self, key: ServiceKey) -> BTreeSet<ServiceKey> {
+        let slices = self.by_service.get(&key);
+        let slices = slices.into_iter().flat_map(|slices| slices.values().map(Arc::as_ref));
+        let new = match (self.services.get(&key), &self.common) {
+            (Some(service), Some(common)) => Some(service::plan(service, slices, &common.view)),
+            _ => None,
+        };
+        let old = match &new {
+            Some(new) => self.planned.insert(key.clone(), new.clone()),
+            None => self.planned.remove(&key),
+        };
+        let mut affected = BTreeSet::new();
+        for (plan, wanted) in [(old, false), (new, true)] {
+            let Some(plan) = plan else {
+                continue;
+            };
+            for claim in plan.holdings.into_keys() {
+                let claimants = self.claims.entry(claim.clone()).or_default();
+                let claimant = (plan.created, key.clone());
+                if wanted {
+                    claimants.insert(claimant);
+                } else {
+                    claimants.remove(&claimant);
+                }
+                affected.extend(claimants.iter().map(|(_, key)| key.clone()));
+                if claimants.is_empty() {
+                    self.claims.remove(&claim);
+                }
+            }
+        }
+        affected.insert(key);
+        affected
+    }
+
+    /// Puts what one Service holds into the table, in place of what it had there.
+    fn emit(&mut self, key: &ServiceKey) {
+        let mut emission = Emission::default();
+        let mut problems = Vec::new();
+        let mut udp = BTreeMap::new();
+        let mut hairpins = BTreeSet::new();
+        if let Some(plan) = self.planned.get(key) {
+            problems.clone_from(&plan.problems);
+            hairpins.clone_from(&plan.hairpins);
+            for (claim, holding) in &plan.holdings {
+                match self.claims.get(claim).and_then(BTreeSet::first) {
+                    Some((_, winner)) if winner != key => problems.push(conflict(key, claim, winner)),
+                    _ => {
+                        emission.add(claim, holding);
+                        udp.extend(udp_targets(claim, holding));
+                    }
+                }
+            }
+        }
+        if problems.is_empty() {
+            self.problems.remove(key);
+        } else {
+            self.problems.insert(key.clone(), problems);
+        }
+        self.replace_udp(key, udp);
+        self.replace_elements(key, emission, hairpins);
+    }
+
+    fn replace_udp(&mut self, key: &ServiceKey, targets: BTreeMap<UdpDestination, BTreeSet<SocketAddr>>) {
+        let name = key.to_string();
+        let known = self.plan.udp.groups.get(&name);
+        if known.map(Arc::as_ref) == Some(&targets) || (known.is_none() && targets.is_empty()) {
+            return;
+        }
+        let udp = Arc::make_mut(&mut self.plan.udp);
+        if targets.is_empty() {
+            udp.groups.remove(&name);
+        } else {
+            udp.groups.insert(name, Arc::new(targets));
+        }
+    }
+
+    fn replace_elements(&mut self, key: &ServiceKey, emission: Emission, hairpins: BTreeSet<IpAddr>) {
+        let exists = self.planned.contains_key(key);
+        let old = self.emitted.remove(key).unwrap_or_default();
+        let table = Arc::make_mut(&mut self.plan.table);
+        let group = key.to_string();
+        let emitted =
+            Emitted { sets: emission.sets.keys().copied().collect(), spreads: emission.spreads, hairpins };
+        for (set, ipv6) in old.sets.difference(&emitted.sets) {
+            set_group(table, *set, *ipv6, &group, None);
+        }
+        for ((set, ipv6), elements) in emission.sets {
+            set_group(table, set, ipv6, &group, Some(elements));
+        }
+        // What is new is counted before what is gone, so that nothing shared is removed and made again.
+        for spread in &emitted.spreads {
+            if count_up(&mut self.spreads, *spread) {
+                table.chains.insert(spread.chain_name(), spread.chain());
+            }
+        }
+        for spread in &old.spreads {
+            if count_down(&mut self.spreads, spread) {
+                table.chains.remove(&spread.chain_name());
+            }
+        }
+        for pod in &emitted.hairpins {
+            if count_up(&mut self.hairpins, *pod) {
+                let pair = Elements::from([(vec![Datum::Ip(*pod), Datum::Ip(*pod)], ElementData::None)]);
+                set_group(table, SetName::Hairpin, pod.is_ipv6(), &pod.to_string(), Some(pair));
+            }
+        }
+        for pod in &old.hairpins {
+            if count_down(&mut self.hairpins, pod) {
+                set_group(table, SetName::Hairpin, pod.is_ipv6(), &pod.to_string(), None);
+            }
+        }
+        if exists {
+            self.emitted.insert(key.clone(), emitted);
+        }
+    }
+
+    fn all_problems(&self, snapshot: &Snapshot) -> Vec<Problem> {
+        let mut problems: Vec<Problem> = self.problems.values().flatten().cloned().collect();
+        if !self.common.as_ref().is_some_and(|common| common.own_node) {
+            problems.push(Problem::new(
+                ObjectRef::new("Node", "", &snapshot.facts.name.0),
+                Reason::Missing,
+                "the Node does not exist, so no NodePort answers here; let the kubelet register it or correct --node-name",
+            ));
+        }
+        problems
+    }
+}
+
+/// Replaces one group; equal elements keep their `Arc`.
+fn set_group(table: &mut Table, set: SetName, ipv6: bool, group: &str, elements: Option<Elements>) {
+    let Some(set) = table.sets.get_mut(&set.of(ipv6)) else {
+        return;
+    };
+    match elements {
+        None => {
+            set.groups.remove(group);
+        }
+        Some(elements) => match set.groups.get_mut(group) {
+            Some(known) if **known == elements => {}
+            Some(known) => *known = Arc::new(elements),
+            None => {
+                set.groups.insert(group.to_owned(), Arc::new(elements));
+            }
+        },
+    }
+}
+
+/// True when this is the first.
+fn count_up<K: Ord>(counts: &mut BTreeMap<K, usize>, key: K) -> bool {
+    let count = counts.entry(key).or_default();
+    *count += 1;
+    *count == 1
+}
+
+/// True when this was the last.
+fn count_down<K: Ord>(counts: &mut BTreeMap<K, usize>, key: &K) -> bool {
+    let Some(count) = counts.get_mut(key) else {
+        return false;
+    };
+    *count -= 1;
+    let gone = *count == 0;
+    if gone {
+        counts.remove(key);
+    }
+    gone
+}
+
+fn conflict(key: &ServiceKey, claim: &Claim, winner: &ServiceKey) -> Problem {
+    let what = match claim {
+        Claim::Address(ip) => format!("address {ip}"),
+        Claim::Vip(ip, protocol, port) => format!("{} port {port} of {ip}", protocol.name()),
+        Claim::NodePort { ipv6, protocol, port } => {
+            format!("IPv{} {} nodePort {port}", if *ipv6 { 6 } else { 4 }, protocol.name())
+        }
+    };
+    Problem::new(
+        ObjectRef::new("Service", &key.namespace, &key.name),
+        Reason::Conflict,
+        format!("{what} belongs to the older Service {winner}; give one of the two another"),
+    )
+}
+
+/// Who may answer at a UDP destination; `None` for what is not UDP or not ours.
+fn udp_targets(claim: &Claim, holding: &Holding) -> Option<(UdpDestination, BTreeSet<SocketAddr>)> {
+    let destination = match claim {
+        Claim::Vip(ip, Protocol::Udp, port) => UdpDestination::Vip(SocketAddr::new(*ip, *port)),
+        Claim::NodePort { ipv6, protocol: Protocol::Udp, port } => {
+            UdpDestination::NodePort { ipv6: *ipv6, port: *port }
+        }
+        _ => return None,
+    };
+    let Holding::Frontend(frontend) = holding else {
+        return None;
+    };
+    let external = match &frontend.target {
+        Target::Endpoints(endpoints) => endpoints.as_slice(),
+        Target::Reject | Target::Drop => &[],
+    };
+    let internal = frontend.internal.iter().flatten();
+    Some((destination, external.iter().chain(internal).copied().collect()))
+}
+
+/// A key whose value is not the same: `(key, old, new)`.
+type Change<'a, K, V> = (&'a K, Option<&'a Arc<V>>, Option<&'a Arc<V>>);
+
+/// Walks both maps once; values are compared by identity first. Equal maps (the same `Arc`) cost nothing.
+fn changes<'a, K: Ord, V: PartialEq>(
+    old: &'a Objects<K, V>,
+    new: &'a Objects<K, V>,
+) -> impl Iterator<Item = Change<'a, K, V>> {
+    let same = Arc::ptr_eq(old, new);
+    let mut olds = old.iter().peekable();
+    let mut news = new.iter().peekable();
+    std::iter::from_fn(move || {
+        while !same {
+            let order = match (olds.peek(), news.peek()) {
+                (None, None) => return None,
+                (Some(_), None) => std::cmp::Ordering::Less,
+                (None, Some(_)) => std::cmp::Ordering::Greater,
+                (Some((old, _)), Some((new, _))) => old.cmp(new),
+            };
+            let left = if order.is_le() { olds.next() } else { None };
+            let right = if order.is_ge() { news.next() } else { None };
+            match (left, right) {
+                (Some((_, old)), Some((_, new))) if Arc::ptr_eq(old, new) || old == new => {}
+                (Some((key, old)), right) => return Some((key, Some(old), right.map(|(_, new)| new))),
+                (None, Some((key, new))) => return Some((key, None, Some(new))),
+                (None, None) => return None,
+            }
+        }
+        None
+    })
+}
+
+#[cfg(test)]
+mod tests;
