@@ -98,10 +98,11 @@ fn until_gone<S>(events: S) -> impl Stream<Item = watcher::Result<Event<Document
 where
     S: Stream<Item = watcher::Result<Event<Document>>> + Send,
 {
-    events.scan(false, |gone, event| {
-        let item = (!*gone).then_some(event);
-        *gone = matches!(&item, Some(Err(error)) if is_expired(error) && !matches!(error, watcher::Error::WatchError(_)));
-        std::future::ready(item)
+    stream::unfold(Some(Box::pin(events)), |events| async {
+        let mut events = events?;
+        let event = events.next().await?;
+        let refused = matches!(&event, Err(error @ watcher::Error::WatchStartFailed(_)) if is_expired(error));
+        Some((event, (!refused).then_some(events)))
     })
 }
 

@@ -1,1 +1,167 @@
-//! .
+//! What lowers to what, and what becomes of invalid fields.
+
+use serde_json::json;
+use weft_model::objects::{ServiceKind, TrafficPolicy};
+
+use super::*;
+
+fn messages<T>(lowered: &Lowered<T>) -> Vec<String> {
+    lowered.problems.iter().map(ToString::to_string).collect()
+}
+
+#[test]
+fn a_service_without_optional_fields_has_the_defaults_of_the_api() {
+    let lowered = service(&json!({
+        "metadata": {"name": "web", "namespace": "default", "creationTimestamp": "2026-01-01T00:00:00Z"},
+        "spec": {"clusterIP": "10.96.0.5", "ports": [{"port": 80}]},
+    }));
+    assert_eq!(messages(&lowered), Vec::<String>::new());
+    let service = lowered.value.unwrap();
+    assert_eq!(service.kind, ServiceKind::ClusterIps(vec!["10.96.0.5".parse().unwrap()]));
+    assert_eq!(service.created, 1_767_225_600);
+    assert_eq!(service.internal_traffic_policy, TrafficPolicy::Cluster);
+    assert_eq!(service.session_affinity_seconds, None);
+    let port = ServicePort { name: String::new(), protocol: Protocol::Tcp, port: 80, node_port: None };
+    assert_eq!(service.ports, vec![port]);
+}
+
+#[test]
+fn an_invalid_field_is_named_and_the_rest_of_the_object_works() {
+    let lowered = service(&json!({
+        "metadata": {"name": "web", "namespace": "shop"},
+        "spec": {
+            "type": "NodePort",
+            "clusterIPs": ["10.96.0.5", "fd00::300::1"],
+            "internalTrafficPolicy": "Nearby",
+            "ports": [
+                {"port": 80, "nodePort": 30080},
+                {"port": 70000},
+                {"port": 53, "protocol": "QUIC"},
+                {"port": 80, "name": "again"},
+            ],
+        },
+    }));
+    assert_eq!(
+        messages(&lowered),
+        [
+            "Service shop/web: InvalidField: spec.clusterIPs[1] \"fd00::300::1\" is not an IP address; correct it",
+            "Service shop/web: InvalidField: spec.ports[1].port 70000 is no port; use 1 to 65535",
+            "Service shop/web: InvalidField: spec.ports[2].protocol \"QUIC\" is unknown; use TCP, UDP or SCTP",
+            "Service shop/web: InvalidField: spec.ports[3] repeats port 80 of Tcp; remove one of the two",
+            "Service shop/web: InvalidField: spec.internalTrafficPolicy \"Nearby\" is unknown; Cluster is used until it is \
+             Cluster or Local",
+        ]
+    );
+    let service = lowered.value.unwrap();
+    assert_eq!(service.kind, ServiceKind::ClusterIps(vec!["10.96.0.5".parse().unwrap()]));
+    assert_eq!(service.ports.len(), 1);
+    assert_eq!(service.ports[0].node_port, Some(30_080));
+}
+
+#[test]
+fn an_object_of_the_wrong_shape_is_refused_with_its_name() {
+    let lowered =
+        service(&json!({"metadata": {"name": "web", "namespace": "shop"}, "spec": {"ports": "80"}}));
+    assert_eq!(lowered.value, None);
+    assert_eq!(
+        messages(&lowered),
+        [
+            "Service shop/web: InvalidField: the object cannot be read (invalid type: string \"80\", expected a sequence); \
+          correct that field"
+        ]
+    );
+    for garbage in [json!(null), json!([1]), json!("x"), json!({"metadata": 7})] {
+        assert_eq!(node(&garbage).value, None);
+        assert_eq!(node(&garbage).problems.len(), 1);
+    }
+}
+
+#[test]
+fn addresses_that_would_hijack_the_host_are_refused() {
+    for ip in [
+        "127.0.0.1",
+        "0.0.0.0",
+        "169.254.169.254",
+        "224.0.0.1",
+        "255.255.255.255",
+        "::1",
+        "fe80::1",
+        "::ffff:10.0.0.1",
+    ] {
+        let lowered = service(&json!({"metadata": {"name": "evil"}, "spec": {"clusterIP": ip}}));
+        assert_eq!(lowered.value.unwrap().kind, ServiceKind::ClusterIps(vec![]), "{ip}");
+        assert_eq!(lowered.problems.len(), 1, "{ip}");
+    }
+}
+
+#[test]
+fn nil_conditions_mean_ready_and_serving() {
+    let slice = |conditions: Value| {
+        let lowered = endpoint_slice(&json!({
+            "metadata": {"name": "web-x", "namespace": "default", "labels": {"kubernetes.io/service-name": "web"}},
+            "addressType": "IPv4",
+            "ports": null,
+            "endpoints": [{"addresses": ["10.244.1.5"], "conditions": conditions}],
+        }));
+        let endpoint = lowered.value.unwrap().endpoints.remove(0);
+        (endpoint.ready, endpoint.serving, endpoint.terminating)
+    };
+    assert_eq!(slice(json!(null)), (true, true, false));
+    assert_eq!(slice(json!({"ready": false})), (false, false, false));
+    assert_eq!(slice(json!({"ready": false, "serving": true, "terminating": true})), (false, true, true));
+}
+
+#[test]
+fn slices_of_names_and_slices_of_no_service_are_not_lowered_and_are_no_problem() {
+    let fqdn = json!({"metadata": {"name": "a", "labels": {"kubernetes.io/service-name": "a"}}, "addressType": "FQDN"});
+    let orphan = json!({"metadata": {"name": "b"}, "addressType": "IPv6"});
+    for document in [fqdn, orphan] {
+        assert_eq!(endpoint_slice(&document), Lowered { value: None, problems: vec![] });
+    }
+}
+
+#[test]
+fn an_endpoint_of_the_other_family_is_left_out() {
+    let lowered = endpoint_slice(&json!({
+        "metadata": {"name": "s", "namespace": "d", "labels": {"kubernetes.io/service-name": "web"}},
+        "addressType": "IPv6",
+        "endpoints": [{"addresses": ["10.0.0.1"]}, {"addresses": []}, {"addresses": ["fd00::1", "fd00::2"]}],
+    }));
+    assert_eq!(lowered.problems.len(), 2);
+    let addresses: Vec<_> = lowered.value.unwrap().endpoints.iter().map(|e| e.address.to_string()).collect();
+    assert_eq!(addresses, ["fd00::1"]);
+}
+
+#[test]
+fn a_node_keeps_one_range_a_family_and_its_own_annotations() {
+    let lowered = node(&json!({
+        "metadata": {"name": "n1", "annotations": {
+            "weft.network/public-key": "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=",
+            "weft.network/wireguard-port": "none",
+        }},
+        "spec": {"podCIDRs": ["10.244.1.7/24", "fd00:1::/64", "10.245.0.0/24"]},
+        "status": {"addresses": [
+            {"type": "Hostname", "address": "n1"}, {"type": "InternalIP", "address": "192.0.2.1"},
+        ]},
+    }));
+    assert_eq!(lowered.problems.len(), 2);
+    let node = lowered.value.unwrap();
+    assert_eq!(node.pod_cidrs, ["10.244.1.0/24".parse().unwrap(), "fd00:1::/64".parse().unwrap()]);
+    assert_eq!(node.internal_ips, ["192.0.2.1".parse::<IpAddr>().unwrap()]);
+    assert!(node.public_key.is_some());
+    assert_eq!(node.wireguard_port, None);
+}
+
+#[test]
+fn a_load_balancer_address_with_ip_mode_proxy_is_not_taken() {
+    let lowered = service(&json!({
+        "metadata": {"name": "lb"},
+        "spec": {"type": "LoadBalancer", "clusterIP": "None"},
+        "status": {"loadBalancer": {"ingress": [
+            {"ip": "198.51.100.1", "ipMode": "Proxy"}, {"ip": "198.51.100.2"}, {"hostname": "lb.example"},
+        ]}},
+    }));
+    let service = lowered.value.unwrap();
+    assert_eq!(service.kind, ServiceKind::Headless);
+    assert_eq!(service.load_balancer_ips, ["198.51.100.2".parse::<IpAddr>().unwrap()]);
+}

@@ -1,1 +1,393 @@
-//! .
+//! Against a small API server that speaks list and watch: what is asked, and what becomes of every answer.
+
+use std::collections::VecDeque;
+use std::sync::Mutex;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{RawQuery, State};
+use axum::http::{StatusCode, Uri};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+use weft_model::ServiceKey;
+use weft_model::node_facts::WireguardBackend;
+
+use super::*;
+
+/// The server's state: one collection a kind, and what the open watches are to be told.
+#[derive(Default)]
+struct Server {
+    objects: BTreeMap<&'static str, Vec<Value>>,
+    version: u64,
+    watchers: BTreeMap<&'static str, mpsc::UnboundedSender<Value>>,
+    /// Answers that the next watch requests of Services get instead of a stream.
+    refusals: VecDeque<StatusCode>,
+    requests: Vec<String>,
+    patches: Vec<(String, Value)>,
+}
+
+type Shared = Arc<Mutex<Server>>;
+
+fn plural(path: &str) -> Option<&'static str> {
+    let last = path.rsplit('/').next()?;
+    ["nodes", "namespaces", "services", "endpointslices", "pods"].into_iter().find(|kind| *kind == last)
+}
+
+async fn answer(State(server): State<Shared>, uri: Uri, RawQuery(query): RawQuery) -> Response {
+    let query = query.unwrap_or_default();
+    let mut server = server.lock().unwrap();
+    server.requests.push(format!("{}?{query}", uri.path()));
+    let Some(kind) = plural(uri.path()) else {
+        return axum::Json(json!({
+            "major": "1", "minor": "34", "gitVersion": "v1.34.0", "gitCommit": "", "gitTreeState": "",
+            "buildDate": "", "goVersion": "", "compiler": "", "platform": "",
+        }))
+        .into_response();
+    };
+    if !query.contains("watch=true") {
+        let items = server.objects.get(kind).cloned().unwrap_or_default();
+        let version = server.version.to_string();
+        return axum::Json(json!({
+            "apiVersion": "v1", "kind": "List", "metadata": {"resourceVersion": version}, "items": items,
+        }))
+        .into_response();
+    }
+    if kind == "services"
+        && let Some(code) = server.refusals.pop_front()
+    {
+        let status = json!({
+            "apiVersion": "v1", "kind": "Status", "status": "Failure", "code": code.as_u16(),
+            "reason": "Expired", "message": "refused by the test",
+        });
+        return (code, axum::Json(status)).into_response();
+    }
+    let (tx, mut rx) = mpsc::unbounded_channel::<Value>();
+    server.watchers.insert(kind, tx);
+    let lines = futures::stream::poll_fn(move |cx| {
+        rx.poll_recv(cx)
+            .map(|event| event.map(|event| Ok::<_, std::convert::Infallible>(format!("{event}\n"))))
+    });
+    Body::from_stream(lines).into_response()
+}
+
+async fn patch(State(server): State<Shared>, uri: Uri, axum::Json(patch): axum::Json<Value>) -> Response {
+    server.lock().unwrap().patches.push((uri.path().to_owned(), patch));
+    axum::Json(json!({"metadata": {"name": "n1"}})).into_response()
+}
+
+impl Server {
+    /// Creates or replaces an object and tells the open watch.
+    fn set(&mut self, kind: &'static str, mut object: Value) {
+        self.version += 1;
+        object["metadata"]["resourceVersion"] = self.version.to_string().into();
+        let objects = self.objects.entry(kind).or_default();
+        objects.retain(|known| known["metadata"]["name"] != object["metadata"]["name"]);
+        objects.push(object.clone());
+        self.tell(kind, json!({"type": "MODIFIED", "object": object}));
+    }
+
+    fn delete(&mut self, kind: &'static str, name: &str) {
+        self.version += 1;
+        let objects = self.objects.entry(kind).or_default();
+        let at = objects.iter().position(|known| known["metadata"]["name"] == name).unwrap();
+        let mut object = objects.remove(at);
+        object["metadata"]["resourceVersion"] = self.version.to_string().into();
+        self.tell(kind, json!({"type": "DELETED", "object": object}));
+    }
+
+    fn tell(&self, kind: &str, event: Value) {
+        if let Some(watcher) = self.watchers.get(kind) {
+            let _ = watcher.send(event);
+        }
+    }
+
+    fn count(&self, part: &str) -> usize {
+        self.requests.iter().filter(|request| request.contains(part)).count()
+    }
+}
+
+struct Rig {
+    server: Shared,
+    address: std::net::SocketAddr,
+    serving: TaskGroup,
+    _watching: TaskGroup,
+    facts_tx: channel::Sender<NodeFacts>,
+    watches: Watches,
+    client: Client,
+}
+
+fn serve(tasks: &mut TaskGroup, server: &Shared, listener: tokio::net::TcpListener) {
+    let router = Router::new().fallback(axum::routing::get(answer).patch(patch)).with_state(server.clone());
+    tasks.start("api", async move { axum::serve(listener, router).await.map_err(|error| error.to_string()) });
+}
+
+fn facts(mtu_bytes: u32) -> NodeFacts {
+    let uplink =
+        weft_model::node_facts::Uplink { name: "eth0".into(), index: 2, mtu_bytes, addresses: vec![] };
+    NodeFacts { name: "n1".into(), uplinks: vec![uplink], wireguard_backend: WireguardBackend::Userspace }
+}
+
+fn config() -> ClusterConfig {
+    ClusterConfig {
+        cluster_cidrs: vec![],
+        service_cidrs: vec![],
+        cluster_dns: vec![],
+        cluster_domain: "cluster.local".to_owned(),
+        wireguard_port: 51820,
+    }
+}
+
+impl Rig {
+    async fn start(initial: Option<Snapshot>, prepare: impl FnOnce(&mut Server)) -> Self {
+        let server = Shared::default();
+        prepare(&mut server.lock().unwrap());
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut serving = TaskGroup::new();
+        serve(&mut serving, &server, listener);
+        let url = format!("http://{address}");
+        let endpoint = crate::kube::Endpoint::Server { url, token_file: None, ca_file: None };
+        let client = crate::kube::client(&endpoint).await.unwrap();
+        let (facts_tx, facts_rx) = channel::channel(facts(1500));
+        let mut watching = TaskGroup::new();
+        let watches = start(&mut watching, client.clone(), config(), facts_rx, initial);
+        Self { server, address, serving, _watching: watching, facts_tx, watches, client }
+    }
+
+    /// Waits for a Snapshot of which `holds` is true.
+    async fn until(&mut self, what: &str, holds: impl Fn(&Snapshot) -> bool) -> Arc<Snapshot> {
+        let wait = self.watches.snapshots.wait_for(|s| s.as_ref().is_some_and(|snapshot| holds(snapshot)));
+        let found = tokio::time::timeout(Duration::from_secs(20), wait).await;
+        found.unwrap_or_else(|_| panic!("no Snapshot with {what}")).unwrap().clone().unwrap()
+    }
+
+    async fn until_asked(&self, what: &str, holds: impl Fn(&Server) -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !holds(&self.server.lock().unwrap()) {
+            assert!(Instant::now() < deadline, "the server was not asked for {what}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    async fn watching(&self) {
+        self.until_asked("five watches", |server| server.watchers.len() == 5).await;
+    }
+
+    /// The time in which something that must not happen would have happened.
+    async fn settle(&self) {
+        tokio::time::sleep(BURST * 30).await;
+    }
+}
+
+fn service(name: &str, ip: &str) -> Value {
+    json!({
+        "metadata": {"name": name, "namespace": "default"},
+        "spec": {"clusterIP": ip, "ports": [{"port": 80}]},
+    })
+}
+
+fn has(snapshot: &Snapshot, name: &str) -> bool {
+    snapshot.services.contains_key(&ServiceKey::new("default", name))
+}
+
+#[tokio::test]
+async fn the_first_snapshot_comes_when_every_watch_has_listed_and_asks_only_for_own_pods() {
+    let mut rig = Rig::start(None, |server| server.set("services", service("a", "10.96.0.1"))).await;
+    let first = rig.until("anything", |_| true).await;
+    assert_eq!(first.generation, Generation(1));
+    assert!(has(&first, "a") && !first.from_store);
+    let server = rig.server.lock().unwrap();
+    let lists: Vec<&String> = server.requests.iter().filter(|r| !r.contains("watch=true")).collect();
+    assert_eq!(lists.len(), 5);
+    assert!(
+        lists.iter().any(|list| list.starts_with("/api/v1/pods?") && list.contains("spec.nodeName%3Dn1"))
+    );
+    assert!(lists.iter().any(|list| list.starts_with("/apis/discovery.k8s.io/v1/endpointslices?")));
+}
+
+#[tokio::test]
+async fn objects_come_change_and_go_and_the_generation_grows() {
+    let mut rig = Rig::start(None, |_| ()).await;
+    rig.watching().await;
+    let first = rig.until("anything", |_| true).await;
+    rig.server.lock().unwrap().set("services", service("a", "10.96.0.1"));
+    let second = rig.until("a", |s| has(s, "a")).await;
+    assert_eq!(second.generation, first.generation.next());
+    rig.server.lock().unwrap().delete("services", "a");
+    let third = rig.until("no a", |s| !has(s, "a")).await;
+    assert_eq!(third.generation, second.generation.next());
+}
+
+#[tokio::test]
+async fn a_burst_becomes_few_snapshots_and_equal_events_none() {
+    let mut rig = Rig::start(None, |_| ()).await;
+    rig.watching().await;
+    let first = rig.until("anything", |_| true).await;
+    {
+        let mut server = rig.server.lock().unwrap();
+        (0..200).for_each(|i| server.set("services", service(&format!("s{i}"), &format!("10.96.1.{i}"))));
+    }
+    let all = rig.until("all 200", |s| s.services.len() == 200).await;
+    assert!(all.generation.0 - first.generation.0 <= 20, "{} Snapshots for one burst", all.generation);
+    rig.server.lock().unwrap().set("services", service("s7", "10.96.1.7"));
+    rig.settle().await;
+    assert_eq!(rig.watches.snapshots.borrow().as_ref().unwrap().generation, all.generation);
+}
+
+#[tokio::test]
+async fn a_watch_that_expired_lists_anew_and_an_equal_list_publishes_nothing() {
+    let mut rig = Rig::start(None, |server| server.set("services", service("a", "10.96.0.1"))).await;
+    rig.watching().await;
+    let first = rig.until("a", |s| has(s, "a")).await;
+    let lists = rig.server.lock().unwrap().count("/services?");
+    let gone = json!({"apiVersion": "v1", "kind": "Status", "status": "Failure", "code": 410,
+                      "reason": "Expired", "message": "too old resource version"});
+    rig.server.lock().unwrap().tell("services", json!({"type": "ERROR", "object": gone}));
+    rig.until_asked("Services again", |server| server.count("/services?") >= lists + 2).await;
+    rig.settle().await;
+    let now = rig.watches.snapshots.borrow().clone().unwrap();
+    assert!(Arc::ptr_eq(&first, &now));
+    assert_eq!(rig.watches.status.borrow().last_error, None, "expiry is no failure");
+}
+
+#[tokio::test]
+async fn a_watch_refused_with_410_lists_anew_and_finds_what_was_deleted_meanwhile() {
+    let mut rig = Rig::start(None, |server| {
+        server.set("services", service("a", "10.96.0.1"));
+        server.set("services", service("b", "10.96.0.2"));
+    })
+    .await;
+    rig.watching().await;
+    let first = rig.until("a and b", |s| has(s, "a") && has(s, "b")).await;
+    {
+        let mut server = rig.server.lock().unwrap();
+        server.refusals.push_back(StatusCode::GONE);
+        server.watchers.remove("services");
+        server.delete("services", "a");
+    }
+    let after = rig.until("no a", |s| !has(s, "a")).await;
+    let key = ServiceKey::new("default", "b");
+    assert!(Arc::ptr_eq(&first.services[&key], &after.services[&key]));
+}
+
+#[tokio::test]
+async fn a_broken_watch_resumes_without_a_list() {
+    let mut rig = Rig::start(None, |_| ()).await;
+    rig.watching().await;
+    rig.until("anything", |_| true).await;
+    let lists = |server: &Server| server.requests.iter().filter(|r| !r.contains("watch=true")).count();
+    let before = lists(&rig.server.lock().unwrap());
+    rig.server.lock().unwrap().watchers.clear();
+    rig.watching().await;
+    rig.server.lock().unwrap().set("services", service("late", "10.96.0.1"));
+    rig.until("late", |s| has(s, "late")).await;
+    assert_eq!(lists(&rig.server.lock().unwrap()), before);
+}
+
+#[tokio::test]
+async fn garbage_in_a_list_and_in_a_watch_touches_only_itself() {
+    let mut rig = Rig::start(None, |server| {
+        server.set("services", json!({"metadata": {"name": "bad", "namespace": "default"}, "spec": ["?"]}));
+        server.set("services", service("good", "10.96.0.1"));
+        server.set("endpointslices", json!({"metadata": {"name": "worse", "labels": 5}}));
+    })
+    .await;
+    rig.watching().await;
+    let first = rig.until("anything", |_| true).await;
+    assert!(has(&first, "good") && !has(&first, "bad"));
+    let named: Vec<String> = first.problems.iter().map(|p| p.object.to_string()).collect();
+    assert_eq!(named, ["EndpointSlice worse", "Service default/bad"]);
+    rig.server.lock().unwrap().set("services", service("bad", "10.96.0.2"));
+    let mended = rig.until("bad mended", |s| has(s, "bad")).await;
+    assert_eq!(mended.problems.len(), 1);
+    rig.server.lock().unwrap().tell("services", json!({"type": "MODIFIED", "object": 5}));
+    rig.server.lock().unwrap().set("services", service("later", "10.96.0.3"));
+    rig.until("what came after an event without an object", |s| has(s, "later")).await;
+}
+
+#[tokio::test]
+async fn the_stored_snapshot_stands_until_every_watch_has_listed() {
+    let mut donor = Rig::start(None, |server| server.set("services", service("old", "10.96.0.1"))).await;
+    let stored = donor.until("old", |s| has(s, "old")).await;
+    let mut rig = Rig::start(Some((*stored).clone()), |server| {
+        server.set("services", service("old", "10.96.0.1"));
+        server.set("services", service("new", "10.96.0.2"));
+    })
+    .await;
+    let first = rig.until("the stored one", |_| true).await;
+    if first.from_store {
+        assert!(has(&first, "old") && !has(&first, "new"));
+        assert!(first.generation > stored.generation);
+    }
+    let listed = rig.until("the listed one", |s| !s.from_store).await;
+    assert!(has(&listed, "new"));
+    let key = ServiceKey::new("default", "old");
+    assert!(Arc::ptr_eq(&listed.services[&key], &stored.services[&key]));
+}
+
+#[tokio::test]
+async fn without_an_api_server_the_stored_snapshot_stands_and_follows_the_facts() {
+    let mut donor = Rig::start(None, |server| server.set("services", service("old", "10.96.0.1"))).await;
+    let stored = donor.until("old", |s| has(s, "old")).await;
+    let nobody = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let endpoint =
+        crate::kube::Endpoint::Server { url: format!("http://{nobody}"), token_file: None, ca_file: None };
+    let client = crate::kube::client(&endpoint).await.unwrap();
+    let (facts_tx, facts_rx) = channel::channel(facts(1500));
+    let mut tasks = TaskGroup::new();
+    let mut watches = start(&mut tasks, client, config(), facts_rx, Some((*stored).clone()));
+    watches.snapshots.wait_for(Option::is_some).await.unwrap();
+    facts_tx.send_replace(facts(9000));
+    let jumbo = |s: &Option<Arc<Snapshot>>| s.as_ref().unwrap().facts.uplinks[0].mtu_bytes == 9000;
+    let now = watches.snapshots.wait_for(jumbo).await.unwrap().clone().unwrap();
+    assert!(now.from_store && has(&now, "old"));
+    let failed = watches.status.wait_for(|status| status.last_error.is_some()).await.unwrap().clone();
+    assert!(!failed.connected);
+}
+
+#[tokio::test]
+async fn losing_the_server_changes_nothing_but_the_status_and_it_is_found_again() {
+    let mut rig = Rig::start(None, |server| server.set("services", service("a", "10.96.0.1"))).await;
+    rig.watching().await;
+    let before = rig.until("a", |s| has(s, "a")).await;
+    rig.watches.status.wait_for(|status| status.connected).await.unwrap();
+    rig.serving = TaskGroup::new();
+    rig.server.lock().unwrap().watchers.clear();
+    rig.watches.status.wait_for(|status| !status.connected).await.unwrap();
+    let during = rig.watches.snapshots.borrow().clone().unwrap();
+    assert!(Arc::ptr_eq(&before, &during));
+    let listener = tokio::net::TcpListener::bind(rig.address).await.unwrap();
+    serve(&mut rig.serving, &rig.server, listener);
+    rig.server.lock().unwrap().set("services", service("b", "10.96.0.2"));
+    rig.watching().await;
+    rig.watches.status.wait_for(|status| status.connected).await.unwrap();
+    assert!(rig.watches.status.borrow().last_error.is_some(), "kept for people");
+    rig.server.lock().unwrap().set("services", service("c", "10.96.0.3"));
+    rig.until("c", |s| has(s, "c")).await;
+    let _ = &rig.facts_tx;
+}
+
+#[tokio::test]
+async fn the_identity_is_written_once_with_a_merge_patch_of_the_own_node_only() {
+    use crate::kube::{Identity, Publisher};
+    use crate::reconcile::{Applier, Planner, Trust};
+    let mut rig = Rig::start(None, |server| server.set("nodes", json!({"metadata": {"name": "n1"}}))).await;
+    let snapshot = rig.until("the Node", |s| s.own_node().is_some()).await;
+    let public_key = weft_model::WgPublicKey([7; 32]);
+    let mut identity = Identity { public_key, wireguard_port: 51820 };
+    let due = identity.plan(&snapshot).plan;
+    let applied = Publisher::new(rig.client.clone()).apply(&due, Trust::Nothing).await;
+    assert_eq!((applied.changed.len(), applied.failed), (1, vec![]));
+    let annotations = json!({
+        "weft.network/public-key": public_key.to_string(), "weft.network/wireguard-port": "51820",
+    });
+    let written = rig.server.lock().unwrap().patches.clone();
+    let expected = json!({"metadata": {"annotations": annotations}});
+    assert_eq!(written, [("/api/v1/nodes/n1".to_owned(), expected)]);
+    let node = json!({"metadata": {"name": "n1", "annotations": annotations}});
+    rig.watching().await;
+    rig.server.lock().unwrap().set("nodes", node);
+    let after = rig.until("the key", |s| s.own_node().is_some_and(|n| n.public_key.is_some())).await;
+    assert_eq!(identity.plan(&after).plan, None);
+}
