@@ -68,18 +68,16 @@ impl ProxyApplier {
     }
 }
 
-/// For `weft status`: how much is programmed.
+/// For `weft status`: how much is programmed. Counts groups, one a Service, as it runs on every pass.
 fn details(plan: &ProxyPlan) -> Vec<(String, String)> {
-    let size = |stem: SetName| -> usize {
-        let sets = [false, true].map(|ipv6| plan.table.sets.get(&stem.of(ipv6)));
-        sets.into_iter().flatten().flat_map(|set| set.groups.values()).map(|group| group.len()).sum()
-    };
+    let services = |set: SetName, ipv6| plan.table.sets.get(&set.of(ipv6)).map_or(0, |set| set.groups.len());
     [
-        ("addresses", SetName::ServiceIps),
-        ("node ports", SetName::NodePorts),
-        ("endpoints", SetName::Endpoints),
+        ("services IPv4", SetName::ServiceIps, false),
+        ("services IPv6", SetName::ServiceIps, true),
+        ("without endpoints IPv4", SetName::NoEndpoints, false),
+        ("without endpoints IPv6", SetName::NoEndpoints, true),
     ]
-    .map(|(name, set)| (name.to_owned(), size(set).to_string()))
+    .map(|(name, set, ipv6)| (name.to_owned(), services(set, ipv6).to_string()))
     .to_vec()
 }
 

@@ -90,8 +90,10 @@ mod tests {
         text.parse().unwrap()
     }
 
-    fn targets(groups: &[(&str, &[(UdpDestination, &[&str])])]) -> UdpTargets {
-        let group = |of: &[(UdpDestination, &[&str])]| {
+    type Group<'a> = &'a [(UdpDestination, &'a [&'a str])];
+
+    fn targets(groups: &[(&str, Group<'_>)]) -> UdpTargets {
+        let group = |of: Group<'_>| {
             Arc::new(of.iter().map(|(d, t)| (*d, t.iter().map(|t| at(t)).collect())).collect())
         };
         UdpTargets {
