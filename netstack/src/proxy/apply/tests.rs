@@ -430,11 +430,12 @@ fn a_udp_client_that_never_stops_sending_moves_with_the_endpoints() {
 }
 
 #[test]
-fn applying_twice_changes_nothing_and_a_new_agent_adopts() {
+fn applying_twice_changes_nothing_a_new_agent_adopts_and_nft_can_list_it() {
     in_node(|rig| {
         assert!(!rig.apply(everywhere("Cluster")).changed.is_empty());
         assert_eq!(rig.apply(everywhere("Cluster")).changed, Vec::<String>::new());
         rig.applier = ProxyApplier::new();
         assert_eq!(rig.apply(everywhere("Cluster")).changed, Vec::<String>::new());
+        run("nft list ruleset > /dev/null; nft -j list ruleset > /dev/null");
     });
 }
