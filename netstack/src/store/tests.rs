@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use weft_model::node_facts::{NodeFacts, WireguardBackend};
-use weft_model::{ClusterConfig, Generation, PodKey, Snapshot};
+use weft_model::objects::{Node, Protocol, Service, ServiceKind, ServicePort, TrafficPolicy};
+use weft_model::{ClusterConfig, Generation, PodKey, ServiceKey, Snapshot, WgPublicKey};
 
 use super::*;
 
@@ -43,6 +44,41 @@ fn write(store: &Store, text: &str, lease: Option<Lease>) {
     store.write_leases(&BTreeMap::from([(address(text), lease)])).unwrap();
 }
 
+fn node() -> Node {
+    Node {
+        name: "n1".into(),
+        uid: "1".to_owned(),
+        created: 1,
+        labels: BTreeMap::from([("zone".to_owned(), "a".to_owned())]),
+        pod_cidrs: vec!["10.244.1.0/24".parse().unwrap(), "fd00:1::/64".parse().unwrap()],
+        internal_ips: vec![address("192.0.2.1"), address("2001:db8::1")],
+        public_key: Some(WgPublicKey([7; 32])),
+        wireguard_port: Some(51820),
+    }
+}
+
+fn service() -> Service {
+    Service {
+        key: ServiceKey::new("default", "web"),
+        uid: "2".to_owned(),
+        created: 2,
+        labels: BTreeMap::new(),
+        kind: ServiceKind::ClusterIps(vec![address("10.96.0.7")]),
+        ports: vec![ServicePort {
+            name: "http".to_owned(),
+            protocol: Protocol::Tcp,
+            port: 80,
+            node_port: None,
+        }],
+        publish_not_ready_addresses: false,
+        internal_traffic_policy: TrafficPolicy::Cluster,
+        external_traffic_policy: TrafficPolicy::Local,
+        session_affinity_seconds: Some(10800),
+        load_balancer_ips: vec![],
+        external_ips: vec![],
+    }
+}
+
 fn snapshot() -> Snapshot {
     Snapshot {
         generation: Generation(7),
@@ -58,9 +94,9 @@ fn snapshot() -> Snapshot {
             uplinks: vec![],
             wireguard_backend: WireguardBackend::Userspace,
         }),
-        nodes: Arc::default(),
+        nodes: Arc::new(BTreeMap::from([("n1".into(), Arc::new(node()))])),
         namespaces: Arc::default(),
-        services: Arc::default(),
+        services: Arc::new(BTreeMap::from([(service().key.clone(), Arc::new(service()))])),
         endpoint_slices: Arc::default(),
         local_pods: Arc::default(),
         problems: Arc::default(),
@@ -95,6 +131,19 @@ fn leases_survive_a_restart() {
     drop(opened);
     let leases = open_when_free(&path).store.leases().unwrap();
     assert_eq!(leases, [(address("10.244.1.2"), lease("a")), (address("fd00::2"), lease("a"))].into());
+}
+
+/// The files as they are right after the call returned are what a crash would leave.
+#[test]
+fn a_lease_is_in_the_files_when_the_write_returns() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, left) = (folder.path().join("store"), folder.path().join("left"));
+    let opened = Store::open(&path).unwrap();
+    write(&opened.store, "10.244.1.2", Some(lease("a")));
+    crate::kernel::testing::run(&["cp", "-r", path.to_str().unwrap(), left.to_str().unwrap()]);
+    let after = Store::open(&left).unwrap();
+    assert_eq!(after.set_aside, None);
+    assert_eq!(after.store.leases().unwrap(), [(address("10.244.1.2"), lease("a"))].into());
 }
 
 #[test]
