@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 
-use super::{Base, Datum, ElementData, Elements, Rule, Set, SetData, Statement, Table, Verdict, print};
+use super::{Base, Datum, ElementData, Elements, Rule, Set, SetData, Statement, Table, print};
 
 /// Key and data of one element.
 pub type Element<'a> = (&'a [Datum], &'a ElementData);
@@ -74,7 +74,7 @@ pub fn diff<'a>(from: Option<&'a Table>, to: &'a Table) -> Vec<Op<'a>> {
     for (name, old) in &from.sets {
         match to.sets.get(name) {
             Some(new) if !rebuilt.sets.contains(name.as_str()) => {
-                change_elements(name, old, new, &rebuilt, &mut ops, &mut added_elements);
+                change_elements(name, old, new, &mut ops, &mut added_elements);
             }
             _ if old.data == SetData::Verdict => ops.push(Op::FlushSet { name }),
             _ => {}
@@ -141,25 +141,15 @@ impl<'a> Rebuilt<'a> {
         !to.chains.contains_key(name) || self.chains.contains(name)
     }
 
-    /// The rules of this chain, present in both tables, have to be deleted and added again.
+    /// The rules of this chain, present in both tables, have to be deleted and added again. Nothing can jump to a
+    /// chain with a hook, so that no rule or element that stays refers to a chain that is rebuilt.
     fn rewrites(&self, name: &str, old: &[Rule], new: &[Rule]) -> bool {
-        if self.chains.contains(name) || old != new {
-            return true;
-        }
-        if self.chains.is_empty() && self.sets.is_empty() {
-            return false;
-        }
-        old.iter().flat_map(|rule| &rule.statements).any(|statement| match statement {
-            Statement::Verdict(Verdict::Jump(chain) | Verdict::Goto(chain)) => {
-                self.chains.contains(chain.as_str())
-            }
-            other => other.set_name().is_some_and(|set| self.sets.contains(set)),
-        })
-    }
-
-    fn holds(&self, data: &ElementData) -> bool {
-        matches!(data, ElementData::Verdict(Verdict::Jump(chain) | Verdict::Goto(chain))
-            if self.chains.contains(chain.as_str()))
+        let mut statements = old.iter().flat_map(|rule| &rule.statements);
+        self.chains.contains(name)
+            || old != new
+            || (!self.sets.is_empty()
+                && statements
+                    .any(|statement| statement.set_name().is_some_and(|set| self.sets.contains(set))))
     }
 }
 
@@ -176,21 +166,13 @@ fn change_elements<'a>(
     name: &'a str,
     old: &'a Set,
     new: &'a Set,
-    rebuilt: &Rebuilt<'_>,
     ops: &mut Vec<Op<'a>>,
     later: &mut Vec<Op<'a>>,
 ) {
     if new.timeout_millis.is_some() {
         return;
     }
-    let (mut removed, mut added) = changed_elements(old, new);
-    if !rebuilt.chains.is_empty() && old.data == SetData::Verdict {
-        for (key, data) in old.elements().filter(|(_, data)| rebuilt.holds(data)) {
-            if removed.insert(key, data).is_none() {
-                added.insert(key, data);
-            }
-        }
-    }
+    let (removed, added) = changed_elements(old, new);
     if !removed.is_empty() {
         ops.push(Op::DeleteElements { name, set: old, elements: removed.into_iter().collect() });
     }
@@ -234,7 +216,8 @@ fn missing<'a>(these: &'a Elements, those: &'a Elements) -> impl Iterator<Item =
         .map(|(key, data)| (key.as_slice(), data))
 }
 
-/// Groups of both sets by name, in order, in one walk.
+/// Groups of both sets by name, in order, in one walk. The same `Arc` on both sides is taken for the same group without
+/// a look at the names: nearly all are, at every change.
 fn joined_groups<'a>(
     old: &'a Set,
     new: &'a Set,
@@ -243,6 +226,7 @@ fn joined_groups<'a>(
     let mut new = new.groups.iter().peekable();
     std::iter::from_fn(move || {
         let order = match (old.peek(), new.peek()) {
+            (Some((_, a)), Some((_, b))) if Arc::ptr_eq(a, b) => Ordering::Equal,
             (Some((a, _)), Some((b, _))) => a.cmp(b),
             (Some(_), None) => Ordering::Less,
             (None, Some(_)) => Ordering::Greater,

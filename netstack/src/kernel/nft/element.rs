@@ -404,6 +404,34 @@ mod tests {
         assert_eq!(key_types(type_number(&types)), Some(types.to_vec()));
     }
 
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig { failure_persistence: None, ..Default::default() })]
+
+        #[test]
+        fn no_element_makes_the_readers_panic(
+            kind in proptest::prelude::any::<u32>(),
+            keys in proptest::collection::vec((proptest::collection::vec(0..=255u8, 0..40), proptest::bool::ANY), 0..4),
+            interval in proptest::bool::ANY,
+        ) {
+            let mut declaration = Set::new(key_types(kind).unwrap_or_default(), SetData::Ipv6AddressAndPort);
+            declaration.interval = interval;
+            let raw = keys.into_iter().map(|(key, begins)| RawElement { data: RawData::Value(key.clone()), key, begins });
+            let _ = read_elements(&declaration, raw.collect());
+        }
+
+        #[test]
+        fn every_prefix_is_read_back(address in proptest::prelude::any::<std::net::IpAddr>(), length in 0..=128u8) {
+            let net = IpNet::new(address, length.min(if address.is_ipv6() { 128 } else { 32 })).unwrap().trunc();
+            let mut writer = Writer::default();
+            write_element(&mut writer, true, &[Datum::Net(net)], None);
+            let raw = Attributes::of(writer.bytes()).map(|element| RawElement::read(&element).unwrap()).collect();
+            let mut declaration = Set::new(vec![KeyType::Ipv6Address], SetData::None);
+            declaration.interval = true;
+            let elements = read_elements(&declaration, raw).unwrap();
+            proptest::prop_assert_eq!(elements.into_keys().collect::<Vec<_>>(), [vec![Datum::Net(net)]]);
+        }
+    }
+
     #[test]
     fn a_key_of_one_field_is_not_padded() {
         assert_eq!(Packed::key(&[Datum::Port(80)]).as_slice(), [0, 80]);

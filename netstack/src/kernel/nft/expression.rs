@@ -2,7 +2,8 @@
 //! rule of the kernel, except that `Reject` makes two where the protocol is not known: a reset for TCP, then port
 //! unreachable for the rest.
 //!
-//! A field of one IP family gets the `meta nfproto` match before it that nft itself puts there. Ports are read at the
+//! A field of one IP family gets the `meta nfproto` match before it that nft itself puts there; address translation looks
+//! at the family itself. Ports are read at the
 //! transport header whatever the protocol, as `th dport` of nft does: a rule or key that means ports names the
 //! protocol too.
 
@@ -289,7 +290,6 @@ impl Encoder<'_> {
 
     fn nat_to(&mut self, kind: u32, address: IpAddr, port: Option<u16>) {
         let ipv6 = address.is_ipv6();
-        self.require_family(ipv6);
         self.immediate(REG32_FIRST, Packed::address(address).as_slice());
         if let Some(port) = port {
             self.immediate(port_register(ipv6), &port.to_be_bytes());

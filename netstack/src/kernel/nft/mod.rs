@@ -18,7 +18,7 @@ mod generation;
 mod observe;
 mod socket;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 pub(crate) mod uapi;
 pub(crate) mod wire;
 

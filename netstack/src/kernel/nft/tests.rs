@@ -4,6 +4,7 @@ mod damage;
 mod listing;
 mod scale;
 mod traffic;
+mod transitions;
 
 use std::process::Command;
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use weft_model::ruleset::*;
 use super::*;
 
 /// Runs `test` in a new network namespace, which ends with it; prints and returns when not root.
-fn in_namespace(test: impl FnOnce() + Send + 'static) {
+pub(crate) fn in_namespace(test: impl FnOnce() + Send + 'static) {
     if !nix::unistd::geteuid().is_root() {
         eprintln!("SKIPPED: needs root");
         return;
@@ -29,7 +30,7 @@ fn in_namespace(test: impl FnOnce() + Send + 'static) {
 }
 
 /// Output of a command in the calling thread's namespace; panics with what it says when it fails.
-fn run(command: &str) -> String {
+pub(crate) fn run(command: &str) -> String {
     let output = Command::new("sh").arg("-c").arg(command).output().unwrap();
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{command}: {}\n{err}\n{out}", output.status);
@@ -40,6 +41,19 @@ fn run(command: &str) -> String {
 fn listing() -> String {
     run("nft -j list ruleset > /dev/null");
     run("nft list ruleset").lines().map(str::trim).collect::<Vec<_>>().join("\n")
+}
+
+/// The listing with its chains and sets sorted: the kernel keeps them in the order they were made.
+fn sorted_listing() -> String {
+    let listing = listing();
+    let body = listing.strip_suffix("\n}").unwrap_or(&listing);
+    let blocks = body.split("\n\n").map(|block| match block.split_once('\n') {
+        Some((first, rest)) if first.starts_with("table ") => rest,
+        _ => block,
+    });
+    let mut blocks: Vec<_> = blocks.collect();
+    blocks.sort_unstable();
+    blocks.join("\n")
 }
 
 #[track_caller]

@@ -201,6 +201,14 @@ impl<'a> Attribute<'a> {
         Attributes::of(self.value)
     }
 
+    pub(crate) fn u8(&self) -> Option<u8> {
+        self.value.first().copied()
+    }
+
+    pub(crate) fn be16(&self) -> Option<u16> {
+        Some(u16::from_be_bytes(*self.value.first_chunk()?))
+    }
+
     pub(crate) fn be32(&self) -> Option<u32> {
         Some(u32::from_be_bytes(*self.value.first_chunk()?))
     }
@@ -241,6 +249,20 @@ mod tests {
         let attributes = read[0].attributes();
         assert_eq!(attributes.find(1).unwrap().string(), "abc");
         assert_eq!(attributes.find(2).unwrap().nested().find(3).unwrap().be32(), Some(0xdead_beef));
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig { failure_persistence: None, ..Default::default() })]
+
+        #[test]
+        fn no_bytes_make_the_readers_panic(bytes in proptest::collection::vec(0..40u8, 0..200), offset in 0..300usize) {
+            for message in messages(&bytes) {
+                for attribute in message.attributes() {
+                    let _ = (attribute.be32(), attribute.be64(), attribute.string(), attribute.nested().count());
+                }
+            }
+            let _ = attribute_at(&bytes, offset).map(|range| &bytes[range]);
+        }
     }
 
     #[test]

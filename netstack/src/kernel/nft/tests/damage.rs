@@ -11,16 +11,6 @@ fn two_services() -> Table {
     ])
 }
 
-/// The listing with its chains and sets sorted: the kernel keeps them in the order they were made.
-fn sorted_listing() -> String {
-    let listing = listing();
-    let body = listing.strip_suffix("\n}").unwrap_or(&listing);
-    let mut blocks: Vec<_> =
-        body.split("\n\n").map(|block| block.trim_start_matches("table inet weft-proxy {\n")).collect();
-    blocks.sort_unstable();
-    blocks.join("\n")
-}
-
 #[test]
 fn whatever_is_done_by_hand_heals() {
     in_namespace(|| {

@@ -73,6 +73,14 @@ fn filter_rules() -> Vec<Listed> {
         (vec![Statement::Reject], "meta l4proto tcp reject with tcp reset"),
         (vec![Statement::Reject], "reject\n"),
         (
+            vec![matches(Field::L4Protocol, Datum::Protocol(Protocol::Tcp)), Statement::Reject],
+            "meta l4proto tcp reject with tcp reset",
+        ),
+        (
+            vec![matches(Field::L4Protocol, Datum::Protocol(Protocol::Udp)), Statement::Reject],
+            "meta l4proto udp reject",
+        ),
+        (
             vec![
                 Statement::Lookup {
                     key: vec![Field::InputLink, Field::Ip4Source],
@@ -132,32 +140,23 @@ fn nat_rules() -> Vec<Listed> {
                 matches(Field::L4Protocol, Datum::Protocol(Protocol::Tcp)),
                 Statement::Dnat { address: "10.0.0.2".parse().unwrap(), port: Some(80) },
             ],
-            "meta l4proto tcp meta nfproto ipv4 dnat ip to 10.0.0.2:80",
+            "meta l4proto tcp dnat ip to 10.0.0.2:80",
         ),
         (
             vec![
                 matches(Field::L4Protocol, Datum::Protocol(Protocol::Tcp)),
                 Statement::Dnat { address: "fd00::2".parse().unwrap(), port: Some(80) },
             ],
-            "meta l4proto tcp meta nfproto ipv6 dnat ip6 to [fd00::2]:80",
+            "meta l4proto tcp dnat ip6 to [fd00::2]:80",
         ),
-        (
-            vec![Statement::Dnat { address: "10.0.0.2".parse().unwrap(), port: None }],
-            "meta nfproto ipv4 dnat ip to 10.0.0.2",
-        ),
+        (vec![Statement::Dnat { address: "10.0.0.2".parse().unwrap(), port: None }], "dnat ip to 10.0.0.2"),
     ]
 }
 
 fn source_nat_rules() -> Vec<Listed> {
     vec![
-        (
-            vec![Statement::Snat { address: "10.0.0.1".parse().unwrap() }],
-            "meta nfproto ipv4 snat ip to 10.0.0.1",
-        ),
-        (
-            vec![Statement::Snat { address: "fd00::1".parse().unwrap() }],
-            "meta nfproto ipv6 snat ip6 to fd00::1",
-        ),
+        (vec![Statement::Snat { address: "10.0.0.1".parse().unwrap() }], "snat ip to 10.0.0.1"),
+        (vec![Statement::Snat { address: "fd00::1".parse().unwrap() }], "snat ip6 to fd00::1"),
         (vec![Statement::Masquerade], "masquerade fully-random"),
     ]
 }
@@ -272,5 +271,24 @@ fn nft_lists_the_proxy_s_maps_of_both_families() {
         shows("10.96.0.1 . tcp . 80 : goto lb-2");
         shows("fd96::1 . tcp . 80 . 0x00000001 : fd01::2 . 8080");
         settles(&mut owner, &desired);
+    });
+}
+
+#[test]
+fn what_we_print_nft_reads_and_lists_like_what_we_load() {
+    in_namespace(|| {
+        let mut desired = everything();
+        // Two rules of the kernel for one of ours; nft would make one.
+        for chain in desired.chains.values_mut() {
+            chain.rules.retain(|rule| !rule.statements.contains(&Statement::Reject));
+        }
+        NftTable::new("weft-all").apply(&desired, Trust::Nothing).unwrap();
+        let ours = sorted_listing();
+        assert!(NftTable::delete("weft-all").unwrap());
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), desired.to_string()).unwrap();
+        run(&format!("nft -f {}", file.path().display()));
+        let theirs = sorted_listing();
+        assert_eq!(ours, theirs);
     });
 }

@@ -49,6 +49,32 @@ fn a_thousand_services_load_in_one_transaction_and_an_endpoint_costs_one_element
 }
 
 #[test]
+fn endpoint_after_endpoint_the_shadow_stays_right() {
+    in_namespace(|| {
+        let mut desired = many(1000);
+        let mut owner = NftTable::new("weft-proxy");
+        owner.apply(&desired, Trust::Nothing).unwrap();
+        let mut times = Vec::new();
+        for round in 0..200u16 {
+            let set = desired.sets.get_mut("endpoints").unwrap();
+            let service = set.groups.values_mut().nth(usize::from(round) * 5).unwrap();
+            let key = service.last_key_value().unwrap().0.clone();
+            let data = ElementData::AddressAndPort("10.200.0.1".parse().unwrap(), round);
+            // As a planner does: a new group, the other 999 untouched.
+            let mut elements = service.as_ref().clone();
+            elements.insert(key, data);
+            *service = Arc::new(elements);
+            let start = Instant::now();
+            assert_eq!(owner.apply(&desired, Trust::Shadow).unwrap().len(), 2);
+            times.push(start.elapsed());
+        }
+        times.sort_unstable();
+        println!("one endpoint, median: {:?}", times[times.len() / 2]);
+        settles(&mut owner, &desired);
+    });
+}
+
+#[test]
 fn a_batch_of_many_megabytes_with_a_fault_at_its_end_is_refused_as_a_whole() {
     in_namespace(|| {
         let mut desired = many(1000);

@@ -6,6 +6,66 @@ use std::time::Duration;
 
 use super::*;
 
+type Job = Box<dyn FnOnce() + Send>;
+
+/// A network namespace beside the test's, joined to it by a veth with the given name here and `eth0` there. It ends
+/// with the value.
+struct Neighbour {
+    jobs: std::sync::mpsc::Sender<Job>,
+}
+
+impl Neighbour {
+    fn join(link: &str) -> Self {
+        let (jobs, queue) = std::sync::mpsc::channel::<Job>();
+        let (sender, receiver) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            sender.send(nix::unistd::gettid()).unwrap();
+            queue.into_iter().for_each(|job| job());
+        });
+        let thread = receiver.recv().unwrap();
+        run(&format!("ip link add {link} type veth peer name eth0 netns {thread}; ip link set {link} up"));
+        Self { jobs }
+    }
+
+    /// Runs a job in the namespace and waits for its result; a panic there is a panic here.
+    fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> T {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        self.jobs.send(Box::new(move || drop(sender.send(job())))).unwrap();
+        receiver.recv().expect("the job panicked")
+    }
+}
+
+#[test]
+fn a_client_reaches_a_service_s_endpoint_through_the_node_over_both_families() {
+    in_namespace(|| {
+        let (client, server) = (Neighbour::join("client"), Neighbour::join("server"));
+        run("ip addr add 10.0.1.1/24 dev client; ip addr add fd01::1/64 dev client nodad
+            ip addr add 10.0.2.1/24 dev server; ip addr add fd02::1/64 dev server nodad
+            echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv6/conf/all/forwarding");
+        for (host, net) in [(&client, 1), (&server, 2)] {
+            host.run(move || {
+                run(&format!(
+                    "ip link set lo up; ip link set eth0 up
+                    ip addr add 10.0.{net}.2/24 dev eth0; ip addr add fd0{net}::2/64 dev eth0 nodad
+                    ip route add default via 10.0.{net}.1; ip route add default via fd0{net}::1"
+                ))
+            });
+        }
+        server.run(|| {
+            serve("10.0.2.2:8080", "over IPv4");
+            serve("[fd02::2]:8080", "over IPv6");
+        });
+        let desired =
+            proxy(&[("10.96.0.1", 80, &[("10.0.2.2", 8080)]), ("fd96::1", 80, &[("fd02::2", 8080)])]);
+        NftTable::new("weft-proxy").apply(&desired, Trust::Nothing).unwrap();
+        assert_eq!(client.run(|| ask("10.96.0.1:80").unwrap()), "over IPv4");
+        assert_eq!(client.run(|| ask("[fd96::1]:80").unwrap()), "over IPv6");
+        let refused = client.run(|| ask("10.0.2.2:80").unwrap_err());
+        assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused, "nobody listens there itself");
+    });
+}
+
 /// Answers every connection with `name`, for as long as the process lives.
 fn serve(address: &str, name: &'static str) {
     let listener = TcpListener::bind(address).unwrap();
@@ -27,7 +87,7 @@ fn ask(address: &str) -> std::io::Result<String> {
 #[test]
 fn connections_to_a_service_reach_its_endpoints_in_turn_over_both_families() {
     in_namespace(|| {
-        run("ip link set lo up; ip addr add fd01::1/128 dev lo; ip addr add fd01::2/128 dev lo");
+        run("ip link set lo up; ip addr add fd01::1/128 dev lo nodad; ip addr add fd01::2/128 dev lo nodad");
         run("ip route add local 10.96.0.0/16 dev lo; ip route add local fd96::/64 dev lo");
         serve("127.1.0.1:8080", "one");
         serve("127.1.0.2:8081", "two");
@@ -54,7 +114,7 @@ fn connections_to_a_service_reach_its_endpoints_in_turn_over_both_families() {
 #[test]
 fn reject_answers_tcp_with_a_reset_and_udp_with_port_unreachable() {
     in_namespace(|| {
-        run("ip link set lo up; ip addr add fd01::1/128 dev lo");
+        run("ip link set lo up; ip addr add fd01::1/128 dev lo nodad");
         let mut desired = table("weft-host");
         let rule = Rule::new(vec![
             Statement::Match { field: Field::DestinationPort, negated: false, value: Datum::Port(4000) },
@@ -88,7 +148,7 @@ fn reject_answers_tcp_with_a_reset_and_udp_with_port_unreachable() {
 #[test]
 fn a_family_s_rule_leaves_packets_of_the_other_family_alone() {
     in_namespace(|| {
-        run("ip link set lo up; ip addr add fd01::1/128 dev lo");
+        run("ip link set lo up; ip addr add fd01::1/128 dev lo nodad");
         let mut desired = table("weft-host");
         let drop_all = |field, net: &str| {
             let value = Datum::Net(net.parse().unwrap());
