@@ -183,7 +183,8 @@ fn ensure_tokens(topology: &Topology) -> anyhow::Result<()> {
     };
     ensure("weft-lab-admin", "system:masters");
     for node in topology.node_names() {
-        ensure(&format!("system:node:{node}"), "system:nodes");
+        // The lab's server has no RBAC, only masters may write.
+        ensure(&format!("system:node:{node}"), "system:nodes,system:masters");
     }
     write_private(&path, text)
 }
