@@ -111,7 +111,9 @@ pub fn difference<'a>(from: Option<&'a Table>, to: &'a Table) -> Difference<'a> 
     for (name, set) in &to.sets {
         if !from.sets.contains_key(name) || rebuilt.sets.contains(name.as_str()) {
             ops.push(Op::AddSet { name, set });
-            let elements: Vec<_> = set.elements().map(|(key, data)| (key.as_slice(), data)).collect();
+            // By key: were one in two groups, the kernel would refuse the whole transaction; so the last one wins.
+            let elements: BTreeMap<_, _> = set.elements().map(|(key, data)| (key.as_slice(), data)).collect();
+            let elements: Vec<Element<'_>> = elements.into_iter().collect();
             if set.timeout_millis.is_none() && !elements.is_empty() {
                 added_elements.push(Op::AddElements { name, set, elements });
             }

@@ -217,6 +217,22 @@ fn an_element_that_moves_to_another_group_is_no_change() {
 }
 
 #[test]
+fn one_key_in_two_groups_does_not_refuse_the_table() {
+    let mut table = port_set(&[]);
+    let set = table.sets.get_mut("ports").unwrap();
+    set.data = SetData::Verdict;
+    for (name, verdict) in [("a", Verdict::Drop), ("b", Verdict::Accept)] {
+        let elements = [(vec![Datum::Port(1)], ElementData::Verdict(verdict))];
+        set.groups.insert(name.into(), Arc::new(elements.into()));
+    }
+    let mut kernel = FakeKernel::default();
+    assert_eq!(kernel.commit(&diff(None, &table)), Ok(()));
+    let elements: Vec<_> = kernel.table.iter().flat_map(|table| table.sets["ports"].elements()).collect();
+    assert_eq!(elements, [(&vec![Datum::Port(1)], &ElementData::Verdict(Verdict::Accept))]);
+    assert_eq!(diff(kernel.table.as_ref(), &table), []);
+}
+
+#[test]
 fn elements_of_a_set_with_a_timeout_are_left_alone() {
     let (mut from, mut to) = (port_set(&[("a", &[1])]), port_set(&[("a", &[2])]));
     for table in [&mut from, &mut to] {
