@@ -16,7 +16,7 @@ use config::Config;
 
 pub(crate) fn run(args: AgentArgs) -> anyhow::Result<()> {
     args.log.start()?;
-    let config = args.validate()?;
+    let config = args.validate().map_err(|error| crate::Invalid(format!("{error:#}")))?;
     start::require_root()?;
     let _lock = start::lock(&config.run_dir)?;
     start::require_nftables()?;
@@ -40,7 +40,9 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         reason = tasks.first_end() => Some(reason),
     };
     drop(tasks);
-    saver.save_now();
+    if let Some(saver) = saver {
+        saver.save_now();
+    }
     match ended {
         None => {
             tracing::info!("agent stops; the data plane stays in place");

@@ -79,7 +79,19 @@ pub(super) struct Capture {
 impl Capture {
     /// Captures on every interface of the network namespace at `path` from the moment this returns.
     pub(super) fn start(path: &Path, rules: Rules) -> anyhow::Result<Self> {
-        let socket = namespace::inside_network(path, open_socket)?;
+        Self::with_socket(namespace::inside_network(path, open_socket)?, rules)
+    }
+
+    /// As `start`, in the namespaces of a pod's process of a machine.
+    pub(super) fn start_in_pod(first: i32, inner: i32, rules: Rules) -> anyhow::Result<Self> {
+        let socket = namespace::inside(first, move || {
+            namespace::Namespaces::of(inner)?.enter()?;
+            open_socket()
+        })?;
+        Self::with_socket(socket, rules)
+    }
+
+    fn with_socket(socket: OwnedFd, rules: Rules) -> anyhow::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let until = Arc::clone(&stop);
         let thread = std::thread::Builder::new()
@@ -87,12 +99,6 @@ impl Capture {
             .spawn(move || capture(&socket, &rules, &until))
             .context("start the capture")?;
         Ok(Self { stop, thread })
-    }
-
-    /// As `start`, in the namespaces of a pod's process of a machine.
-    pub(super) fn start_in_pod(first: i32, inner: i32, rules: Rules) -> anyhow::Result<Self> {
-        let path = format!("/proc/{inner}/ns/net");
-        namespace::inside(first, move || Self::start(Path::new(&path), rules))
     }
 
     pub(super) fn finish(self) -> anyhow::Result<Seen> {

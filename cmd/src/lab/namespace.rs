@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::{Command, ExitStatus};
 
 use anyhow::{Context, anyhow};
+use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 
@@ -55,7 +56,8 @@ pub(super) fn on_thread<T: Send>(work: impl FnOnce() -> anyhow::Result<T> + Send
     })
 }
 
-/// Runs `work` with the namespaces of process `pid`.
+/// Runs `work` with the namespaces of process `pid`. It must not start threads: the kernel refuses a thread whose
+/// children would belong to another pid namespace than it does itself (clone(2), EINVAL).
 pub(super) fn inside<T: Send>(
     pid: i32,
     work: impl FnOnce() -> anyhow::Result<T> + Send,
@@ -106,8 +108,11 @@ pub(super) fn make_mounts_private() -> anyhow::Result<()> {
 }
 
 pub(super) fn mount_new(kind: &str, at: &str) -> anyhow::Result<()> {
-    mount(Some(kind), at, Some(kind), MsFlags::MS_NOSUID, None::<&str>)
-        .with_context(|| format!("mount {kind} at {at}"))
+    match mount(Some(kind), at, Some(kind), MsFlags::MS_NOSUID, None::<&str>) {
+        // The very same file system is there already: a pod on its node's network sees the node's /sys.
+        Ok(()) | Err(Errno::EBUSY) => Ok(()),
+        Err(errno) => Err(errno).with_context(|| format!("mount {kind} at {at}")),
+    }
 }
 
 pub(super) fn bind(from: &Path, at: &Path) -> anyhow::Result<()> {

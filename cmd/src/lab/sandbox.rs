@@ -246,7 +246,8 @@ impl Worker {
         })?;
         kubelet::tell_end(&self.shared, uid.to_owned(), running.ended, self.ends.0.clone());
         let deadline = Instant::now() + READY_LIMIT;
-        while !ready.exists() && Instant::now() < deadline {
+        let process = PathBuf::from(format!("/proc/{}", running.pid));
+        while !ready.exists() && process.exists() && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(2));
         }
         Ok(running.pid)
