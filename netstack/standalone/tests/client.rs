@@ -1,5 +1,7 @@
 //! The real `kube` client against the server: its watcher in both strategies, its Api verbs, and a server killed with -9.
 
+#![allow(clippy::unwrap_used)] // tests
+
 mod common;
 
 use std::collections::BTreeMap;

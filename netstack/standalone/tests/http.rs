@@ -1,5 +1,7 @@
 //! What the server answers, request by request: codes, reasons, conflicts, selectors, deletion, watches.
 
+#![allow(clippy::unwrap_used)] // tests
+
 mod common;
 
 use common::{World, client, send};

@@ -1,5 +1,7 @@
 //! A current kubectl against the server. `tests/tools/build-kubectl.sh` builds it when it is not there yet.
 
+#![allow(clippy::unwrap_used)] // tests
+
 mod common;
 
 use std::io::Write as _;

@@ -1,5 +1,5 @@
 //! A server on loopback for a test, and clients for it.
-#![allow(dead_code, unreachable_pub)] // each test file uses its part
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // each test file uses its part
 
 use std::net::TcpListener;
 use std::path::Path;
