@@ -206,7 +206,8 @@ impl Account {
 fn ensure_tokens(topology: &Topology) -> anyhow::Result<()> {
     let path = paths::api_directory().join("tokens");
     let mut text = fs::read_to_string(&path).unwrap_or_default();
-    let of_nodes = topology.node_names().into_iter().flat_map(|node| [Account::kubelet(&node), Account::agent(&node)]);
+    let of_nodes =
+        topology.node_names().into_iter().flat_map(|node| [Account::kubelet(&node), Account::agent(&node)]);
     for Account(account) in std::iter::once(Account::admin()).chain(of_nodes) {
         if !text.lines().any(|line| line.split_once(',').is_some_and(|(_, known)| known == account)) {
             text.push_str(&format!("{:032x},{account}\n", rand::rng().random::<u128>()));
