@@ -40,10 +40,15 @@ pub(crate) async fn run(args: CleanupArgs) -> anyhow::Result<()> {
     let second = remove(&args).await?;
     drop(lock);
     if args.run_dir.exists() {
-        std::fs::remove_dir_all(&args.run_dir).with_context(|| format!("remove {}", args.run_dir.display()))?;
+        std::fs::remove_dir_all(&args.run_dir)
+            .with_context(|| format!("remove {}", args.run_dir.display()))?;
     }
     ensure!(second.failed.is_empty(), "not everything could be removed: {}", second.failed.join("; "));
-    ensure!(second.removed.is_empty(), "these came back, is something of Weft running? {}", second.removed.join("; "));
+    ensure!(
+        second.removed.is_empty(),
+        "these came back, is something of Weft running? {}",
+        second.removed.join("; ")
+    );
     println!("nothing of Weft is left on this node");
     Ok(())
 }

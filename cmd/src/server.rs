@@ -22,7 +22,12 @@ pub struct ServerArgs {
     #[arg(long, value_name = "PORT")]
     pub advertise_port: Option<u16>,
     /// Pod ranges of the cluster, at most one a family
-    #[arg(long, value_name = "CIDR", value_delimiter = ',', default_value = "10.244.0.0/16,fd00:10:244::/56")]
+    #[arg(
+        long,
+        value_name = "CIDR",
+        value_delimiter = ',',
+        default_value = "10.244.0.0/16,fd00:10:244::/56"
+    )]
     pub cluster_cidr: Vec<IpNet>,
     /// Prefix length of a node's IPv4 pod range
     #[arg(long, value_name = "BITS", default_value_t = 24, value_parser = clap::value_parser!(u8).range(1..=32))]
@@ -88,7 +93,8 @@ fn config(args: ServerArgs) -> anyhow::Result<Config> {
     config.service_cidrs = args.service_cidr;
     config.tls_names = args.tls_san;
     if let Some(path) = args.token_file {
-        let text = std::fs::read_to_string(&path).with_context(|| format!("token file {}", path.display()))?;
+        let text =
+            std::fs::read_to_string(&path).with_context(|| format!("token file {}", path.display()))?;
         config.tokens =
             weft_standalone::parse_tokens(&text).with_context(|| format!("token file {}", path.display()))?;
     }
@@ -101,7 +107,11 @@ fn write_kubeconfig(server: &Server, advertised: Option<IpAddr>, path: &Path) ->
     if let Some(ip) = advertised {
         address.set_ip(ip);
     } else if address.ip().is_unspecified() {
-        let loopback = if address.is_ipv4() { IpAddr::from([127, 0, 0, 1]) } else { IpAddr::from(std::net::Ipv6Addr::LOCALHOST) };
+        let loopback = if address.is_ipv4() {
+            IpAddr::from([127, 0, 0, 1])
+        } else {
+            IpAddr::from(std::net::Ipv6Addr::LOCALHOST)
+        };
         address.set_ip(loopback);
     }
     server

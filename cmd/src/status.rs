@@ -35,7 +35,8 @@ pub(crate) fn run(args: &StatusArgs) -> anyhow::Result<()> {
         println!("{body}");
         return Ok(());
     }
-    let status: Status = serde_json::from_str(&body).context("the agent's answer is of another version of weft")?;
+    let status: Status =
+        serde_json::from_str(&body).context("the agent's answer is of another version of weft")?;
     print!("{}", text(&status));
     Ok(())
 }
@@ -78,7 +79,14 @@ fn text(status: &Status) -> String {
 
 fn loops(reports: &[Report]) -> Table {
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_header(["LOOP", "HEALTH", "APPLIED", "PASSES", "LAST PASS", "LAST CHANGE"]);
+    table.load_preset(presets::NOTHING).set_header([
+        "LOOP",
+        "HEALTH",
+        "APPLIED",
+        "PASSES",
+        "LAST PASS",
+        "LAST CHANGE",
+    ]);
     for report in reports {
         let health = match report.health() {
             Health::Starting => "starting",

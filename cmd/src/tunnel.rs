@@ -23,6 +23,7 @@ pub(crate) struct TunnelArgs {
 
 pub(crate) fn run(args: TunnelArgs) -> anyhow::Result<()> {
     args.log.start()?;
-    let config = TunnelConfig { run_dir: args.run_dir, state_dir: args.state_dir, link: TUNNEL_LINK.to_owned() };
+    let config =
+        TunnelConfig { run_dir: args.run_dir, state_dir: args.state_dir, link: TUNNEL_LINK.to_owned() };
     tunnel::run(config).map_err(Into::into)
 }

@@ -76,7 +76,8 @@ impl Conflist {
         let text = conflist::render(&self.socket);
         let mut said = String::new();
         loop {
-            let able = self.snapshots.borrow().as_ref().is_some_and(|snapshot| (self.ready)(snapshot).is_ok());
+            let able =
+                self.snapshots.borrow().as_ref().is_some_and(|snapshot| (self.ready)(snapshot).is_ok());
             if able {
                 let outcome = self.ensure(&text);
                 if outcome != said {

@@ -44,10 +44,8 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let Watches { snapshots, status } =
         kube::start(tasks, client.clone(), config.cluster.clone(), facts_rx.clone(), initial.snapshot);
 
-    let identity = Identity {
-        public_key: public_key(&private_key),
-        wireguard_port: config.cluster.wireguard_port,
-    };
+    let identity =
+        Identity { public_key: public_key(&private_key), wireguard_port: config.cluster.wireguard_port };
     let dns = weft_dns::start(
         &config.cluster,
         weft_dns::Options { resolv_conf: config.resolv_conf.clone(), ..weft_dns::Options::default() },
@@ -167,7 +165,9 @@ fn admin(
         api_server: Box::new(move || api_text(&api.borrow())),
         parts: vec![(
             "leases",
-            Box::new(move || leases.leases().map_or_else(|error| chain(&error).into(), |leases| leases.len().into())),
+            Box::new(move || {
+                leases.leases().map_or_else(|error| chain(&error).into(), |leases| leases.len().into())
+            }),
         )],
         counters: vec![Counters {
             name: "dns_responses",
@@ -221,7 +221,9 @@ fn install_plugin(folder: &Path) -> anyhow::Result<()> {
         std::fs::copy(&own, &temporary)?;
         std::fs::rename(&temporary, &plugin)
     };
-    install().with_context(|| format!("install the CNI plugin as {}; give a writable --cni-bin-dir", plugin.display()))
+    install().with_context(|| {
+        format!("install the CNI plugin as {}; give a writable --cni-bin-dir", plugin.display())
+    })
 }
 
 fn same_content(a: &Path, b: &Path) -> std::io::Result<bool> {
