@@ -22,7 +22,9 @@ enum LogFormat {
 impl LogArgs {
     /// Installs the logger of this process; call once.
     pub(crate) fn start(&self) -> anyhow::Result<()> {
-        let filter = EnvFilter::try_new(&self.log_level)
+        // hickory logs every query at info and every dropped reply at warn.
+        let directives = format!("hickory_server=warn,hickory_net=error,{}", self.log_level);
+        let filter = EnvFilter::try_new(directives)
             .map_err(|error| anyhow::anyhow!("--log-level {}: {error}", self.log_level))?;
         let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
         match self.log_format {

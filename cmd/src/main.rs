@@ -71,10 +71,22 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("weft: {error:#}");
-            ExitCode::FAILURE
+            if error.is::<Invalid>() { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }
 }
+
+/// A configuration that cannot be used: nothing was started, exit code 2.
+#[derive(Debug)]
+pub(crate) struct Invalid(pub(crate) String);
+
+impl std::fmt::Display for Invalid {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Invalid {}
 
 /// Flags, or the end of the process: one line that says what is wrong and what to do, exit code 2. Help and version go
 /// the usual way.

@@ -102,16 +102,26 @@ impl Store {
 
     fn write_names(&self, change: &Change<'_>) -> usize {
         let known = |name| change.before.and_then(|before| before.names.get(name));
-        let names = change.after.into_iter().flat_map(|after| &after.names);
-        let differing = names.filter(|(name, records)| known(*name) != Some(*records));
-        differing.map(|(name, records)| self.write_lock().set(name.wire(), change.key, records)).count()
+        let mut count = 0;
+        for (name, records) in change.after.into_iter().flat_map(|after| &after.names) {
+            if known(name) != Some(records) {
+                self.write_lock().set(name.wire(), change.key, records);
+                count += 1;
+            }
+        }
+        count
     }
 
     fn remove_names(&self, change: &Change<'_>) -> usize {
         let stays = |name| change.after.is_some_and(|after| after.names.contains_key(name));
-        let names = change.before.into_iter().flat_map(|before| before.names.keys());
-        let gone = names.filter(|name| !stays(*name));
-        gone.map(|name| self.write_lock().unset(name.wire(), change.key)).count()
+        let mut count = 0;
+        for name in change.before.into_iter().flat_map(|before| before.names.keys()) {
+            if !stays(name) {
+                self.write_lock().unset(name.wire(), change.key);
+                count += 1;
+            }
+        }
+        count
     }
 
     /// Answers from the table. `turn` rotates the records of a set: the caller counts it up.

@@ -1,4 +1,3 @@
-//! What the tests of the whole share: a printer and a packet tracer for rule-set values.
+//! What the tests of the whole share: a packet tracer for rule-set values.
 
-pub mod nft_text;
 pub mod trace;

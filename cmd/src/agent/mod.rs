@@ -16,7 +16,7 @@ use config::Config;
 
 pub(crate) fn run(args: AgentArgs) -> anyhow::Result<()> {
     args.log.start()?;
-    let config = args.validate()?;
+    let config = args.validate().map_err(|error| crate::Invalid(format!("{error:#}")))?;
     start::require_root()?;
     let _lock = start::lock(&config.run_dir)?;
     start::require_nftables()?;

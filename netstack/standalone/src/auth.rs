@@ -2,7 +2,8 @@
 //!
 //! There is no RBAC here. `system:masters` may do everything. A Weft agent (`system:serviceaccount:weft-system:weft-agent`
 //! with the group `weft.network:node:NAME`) reads all but Secrets and writes only the annotations of its own Node, Events
-//! and Leases. Everybody else with a valid token reads all but Secrets.
+//! and Leases. A kubelet (`system:node:NAME` with the group `system:nodes`) keeps its own Node and the Pods bound to it.
+//! Everybody else with a valid token reads all but Secrets.
 
 use std::collections::HashMap;
 
@@ -17,6 +18,9 @@ use crate::status::ApiError;
 const MASTERS: &str = "system:masters";
 /// The user name of agents, as their ServiceAccount has it in a real cluster.
 pub const AGENT_USER: &str = "system:serviceaccount:weft-system:weft-agent";
+/// User name of kubelets; the node's name follows.
+pub const KUBELET_PREFIX: &str = "system:node:";
+const KUBELETS: &str = "system:nodes";
 /// Group that binds an agent's token to its node; the node's name follows.
 pub const NODE_GROUP_PREFIX: &str = "weft.network:node:";
 
@@ -140,6 +144,11 @@ impl Identity {
         bound.filter(|_| self.user == AGENT_USER)
     }
 
+    /// The node a kubelet keeps.
+    fn kubelet_node(&self) -> Option<&str> {
+        self.user.strip_prefix(KUBELET_PREFIX).filter(|_| self.groups.iter().any(|it| it == KUBELETS))
+    }
+
     /// # Errors
     /// 403 for what this identity may not do.
     pub(crate) fn authorize(
@@ -150,7 +159,8 @@ impl Identity {
     ) -> Result<(), ApiError> {
         let may = self.is_admin()
             || (verb.is_read() && resource.plural != "secrets")
-            || self.node().is_some_and(|node| agent_may(node, verb, resource, name));
+            || self.node().is_some_and(|node| agent_may(node, verb, resource, name))
+            || self.kubelet_node().is_some_and(|node| kubelet_may(node, verb, resource, name));
         if may {
             return Ok(());
         }
@@ -164,7 +174,8 @@ impl Identity {
         Err(ApiError::forbidden(resource, name.unwrap_or_default(), &why))
     }
 
-    /// The part of authorization that needs both states: an agent changes nothing of its Node but annotations.
+    /// The part of authorization that needs both states: an agent changes nothing of its Node but annotations, a kubelet
+    /// no Pod of another node.
     ///
     /// # Errors
     /// 403 for any other change.
@@ -174,17 +185,17 @@ impl Identity {
         old: &Value,
         new: &Value,
     ) -> Result<(), ApiError> {
-        if self.is_admin()
-            || resource.plural != "nodes"
-            || without_annotations(old) == without_annotations(new)
-        {
+        if self.is_admin() {
             return Ok(());
         }
-        Err(ApiError::forbidden(
-            resource,
-            object::name(old),
-            "an agent may only change the annotations of its own Node",
-        ))
+        let refused = match (resource.plural, self.kubelet_node()) {
+            ("pods", Some(node)) => (old["spec"]["nodeName"].as_str() != Some(node))
+                .then_some("a kubelet may only change the Pods bound to its node"),
+            ("nodes", None) => (without_annotations(old) != without_annotations(new))
+                .then_some("an agent may only change the annotations of its own Node"),
+            _ => None,
+        };
+        refused.map_or(Ok(()), |why| Err(ApiError::forbidden(resource, object::name(old), why)))
     }
 }
 
@@ -193,6 +204,15 @@ fn agent_may(node: &str, verb: Verb, resource: &Resource, name: Option<&str>) ->
         "nodes" => matches!(verb, Verb::Update | Verb::Patch) && name == Some(node),
         "events" => matches!(verb, Verb::Create | Verb::Update | Verb::Patch),
         "leases" => matches!(verb, Verb::Create | Verb::Update | Verb::Patch),
+        _ => false,
+    }
+}
+
+fn kubelet_may(node: &str, verb: Verb, resource: &Resource, name: Option<&str>) -> bool {
+    match resource.plural {
+        "nodes" => verb == Verb::Create || name == Some(node),
+        "pods" => matches!(verb, Verb::Update | Verb::Patch | Verb::Delete),
+        "events" | "leases" => matches!(verb, Verb::Create | Verb::Update | Verb::Patch),
         _ => false,
     }
 }
@@ -238,6 +258,22 @@ mod tests {
         assert_eq!(identify("Bearer wrong"), Err(401));
         assert_eq!(identify("Basic secret"), Err(401));
         assert_eq!(verifier.identify(&HeaderMap::new()).unwrap_err().code, 401);
+    }
+
+    #[test]
+    fn a_kubelet_keeps_its_own_node_and_the_pods_bound_to_it() {
+        let kubelet = Identity { user: "system:node:a".into(), groups: vec!["system:nodes".into()] };
+        let nodes = find("", "v1", "nodes").unwrap();
+        let pods = find("", "v1", "pods").unwrap();
+        let services = find("", "v1", "services").unwrap();
+        assert!(kubelet.authorize(Verb::Patch, nodes, Some("a")).is_ok());
+        assert_eq!(kubelet.authorize(Verb::Patch, nodes, Some("b")).unwrap_err().code, 403);
+        assert_eq!(kubelet.authorize(Verb::Create, services, None).unwrap_err().code, 403);
+        let bound = |node: &str| json!({"metadata": {"name": "p"}, "spec": {"nodeName": node}});
+        assert!(kubelet.authorize_change(pods, &bound("a"), &bound("a")).is_ok());
+        assert_eq!(kubelet.authorize_change(pods, &bound("b"), &bound("b")).unwrap_err().code, 403);
+        let impostor = Identity { user: "system:node:a".into(), groups: Vec::new() };
+        assert!(impostor.authorize(Verb::Patch, nodes, Some("a")).is_err());
     }
 
     #[test]
