@@ -11,7 +11,7 @@ use weft_standalone::{Config, Server};
 
 /// Flags of `weft server`. Sockets passed by LISTEN_FDS (descriptor 3 on) are served beside `--listen`.
 #[derive(clap::Args, Debug)]
-pub struct ServerArgs {
+pub(crate) struct ServerArgs {
     /// Address to listen on; repeatable. Default: 127.0.0.1:6443, unless sockets were inherited
     #[arg(long, value_name = "ADDR:PORT")]
     pub listen: Vec<SocketAddr>,
@@ -56,7 +56,7 @@ pub struct ServerArgs {
 ///
 /// # Errors
 /// One chain that says what could not be done: an address taken, a damaged store, an unreadable file.
-pub async fn run(args: ServerArgs) -> anyhow::Result<()> {
+pub(crate) async fn run(args: ServerArgs) -> anyhow::Result<()> {
     let kubeconfig_out = args.kubeconfig_out.clone();
     let advertised = args.advertise_address.first().copied();
     let mut terminate = signal(SignalKind::terminate()).context("installing the SIGTERM handler")?;

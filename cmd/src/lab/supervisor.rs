@@ -101,7 +101,7 @@ fn tunnel_arguments() -> Vec<String> {
 }
 
 fn agent_arguments(topology: &Topology, node: &str) -> Vec<String> {
-    let kubeconfig = paths::node_kubeconfig(node);
+    let kubeconfig = paths::agent_kubeconfig(node);
     words(&[
         "agent",
         "--node-name",
