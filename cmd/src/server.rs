@@ -9,6 +9,8 @@ use ipnet::IpNet;
 use tokio::signal::unix::{SignalKind, signal};
 use weft_standalone::{Config, Server};
 
+use crate::log::LogArgs;
+
 /// Flags of `weft server`. Sockets passed by LISTEN_FDS (descriptor 3 on) are served beside `--listen`.
 #[derive(clap::Args, Debug)]
 pub(crate) struct ServerArgs {
@@ -22,18 +24,8 @@ pub(crate) struct ServerArgs {
     #[arg(long, value_name = "PORT")]
     pub(crate) advertise_port: Option<u16>,
     /// Pod ranges of the cluster, at most one a family
-<<<<<<< HEAD
-    #[arg(
-        long,
-        value_name = "CIDR",
-        value_delimiter = ',',
-        default_value = "10.244.0.0/16,fd00:10:244::/56"
-    )]
-    pub cluster_cidr: Vec<IpNet>,
-=======
-    #[arg(long, value_name = "CIDR", value_delimiter = ',', default_value = "10.244.0.0/16,fd00:10:244::/56")]
+    #[arg(long, value_name = "CIDR", value_delimiter = ',', default_value = "10.42.0.0/16,fd00:10:42::/56")]
     pub(crate) cluster_cidr: Vec<IpNet>,
->>>>>>> api
     /// Prefix length of a node's IPv4 pod range
     #[arg(long, value_name = "BITS", default_value_t = 24, value_parser = clap::value_parser!(u8).range(1..=32))]
     pub(crate) node_cidr_mask_size_ipv4: u8,
@@ -41,7 +33,7 @@ pub(crate) struct ServerArgs {
     #[arg(long, value_name = "BITS", default_value_t = 64, value_parser = clap::value_parser!(u8).range(1..=128))]
     pub(crate) node_cidr_mask_size_ipv6: u8,
     /// Ranges of Service addresses, at most one a family; the first is the default family
-    #[arg(long, value_name = "CIDR", value_delimiter = ',', default_value = "10.96.0.0/16,fd00:10:96::/112")]
+    #[arg(long, value_name = "CIDR", value_delimiter = ',', default_value = "10.43.0.0/16,fd00:10:43::/112")]
     pub(crate) service_cidr: Vec<IpNet>,
     /// Where objects, the CA and the admin token are kept
     #[arg(long, value_name = "DIR", default_value = "/var/lib/weft/server")]
@@ -55,6 +47,8 @@ pub(crate) struct ServerArgs {
     /// Write an admin kubeconfig here (mode 0600)
     #[arg(long, value_name = "FILE")]
     pub(crate) kubeconfig_out: Option<PathBuf>,
+    #[command(flatten)]
+    log: LogArgs,
 }
 
 /// Runs until SIGTERM or SIGINT, then ends cleanly.
@@ -62,6 +56,7 @@ pub(crate) struct ServerArgs {
 /// # Errors
 /// One chain that says what could not be done: an address taken, a damaged store, an unreadable file.
 pub(crate) async fn run(args: ServerArgs) -> anyhow::Result<()> {
+    args.log.start()?;
     let kubeconfig_out = args.kubeconfig_out.clone();
     let advertised = args.advertise_address.first().copied();
     let mut terminate = signal(SignalKind::terminate()).context("installing the SIGTERM handler")?;
