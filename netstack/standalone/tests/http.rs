@@ -296,3 +296,17 @@ async fn tables_partial_metadata_and_both_kinds_of_event_are_served() {
         (Some("hello"), Some("events.k8s.io/v1"))
     );
 }
+
+#[tokio::test]
+async fn controllers_come_to_rest() {
+    let world = World::new().await;
+    let service =
+        json!({"metadata": {"name": "web"}, "spec": {"selector": {"app": "web"}, "ports": [{"port": 80}]}});
+    world.post("/api/v1/namespaces/default/services", &service).await;
+    world.post("/api/v1/nodes", &json!({"metadata": {"name": "a"}})).await;
+    let revision = async || world.get("/api/v1/nodes").await.1["metadata"]["resourceVersion"].clone();
+    tokio::time::sleep(std::time::Duration::from_millis(700)).await;
+    let before = revision().await;
+    tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+    assert_eq!(revision().await, before, "nothing changes by itself");
+}

@@ -202,3 +202,23 @@ async fn kubectl_get_w_follows_changes() {
     let output = watching.await.unwrap();
     assert_eq!(String::from_utf8_lossy(&output.stdout), "configmap/first\nconfigmap/second\n");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kubectl_creates_without_files_too() {
+    let world = World::new().await;
+    let kubectl = Kubectl::new(&world);
+    assert_eq!(kubectl.run("create namespace shop", "").await, "namespace/shop created\n");
+    assert_eq!(
+        kubectl.run("create configmap settings --from-literal=a=b", "").await,
+        "configmap/settings created\n"
+    );
+    assert_eq!(kubectl.run("get configmap settings -o jsonpath={.data.a}", "").await, "b");
+    assert_eq!(kubectl.run("create secret generic key --from-literal=a=b", "").await, "secret/key created\n");
+    assert_eq!(kubectl.run("get secret key -o jsonpath={.data.a}", "").await, "Yg==");
+    assert_eq!(
+        kubectl.run("create service nodeport plain --tcp=5678:8080", "").await,
+        "service/plain created\n"
+    );
+    assert_eq!(kubectl.run("get service plain -o jsonpath={.spec.ports[0].targetPort}", "").await, "8080");
+    assert_eq!(kubectl.run("create serviceaccount robot", "").await, "serviceaccount/robot created\n");
+}
