@@ -59,7 +59,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
         std::future::pending().await
     });
     let mut loops = Loops { tasks, snapshots: snapshots.clone(), handles: Vec::new() };
-    let overlay = loops.start("overlay", OverlayPlanner::default(), overlay);
+    let overlay = loops.start("overlay", OverlayPlanner, overlay);
     loops.start("proxy", ProxyPlanner::default(), ProxyApplier::new());
     loops.start("dns", dns.planner, dns.applier);
     loops.start("publish", identity, Publisher::new(client));
