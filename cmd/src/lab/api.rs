@@ -45,6 +45,14 @@ pub(super) fn ask<T>(talk: impl AsyncFnOnce(Client) -> anyhow::Result<T>) -> any
     runtime.block_on(async { talk(client(&paths::admin_kubeconfig()).await?).await })
 }
 
+/// The server's own sentence when it refused, instead of the whole answer.
+pub(super) fn brief(error: kube::Error) -> anyhow::Error {
+    match error {
+        kube::Error::Api(status) => anyhow::anyhow!("{} ({})", status.message, status.code),
+        other => other.into(),
+    }
+}
+
 pub(super) fn is_up() -> bool {
     Recorded::read(&paths::process_record("api")).is_some_and(Recorded::is_alive)
 }
@@ -206,7 +214,8 @@ impl Account {
 fn ensure_tokens(topology: &Topology) -> anyhow::Result<()> {
     let path = paths::api_directory().join("tokens");
     let mut text = fs::read_to_string(&path).unwrap_or_default();
-    let of_nodes = topology.node_names().into_iter().flat_map(|node| [Account::kubelet(&node), Account::agent(&node)]);
+    let of_nodes =
+        topology.node_names().into_iter().flat_map(|node| [Account::kubelet(&node), Account::agent(&node)]);
     for Account(account) in std::iter::once(Account::admin()).chain(of_nodes) {
         if !text.lines().any(|line| line.split_once(',').is_some_and(|(_, known)| known == account)) {
             text.push_str(&format!("{:032x},{account}\n", rand::rng().random::<u128>()));
