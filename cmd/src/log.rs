@@ -3,7 +3,7 @@
 use clap::{Args, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
-#[derive(Clone, Args)]
+#[derive(Clone, Debug, Args)]
 pub(crate) struct LogArgs {
     /// How log lines look
     #[arg(long, value_enum, default_value = "human")]
@@ -13,7 +13,7 @@ pub(crate) struct LogArgs {
     log_level: String,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Clone, Copy, Debug, ValueEnum)]
 enum LogFormat {
     Human,
     Json,

@@ -11,7 +11,7 @@ use axum::Router;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 use weft_model::constants::{TABLE_CNI, WIREGUARD_OVERHEAD_BYTES};
-use weft_model::{Health, Snapshot, WgPublicKey};
+use weft_model::{Health, NodeFacts, Snapshot};
 use weft_netstack::admin::{self, Admin, Counters};
 use weft_netstack::cni::apply::PodLinksApplier;
 use weft_netstack::cni::plan::PodLinksPlanner;
@@ -20,7 +20,7 @@ use weft_netstack::kernel::facts;
 use weft_netstack::kernel::netns::Rtnetlink;
 use weft_netstack::kernel::nft::NftTable;
 use weft_netstack::kube::{self, ApiStatus, Identity, Publisher, Watches};
-use weft_netstack::overlay::{OverlayApplier, OverlayPlanner};
+use weft_netstack::overlay::{self, OverlayApplier, OverlayPlanner, tunnel};
 use weft_netstack::proxy::{ProxyApplier, ProxyPlanner};
 use weft_netstack::reconcile::{Applier, Loop, LoopHandle, Pace, Planner, TaskGroup, chain};
 use weft_netstack::store::{Opened, SnapshotRead, Store, StoreError, key};
@@ -41,10 +41,12 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let initial = durable.as_deref().and_then(last_good);
     let client = kube::client(&config.api_server).await?;
     let Watches { snapshots, status } =
-        kube::start(tasks, client.clone(), config.cluster.clone(), facts_rx, initial);
+        kube::start(tasks, client.clone(), config.cluster.clone(), facts_rx.clone(), initial);
 
-    let identity =
-        Identity { public_key: public_key(&private_key), wireguard_port: config.cluster.wireguard_port };
+    let identity = Identity {
+        public_key: tunnel::public_key(private_key),
+        wireguard_port: config.cluster.wireguard_port,
+    };
     let dns = weft_dns::start(
         &config.cluster,
         weft_dns::Options { resolv_conf: config.resolv_conf.clone(), ..weft_dns::Options::default() },
@@ -62,11 +64,11 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     loops.start("dns", dns.planner, dns.applier);
     loops.start("publish", identity, Publisher::new(client));
     let ready = readiness(overlay);
-    let cni = open_cni(snapshots.clone(), leases.clone(), ready.clone()).await?;
+    let cni = open_cni(snapshots.clone(), leases, ready.clone()).await?;
     loops.start("cni", PodLinksPlanner, PodLinksApplier::new(cni.clone()));
     let handles = loops.handles;
 
-    let admin = Arc::new(admin(config, handles, snapshots.clone(), status, leases, dns.stats));
+    let admin = Arc::new(admin(config, handles, snapshots.clone(), status, facts_rx, dns.stats));
     let socket = config.run_dir.join("agent.sock");
     serve_unix(tasks, &socket, cni::server::router(cni).merge(admin::status_router(admin.clone())))?;
     serve_tcp(tasks, config.observe_address, admin::observe_router(admin)).await?;
@@ -107,11 +109,6 @@ fn open_store(path: &Path) -> Result<Store, StoreError> {
         tracing::error!(damaged = %damaged.display(), "the store was damaged: set aside, a new one is in use");
     }
     Ok(store)
-}
-
-fn public_key(private: &[u8; 32]) -> WgPublicKey {
-    let secret = x25519_dalek::StaticSecret::from(*private);
-    WgPublicKey(x25519_dalek::PublicKey::from(&secret).to_bytes())
 }
 
 struct Loops<'a> {
@@ -169,9 +166,10 @@ fn admin(
     loops: Vec<LoopHandle>,
     snapshot_rx: Snapshots,
     api: watch::Receiver<ApiStatus>,
-    leases: Arc<Store>,
+    facts: watch::Receiver<NodeFacts>,
     dns: Arc<weft_dns::Stats>,
 ) -> Admin {
+    let run_dir = config.run_dir.clone();
     Admin {
         node: config.node.clone(),
         version: env!("CARGO_PKG_VERSION"),
@@ -179,9 +177,10 @@ fn admin(
         snapshot_rx,
         api_server: Box::new(move || api_text(&api.borrow())),
         parts: vec![(
-            "leases",
-            Box::new(move || {
-                leases.leases().map_or_else(|error| chain(&error).into(), |leases| leases.len().into())
+            "peers",
+            Box::new(move || match overlay::peers(&run_dir, facts.borrow().wireguard_backend) {
+                Ok(peers) => serde_json::json!(peers),
+                Err(error) => chain(&error).into(),
             }),
         )],
         counters: vec![Counters {

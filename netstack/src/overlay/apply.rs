@@ -190,24 +190,12 @@ pub async fn cleanup(handle: rtnetlink::Handle, run_dir: &Path) -> Applied {
     let table = NftTable::delete(TABLE_HOST);
     note(&mut applied, table.map(|was_there| removed(&format!("nft table {TABLE_HOST}"), was_there)));
     sysctls::restore(run_dir, &mut applied);
-    for file in [STATE_FILE, SOCKET_FILE] {
-        note(&mut applied, remove_file(&run_dir.join(file)));
-    }
     applied
 }
 
 /// Without the device its settings are no failure of their own.
 fn link_exists() -> bool {
     nix::net::if_::if_nametoindex(TUNNEL_LINK).is_ok()
-}
-
-fn remove_file(path: &Path) -> Result<Vec<String>, OverlayError> {
-    let what = path.display().to_string();
-    match std::fs::remove_file(path) {
-        Ok(()) => Ok(vec![format!("no {what}")]),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(source) => Err(OverlayError::Remove { what, source }),
-    }
 }
 
 fn ensure_tun() -> Result<Vec<String>, OverlayError> {
