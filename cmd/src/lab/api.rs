@@ -73,16 +73,17 @@ pub(super) fn start(topology: &Topology) -> anyhow::Result<()> {
     drop(go);
     // Collected when it ends, also while this process lives on.
     std::thread::spawn(move || child.wait());
-    wait_until_it_answers(topology, recorded)
+    wait_until_it_answers(topology)
 }
 
-fn wait_until_it_answers(topology: &Topology, recorded: Recorded) -> anyhow::Result<()> {
+/// Writes the kubeconfigs and waits until the server that was started answers.
+pub(super) fn wait_until_it_answers(topology: &Topology) -> anyhow::Result<()> {
     let deadline = Instant::now() + START_LIMIT;
     loop {
         let answer = write_kubeconfigs(topology).and_then(|()| ask(async |client| version(client).await));
         let Err(error) = answer else { return Ok(()) };
         let log = paths::log("lan", "server");
-        if !recorded.is_alive() {
+        if !is_up() {
             bail!("the API server ended while starting:\n{}", tail(&log, 5));
         }
         if Instant::now() > deadline {
