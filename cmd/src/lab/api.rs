@@ -45,6 +45,14 @@ pub(super) fn ask<T>(talk: impl AsyncFnOnce(Client) -> anyhow::Result<T>) -> any
     runtime.block_on(async { talk(client(&paths::admin_kubeconfig()).await?).await })
 }
 
+/// The server's own sentence when it refused, instead of the whole answer.
+pub(super) fn brief(error: kube::Error) -> anyhow::Error {
+    match error {
+        kube::Error::Api(status) => anyhow::anyhow!("{} ({})", status.message, status.code),
+        other => other.into(),
+    }
+}
+
 pub(super) fn is_up() -> bool {
     Recorded::read(&paths::process_record("api")).is_some_and(Recorded::is_alive)
 }
@@ -65,16 +73,17 @@ pub(super) fn start(topology: &Topology) -> anyhow::Result<()> {
     drop(go);
     // Collected when it ends, also while this process lives on.
     std::thread::spawn(move || child.wait());
-    wait_until_it_answers(topology, recorded)
+    wait_until_it_answers(topology)
 }
 
-fn wait_until_it_answers(topology: &Topology, recorded: Recorded) -> anyhow::Result<()> {
+/// Writes the kubeconfigs and waits until the server that was started answers.
+pub(super) fn wait_until_it_answers(topology: &Topology) -> anyhow::Result<()> {
     let deadline = Instant::now() + START_LIMIT;
     loop {
         let answer = write_kubeconfigs(topology).and_then(|()| ask(async |client| version(client).await));
         let Err(error) = answer else { return Ok(()) };
         let log = paths::log("lan", "server");
-        if !recorded.is_alive() {
+        if !is_up() {
             bail!("the API server ended while starting:\n{}", tail(&log, 5));
         }
         if Instant::now() > deadline {

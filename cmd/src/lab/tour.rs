@@ -359,6 +359,16 @@ impl Tour {
                 Ok(())
             })
         })?;
+        for node in self.topology.node_names() {
+            settle(|| {
+                let text = shell::output_on_machine(&node, &["weft", "status", "-o", "json"])?;
+                let status: serde_json::Value =
+                    serde_json::from_str(&text).context("the status of an agent")?;
+                let api = status["api_server"].as_str().unwrap_or_default();
+                ensure!(api.starts_with("connected"), "the agent of {node} says of the API server: {api}");
+                Ok(())
+            })?;
+        }
         for side in &self.sides {
             settle(|| {
                 let counts = tally(&in_pod_quietly("toolbox", &many(side.curl, NAME, 40))?)?;
@@ -367,7 +377,8 @@ impl Tour {
             })?;
             in_pod("toolbox", &many(side.curl, NAME, 40))?;
         }
-        Ok("every node Ready, every pod known with its addresses and answering".to_owned())
+        Ok("every node Ready, every agent connected, every pod known with its addresses and answering"
+            .to_owned())
     }
 }
 
