@@ -4,9 +4,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
 use clap::Args;
-use weft_model::constants::{POD_LINK_PREFIX, TABLE_CNI, TABLE_PROXY};
-use weft_netstack::cni::conflist;
-use weft_netstack::kernel::link::Links;
+use weft_model::constants::TABLE_PROXY;
+use weft_netstack::cni::{self, conflist};
 use weft_netstack::kernel::netns::Rtnetlink;
 use weft_netstack::kernel::nft::NftTable;
 use weft_netstack::overlay;
@@ -40,10 +39,15 @@ pub(crate) async fn run(args: CleanupArgs) -> anyhow::Result<()> {
     let second = remove(&args).await?;
     drop(lock);
     if args.run_dir.exists() {
-        std::fs::remove_dir_all(&args.run_dir).with_context(|| format!("remove {}", args.run_dir.display()))?;
+        std::fs::remove_dir_all(&args.run_dir)
+            .with_context(|| format!("remove {}", args.run_dir.display()))?;
     }
     ensure!(second.failed.is_empty(), "not everything could be removed: {}", second.failed.join("; "));
-    ensure!(second.removed.is_empty(), "these came back, is something of Weft running? {}", second.removed.join("; "));
+    ensure!(
+        second.removed.is_empty(),
+        "these came back, is something of Weft running? {}",
+        second.removed.join("; ")
+    );
     println!("nothing of Weft is left on this node");
     Ok(())
 }
@@ -72,13 +76,11 @@ async fn remove(args: &CleanupArgs) -> anyhow::Result<Outcome> {
     outcome.note(&format!("{}", plugin.display()), remove_file(&plugin));
 
     let netlink = Rtnetlink::connect().context("open an rtnetlink socket")?;
-    let links = Links::new(netlink.handle.clone());
-    for link in links.list_by_prefix(POD_LINK_PREFIX).await? {
-        outcome.note(&format!("link {}", link.name), links.delete(&link.name).await);
-    }
+    let pods = cni::cleanup::remove_all(&netlink.handle).await;
+    outcome.removed.extend(pods.changed);
+    outcome.failed.extend(pods.failed);
     outcome.note("nft table weft-proxy", NftTable::delete(TABLE_PROXY));
-    outcome.note("nft table weft-cni", NftTable::delete(TABLE_CNI));
-    let overlay = overlay::cleanup(netlink.handle.clone()).await;
+    let overlay = overlay::cleanup(netlink.handle.clone(), &args.run_dir).await;
     outcome.removed.extend(overlay.changed);
     outcome.failed.extend(overlay.failed);
 

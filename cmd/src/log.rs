@@ -3,7 +3,7 @@
 use clap::{Args, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
-#[derive(Clone, Args)]
+#[derive(Clone, Debug, Args)]
 pub(crate) struct LogArgs {
     /// How log lines look
     #[arg(long, value_enum, default_value = "human")]
@@ -13,7 +13,7 @@ pub(crate) struct LogArgs {
     log_level: String,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Clone, Copy, Debug, ValueEnum)]
 enum LogFormat {
     Human,
     Json,
@@ -29,7 +29,10 @@ impl LogArgs {
         let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
         match self.log_format {
             LogFormat::Human => {
-                builder.with_target(false).with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init();
+                builder
+                    .with_target(false)
+                    .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+                    .init();
             }
             LogFormat::Json => builder.json().flatten_event(true).init(),
         }

@@ -14,7 +14,12 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
-#[command(name = "weft", version, about = "The whole network of a Kubernetes node in one binary", max_term_width = 100)]
+#[command(
+    name = "weft",
+    version,
+    about = "The whole network of a Kubernetes node in one binary",
+    max_term_width = 100
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

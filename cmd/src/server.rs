@@ -9,49 +9,54 @@ use ipnet::IpNet;
 use tokio::signal::unix::{SignalKind, signal};
 use weft_standalone::{Config, Server};
 
+use crate::log::LogArgs;
+
 /// Flags of `weft server`. Sockets passed by LISTEN_FDS (descriptor 3 on) are served beside `--listen`.
 #[derive(clap::Args, Debug)]
-pub struct ServerArgs {
+pub(crate) struct ServerArgs {
     /// Address to listen on; repeatable. Default: 127.0.0.1:6443, unless sockets were inherited
     #[arg(long, value_name = "ADDR:PORT")]
-    pub listen: Vec<SocketAddr>,
+    pub(crate) listen: Vec<SocketAddr>,
     /// Address of the `kubernetes` Service's endpoint, one a family; repeatable. Default: the first --listen that is not loopback
     #[arg(long, value_name = "ADDR")]
-    pub advertise_address: Vec<IpAddr>,
+    pub(crate) advertise_address: Vec<IpAddr>,
     /// Port of that endpoint. Default: the first listener's
     #[arg(long, value_name = "PORT")]
-    pub advertise_port: Option<u16>,
+    pub(crate) advertise_port: Option<u16>,
     /// Pod ranges of the cluster, at most one a family
-    #[arg(long, value_name = "CIDR", value_delimiter = ',', default_value = "10.244.0.0/16,fd00:10:244::/56")]
-    pub cluster_cidr: Vec<IpNet>,
+    #[arg(long, value_name = "CIDR", value_delimiter = ',', default_value = "10.42.0.0/16,fd00:10:42::/56")]
+    pub(crate) cluster_cidr: Vec<IpNet>,
     /// Prefix length of a node's IPv4 pod range
     #[arg(long, value_name = "BITS", default_value_t = 24, value_parser = clap::value_parser!(u8).range(1..=32))]
-    pub node_cidr_mask_size_ipv4: u8,
+    pub(crate) node_cidr_mask_size_ipv4: u8,
     /// Prefix length of a node's IPv6 pod range
     #[arg(long, value_name = "BITS", default_value_t = 64, value_parser = clap::value_parser!(u8).range(1..=128))]
-    pub node_cidr_mask_size_ipv6: u8,
+    pub(crate) node_cidr_mask_size_ipv6: u8,
     /// Ranges of Service addresses, at most one a family; the first is the default family
-    #[arg(long, value_name = "CIDR", value_delimiter = ',', default_value = "10.96.0.0/16,fd00:10:96::/112")]
-    pub service_cidr: Vec<IpNet>,
+    #[arg(long, value_name = "CIDR", value_delimiter = ',', default_value = "10.43.0.0/16,fd00:10:43::/112")]
+    pub(crate) service_cidr: Vec<IpNet>,
     /// Where objects, the CA and the admin token are kept
     #[arg(long, value_name = "DIR", default_value = "/var/lib/weft/server")]
-    pub data_dir: PathBuf,
+    pub(crate) data_dir: PathBuf,
     /// Further name or address of the server certificate; repeatable
     #[arg(long, value_name = "NAME")]
-    pub tls_san: Vec<String>,
+    pub(crate) tls_san: Vec<String>,
     /// File of `token,user,groups` lines
     #[arg(long, value_name = "FILE")]
-    pub token_file: Option<PathBuf>,
+    pub(crate) token_file: Option<PathBuf>,
     /// Write an admin kubeconfig here (mode 0600)
     #[arg(long, value_name = "FILE")]
-    pub kubeconfig_out: Option<PathBuf>,
+    pub(crate) kubeconfig_out: Option<PathBuf>,
+    #[command(flatten)]
+    log: LogArgs,
 }
 
 /// Runs until SIGTERM or SIGINT, then ends cleanly.
 ///
 /// # Errors
 /// One chain that says what could not be done: an address taken, a damaged store, an unreadable file.
-pub async fn run(args: ServerArgs) -> anyhow::Result<()> {
+pub(crate) async fn run(args: ServerArgs) -> anyhow::Result<()> {
+    args.log.start()?;
     let kubeconfig_out = args.kubeconfig_out.clone();
     let advertised = args.advertise_address.first().copied();
     let mut terminate = signal(SignalKind::terminate()).context("installing the SIGTERM handler")?;
@@ -88,7 +93,8 @@ fn config(args: ServerArgs) -> anyhow::Result<Config> {
     config.service_cidrs = args.service_cidr;
     config.tls_names = args.tls_san;
     if let Some(path) = args.token_file {
-        let text = std::fs::read_to_string(&path).with_context(|| format!("token file {}", path.display()))?;
+        let text =
+            std::fs::read_to_string(&path).with_context(|| format!("token file {}", path.display()))?;
         config.tokens =
             weft_standalone::parse_tokens(&text).with_context(|| format!("token file {}", path.display()))?;
     }
@@ -101,7 +107,11 @@ fn write_kubeconfig(server: &Server, advertised: Option<IpAddr>, path: &Path) ->
     if let Some(ip) = advertised {
         address.set_ip(ip);
     } else if address.ip().is_unspecified() {
-        let loopback = if address.is_ipv4() { IpAddr::from([127, 0, 0, 1]) } else { IpAddr::from(std::net::Ipv6Addr::LOCALHOST) };
+        let loopback = if address.is_ipv4() {
+            IpAddr::from([127, 0, 0, 1])
+        } else {
+            IpAddr::from(std::net::Ipv6Addr::LOCALHOST)
+        };
         address.set_ip(loopback);
     }
     server

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use comfy_table::{Table, presets};
+use weft_model::wireguard::PeerStatus;
 use weft_model::{Health, Report};
 use weft_netstack::admin::Status;
 
@@ -35,7 +36,8 @@ pub(crate) fn run(args: &StatusArgs) -> anyhow::Result<()> {
         println!("{body}");
         return Ok(());
     }
-    let status: Status = serde_json::from_str(&body).context("the agent's answer is of another version of weft")?;
+    let status: Status =
+        serde_json::from_str(&body).context("the agent's answer is of another version of weft")?;
     print!("{}", text(&status));
     Ok(())
 }
@@ -72,13 +74,43 @@ fn text(status: &Status) -> String {
         lines.extend(report.problems.iter().map(|problem| format!("{} problem: {problem}", report.name)));
     }
     lines.extend(status.problems.iter().map(|problem| format!("problem: {problem}")));
-    lines.extend(status.parts.iter().map(|(name, value)| format!("{name}: {value}")));
+    lines.extend(status.parts.get("peers").map(peers));
     lines.join("\n") + "\n"
+}
+
+/// A table of the overlay's peers, or the reason why there is none.
+fn peers(part: &serde_json::Value) -> String {
+    let Ok(peers) = serde_json::from_value::<Vec<PeerStatus>>(part.clone()) else {
+        return format!("peers: {}", part.as_str().unwrap_or("unknown"));
+    };
+    if peers.is_empty() {
+        return "peers: none".to_owned();
+    }
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_header(["PEER", "ENDPOINT", "HANDSHAKE", "RECEIVED", "SENT"]);
+    for peer in peers {
+        table.add_row([
+            peer.public_key.to_string(),
+            peer.endpoint.map_or_else(|| "unknown".to_owned(), |endpoint| endpoint.to_string()),
+            peer.last_handshake_seconds
+                .map_or_else(|| "none yet".to_owned(), |seconds| format!("{seconds} s ago")),
+            format!("{} B", peer.received_bytes),
+            format!("{} B", peer.sent_bytes),
+        ]);
+    }
+    format!("\n{table}")
 }
 
 fn loops(reports: &[Report]) -> Table {
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_header(["LOOP", "HEALTH", "APPLIED", "PASSES", "LAST PASS", "LAST CHANGE"]);
+    table.load_preset(presets::NOTHING).set_header([
+        "LOOP",
+        "HEALTH",
+        "APPLIED",
+        "PASSES",
+        "LAST PASS",
+        "LAST CHANGE",
+    ]);
     for report in reports {
         let health = match report.health() {
             Health::Starting => "starting",

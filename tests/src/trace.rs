@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use weft_model::objects::Protocol;
 use weft_model::ruleset::{
-    Chain, ChainKind, Datum, ElementData, Field, Hook, Rule, Set, Statement, Table, Verdict,
+    Chain, ChainKind, CtState, Datum, ElementData, Field, Hook, Rule, Set, Statement, Table, Verdict,
 };
 
 /// What the rules can see of a packet.
@@ -173,6 +173,7 @@ impl<'a, R: Routes> Run<'a, R> {
                     self.mark |= bits;
                     true
                 }
+                Statement::CtState { states, negated } => states.contains(&CtState::New) != *negated,
                 Statement::Counter => true,
                 Statement::VerdictMap { key, map } => match self.find(map, key) {
                     Some(ElementData::Verdict(verdict)) => return self.verdict(&verdict),

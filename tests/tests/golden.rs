@@ -12,7 +12,6 @@ use weft_model::{ClusterConfig, Generation, NodeFacts, NodeName, Problem, Snapsh
 use weft_netstack::kube::Cluster;
 use weft_netstack::proxy::ProxyPlanner;
 use weft_netstack::reconcile::Planner;
-use weft_tests::nft_text;
 
 fn snapshot(cluster: &Path) -> Result<Snapshot> {
     let text = fs::read_to_string(cluster)?;
@@ -37,7 +36,7 @@ fn plan(snapshot: &Snapshot) -> Vec<(&'static str, String)> {
     let proxy = ProxyPlanner::default().plan(snapshot);
     let problems: Vec<String> =
         snapshot.problems.iter().chain(&proxy.problems).map(Problem::to_string).collect();
-    vec![("nft.txt", nft_text::print(&proxy.plan.table)), ("problems.txt", lines(&problems))]
+    vec![("nft.txt", proxy.plan.table.to_string()), ("problems.txt", lines(&problems))]
 }
 
 fn lines(lines: &[String]) -> String {

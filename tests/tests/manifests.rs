@@ -1,5 +1,7 @@
 //! What is installed names exactly the verbs that the code uses.
 
+#![allow(clippy::unwrap_used, reason = "a test's set-up fails the test")]
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Deserialize;

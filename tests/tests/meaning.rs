@@ -4,6 +4,9 @@
 //! `expected` is written from the Service and EndpointSlice documentation (virtual IPs, traffic policies, KEP-1669), without a
 //! look at the planner: it walks all Services for every packet. The planner's rules are followed by the tracer.
 
+// Helpers of a test are test code; clippy sees that only of functions marked #[test].
+#![allow(clippy::unwrap_used)]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -397,7 +400,7 @@ impl Routes for Node4And6 {
             return None;
         }
         if let Some(i) = of.own_pods.iter().position(|pod| ip(pod) == destination) {
-            return Some(format!("weftp{i:011x}"));
+            return Some(format!("weftp{i:010x}"));
         }
         let tunnel = of.other_pods.iter().any(|pod| ip(pod) == destination);
         Some(if tunnel { "weft0" } else { "eth0" }.to_owned())
@@ -417,8 +420,8 @@ impl Routes for Node4And6 {
 fn clients(ipv6: bool) -> Vec<(Origin<'static>, IpAddr, bool)> {
     let of = family(ipv6);
     vec![
-        (Origin::Link("weftp00000000000"), ip(of.own_pods[0]), true),
-        (Origin::Link("weftp00000000001"), ip(of.own_pods[1]), true),
+        (Origin::Link("weftp0000000000"), ip(of.own_pods[0]), true),
+        (Origin::Link("weftp0000000001"), ip(of.own_pods[1]), true),
         (Origin::Host, ip(of.own_node), true),
         (Origin::Host, ip(of.own_second_address), true),
         (Origin::Host, ip(of.own_host_address), true),
@@ -443,7 +446,8 @@ fn destinations(ipv6: bool) -> Vec<SocketAddr> {
 
 fn check(plan: &ProxyPlan, packet: &Packet, origin: Origin<'_>, expected: &Expected) {
     let mut reached = BTreeSet::new();
-    for random in 0..12 {
+    let randoms = if matches!(expected, Expected::OneOf(_)) { 12 } else { 1 };
+    for random in 0..randoms {
         match (trace(&plan.table, &Node4And6, origin, packet, random), expected) {
             (Outcome::Rejected, Expected::Rejected) | (Outcome::Dropped, Expected::Dropped) => {}
             (Outcome::Passed { destination, masqueraded: false }, Expected::Untouched)
@@ -493,7 +497,7 @@ fn check_cluster((services, slices): &ClusterState) -> BTreeMap<&'static str, us
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 32, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn every_packet_goes_where_the_kubernetes_text_sends_it(cluster in cluster()) {
@@ -540,13 +544,13 @@ fn random_clusters_show_every_outcome() {
     use proptest::test_runner::TestRunner;
     let mut runner = TestRunner::deterministic();
     let mut seen: BTreeMap<&str, usize> = BTreeMap::new();
-    for _ in 0..16 {
+    for _ in 0..20 {
         let state = cluster().new_tree(&mut runner).unwrap().current();
         for (name, count) in check_cluster(&state) {
             *seen.entry(name).or_default() += count;
         }
     }
     for name in ["rejected", "dropped", "untouched", "sent on"] {
-        assert!(seen.get(name).is_some_and(|count| *count > 300), "too few packets {name}: {seen:?}");
+        assert!(seen.get(name).is_some_and(|count| *count > 200), "too few packets {name}: {seen:?}");
     }
 }

@@ -84,9 +84,12 @@ impl AgentArgs {
         one_a_family("--service-cidr", self.service_cidr.iter().map(IpNet::addr))?;
         one_a_family("--cluster-dns", self.cluster_dns.iter().copied())?;
         for pods in &self.cluster_cidr {
-            let overlap = self.service_cidr.iter().find(|s| s.contains(&pods.network()) || pods.contains(&s.network()));
+            let overlap =
+                self.service_cidr.iter().find(|s| s.contains(&pods.network()) || pods.contains(&s.network()));
             if let Some(services) = overlap {
-                anyhow::bail!("--cluster-cidr {pods} and --service-cidr {services} overlap; choose disjoint ranges");
+                anyhow::bail!(
+                    "--cluster-cidr {pods} and --service-cidr {services} overlap; choose disjoint ranges"
+                );
             }
         }
         for address in &self.cluster_dns {
@@ -117,7 +120,10 @@ impl AgentArgs {
 
 fn one_a_family(flag: &str, addresses: impl Iterator<Item = IpAddr>) -> anyhow::Result<()> {
     let (v4, v6): (Vec<_>, Vec<_>) = addresses.partition(IpAddr::is_ipv4);
-    ensure!(v4.len() <= 1 && v6.len() <= 1, "{flag} takes at most one value of each IP family, separated by a comma");
+    ensure!(
+        v4.len() <= 1 && v6.len() <= 1,
+        "{flag} takes at most one value of each IP family, separated by a comma"
+    );
     Ok(())
 }
 
@@ -176,7 +182,11 @@ mod tests {
 
     fn validate(flags: &[&str]) -> Result<Config, String> {
         let line = ["weft", "--node-name", "a", "--kubeconfig", "/k"].iter().chain(flags);
-        Line::try_parse_from(line).map_err(|error| error.to_string())?.agent.validate().map_err(|e| e.to_string())
+        Line::try_parse_from(line)
+            .map_err(|error| error.to_string())?
+            .agent
+            .validate()
+            .map_err(|e| e.to_string())
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Background duties of the agent: the last good Snapshot on disk, the CNI configuration in place, the leases true.
+//! Background duties of the agent: the last good Snapshot on disk, the CNI configuration in place.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use weft_model::Snapshot;
-use weft_netstack::cni::{Cni, Readiness, conflist};
+use weft_netstack::cni::{Readiness, conflist};
 use weft_netstack::reconcile::chain;
 use weft_netstack::store::Store;
 
@@ -59,9 +59,8 @@ impl Saver {
     }
 }
 
-/// How often the configuration's presence and the leases are looked at.
+/// How often the configuration's presence is looked at.
 const CONFLIST_CHECK: Duration = Duration::from_secs(2);
-const LEASE_CHECK: Duration = Duration::from_secs(300);
 
 /// Puts the CNI configuration in place when ADD can succeed, and back when it was removed.
 pub(super) struct Conflist {
@@ -76,7 +75,8 @@ impl Conflist {
         let text = conflist::render(&self.socket);
         let mut said = String::new();
         loop {
-            let able = self.snapshots.borrow().as_ref().is_some_and(|snapshot| (self.ready)(snapshot).is_ok());
+            let able =
+                self.snapshots.borrow().as_ref().is_some_and(|snapshot| (self.ready)(snapshot).is_ok());
             if able {
                 let outcome = self.ensure(&text);
                 if outcome != said {
@@ -101,14 +101,5 @@ impl Conflist {
             },
             Err(error) => format!("CNI configuration: {}", chain(&error)),
         }
-    }
-}
-
-/// Compares leases with what exists, every few minutes.
-pub(super) async fn leases(cni: Arc<Cni>) -> Result<(), String> {
-    loop {
-        tokio::time::sleep(LEASE_CHECK).await;
-        let outcome = cni.reconcile().await;
-        tracing::debug!(?outcome, "leases reconciled");
     }
 }

@@ -40,7 +40,9 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         reason = tasks.first_end() => Some(reason),
     };
     drop(tasks);
-    saver.save_now();
+    if let Some(saver) = saver {
+        saver.save_now();
+    }
     match ended {
         None => {
             tracing::info!("agent stops; the data plane stays in place");

@@ -46,7 +46,10 @@ pub(crate) fn lock(run_dir: &Path) -> anyhow::Result<Flock<File>> {
             Ok(lock)
         }
         Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
-            bail!("an agent runs on this node already (pid {}); stop it first, or give another --run-dir", holder.trim())
+            bail!(
+                "an agent runs on this node already (pid {}); stop it first, or give another --run-dir",
+                holder.trim()
+            )
         }
         Err((_, errno)) => Err(errno).with_context(|| format!("lock {}", path.display())),
     }

@@ -11,41 +11,40 @@ use axum::Router;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 use weft_model::constants::{TABLE_CNI, WIREGUARD_OVERHEAD_BYTES};
-use weft_model::{Health, Snapshot, WgPublicKey};
+use weft_model::{Health, NodeFacts, Snapshot};
 use weft_netstack::admin::{self, Admin, Counters};
+use weft_netstack::cni::apply::PodLinksApplier;
+use weft_netstack::cni::plan::PodLinksPlanner;
 use weft_netstack::cni::{self, Cni, PodMtu, Readiness};
 use weft_netstack::kernel::facts;
 use weft_netstack::kernel::netns::Rtnetlink;
 use weft_netstack::kernel::nft::NftTable;
 use weft_netstack::kube::{self, ApiStatus, Identity, Publisher, Watches};
-use weft_netstack::overlay::{OverlayApplier, OverlayPlanner};
+use weft_netstack::overlay::{self, OverlayApplier, OverlayPlanner, tunnel};
 use weft_netstack::proxy::{ProxyApplier, ProxyPlanner};
 use weft_netstack::reconcile::{Applier, Loop, LoopHandle, Pace, Planner, TaskGroup, chain};
-use weft_netstack::store::{Opened, Store, StoreError, key};
+use weft_netstack::store::{Opened, SnapshotRead, Store, StoreError, key};
 
 use super::config::Config;
-use super::keep::{self, Conflist, Saver};
+use super::keep::{Conflist, Saver};
 
 type Snapshots = watch::Receiver<Option<Arc<Snapshot>>>;
 
 /// Starts every part of the node in `tasks`.
-pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Result<Saver> {
+pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Result<Option<Saver>> {
     let private_key = key::load_or_create_key(&config.state_dir.join("wireguard.key"))?;
-    let durable = Arc::new(open_store(&config.state_dir.join("store"))?);
+    let durable = open_durable(&config.state_dir.join("store"));
     let leases = Arc::new(open_store(&config.run_dir.join("store"))?);
     let (facts_rx, follow_facts) = facts::watch(config.node.clone()).await?;
     tasks.start("facts", follow_facts);
 
-    let initial = durable.load_snapshot()?;
-    if let Some(reason) = initial.unreadable {
-        tracing::warn!(reason, "starting without the last good snapshot");
-    }
+    let initial = durable.as_deref().and_then(last_good);
     let client = kube::client(&config.api_server).await?;
     let Watches { snapshots, status } =
-        kube::start(tasks, client.clone(), config.cluster.clone(), facts_rx.clone(), initial.snapshot);
+        kube::start(tasks, client.clone(), config.cluster.clone(), facts_rx.clone(), initial);
 
     let identity = Identity {
-        public_key: public_key(&private_key),
+        public_key: tunnel::public_key(private_key),
         wireguard_port: config.cluster.wireguard_port,
     };
     let dns = weft_dns::start(
@@ -60,15 +59,16 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
         std::future::pending().await
     });
     let mut loops = Loops { tasks, snapshots: snapshots.clone(), handles: Vec::new() };
-    let overlay = loops.start("overlay", OverlayPlanner::default(), overlay);
+    let overlay = loops.start("overlay", OverlayPlanner, overlay);
     loops.start("proxy", ProxyPlanner::default(), ProxyApplier::new());
     loops.start("dns", dns.planner, dns.applier);
     loops.start("publish", identity, Publisher::new(client));
+    let ready = readiness(overlay);
+    let cni = open_cni(snapshots.clone(), leases, ready.clone()).await?;
+    loops.start("cni", PodLinksPlanner, PodLinksApplier::new(cni.clone()));
     let handles = loops.handles;
 
-    let ready = readiness(overlay);
-    let cni = start_cni(tasks, snapshots.clone(), leases.clone(), ready.clone()).await?;
-    let admin = Arc::new(admin(config, handles, snapshots.clone(), status, leases, dns.stats));
+    let admin = Arc::new(admin(config, handles, snapshots.clone(), status, facts_rx, dns.stats));
     let socket = config.run_dir.join("agent.sock");
     serve_unix(tasks, &socket, cni::server::router(cni).merge(admin::status_router(admin.clone())))?;
     serve_tcp(tasks, config.observe_address, admin::observe_router(admin)).await?;
@@ -78,9 +78,29 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
         "conflist",
         Conflist { folder: config.cni_conf_dir.clone(), socket, snapshots: snapshots.clone(), ready }.run(),
     );
-    let saver = Saver { store: durable, snapshots };
-    tasks.start("saver", saver.clone().run());
+    let saver = durable.map(|store| Saver { store, snapshots });
+    if let Some(saver) = saver.clone() {
+        tasks.start("saver", saver.run());
+    }
     Ok(saver)
+}
+
+/// Without it the node works, until it reboots while the API server is away.
+fn open_durable(path: &Path) -> Option<Arc<Store>> {
+    open_store(path)
+        .inspect_err(|error| tracing::error!(error = chain(error), "running without the last good snapshot"))
+        .ok()
+        .map(Arc::new)
+}
+
+fn last_good(store: &Store) -> Option<Snapshot> {
+    let read = store
+        .load_snapshot()
+        .unwrap_or_else(|error| SnapshotRead { snapshot: None, unreadable: Some(chain(&error)) });
+    if let Some(reason) = read.unreadable {
+        tracing::warn!(reason, "starting without the last good snapshot");
+    }
+    read.snapshot
 }
 
 fn open_store(path: &Path) -> Result<Store, StoreError> {
@@ -89,11 +109,6 @@ fn open_store(path: &Path) -> Result<Store, StoreError> {
         tracing::error!(damaged = %damaged.display(), "the store was damaged: set aside, a new one is in use");
     }
     Ok(store)
-}
-
-fn public_key(private: &[u8; 32]) -> WgPublicKey {
-    let secret = x25519_dalek::StaticSecret::from(*private);
-    WgPublicKey(x25519_dalek::PublicKey::from(&secret).to_bytes())
 }
 
 struct Loops<'a> {
@@ -130,12 +145,8 @@ fn readiness(overlay: LoopHandle) -> Readiness {
     })
 }
 
-async fn start_cni(
-    tasks: &mut TaskGroup,
-    snapshots: Snapshots,
-    store: Arc<Store>,
-    readiness: Readiness,
-) -> anyhow::Result<Arc<Cni>> {
+/// Leases are made true before the first request is served.
+async fn open_cni(snapshots: Snapshots, store: Arc<Store>, readiness: Readiness) -> anyhow::Result<Arc<Cni>> {
     let pod_mtu_bytes: PodMtu = Arc::new(|snapshot| {
         let own = snapshot.own_node().map(|node| node.primary_ips().collect::<Vec<_>>()).unwrap_or_default();
         snapshot.facts.underlay_mtu_bytes(&own) - WIREGUARD_OVERHEAD_BYTES
@@ -147,7 +158,6 @@ async fn start_cni(
     for failure in &outcome.failed {
         tracing::warn!(failure, "leases");
     }
-    tasks.start("leases", keep::leases(cni.clone()));
     Ok(cni)
 }
 
@@ -156,9 +166,10 @@ fn admin(
     loops: Vec<LoopHandle>,
     snapshot_rx: Snapshots,
     api: watch::Receiver<ApiStatus>,
-    leases: Arc<Store>,
+    facts: watch::Receiver<NodeFacts>,
     dns: Arc<weft_dns::Stats>,
 ) -> Admin {
+    let run_dir = config.run_dir.clone();
     Admin {
         node: config.node.clone(),
         version: env!("CARGO_PKG_VERSION"),
@@ -166,8 +177,11 @@ fn admin(
         snapshot_rx,
         api_server: Box::new(move || api_text(&api.borrow())),
         parts: vec![(
-            "leases",
-            Box::new(move || leases.leases().map_or_else(|error| chain(&error).into(), |leases| leases.len().into())),
+            "peers",
+            Box::new(move || match overlay::peers(&run_dir, facts.borrow().wireguard_backend) {
+                Ok(peers) => serde_json::json!(peers),
+                Err(error) => chain(&error).into(),
+            }),
         )],
         counters: vec![Counters {
             name: "dns_responses",
@@ -221,7 +235,9 @@ fn install_plugin(folder: &Path) -> anyhow::Result<()> {
         std::fs::copy(&own, &temporary)?;
         std::fs::rename(&temporary, &plugin)
     };
-    install().with_context(|| format!("install the CNI plugin as {}; give a writable --cni-bin-dir", plugin.display()))
+    install().with_context(|| {
+        format!("install the CNI plugin as {}; give a writable --cni-bin-dir", plugin.display())
+    })
 }
 
 fn same_content(a: &Path, b: &Path) -> std::io::Result<bool> {

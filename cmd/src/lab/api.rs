@@ -45,6 +45,14 @@ pub(super) fn ask<T>(talk: impl AsyncFnOnce(Client) -> anyhow::Result<T>) -> any
     runtime.block_on(async { talk(client(&paths::admin_kubeconfig()).await?).await })
 }
 
+/// The server's own sentence when it refused, instead of the whole answer.
+pub(super) fn brief(error: kube::Error) -> anyhow::Error {
+    match error {
+        kube::Error::Api(status) => anyhow::anyhow!("{} ({})", status.message, status.code),
+        other => other.into(),
+    }
+}
+
 pub(super) fn is_up() -> bool {
     Recorded::read(&paths::process_record("api")).is_some_and(Recorded::is_alive)
 }
@@ -65,16 +73,17 @@ pub(super) fn start(topology: &Topology) -> anyhow::Result<()> {
     drop(go);
     // Collected when it ends, also while this process lives on.
     std::thread::spawn(move || child.wait());
-    wait_until_it_answers(topology, recorded)
+    wait_until_it_answers(topology)
 }
 
-fn wait_until_it_answers(topology: &Topology, recorded: Recorded) -> anyhow::Result<()> {
+/// Writes the kubeconfigs and waits until the server that was started answers.
+pub(super) fn wait_until_it_answers(topology: &Topology) -> anyhow::Result<()> {
     let deadline = Instant::now() + START_LIMIT;
     loop {
         let answer = write_kubeconfigs(topology).and_then(|()| ask(async |client| version(client).await));
         let Err(error) = answer else { return Ok(()) };
         let log = paths::log("lan", "server");
-        if !recorded.is_alive() {
+        if !is_up() {
             bail!("the API server ended while starting:\n{}", tail(&log, 5));
         }
         if Instant::now() > deadline {
@@ -172,29 +181,48 @@ fn server_arguments(topology: &Topology) -> Vec<String> {
     words
 }
 
-/// Lines `token,user,groups...`, made once: the administrator's first, then one a node.
+/// Who may ask the API server: a user and its groups, as the token file writes them.
+struct Account(String);
+
+impl Account {
+    fn admin() -> Self {
+        Self("weft-lab-admin,system:masters".to_owned())
+    }
+
+    fn kubelet(node: &str) -> Self {
+        Self(format!("system:node:{node},system:nodes"))
+    }
+
+    /// The ServiceAccount of `weft manifests`, bound to a node as in a real cluster.
+    fn agent(node: &str) -> Self {
+        Self(format!("system:serviceaccount:weft-system:weft-agent,weft.network:node:{node}"))
+    }
+
+    fn user(&self) -> &str {
+        self.0.split(',').next().unwrap_or_default()
+    }
+
+    fn token(&self) -> anyhow::Result<String> {
+        let path = paths::api_directory().join("tokens");
+        let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+        let mut lines = text.lines().filter_map(|line| line.split_once(','));
+        let found = lines.find(|(_, account)| *account == self.0);
+        found.map(|(token, _)| token.to_owned()).with_context(|| format!("no token of {}", self.user()))
+    }
+}
+
+/// Lines `token,user,groups`, made once for every account of the lab.
 fn ensure_tokens(topology: &Topology) -> anyhow::Result<()> {
     let path = paths::api_directory().join("tokens");
     let mut text = fs::read_to_string(&path).unwrap_or_default();
-    let mut ensure = |user: &str, groups: &str| {
-        if !text.lines().any(|line| line.split(',').nth(1) == Some(user)) {
-            text.push_str(&format!("{:032x},{user},{groups}\n", rand::rng().random::<u128>()));
+    let of_nodes =
+        topology.node_names().into_iter().flat_map(|node| [Account::kubelet(&node), Account::agent(&node)]);
+    for Account(account) in std::iter::once(Account::admin()).chain(of_nodes) {
+        if !text.lines().any(|line| line.split_once(',').is_some_and(|(_, known)| known == account)) {
+            text.push_str(&format!("{:032x},{account}\n", rand::rng().random::<u128>()));
         }
-    };
-    ensure("weft-lab-admin", "system:masters");
-    for node in topology.node_names() {
-        ensure(&format!("system:node:{node}"), "system:nodes");
     }
     write_private(&path, text)
-}
-
-fn token_of(user: &str) -> anyhow::Result<String> {
-    let path = paths::api_directory().join("tokens");
-    let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
-    let mut lines = text.lines().map(|line| line.split(','));
-    let line = lines.find(|fields| fields.clone().nth(1) == Some(user));
-    line.and_then(|mut fields| fields.next().map(str::to_owned))
-        .with_context(|| format!("no token of {user}"))
 }
 
 /// From the server's own kubeconfig (for the certificate authority): the user's with the loopback address, the nodes'
@@ -207,20 +235,22 @@ fn write_kubeconfigs(topology: &Topology) -> anyhow::Result<()> {
         .as_str()
         .context("the server's kubeconfig names no certificate authority")?;
     let loopback = format!("https://127.0.0.1:{}", topology.loopback_port);
-    write_kubeconfig(&paths::admin_kubeconfig(), &loopback, authority, "weft-lab-admin")?;
+    write_kubeconfig(&paths::admin_kubeconfig(), &loopback, authority, &Account::admin())?;
     let gateway = topology.gateways()[0];
     let lan = format!("https://{}", std::net::SocketAddr::new(gateway, API_PORT));
     for node in topology.node_names() {
-        write_kubeconfig(&paths::node_kubeconfig(&node), &lan, authority, &format!("system:node:{node}"))?;
+        write_kubeconfig(&paths::node_kubeconfig(&node), &lan, authority, &Account::kubelet(&node))?;
+        write_kubeconfig(&paths::agent_kubeconfig(&node), &lan, authority, &Account::agent(&node))?;
     }
     Ok(())
 }
 
-fn write_kubeconfig(path: &Path, server: &str, authority: &str, user: &str) -> anyhow::Result<()> {
+fn write_kubeconfig(path: &Path, server: &str, authority: &str, account: &Account) -> anyhow::Result<()> {
+    let user = account.user();
     let kubeconfig = json!({
         "apiVersion": "v1", "kind": "Config", "current-context": "weft-lab",
         "clusters": [{ "name": "weft-lab", "cluster": { "server": server, "certificate-authority-data": authority } }],
-        "users": [{ "name": user, "user": { "token": token_of(user)? } }],
+        "users": [{ "name": user, "user": { "token": account.token()? } }],
         "contexts": [{ "name": "weft-lab", "context": { "cluster": "weft-lab", "user": user } }],
     });
     write_private(path, serde_yaml_ng::to_string(&kubeconfig)?)

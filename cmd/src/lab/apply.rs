@@ -92,7 +92,11 @@ fn title_of(document: &Value) -> String {
 }
 
 async fn node_choices(client: &Client) -> anyhow::Result<Vec<NodeChoice>> {
-    let nodes = Api::<Node>::all(client.clone()).list(&ListParams::default()).await.context("list nodes")?;
+    let nodes = Api::<Node>::all(client.clone())
+        .list(&ListParams::default())
+        .await
+        .map_err(api::brief)
+        .context("list nodes")?;
     let mut choices: Vec<NodeChoice> = nodes
         .into_iter()
         .map(|node| NodeChoice { name: node.name_any(), labels: node.metadata.labels.unwrap_or_default() })
@@ -109,6 +113,7 @@ async fn api_of(client: &Client, document: &Value) -> anyhow::Result<Api<Dynamic
     let gvk = GroupVersionKind::gvk(group, version, kind);
     let (resource, capabilities): (ApiResource, _) = pinned_kind(client, &gvk)
         .await
+        .map_err(api::brief)
         .with_context(|| format!("the API server does not serve {kind} of {}", document["apiVersion"]))?;
     let namespace = expand::namespace_of(document);
     Ok(match capabilities.scope {
@@ -120,7 +125,7 @@ async fn api_of(client: &Client, document: &Value) -> anyhow::Result<Api<Dynamic
 async fn apply_object(client: &Client, mut document: Value) -> anyhow::Result<&'static str> {
     let api = api_of(client, &document).await?;
     let name = document["metadata"]["name"].as_str().unwrap_or_default().to_owned();
-    let existing = api.get_opt(&name).await.context("get")?;
+    let existing = api.get_opt(&name).await.map_err(api::brief).context("get")?;
     let Some(existing) = existing else {
         create(&api, document).await?;
         return Ok("created");
@@ -132,13 +137,13 @@ async fn apply_object(client: &Client, mut document: Value) -> anyhow::Result<&'
     document["metadata"]["resourceVersion"] = existing["metadata"]["resourceVersion"].clone();
     keep_allocated(&mut document, &existing);
     let object: DynamicObject = serde_json::from_value(document)?;
-    api.replace(&name, &PostParams::default(), &object).await.context("replace")?;
+    api.replace(&name, &PostParams::default(), &object).await.map_err(api::brief).context("replace")?;
     Ok("replaced")
 }
 
 async fn create(api: &Api<DynamicObject>, document: Value) -> anyhow::Result<()> {
     let object: DynamicObject = serde_json::from_value(document)?;
-    api.create(&PostParams::default(), &object).await.context("create").map(drop)
+    api.create(&PostParams::default(), &object).await.map_err(api::brief).context("create").map(drop)
 }
 
 /// A Service keeps the addresses it was given when a manifest does not name any.
@@ -173,7 +178,7 @@ async fn replace_pod(
 async fn delete_and_wait(api: &Api<DynamicObject>, name: &str) -> anyhow::Result<()> {
     delete_quietly(api, name).await?;
     let deadline = Instant::now() + DELETE_LIMIT;
-    while api.get_opt(name).await.context("get")?.is_some() {
+    while api.get_opt(name).await.map_err(api::brief).context("get")?.is_some() {
         if Instant::now() > deadline {
             bail!("{name} is still there after {} s", DELETE_LIMIT.as_secs());
         }
@@ -187,7 +192,7 @@ async fn delete_quietly(api: &Api<DynamicObject>, name: &str) -> anyhow::Result<
     match api.delete(name, &DeleteParams::default()).await {
         Ok(_) => Ok(true),
         Err(kube::Error::Api(status)) if status.code == 404 => Ok(false),
-        Err(error) => Err(error).with_context(|| format!("delete {name}")),
+        Err(error) => Err(api::brief(error)).with_context(|| format!("delete {name}")),
     }
 }
 
@@ -216,7 +221,7 @@ async fn pod_api(client: &Client, namespace: &str) -> anyhow::Result<Api<Dynamic
 
 async fn pods_of(api: &Api<DynamicObject>, owner: &str) -> anyhow::Result<Vec<String>> {
     let list = ListParams::default().labels(&format!("{OWNER_LABEL}={owner}"));
-    let pods = api.list(&list).await.context("list pods")?;
+    let pods = api.list(&list).await.map_err(api::brief).context("list pods")?;
     let owned = |pod: &DynamicObject| pod.labels().get(OWNER_LABEL).map(String::as_str) == Some(owner);
     Ok(pods.into_iter().filter(owned).map(|pod| pod.name_any()).collect())
 }

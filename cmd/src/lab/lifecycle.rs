@@ -40,6 +40,7 @@ pub(super) fn up(nodes: Option<u16>, family: Option<Family>) -> anyhow::Result<(
         started += usize::from(ensure_machine(&topology, name)?);
     }
     if api::is_up() {
+        api::wait_until_it_answers(&topology)?;
         println!("  API server   already up");
     } else {
         let step = Instant::now();

@@ -60,6 +60,11 @@ pub(super) fn node_kubeconfig(node: &str) -> PathBuf {
     machine(node).join("kubeconfig")
 }
 
+/// The agent's, with the rights of `weft manifests`.
+pub(super) fn agent_kubeconfig(node: &str) -> PathBuf {
+    machine(node).join("agent-kubeconfig")
+}
+
 /// One JSON record a pod, written by the node's supervisor.
 pub(super) fn node_pods(node: &str) -> PathBuf {
     machine(node).join("pods")

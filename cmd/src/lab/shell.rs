@@ -163,19 +163,30 @@ pub(super) fn print_logs(name: &str, process: Option<&str>) -> anyhow::Result<()
 /// Standard output of a command in a pod; an error with its standard error when it fails.
 pub(super) fn output_in_pod(pod: &str, words: &[&str]) -> anyhow::Result<String> {
     let found = find_pod(pod)?;
-    let first = machine::running(&found.node)?.pid;
     let inner = found.record.pid.context("the pod does not run")?;
+    output(&found.node, Some(inner), pod, words)
+}
+
+/// Standard output of a command on a machine.
+pub(super) fn output_on_machine(name: &str, words: &[&str]) -> anyhow::Result<String> {
+    output(name, None, name, words)
+}
+
+fn output(machine: &str, inner: Option<i32>, place: &str, words: &[&str]) -> anyhow::Result<String> {
+    let first = machine::running(machine)?.pid;
     let words: Vec<String> = words.iter().map(|&word| word.to_owned()).collect();
-    let mut command = command_of(&words, pod);
+    let mut command = command_of(&words, place);
     let output = namespace::inside(first, move || {
-        namespace::Namespaces::of(inner)?.enter()?;
+        if let Some(inner) = inner {
+            namespace::Namespaces::of(inner)?.enter()?;
+        }
         command.stdin(std::process::Stdio::null()).output().context("start the command")
     })?;
     let (text, complaint) =
         (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     ensure!(
         output.status.success(),
-        "in {pod}: exit code {}: {}{}",
+        "in {place}: exit code {}: {}{}",
         code_of(output.status),
         text,
         complaint.trim()

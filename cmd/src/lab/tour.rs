@@ -208,7 +208,8 @@ impl Tour {
     }
 
     fn removal(&self) -> anyhow::Result<String> {
-        let gone = "echo-2";
+        // Not on the node that reboots later: its pods shall come back with the addresses that others know.
+        let gone = if self.topology.nodes > 2 { "echo-2" } else { "echo-1" };
         say(&format!("kubectl delete pod {gone}"));
         let begin = Instant::now();
         api::ask(async |client| {
@@ -300,6 +301,7 @@ impl Tour {
         let node = format!("node{}", self.topology.nodes);
         let pod = format!("echo-{}", self.topology.nodes);
         say(&format!("weft lab reboot {node}"));
+        let before = shell::find_pod(&pod)?.record.addresses;
         let begin = Instant::now();
         lifecycle::reboot(&node)?;
         for side in &self.sides {
@@ -315,6 +317,14 @@ impl Tour {
             settle(|| in_pod_quietly(&pod, &look_up).map(drop)).with_context(|| format!("DNS on {node}"))?;
         }
         let back = begin.elapsed().as_secs_f64();
+        let after = shell::find_pod(&pod)?.record.addresses;
+        if before != after {
+            // As in any cluster: who has not heard of the new address cannot use it.
+            return Ok(format!(
+                "{back:.1} s after power-off its pod answers across nodes, at {}",
+                after.join(" ")
+            ));
+        }
         for side in &self.sides {
             in_pod(&pod, &format!("getent {} {NAME}", side.getent))?;
             let counts = tally(&in_pod(&pod, &many(side.curl, NAME, 30))?)?;
@@ -349,7 +359,26 @@ impl Tour {
                 Ok(())
             })
         })?;
-        Ok("every node Ready, every pod known with its addresses".to_owned())
+        for node in self.topology.node_names() {
+            settle(|| {
+                let text = shell::output_on_machine(&node, &["weft", "status", "-o", "json"])?;
+                let status: serde_json::Value =
+                    serde_json::from_str(&text).context("the status of an agent")?;
+                let api = status["api_server"].as_str().unwrap_or_default();
+                ensure!(api.starts_with("connected"), "the agent of {node} says of the API server: {api}");
+                Ok(())
+            })?;
+        }
+        for side in &self.sides {
+            settle(|| {
+                let counts = tally(&in_pod_quietly("toolbox", &many(side.curl, NAME, 40))?)?;
+                ensure!(counts.len() == usize::from(self.topology.nodes), "{counts:?} over {}", side.title);
+                Ok(())
+            })?;
+            in_pod("toolbox", &many(side.curl, NAME, 40))?;
+        }
+        Ok("every node Ready, every agent connected, every pod known with its addresses and answering"
+            .to_owned())
     }
 }
 

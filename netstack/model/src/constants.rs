@@ -18,7 +18,7 @@ pub const UNREACHABLE_METRIC: u32 = 0x7000_0000;
 pub const TUNNEL_LINK: &str = "weft0";
 /// Default UDP port of WireGuard, as IANA lists none and every tool uses this one.
 pub const WIREGUARD_PORT: u16 = 51820;
-/// Host ends of pod veths: this prefix and 11 hexadecimal digits (IFNAMSIZ allows 15 characters).
+/// Host ends of pod veths: this prefix and 10 hexadecimal digits (IFNAMSIZ allows 15 characters).
 pub const POD_LINK_PREFIX: &str = "weftp";
 /// Link-local gateway of every pod: never routed, so it cannot collide with a podCIDR.
 pub const POD_GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);

@@ -27,7 +27,7 @@ mod print;
 #[cfg(test)]
 mod tests;
 
-pub use diff::{Element, Op, diff};
+pub use diff::{Difference, Element, Op, diff, difference};
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Table {

@@ -38,7 +38,7 @@ pub struct Status {
     pub loops: Vec<Report>,
     /// Objects that could not be read at all.
     pub problems: Vec<String>,
-    /// Further parts, each in its own shape: `peers`, `leases`, `dns`.
+    /// Further parts, each in its own shape; `peers` is a list of `weft_model::wireguard::PeerStatus` or why there is none.
     pub parts: serde_json::Map<String, serde_json::Value>,
 }
 
@@ -94,8 +94,12 @@ pub fn observe_router(admin: Arc<Admin>) -> Router {
         .with_state(admin)
 }
 
-async fn status(State(admin): State<Arc<Admin>>) -> axum::Json<Status> {
-    axum::Json(admin.status())
+/// Off the async threads: parts may ask other processes and wait for them.
+async fn status(State(admin): State<Arc<Admin>>) -> Response {
+    match tokio::task::spawn_blocking(move || admin.status()).await {
+        Ok(status) => axum::Json(status).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    }
 }
 
 async fn readyz(State(admin): State<Arc<Admin>>) -> Response {

@@ -81,6 +81,8 @@ impl Cni {
         self.make_pair(attachment, netns, node.mtu_bytes).await?;
         self.ensure_host_side(&attachment.link, addresses, node).await?;
         make_pod_side(netns, &pod.handle, &attachment.ifname, addresses).await?;
+        self.links().wait_until_running(&attachment.link).await?;
+        Links::new(pod.handle.clone()).wait_until_running(&attachment.ifname).await?;
         self.guard_source(&attachment.link, addresses)
     }
 

@@ -15,6 +15,7 @@ mod add;
 pub mod apply;
 mod attachment;
 mod check;
+pub mod cleanup;
 pub mod conflist;
 mod del;
 pub mod ipam;

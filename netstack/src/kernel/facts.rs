@@ -49,10 +49,8 @@ const RE_READ: Duration = Duration::from_secs(30);
 /// Facts now, and a task that keeps the receiver current for as long as it runs. It ends only with an error.
 pub async fn watch(
     name: NodeName,
-) -> Result<
-    (watch::Receiver<NodeFacts>, impl Future<Output = Result<(), String>> + Send + 'static),
-    FactsError,
-> {
+) -> Result<(watch::Receiver<NodeFacts>, impl Future<Output = Result<(), String>> + Send + 'static), FactsError>
+{
     let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
     let (monitor, monitor_handle, mut messages) =
         rtnetlink::new_multicast_connection(&groups).map_err(FactsError::Socket)?;

@@ -4,16 +4,21 @@
 
 use std::io;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use futures::TryStreamExt;
 use ipnet::IpNet;
 use netlink_packet_route::address::{
     AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
 };
-use netlink_packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkFlags, LinkMessage};
+use netlink_packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkFlags, LinkMessage, State};
 use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth};
 
 use super::netns::Netns;
+
+/// linkwatch needs well under a millisecond, or a second when it is rate-limited.
+const CARRIER_POLL: Duration = Duration::from_millis(1);
+const CARRIER_PATIENCE: Duration = Duration::from_secs(5);
 
 #[derive(Debug, thiserror::Error)]
 #[error("{operation} {link}")]
@@ -55,6 +60,8 @@ pub struct Link {
     pub mtu_bytes: u32,
     /// Administratively up.
     pub up: bool,
+    /// Operational state UP (RFC 2863): it carries packets.
+    pub running: bool,
     pub loopback: bool,
 }
 
@@ -140,6 +147,28 @@ impl Links {
         set.map_err(|error| LinkError::new("set up", name, error))
     }
 
+    /// Waits until the link carries packets. The end of a veth pair that was set up first gets its carrier from a
+    /// deferred task of the kernel (linkwatch, up to a second later) and drops what is sent before.
+    pub async fn wait_until_running(&self, name: &str) -> Result<(), LinkError> {
+        let mut waited = Duration::ZERO;
+        loop {
+            match self.find(name).await? {
+                None => return Err(LinkError::missing("wait for", name)),
+                Some(link) if link.running => return Ok(()),
+                Some(_) if waited >= CARRIER_PATIENCE => {
+                    let source = io::Error::from(io::ErrorKind::TimedOut);
+                    return Err(LinkError {
+                        operation: "wait for the carrier of",
+                        link: name.to_owned(),
+                        source,
+                    });
+                }
+                Some(_) => tokio::time::sleep(CARRIER_POLL).await,
+            }
+            waited += CARRIER_POLL;
+        }
+    }
+
     pub async fn set_mtu(&self, name: &str, index: u32, mtu_bytes: u32) -> Result<(), LinkError> {
         let message = LinkUnspec::new_with_index(index).mtu(mtu_bytes).build();
         let set = self.handle.link().set(message).execute().await;
@@ -215,6 +244,7 @@ fn lower(message: &LinkMessage) -> Option<Link> {
         mac: Vec::new(),
         mtu_bytes: 0,
         up: message.header.flags.contains(LinkFlags::Up),
+        running: message.attributes.contains(&LinkAttribute::OperState(State::Up)),
         loopback: message.header.flags.contains(LinkFlags::Loopback),
     };
     for attribute in &message.attributes {

@@ -8,6 +8,7 @@ mod pod;
 #[cfg(test)]
 mod tests;
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 
 use netlink_packet_route::route::RouteMessage;
@@ -16,7 +17,7 @@ use weft_model::route::{Route, RouteTarget, SourceRule};
 
 use super::link::{LinkError, Links, cause};
 use crate::reconcile::{Applied, chain};
-use kernel_view::{LinkIndexes, Seen, route_message, rule_message};
+use kernel_view::{Key, LinkIndexes, Seen, route_message, rule_message};
 
 pub use pod::{LinkRoute, ensure_link_route, link_routes};
 
@@ -61,10 +62,11 @@ impl Routes {
     async fn apply_routes(&self, wanted: &BTreeSet<Route>, applied: &mut Applied) -> Result<(), RouteError> {
         let links = LinkIndexes::observe(&Links::new(self.handle.clone())).await?;
         let seen = kernel_view::routes(&self.handle, &links).await?;
-        let keys: BTreeMap<_, _> = seen.iter().filter_map(|seen| Some((seen.key()?, seen))).collect();
+        let seen_by_key: BTreeMap<_, _> = seen.iter().filter_map(|seen| Some((seen.key()?, seen))).collect();
+        let wanted = by_key(wanted, applied);
         let mut changed = false;
-        for route in wanted {
-            let present = keys.get(&kernel_view::key(route));
+        for (key, route) in &wanted {
+            let present = seen_by_key.get(key);
             if present.is_some_and(|seen| seen.is(route)) {
                 continue;
             }
@@ -75,7 +77,9 @@ impl Routes {
             }
         }
         let seen = if changed { kernel_view::routes(&self.handle, &links).await? } else { seen };
-        for unwanted in seen.into_iter().filter(|seen| !wanted.iter().any(|route| seen.is(route))) {
+        let is_wanted =
+            |seen: &Seen| seen.key().and_then(|key| wanted.get(&key)).is_some_and(|route| seen.is(route));
+        for unwanted in seen.into_iter().filter(|seen| !is_wanted(seen)) {
             let line = format!("no route {unwanted}");
             match self.remove_route(unwanted).await {
                 Ok(()) => applied.changed.push(line),
@@ -159,6 +163,22 @@ impl Routes {
             }),
         }
     }
+}
+
+/// The kernel holds one route per key; of two wanted ones the first in order is taken and the other named.
+fn by_key<'a>(wanted: &'a BTreeSet<Route>, applied: &mut Applied) -> BTreeMap<Key, &'a Route> {
+    let mut routes = BTreeMap::new();
+    for route in wanted {
+        match routes.entry(kernel_view::key(route)) {
+            Entry::Vacant(free) => {
+                free.insert(route);
+            }
+            Entry::Occupied(taken) => {
+                applied.failed.push(format!("route {route}: {} is wanted too", taken.get()));
+            }
+        }
+    }
+    routes
 }
 
 /// A dumped route carries counters that a delete request must not.

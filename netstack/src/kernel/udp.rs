@@ -1,7 +1,6 @@
 //! UDP sockets with segmentation offload: one send for a train of equal datagrams, one receive for many.
 //!
-//! Source: udp(7), UDP_SEGMENT and UDP_GRO. A kernel or device that refuses a train (EIO, EINVAL) gets single datagrams
-//! from then on.
+//! Source: udp(7), UDP_SEGMENT and UDP_GRO. A train that is refused goes out as single datagrams.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -74,19 +73,16 @@ impl UdpSocket {
     pub fn send_train(&self, to: SocketAddr, bytes: &[u8], segment: usize) -> io::Result<()> {
         if bytes.len() > segment && self.segmentation.load(Ordering::Relaxed) {
             match self.send(to, bytes, u16::try_from(segment).ok()) {
-                Err(error) if matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL)) => {
+                // The device cannot do it, now or later.
+                Err(error) if error.raw_os_error() == Some(libc::EIO) => {
                     self.segmentation.store(false, Ordering::Relaxed);
                 }
-                Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {}
+                // The path to this destination is too narrow; single datagrams may be fragmented.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EMSGSIZE)) => {}
                 outcome => return outcome,
             }
         }
         bytes.chunks(segment).try_for_each(|datagram| self.send(to, datagram, None))
-    }
-
-    /// False after the kernel refused a train.
-    pub fn segmentation(&self) -> bool {
-        self.segmentation.load(Ordering::Relaxed)
     }
 
     fn send(&self, to: SocketAddr, bytes: &[u8], segment: Option<u16>) -> io::Result<()> {

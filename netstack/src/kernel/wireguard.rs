@@ -45,7 +45,8 @@ pub fn apply(
     let seen = observe(link)?;
     let mut update = DeviceUpdate::new();
     let mut lines = Vec::new();
-    if seen.private_key.as_ref().map(|key| key.0) != Some(*private_key) {
+    // By its public key: the kernel clamps the private one, and setting it again would end every session.
+    if seen.public_key != Some(Key(*private_key).get_public()) {
         update = update.set_private_key(Key(*private_key));
         lines.push("private key".to_owned());
     }
@@ -63,7 +64,7 @@ pub fn apply(
     for (key, wanted) in &plan.peers {
         let known = seen.peers.iter().find(|peer| peer.config.public_key.0 == key.0);
         if !known.is_some_and(|peer| is(peer, wanted)) {
-            update = update.add_peer(builder(key, wanted, known));
+            update = update.add_peer(builder(key, wanted));
             lines.push(format!("peer {} ({key})", wanted.node));
         }
     }
@@ -93,8 +94,8 @@ fn is(seen: &PeerInfo, wanted: &WireguardPeer) -> bool {
         && (seen.config.endpoint.is_some() || wanted.endpoint.is_none())
 }
 
-/// A peer that is there keeps the endpoint it roamed to.
-fn builder(key: &WgPublicKey, wanted: &WireguardPeer, known: Option<&PeerInfo>) -> PeerConfigBuilder {
+/// The endpoint is given with every change of a peer: a node that moved has other allowed IPs, too.
+fn builder(key: &WgPublicKey, wanted: &WireguardPeer) -> PeerConfigBuilder {
     let mut builder = PeerConfigBuilder::new(&Key(key.0)).replace_allowed_ips();
     for net in &wanted.allowed_ips {
         builder = builder.add_allowed_ip(net.network(), net.prefix_len());
@@ -103,10 +104,9 @@ fn builder(key: &WgPublicKey, wanted: &WireguardPeer, known: Option<&PeerInfo>) 
         Some(seconds) => builder.set_persistent_keepalive_interval(seconds),
         None => builder.unset_persistent_keepalive(),
     };
-    let has_endpoint = known.is_some_and(|known| known.config.endpoint.is_some());
     match wanted.endpoint {
-        Some(endpoint) if !has_endpoint => builder.set_endpoint(endpoint),
-        _ => builder,
+        Some(endpoint) => builder.set_endpoint(endpoint),
+        None => builder,
     }
 }
 

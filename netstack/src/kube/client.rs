@@ -71,3 +71,60 @@ fn server(url: &str, token_file: Option<&PathBuf>, ca_file: Option<PathBuf>) -> 
         AuthInfo { token_file: token_file.map(|path| path.display().to_string()), ..AuthInfo::default() };
     Ok(config)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Self-signed, of no use but to be parsed.
+    const CA: &str = "\
+-----BEGIN CERTIFICATE-----
+MIIBdTCCARugAwIBAgIUDlVZfBSQn9r8tzlGDRFWb8S+g88wCgYIKoZIzj0EAwIw
+DzENMAsGA1UEAwwEdGVzdDAgFw0yNjExMjEwNDQ5MzNaGA8yMTI2MTAyODA0NDkz
+M1owDzENMAsGA1UEAwwEdGVzdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABKFy
+NXMxPldcaO7m3cJxhGEUmeGL/l52AGS1+6wapLpcx/aNv2q3r9ZhW6lYkOXiaw4I
++nEcUocDynmPrMvIpsGjUzBRMB0GA1UdDgQWBBTzJoME5L6WCb/lBNHI2/bNxuSi
+vjAfBgNVHSMEGDAWgBTzJoME5L6WCb/lBNHI2/bNxuSivjAPBgNVHRMBAf8EBTAD
+AQH/MAoGCCqGSM49BAMCA0gAMEUCIQC7E8PYwaBjp7h8ocHvKhOqpgjCCG6J7u0i
+di6I/YZ08QIgJcNuLuhplCTmvVc/yyZq1pqRW0CBr/hB22YLv0S51ck=
+-----END CERTIFICATE-----
+";
+
+    #[tokio::test]
+    async fn a_client_with_ca_and_token_files_speaks_tls() {
+        let folder = tempfile::tempdir().unwrap();
+        let (ca_file, token_file) = (folder.path().join("ca.crt"), folder.path().join("token"));
+        std::fs::write(&ca_file, CA).unwrap();
+        std::fs::write(&token_file, "secret").unwrap();
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("https://{}", listener.local_addr().unwrap());
+        let endpoint = Endpoint::Server { url, token_file: Some(token_file), ca_file: Some(ca_file) };
+        let client = client(&endpoint).await.unwrap();
+        let request = async { client.apiserver_version().await.map(|_| ()) };
+        let first_byte = async {
+            let (stream, _) = listener.accept().await.unwrap();
+            let mut byte = [0];
+            stream.readable().await.unwrap();
+            stream.try_read(&mut byte).unwrap();
+            byte[0]
+        };
+        let (refused, byte) = tokio::join!(request, first_byte);
+        assert_eq!(byte, 22, "a TLS handshake record");
+        assert!(refused.is_err(), "the server hung up");
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_used_is_named() {
+        let server = |url: &str, ca_file: Option<&str>| Endpoint::Server {
+            url: url.to_owned(),
+            token_file: None,
+            ca_file: ca_file.map(PathBuf::from),
+        };
+        let error = |endpoint: Endpoint| async move { client(&endpoint).await.err().unwrap().to_string() };
+        assert!(error(server("not a url", None)).await.contains("is not a URL"));
+        let missing = error(server("https://192.0.2.1:6443", Some("/nowhere/ca.crt"))).await;
+        assert_eq!(missing, "file /nowhere/ca.crt cannot be read");
+        let kubeconfig = error(Endpoint::Kubeconfig("/nowhere/config".into())).await;
+        assert_eq!(kubeconfig, "kubeconfig /nowhere/config");
+    }
+}

@@ -4,19 +4,20 @@
 //! step is tried whatever became of those before it.
 
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use weft_model::constants::{TABLE_HOST, TUNNEL_LINK};
 use weft_model::node_facts::WireguardBackend;
 use weft_model::wireguard::PeerStatus;
 
-use super::plan::{OverlayPlan, Sysctl};
+use super::plan::OverlayPlan;
+use super::sysctls;
 use super::tunnel::{KEY_FILE, SOCKET_FILE, STATE_FILE, TunnelState, control, read_key};
 use crate::kernel::link::{LinkError, Links};
 use crate::kernel::nft::NftTable;
 use crate::kernel::route::Routes;
-use crate::kernel::{sysctl, tun, wireguard};
+use crate::kernel::{tun, wireguard};
 use crate::reconcile::{Applied, Applier, Trust, chain};
 
 /// Owner of the table `weft-host`, the device `weft0` and the routes of the overlay.
@@ -32,8 +33,10 @@ pub struct OverlayApplier {
 pub enum OverlayError {
     #[error("write {path}")]
     WriteState { path: PathBuf, source: std::io::Error },
-    #[error("encode {STATE_FILE}")]
-    EncodeState(#[from] serde_json::Error),
+    #[error("encode {STATE_FILE} or decode the tunnel's answer")]
+    Json(#[from] serde_json::Error),
+    #[error(transparent)]
+    Wireguard(#[from] wireguard::WireguardError),
     #[error("tell the tunnel on {path}: is `weft tunnel` running? start it (systemctl start weft-tunnel)")]
     Tunnel { path: PathBuf, source: std::io::Error },
     #[error("create the TUN device {TUNNEL_LINK}: needs root and /dev/net/tun (modprobe tun)")]
@@ -62,7 +65,7 @@ impl Applier for OverlayApplier {
     async fn apply(&mut self, plan: &OverlayPlan, trust: Trust) -> Applied {
         let mut applied = Applied::default();
         note(&mut applied, self.table.apply(&plan.table, trust));
-        apply_sysctls(&plan.sysctls, &mut applied);
+        sysctls::apply(&plan.sysctls, Some(&self.run_dir), &mut applied);
         // Kernel WireGuard makes its own device; the tunnel is told once the device is whole.
         let backend = match plan.backend {
             WireguardBackend::Kernel => "kernel",
@@ -72,9 +75,12 @@ impl Applier for OverlayApplier {
             WireguardBackend::Kernel => self.apply_kernel_wireguard(plan, &mut applied),
             WireguardBackend::Userspace => note(&mut applied, ensure_tun()),
         }
+        if link_exists() {
+            sysctls::apply(&plan.link_sysctls, None, &mut applied);
+        }
         note(&mut applied, self.apply_link(plan).await);
         if plan.backend == WireguardBackend::Userspace {
-            note(&mut applied, self.apply_tunnel(plan, trust));
+            note(&mut applied, self.apply_tunnel(plan, trust).await);
         }
         let Applied { changed, failed, .. } = self.routes.apply(&plan.routes, &plan.rules).await;
         applied.changed.extend(changed);
@@ -89,20 +95,24 @@ impl Applier for OverlayApplier {
 }
 
 impl OverlayApplier {
+    /// A TUN of a time when the kernel had no WireGuard makes way.
     fn apply_kernel_wireguard(&self, plan: &OverlayPlan, applied: &mut Applied) {
-        match read_key(&self.state_dir.join(KEY_FILE)) {
-            Ok(key) => note(applied, wireguard::apply(TUNNEL_LINK, &key, &plan.wireguard)),
-            Err(error) => applied.failed.push(chain(&error)),
+        let key = match read_key(&self.state_dir.join(KEY_FILE)) {
+            Ok(key) => key,
+            Err(error) => return applied.failed.push(chain(&error)),
+        };
+        let mut outcome = wireguard::apply(TUNNEL_LINK, &key, &plan.wireguard);
+        if outcome.is_err() && tun::remove_persistent(TUNNEL_LINK).is_ok_and(|was_tun| was_tun) {
+            applied.changed.push(format!("no link {TUNNEL_LINK} (TUN)"));
+            outcome = wireguard::apply(TUNNEL_LINK, &key, &plan.wireguard);
         }
+        note(applied, outcome);
     }
 
-    /// MTU, sysctls, addresses and "up" of a device that exists.
+    /// MTU, addresses and "up" of a device that exists.
     async fn apply_link(&self, plan: &OverlayPlan) -> Result<Vec<String>, LinkError> {
         let mut changed = Vec::new();
         let Some(link) = self.links.find(TUNNEL_LINK).await? else { return Ok(changed) };
-        let mut applied = Applied::default();
-        apply_sysctls(&plan.link_sysctls, &mut applied);
-        changed.append(&mut applied.changed);
         if link.mtu_bytes != plan.mtu_bytes {
             self.links.set_mtu(TUNNEL_LINK, link.index, plan.mtu_bytes).await?;
             changed.push(format!("{TUNNEL_LINK}: mtu {}", plan.mtu_bytes));
@@ -121,7 +131,7 @@ impl OverlayApplier {
     }
 
     /// Writes `tunnel.json` when it differs, and tells the tunnel then or when nothing is taken for granted.
-    fn apply_tunnel(&self, plan: &OverlayPlan, trust: Trust) -> Result<Vec<String>, OverlayError> {
+    async fn apply_tunnel(&self, plan: &OverlayPlan, trust: Trust) -> Result<Vec<String>, OverlayError> {
         let state = TunnelState { wireguard: plan.wireguard.clone(), mtu_bytes: plan.mtu_bytes };
         let mut text = serde_json::to_vec_pretty(&state)?;
         text.push(b'\n');
@@ -134,29 +144,37 @@ impl OverlayApplier {
             changed.push(format!("{STATE_FILE}: {} peers", state.wireguard.peers.len()));
         }
         if differs || trust == Trust::Nothing {
-            let path = self.run_dir.join(SOCKET_FILE);
-            control::request(&path, "POST", "/apply")
-                .map_err(|source| OverlayError::Tunnel { path, source })?;
+            tell_tunnel(self.run_dir.join(SOCKET_FILE)).await?;
         }
         Ok(changed)
     }
+}
 
-    /// Counters of the peers, from whoever carries them.
-    pub fn peers(run_dir: &std::path::Path, backend: WireguardBackend) -> Result<Vec<PeerStatus>, String> {
-        match backend {
-            WireguardBackend::Kernel => wireguard::peers(TUNNEL_LINK).map_err(|error| chain(&error)),
-            WireguardBackend::Userspace => {
-                let body = control::request(&run_dir.join(SOCKET_FILE), "GET", "/peers");
-                let body = body.map_err(|error| error.to_string())?;
-                serde_json::from_str(&body).map_err(|error| error.to_string())
-            }
+/// `POST /apply`; a tunnel that hangs must not hold up the runtime.
+async fn tell_tunnel(path: PathBuf) -> Result<(), OverlayError> {
+    let socket = path.clone();
+    let asked = tokio::task::spawn_blocking(move || control::request(&socket, "POST", "/apply")).await;
+    let answer = asked.unwrap_or_else(|error| Err(std::io::Error::other(error)));
+    answer.map(|_| ()).map_err(|source| OverlayError::Tunnel { path, source })
+}
+
+/// Counters of the peers, from whoever carries them. Blocks for at most a few seconds.
+pub fn peers(run_dir: &Path, backend: WireguardBackend) -> Result<Vec<PeerStatus>, OverlayError> {
+    match backend {
+        WireguardBackend::Kernel => Ok(wireguard::peers(TUNNEL_LINK)?),
+        WireguardBackend::Userspace => {
+            let path = run_dir.join(SOCKET_FILE);
+            let body = control::request(&path, "GET", "/peers")
+                .map_err(|source| OverlayError::Tunnel { path, source })?;
+            Ok(serde_json::from_str(&body)?)
         }
     }
 }
 
 /// Removes what the overlay put on this host: routes and rules first, the device, the table last, so that nothing leaves
 /// in clear meanwhile. Each step reports for itself. Stop agent and tunnel before: a running tunnel keeps the device.
-pub async fn cleanup(handle: rtnetlink::Handle) -> Applied {
+/// `run_dir` remembers the sysctls.
+pub async fn cleanup(handle: rtnetlink::Handle, run_dir: &Path) -> Applied {
     let mut applied = Routes::new(handle.clone()).apply(&Default::default(), &Default::default()).await;
     let removed = |what: &str, was_there| if was_there { vec![format!("no {what}")] } else { Vec::new() };
     let link = match tun::remove_persistent(TUNNEL_LINK) {
@@ -171,28 +189,18 @@ pub async fn cleanup(handle: rtnetlink::Handle) -> Applied {
     note(&mut applied, rest.map(|was_there| removed(&format!("link {TUNNEL_LINK}"), was_there)));
     let table = NftTable::delete(TABLE_HOST);
     note(&mut applied, table.map(|was_there| removed(&format!("nft table {TABLE_HOST}"), was_there)));
+    sysctls::restore(run_dir, &mut applied);
     applied
+}
+
+/// Without the device its settings are no failure of their own.
+fn link_exists() -> bool {
+    nix::net::if_::if_nametoindex(TUNNEL_LINK).is_ok()
 }
 
 fn ensure_tun() -> Result<Vec<String>, OverlayError> {
     let created = tun::ensure_persistent(TUNNEL_LINK).map_err(OverlayError::Tun)?;
     Ok(if created { vec![format!("link {TUNNEL_LINK} (TUN)")] } else { Vec::new() })
-}
-
-fn apply_sysctls(sysctls: &[Sysctl], applied: &mut Applied) {
-    for Sysctl { name, value, only_if } in sysctls {
-        if let Some(condition) = only_if {
-            let now = std::fs::read_to_string(format!("/proc/sys/{name}"));
-            if now.is_ok_and(|now| now.trim() != condition) {
-                continue;
-            }
-        }
-        match sysctl::ensure(name, value) {
-            Ok(Some(old)) => applied.changed.push(format!("sysctl {name}: {old} -> {value}")),
-            Ok(None) => {}
-            Err(error) => applied.failed.push(format!("sysctl {name} = {value}: {error}")),
-        }
-    }
 }
 
 fn note<E: std::error::Error>(applied: &mut Applied, outcome: Result<Vec<String>, E>) {
@@ -203,7 +211,7 @@ fn note<E: std::error::Error>(applied: &mut Applied, outcome: Result<Vec<String>
 }
 
 /// The old content or the new, never a part: written beside, then renamed.
-fn replace_file(path: &std::path::Path, content: &[u8]) -> std::io::Result<()> {
+fn replace_file(path: &Path, content: &[u8]) -> std::io::Result<()> {
     let beside = path.with_extension("json.new");
     let mut file = std::fs::File::create(&beside)?;
     file.write_all(content)?;

@@ -13,8 +13,9 @@ pub mod apply;
 pub mod plan;
 mod quarantine;
 mod rules;
+mod sysctls;
 pub mod tunnel;
 
-pub use apply::{OverlayApplier, cleanup};
-pub use plan::{OverlayPlan, OverlayPlanner};
+pub use apply::{OverlayApplier, OverlayError, cleanup, peers};
+pub use plan::{OverlayPlan, OverlayPlanner, host_address};
 pub use tunnel::{TunnelConfig, TunnelError, TunnelState};

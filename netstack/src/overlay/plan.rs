@@ -276,4 +276,4 @@ fn through_tunnel(destination: IpNet, table: Option<u32>, source: Option<IpAddr>
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -4,8 +4,10 @@ use std::sync::Arc;
 
 use weft_model::constants::TABLE_PROXY;
 
+use super::layout::SetName;
 use super::plan::ProxyPlan;
 use super::stale::UdpTargets;
+use crate::kernel::conntrack::{ConntrackError, delete_udp_flows};
 use crate::kernel::nft::NftTable;
 use crate::reconcile::{Applied, Applier, Trust, chain};
 
@@ -41,7 +43,43 @@ impl Applier for ProxyApplier {
                 return applied;
             }
         }
-        self.udp = Some(plan.udp.clone());
+        let known = self.udp.as_ref().is_some_and(|known| Arc::ptr_eq(known, &plan.udp));
+        if trust == Trust::Nothing || !known {
+            match self.delete_stale(&plan.udp) {
+                Ok(0) => self.udp = Some(plan.udp.clone()),
+                Ok(deleted) => {
+                    applied.changed.push(format!("{deleted} stale UDP flows"));
+                    self.udp = Some(plan.udp.clone());
+                }
+                Err(error) => applied.failed.push(format!("stale UDP flows: {}", chain(&error))),
+            }
+        }
+        applied.details = details(plan);
         applied
     }
 }
+
+impl ProxyApplier {
+    /// Reads the tracked UDP flows once, whatever changed.
+    fn delete_stale(&self, now: &UdpTargets) -> Result<usize, ConntrackError> {
+        let index = now.index();
+        let gone = self.udp.as_ref().map(|before| now.gone(before)).unwrap_or_default();
+        delete_udp_flows(|flow| now.is_stale(&index, &gone, flow.original.destination, flow.reply.source))
+    }
+}
+
+/// For `weft status`: how much is programmed. Counts groups, one a Service, as it runs on every pass.
+fn details(plan: &ProxyPlan) -> Vec<(String, String)> {
+    let services = |set: SetName, ipv6| plan.table.sets.get(&set.of(ipv6)).map_or(0, |set| set.groups.len());
+    [
+        ("services IPv4", SetName::ServiceIps, false),
+        ("services IPv6", SetName::ServiceIps, true),
+        ("without endpoints IPv4", SetName::NoEndpoints, false),
+        ("without endpoints IPv6", SetName::NoEndpoints, true),
+    ]
+    .map(|(name, set, ipv6)| (name.to_owned(), services(set, ipv6).to_string()))
+    .to_vec()
+}
+
+#[cfg(test)]
+mod tests;

@@ -6,7 +6,8 @@
 //! * Masquerade only where the answer would not come back through this node or would be refused: a pod that was sent
 //!   to itself; into the tunnel with a source outside this node's pod range (peers accept nothing else);
 //!   out of an uplink with a source that is neither this host's nor a pod's of this node.
-//! * Reject and drop look at what DNAT left, in prerouting and output: a ClusterIP needs no route to be refused.
+//! * Reject and drop look at what DNAT left, in prerouting and output: a ClusterIP needs no route to be refused. Only the
+//!   first packets of connections are looked at, so that nothing is paid for the others.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -18,7 +19,7 @@ use weft_model::constants::{
 };
 use weft_model::objects::Protocol;
 use weft_model::ruleset::{
-    Base, Chain, ChainKind, Datum, ElementData, Elements, Field, Hook, KeyType, Rule, Set, SetData,
+    Base, Chain, ChainKind, CtState, Datum, ElementData, Elements, Field, Hook, KeyType, Rule, Set, SetData,
     Statement, Table, Verdict,
 };
 
@@ -290,7 +291,9 @@ fn nat(hook: Hook, priority: i32, rules: Vec<Rule>) -> Chain {
 
 fn filter(hook: Hook) -> Chain {
     let base = Base { kind: ChainKind::Filter, hook, priority: PRIORITY_FILTER };
-    Chain { base: Some(base), rules: vec![jump(UNANSWERED)] }
+    let first_packet = Statement::CtState { states: vec![CtState::New], negated: false };
+    let unanswered = Statement::Verdict(Verdict::Jump(UNANSWERED.to_owned()));
+    Chain { base: Some(base), rules: vec![Rule::new(vec![first_packet, unanswered])] }
 }
 
 fn jump(chain: &str) -> Rule {

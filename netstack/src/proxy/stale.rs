@@ -71,9 +71,8 @@ impl UdpTargets {
     ) -> bool {
         let destination = self.destination(sent_to);
         match index.get(&destination) {
-            Some(targets) => {
-                !targets.contains(&answered_by) && !(targets.is_empty() && sent_to == answered_by)
-            }
+            Some(targets) if targets.is_empty() => sent_to != answered_by,
+            Some(targets) => !targets.contains(&answered_by),
             None => {
                 let translated = sent_to != answered_by;
                 let of_service_range = self.service_cidrs.iter().any(|cidr| cidr.contains(&sent_to.ip()));
@@ -91,8 +90,10 @@ mod tests {
         text.parse().unwrap()
     }
 
-    fn targets(groups: &[(&str, &[(UdpDestination, &[&str])])]) -> UdpTargets {
-        let group = |of: &[(UdpDestination, &[&str])]| {
+    type Group<'a> = &'a [(UdpDestination, &'a [&'a str])];
+
+    fn targets(groups: &[(&str, Group<'_>)]) -> UdpTargets {
+        let group = |of: Group<'_>| {
             Arc::new(of.iter().map(|(d, t)| (*d, t.iter().map(|t| at(t)).collect())).collect())
         };
         UdpTargets {

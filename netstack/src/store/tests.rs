@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use weft_model::node_facts::{NodeFacts, WireguardBackend};
-use weft_model::{ClusterConfig, Generation, PodKey, Snapshot};
+use weft_model::objects::{Node, Protocol, Service, ServiceKind, ServicePort, TrafficPolicy};
+use weft_model::{ClusterConfig, Generation, PodKey, ServiceKey, Snapshot, WgPublicKey};
 
 use super::*;
 
@@ -26,8 +28,55 @@ fn address(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
+/// sled's threads let go of the lock a moment after the last handle is dropped; a dead process has none.
+pub(crate) fn open_when_free(path: &Path) -> Opened {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        match Store::open(path) {
+            Ok(opened) => return opened,
+            Err(error) => assert!(Instant::now() < deadline, "{}", crate::reconcile::chain(&error)),
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 fn write(store: &Store, text: &str, lease: Option<Lease>) {
     store.write_leases(&BTreeMap::from([(address(text), lease)])).unwrap();
+}
+
+fn node() -> Node {
+    Node {
+        name: "n1".into(),
+        uid: "1".to_owned(),
+        created: 1,
+        labels: BTreeMap::from([("zone".to_owned(), "a".to_owned())]),
+        pod_cidrs: vec!["10.244.1.0/24".parse().unwrap(), "fd00:1::/64".parse().unwrap()],
+        internal_ips: vec![address("192.0.2.1"), address("2001:db8::1")],
+        public_key: Some(WgPublicKey([7; 32])),
+        wireguard_port: Some(51820),
+    }
+}
+
+fn service() -> Service {
+    Service {
+        key: ServiceKey::new("default", "web"),
+        uid: "2".to_owned(),
+        created: 2,
+        labels: BTreeMap::new(),
+        kind: ServiceKind::ClusterIps(vec![address("10.96.0.7")]),
+        ports: vec![ServicePort {
+            name: "http".to_owned(),
+            protocol: Protocol::Tcp,
+            port: 80,
+            node_port: None,
+        }],
+        publish_not_ready_addresses: false,
+        internal_traffic_policy: TrafficPolicy::Cluster,
+        external_traffic_policy: TrafficPolicy::Local,
+        session_affinity_seconds: Some(10800),
+        load_balancer_ips: vec![],
+        external_ips: vec![],
+    }
 }
 
 fn snapshot() -> Snapshot {
@@ -45,9 +94,9 @@ fn snapshot() -> Snapshot {
             uplinks: vec![],
             wireguard_backend: WireguardBackend::Userspace,
         }),
-        nodes: Arc::default(),
+        nodes: Arc::new(BTreeMap::from([("n1".into(), Arc::new(node()))])),
         namespaces: Arc::default(),
-        services: Arc::default(),
+        services: Arc::new(BTreeMap::from([(service().key.clone(), Arc::new(service()))])),
         endpoint_slices: Arc::default(),
         local_pods: Arc::default(),
         problems: Arc::default(),
@@ -80,8 +129,21 @@ fn leases_survive_a_restart() {
     write(&opened.store, "10.244.1.3", Some(lease("b")));
     write(&opened.store, "10.244.1.3", None);
     drop(opened);
-    let leases = Store::open(&path).unwrap().store.leases().unwrap();
+    let leases = open_when_free(&path).store.leases().unwrap();
     assert_eq!(leases, [(address("10.244.1.2"), lease("a")), (address("fd00::2"), lease("a"))].into());
+}
+
+/// The files as they are right after the call returned are what a crash would leave.
+#[test]
+fn a_lease_is_in_the_files_when_the_write_returns() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, left) = (folder.path().join("store"), folder.path().join("left"));
+    let opened = Store::open(&path).unwrap();
+    write(&opened.store, "10.244.1.2", Some(lease("a")));
+    crate::kernel::testing::run(&["cp", "-r", path.to_str().unwrap(), left.to_str().unwrap()]);
+    let after = Store::open(&left).unwrap();
+    assert_eq!(after.set_aside, None);
+    assert_eq!(after.store.leases().unwrap(), [(address("10.244.1.2"), lease("a"))].into());
 }
 
 #[test]
@@ -89,11 +151,11 @@ fn a_store_full_of_garbage_is_set_aside_and_begun_anew() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("store");
     for round in 1..=2 {
-        let opened = Store::open(&path).unwrap();
+        let opened = open_when_free(&path);
         write(&opened.store, "10.244.1.2", Some(lease("a")));
         drop(opened);
         fill_with_garbage(&path);
-        let opened = Store::open(&path).unwrap();
+        let opened = open_when_free(&path);
         assert_eq!(opened.set_aside, Some(folder.path().join(format!("store.damaged-{round}"))));
         assert!(opened.set_aside.unwrap().join("conf").exists());
         assert_eq!(opened.store.leases().unwrap(), LeaseRecords::new());
@@ -114,13 +176,13 @@ fn a_file_in_place_of_the_store_is_set_aside() {
 fn a_store_that_kills_its_opener_twice_is_set_aside() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("store");
-    drop(Store::open(&path).unwrap());
+    drop(open_when_free(&path));
     let marker = folder.path().join("store.opening");
     std::fs::write(&marker, "1").unwrap();
-    assert_eq!(Store::open(&path).unwrap().set_aside, None);
+    assert_eq!(open_when_free(&path).set_aside, None);
     assert!(!marker.exists());
     std::fs::write(&marker, "2").unwrap();
-    assert_eq!(Store::open(&path).unwrap().set_aside, Some(folder.path().join("store.damaged-1")));
+    assert_eq!(open_when_free(&path).set_aside, Some(folder.path().join("store.damaged-1")));
 }
 
 #[test]
@@ -130,7 +192,7 @@ fn a_store_in_use_is_an_error_and_not_damage() {
     let first = Store::open(&path).unwrap();
     assert!(matches!(Store::open(&path), Err(StoreError::Open { .. })));
     drop(first);
-    assert_eq!(Store::open(&path).unwrap().set_aside, None);
+    assert_eq!(open_when_free(&path).set_aside, None);
 }
 
 #[test]
@@ -141,7 +203,7 @@ fn the_last_good_snapshot_comes_back_marked() {
     assert_eq!(store.load_snapshot().unwrap(), SnapshotRead::default());
     store.save_snapshot(&snapshot()).unwrap();
     drop(store);
-    let store = Store::open(&path).unwrap().store;
+    let store = open_when_free(&path).store;
     let expected = Snapshot { from_store: true, ..snapshot() };
     assert_eq!(store.load_snapshot().unwrap().snapshot, Some(expected));
 }

@@ -19,7 +19,7 @@ const MASTERS: &str = "system:masters";
 /// The user name of agents, as their ServiceAccount has it in a real cluster.
 pub const AGENT_USER: &str = "system:serviceaccount:weft-system:weft-agent";
 /// User name of kubelets; the node's name follows.
-pub const KUBELET_PREFIX: &str = "system:node:";
+const KUBELET_PREFIX: &str = "system:node:";
 const KUBELETS: &str = "system:nodes";
 /// Group that binds an agent's token to its node; the node's name follows.
 pub const NODE_GROUP_PREFIX: &str = "weft.network:node:";

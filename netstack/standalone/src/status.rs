@@ -22,23 +22,24 @@ pub struct ApiError {
     pub code: u16,
     /// `StatusReason`, such as `NotFound`.
     pub reason: &'static str,
-    pub message: String,
-    pub kind: String,
-    pub group: String,
-    pub name: String,
+    pub message: Box<str>,
+    /// Plural of the resource it is about (its kind for `Invalid`), empty where there is none.
+    pub kind: &'static str,
+    pub group: &'static str,
+    pub name: Box<str>,
     pub causes: Vec<Cause>,
     pub retry_after_seconds: Option<u32>,
 }
 
 impl ApiError {
-    pub fn new(code: u16, reason: &'static str, message: impl Into<String>) -> Self {
+    pub fn new(code: u16, reason: &'static str, message: impl Into<Box<str>>) -> Self {
         Self {
             code,
             reason,
             message: message.into(),
-            kind: String::new(),
-            group: String::new(),
-            name: String::new(),
+            kind: "",
+            group: "",
+            name: Box::default(),
             causes: Vec::new(),
             retry_after_seconds: None,
         }
@@ -46,9 +47,9 @@ impl ApiError {
 
     #[must_use]
     pub fn about(mut self, resource: &Resource, name: &str) -> Self {
-        self.kind = resource.plural.to_owned();
-        self.group = resource.group.to_owned();
-        self.name = name.to_owned();
+        self.kind = resource.plural;
+        self.group = resource.group;
+        self.name = name.into();
         self
     }
 
@@ -76,7 +77,7 @@ impl ApiError {
         Self::new(403, "Forbidden", message).about(resource, name)
     }
 
-    pub fn bad_request(message: impl Into<String>) -> Self {
+    pub fn bad_request(message: impl Into<Box<str>>) -> Self {
         Self::new(400, "BadRequest", message)
     }
 
@@ -87,7 +88,7 @@ impl ApiError {
         let list = if texts.len() == 1 { texts.concat() } else { format!("[{}]", texts.join(", ")) };
         let message = format!("{} \"{name}\" is invalid: {list}", kind_name(resource));
         let mut error = Self::new(422, "Invalid", message).about(resource, name);
-        resource.kind.clone_into(&mut error.kind);
+        error.kind = resource.kind;
         error.causes = causes;
         error
     }
@@ -130,7 +131,7 @@ impl ApiError {
     #[must_use]
     pub fn to_json(&self) -> Value {
         let mut details = serde_json::Map::new();
-        let texts = [("name", &self.name), ("group", &self.group), ("kind", &self.kind)];
+        let texts = [("name", &*self.name), ("group", self.group), ("kind", self.kind)];
         for (key, text) in texts.into_iter().filter(|(_, text)| !text.is_empty()) {
             details.insert(key.to_owned(), json!(text));
         }

@@ -60,9 +60,24 @@ pub enum Op<'a> {
 
 static ABSENT: Table = Table { name: String::new(), chains: BTreeMap::new(), sets: BTreeMap::new() };
 
+/// What one walk over two tables finds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Difference<'a> {
+    /// Empty when there is nothing to do.
+    pub ops: Vec<Op<'a>>,
+    /// Set and group of each group that is not the same `Arc` in both tables, whether its elements differ or not.
+    pub regrouped: Vec<(&'a str, &'a str)>,
+}
+
 /// Operations that turn `from` into `to`; `None` is a table that does not exist. Empty when there is nothing to do.
 pub fn diff<'a>(from: Option<&'a Table>, to: &'a Table) -> Vec<Op<'a>> {
+    difference(from, to).ops
+}
+
+/// As [`diff`], with what a shadow needs to [catch up](Table::catch_up).
+pub fn difference<'a>(from: Option<&'a Table>, to: &'a Table) -> Difference<'a> {
     let mut ops = Vec::new();
+    let mut regrouped = Vec::new();
     if from.is_none() {
         ops.push(Op::AddTable);
     }
@@ -74,7 +89,9 @@ pub fn diff<'a>(from: Option<&'a Table>, to: &'a Table) -> Vec<Op<'a>> {
     for (name, old) in &from.sets {
         match to.sets.get(name) {
             Some(new) if !rebuilt.sets.contains(name.as_str()) => {
-                change_elements(name, old, new, &mut ops, &mut added_elements);
+                let change = changed_elements(old, new);
+                regrouped.extend(change.groups.iter().map(|group| (name.as_str(), *group)));
+                change.push_onto((name, old, new), &mut ops, &mut added_elements);
             }
             _ if old.data == SetData::Verdict => ops.push(Op::FlushSet { name }),
             _ => {}
@@ -94,7 +111,9 @@ pub fn diff<'a>(from: Option<&'a Table>, to: &'a Table) -> Vec<Op<'a>> {
     for (name, set) in &to.sets {
         if !from.sets.contains_key(name) || rebuilt.sets.contains(name.as_str()) {
             ops.push(Op::AddSet { name, set });
-            let elements: Vec<_> = set.elements().map(|(key, data)| (key.as_slice(), data)).collect();
+            // By key: were one in two groups, the kernel would refuse the whole transaction; so the last one wins.
+            let elements: BTreeMap<_, _> = set.elements().map(|(key, data)| (key.as_slice(), data)).collect();
+            let elements: Vec<Element<'_>> = elements.into_iter().collect();
             if set.timeout_millis.is_none() && !elements.is_empty() {
                 added_elements.push(Op::AddElements { name, set, elements });
             }
@@ -107,7 +126,7 @@ pub fn diff<'a>(from: Option<&'a Table>, to: &'a Table) -> Vec<Op<'a>> {
             ops.extend(chain.rules.iter().map(|rule| Op::AddRule { chain: name, rule }));
         }
     }
-    ops
+    Difference { ops, regrouped }
 }
 
 /// Objects of both tables that cannot be changed in place: they are deleted and added again, with all that refers to
@@ -162,50 +181,62 @@ fn flush_chains<'a>(from: &'a Table, to: &Table, rebuilt: &Rebuilt<'_>, ops: &mu
     }
 }
 
-fn change_elements<'a>(
-    name: &'a str,
-    old: &'a Set,
-    new: &'a Set,
-    ops: &mut Vec<Op<'a>>,
-    later: &mut Vec<Op<'a>>,
-) {
-    if new.timeout_millis.is_some() {
-        return;
-    }
-    let (removed, added) = changed_elements(old, new);
-    if !removed.is_empty() {
-        ops.push(Op::DeleteElements { name, set: old, elements: removed.into_iter().collect() });
-    }
-    if !added.is_empty() {
-        later.push(Op::AddElements { name, set: new, elements: added.into_iter().collect() });
+/// The difference of the elements of one set.
+#[derive(Default)]
+struct ElementChange<'a> {
+    removed: BTreeMap<&'a [Datum], &'a ElementData>,
+    added: BTreeMap<&'a [Datum], &'a ElementData>,
+    /// Groups that are not the same `Arc`.
+    groups: Vec<&'a str>,
+}
+
+impl<'a> ElementChange<'a> {
+    /// Deletions go to the operations at once, additions when the chains they lead to are there.
+    fn push_onto(
+        self,
+        (name, old, new): (&'a str, &'a Set, &'a Set),
+        now: &mut Vec<Op<'a>>,
+        later: &mut Vec<Op<'a>>,
+    ) {
+        if !self.removed.is_empty() {
+            let elements = self.removed.into_iter().collect();
+            now.push(Op::DeleteElements { name, set: old, elements });
+        }
+        if !self.added.is_empty() {
+            let elements = self.added.into_iter().collect();
+            later.push(Op::AddElements { name, set: new, elements });
+        }
     }
 }
 
-type ElementRefs<'a> = BTreeMap<&'a [Datum], &'a ElementData>;
-
 /// What is only in `old` and what is only in `new`; an element that moved between groups is in neither.
-fn changed_elements<'a>(old: &'a Set, new: &'a Set) -> (ElementRefs<'a>, ElementRefs<'a>) {
-    let (mut removed, mut added) = (ElementRefs::new(), ElementRefs::new());
+fn changed_elements<'a>(old: &'a Set, new: &'a Set) -> ElementChange<'a> {
     static NONE: Elements = Elements::new();
-    for (_, before, after) in joined_groups(old, new) {
+    let mut change = ElementChange::default();
+    if new.timeout_millis.is_some() {
+        return change;
+    }
+    for (name, before, after) in joined_groups(old, new) {
         if let (Some(before), Some(after)) = (before, after)
             && Arc::ptr_eq(before, after)
         {
             continue;
         }
+        change.groups.push(name);
         let before = before.map_or(&NONE, |group| group.as_ref());
         let after = after.map_or(&NONE, |group| group.as_ref());
-        removed.extend(missing(before, after));
-        added.extend(missing(after, before));
+        change.removed.extend(missing(before, after));
+        change.added.extend(missing(after, before));
     }
-    removed.retain(|key, data| {
+    let added = &mut change.added;
+    change.removed.retain(|key, data| {
         let moved = added.get(key) == Some(data);
         if moved {
             added.remove(key);
         }
         !moved
     });
-    (removed, added)
+    change
 }
 
 /// Elements of `these` that `those` has not, or has with other data.
@@ -245,16 +276,23 @@ fn joined_groups<'a>(
 
 impl Table {
     /// Becomes equal to `other`, copying only what differs: what a shadow of the kernel does after a commit.
-    pub fn catch_up(&mut self, other: &Self) {
+    /// `regrouped` is what [`difference`] found between the two.
+    pub fn catch_up(&mut self, other: &Self, regrouped: &[(String, String)]) {
         self.name.clone_from(&other.name);
         if self.chains != other.chains {
             self.chains.clone_from(&other.chains);
         }
         self.sets.retain(|name, set| other.sets.get(name).is_some_and(|new| set.same_declaration(new)));
         for (name, new) in &other.sets {
-            match self.sets.get_mut(name) {
-                Some(set) => set.catch_up(new),
-                None => drop(self.sets.insert(name.clone(), new.clone())),
+            if !self.sets.contains_key(name) {
+                self.sets.insert(name.clone(), new.clone());
+            }
+        }
+        for (set, group) in regrouped {
+            let Some(groups) = self.sets.get_mut(set).map(|set| &mut set.groups) else { continue };
+            match other.sets.get(set).and_then(|set| set.groups.get(group)) {
+                Some(new) => drop(groups.insert(group.clone(), Arc::clone(new))),
+                None => drop(groups.remove(group)),
             }
         }
     }
@@ -273,22 +311,6 @@ impl Set {
             && self.data == other.data
             && self.interval == other.interval
             && self.timeout_millis == other.timeout_millis
-    }
-
-    fn catch_up(&mut self, other: &Self) {
-        let changed: Vec<_> = joined_groups(self, other)
-            .filter(|(_, before, after)| match (before, after) {
-                (Some(before), Some(after)) => !Arc::ptr_eq(before, after),
-                _ => true,
-            })
-            .map(|(name, _, after)| (name.clone(), after.cloned()))
-            .collect();
-        for (name, group) in changed {
-            match group {
-                Some(group) => drop(self.groups.insert(name, group)),
-                None => drop(self.groups.remove(&name)),
-            }
-        }
     }
 }
 

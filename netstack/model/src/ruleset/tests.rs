@@ -178,8 +178,10 @@ proptest! {
 
     #[test]
     fn a_shadow_catches_up(from in any_table(), to in any_table()) {
-        let mut shadow = from;
-        shadow.catch_up(&to);
+        let mut shadow = from.clone();
+        let found = difference(Some(&from), &to).regrouped;
+        let found: Vec<_> = found.iter().map(|(set, group)| ((*set).into(), (*group).into())).collect();
+        shadow.catch_up(&to, &found);
         prop_assert_eq!(&shadow, &to);
     }
 }
@@ -212,6 +214,22 @@ fn an_element_that_moves_to_another_group_is_no_change() {
     let from = port_set(&[("a", &[1, 2]), ("b", &[3])]);
     let to = port_set(&[("b", &[1, 2, 3])]);
     assert_eq!(diff(Some(&from), &to), []);
+}
+
+#[test]
+fn one_key_in_two_groups_does_not_refuse_the_table() {
+    let mut table = port_set(&[]);
+    let set = table.sets.get_mut("ports").unwrap();
+    set.data = SetData::Verdict;
+    for (name, verdict) in [("a", Verdict::Drop), ("b", Verdict::Accept)] {
+        let elements = [(vec![Datum::Port(1)], ElementData::Verdict(verdict))];
+        set.groups.insert(name.into(), Arc::new(elements.into()));
+    }
+    let mut kernel = FakeKernel::default();
+    assert_eq!(kernel.commit(&diff(None, &table)), Ok(()));
+    let elements: Vec<_> = kernel.table.iter().flat_map(|table| table.sets["ports"].elements()).collect();
+    assert_eq!(elements, [(&vec![Datum::Port(1)], &ElementData::Verdict(Verdict::Accept))]);
+    assert_eq!(diff(kernel.table.as_ref(), &table), []);
 }
 
 #[test]

@@ -8,7 +8,9 @@ use weft_model::Generation;
 
 use super::rig::{Rig, fill_with_garbage, link_of, pod_links, snapshot};
 use crate::cni::apply::PodLinksApplier;
+use crate::cni::cleanup;
 use crate::cni::plan::PodLinksPlanner;
+use crate::kernel::netns::Rtnetlink;
 use crate::kernel::testing::{NamedNetns, needs_root};
 use crate::reconcile::{Loop, Pace};
 use crate::store::Lease;
@@ -107,6 +109,31 @@ fn an_add_that_died_half_way_is_completed_or_removed() {
         agent.add("a", &pod).await;
         assert_eq!(pod_links(&rig.node), 1);
     });
+}
+
+#[test]
+fn cleanup_leaves_no_object_of_ours() {
+    if !needs_root() {
+        return;
+    }
+    let rig = Rig::new();
+    let pod = NamedNetns::new("pod");
+    let picture = || {
+        [&["ip", "-br", "addr"][..], &["ip", "route"], &["ip", "-6", "route"], &["nft", "list", "ruleset"]]
+            .map(|command| rig.node.must(command))
+    };
+    let before = picture();
+    rig.node.block_on(async {
+        let agent = rig.start().await;
+        agent.add("a", &pod).await;
+        agent.kill().await;
+        let connection = Rtnetlink::connect().unwrap();
+        let applied = cleanup::remove_all(&connection.handle).await;
+        assert_eq!((applied.failed, applied.changed.len()), (vec![], 2));
+        let again = cleanup::remove_all(&connection.handle).await;
+        assert_eq!((again.failed, again.changed), (vec![], vec![]));
+    });
+    assert_eq!(picture(), before);
 }
 
 #[test]

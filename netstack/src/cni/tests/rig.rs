@@ -15,6 +15,7 @@ use weft_model::{ClusterConfig, Generation, NodeName, Snapshot};
 use crate::cni::{Attachment, Cni, Inputs, plugin, server};
 use crate::kernel::nft::NftTable;
 use crate::kernel::testing::NamedNetns;
+use crate::store::tests::open_when_free;
 use crate::store::{LeaseRecords, Store};
 
 pub(super) struct Rig {
@@ -59,7 +60,7 @@ impl Rig {
     }
 
     pub(super) async fn start_with(&self, snapshot: Snapshot) -> Agent {
-        let opened = Store::open(self.store_path()).unwrap();
+        let opened = open_when_free(&self.store_path());
         let store = Arc::new(opened.store);
         let (snapshots, receiver) = watch::channel(Some(Arc::new(snapshot)));
         let inputs = Inputs {

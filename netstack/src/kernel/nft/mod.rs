@@ -27,7 +27,9 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
-use weft_model::ruleset::{Datum, Element, ElementData, Elements, Op, Set, SetData, Table, diff};
+use weft_model::ruleset::{
+    Datum, Difference, Element, ElementData, Elements, Op, Set, SetData, Table, difference,
+};
 
 use crate::reconcile::Trust;
 
@@ -288,14 +290,17 @@ impl NftTable {
         }
         // Taken out, and put back only when it is known to be right.
         let shadow = self.shadow.take();
-        let mut ops = diff(shadow.as_ref().map(|shadow| &shadow.table), desired);
+        let Difference { mut ops, regrouped } =
+            difference(shadow.as_ref().map(|shadow| &shadow.table), desired);
         if dormant {
             ops.insert(0, Op::AddTable);
         }
         self.commit(&ops, generation)?;
         let changed = ops.iter().map(ToString::to_string).collect();
+        let regrouped: Vec<_> =
+            regrouped.iter().map(|(set, group)| ((*set).to_owned(), (*group).to_owned())).collect();
         let mut table = shadow.map_or_else(Table::default, |shadow| shadow.table);
-        table.catch_up(desired);
+        table.catch_up(desired, &regrouped);
         let generation = self.last_generation(generation);
         self.shadow = Some(Shadow { table, generation });
         Ok(changed)

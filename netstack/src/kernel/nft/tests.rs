@@ -37,6 +37,14 @@ pub(crate) fn run(command: &str) -> String {
     out.into_owned()
 }
 
+/// Waits until the namespace's IPv6 addresses can be used: the kernel makes their routes in the background.
+pub(crate) fn await_addresses() {
+    run(r#"timeout 10 sh -c '
+        for address in $(ip -6 -o addr show scope global | awk "{print \$4}" | cut -d/ -f1); do
+            until ip -6 route show table local | grep -q "^local $address "; do sleep 0.01; done
+        done'"#);
+}
+
 /// `nft list ruleset` without indentation; that it works at all is part of every test.
 fn listing() -> String {
     run("nft -j list ruleset > /dev/null");

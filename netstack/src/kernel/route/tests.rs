@@ -116,6 +116,20 @@ fn one_failing_route_stops_no_other() {
 }
 
 #[test]
+fn of_two_routes_that_the_kernel_cannot_tell_apart_one_is_named() {
+    if !needs_root() {
+        return;
+    }
+    let node = node();
+    let routes = [route("10.1.0.0/24", link("a0")), route("10.1.0.0/24", link("b0"))];
+    for changes in [1, 0] {
+        let applied = node.block_on(apply(&routes, &[]));
+        assert_eq!(applied.failed, ["route 10.1.0.0/24 dev b0: 10.1.0.0/24 dev a0 is wanted too"]);
+        assert_eq!(applied.changed.len(), changes);
+    }
+}
+
+#[test]
 fn foreign_routes_and_pod_routes_are_left_alone() {
     if !needs_root() {
         return;

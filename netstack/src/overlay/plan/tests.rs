@@ -33,12 +33,12 @@ fn node(number: u8, ipv4: bool, ipv6: bool) -> Node {
     }
 }
 
-fn dual(number: u8) -> Node {
+pub(in crate::overlay) fn dual(number: u8) -> Node {
     node(number, true, true)
 }
 
 /// Seen from `node-1` of a dual-stack cluster.
-fn snapshot(nodes: Vec<Node>) -> Snapshot {
+pub(in crate::overlay) fn snapshot(nodes: Vec<Node>) -> Snapshot {
     let parse = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
     let config = ClusterConfig {
         cluster_cidrs: parse(&["10.42.0.0/16", "fd42::/48"]),

@@ -31,8 +31,9 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
 
 use base64::Engine as _;
-use nix::sys::signal::{SigSet, Signal};
 use serde::{Deserialize, Serialize};
+use tokio::signal::unix::{SignalKind, signal};
+use weft_model::WgPublicKey;
 use weft_model::wireguard::WireguardPlan;
 
 use self::control::Response;
@@ -86,8 +87,6 @@ pub enum TunnelError {
 
 /// Runs the tunnel until SIGTERM or SIGINT (`Ok`) or until a part of it fails. Blocks; the device stays.
 pub fn run(config: TunnelConfig) -> Result<(), TunnelError> {
-    let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
-    signals.thread_block().map_err(|error| TunnelError::Thread(error.into()))?;
     let identity = Identity::new(read_key(&config.state_dir.join(KEY_FILE))?);
     let tun =
         Tun::open(&config.link).map_err(|source| TunnelError::Tun { link: config.link.clone(), source })?;
@@ -106,19 +105,32 @@ pub fn run(config: TunnelConfig) -> Result<(), TunnelError> {
         control::serve(&listener, |method, path| answer(&of_control, &state_path, method, path))
     })?;
     start_data_path(&device, &end_tx)?;
-    start("signals", &end_tx, move || {
-        signals.wait()?;
-        Err(io::ErrorKind::Interrupted.into())
-    })?;
+    start("signals", &end_tx, wait_for_signal)?;
     tracing::info!(link = config.link, key = %device.identity.public, "tunnel runs");
     // Every sender lives in a thread that reports before it ends, and one is here: an answer always comes.
     let outcome = match end_rx.recv() {
-        Ok(("signals", _)) | Err(_) => Ok(()),
+        Ok(("signals", error)) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+        Err(_) => Ok(()),
         Ok((thread, source)) => Err(TunnelError::Ended { thread, source }),
     };
     // What is left there only makes the next start remove it.
     let _ = std::fs::remove_file(&socket_path);
     outcome
+}
+
+/// Ends, always with an error, when the process is asked to end. A runtime of its own, because tokio's handlers work
+/// whatever threads the process has.
+fn wait_for_signal() -> io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    runtime.block_on(async {
+        let (mut terminate, mut interrupt) =
+            (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        Err(io::ErrorKind::Interrupted.into())
+    })
 }
 
 type End = (&'static str, io::Error);
@@ -177,6 +189,11 @@ fn apply(device: &Device, state_path: &Path) -> Result<(), TunnelError> {
     device.apply(&state).map_err(|source| TunnelError::Port { port, source })?;
     tracing::info!(peers = state.wireguard.peers.len(), port, "configuration applied");
     Ok(())
+}
+
+/// The public key of a private key.
+pub fn public_key(private: [u8; 32]) -> WgPublicKey {
+    Identity::new(private).public
 }
 
 /// Reads a private key: 32 raw bytes, or base64 with or without a line end.

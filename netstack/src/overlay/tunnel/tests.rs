@@ -8,7 +8,6 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use weft_model::WgPublicKey;
 use weft_model::wireguard::{PeerStatus, WireguardPeer};
 
 use super::*;
@@ -20,7 +19,7 @@ const PORT: u16 = 51820;
 const MTU: u32 = 1420;
 const RUN_DIR: &str = "WEFT_TEST_TUNNEL_DIR";
 
-/// Not a test of its own: the body of a tunnel process. With one test thread it is the main thread, as in production.
+/// Not a test of its own: the body of a tunnel process.
 #[test]
 fn tunnel_process() {
     let Ok(dir) = std::env::var(RUN_DIR) else { return };
@@ -51,7 +50,7 @@ impl Host {
         let private = [number; 32];
         let text = base64::engine::general_purpose::STANDARD.encode(private) + "\n";
         std::fs::write(dir.path().join(KEY_FILE), text).unwrap();
-        let key = Identity::new(private).public;
+        let key = public_key(private);
         Self { number, netns: NamedNetns::new(&format!("h{number}")), dir, key, process: None }
     }
 
@@ -134,7 +133,7 @@ impl Host {
         let process = Command::new("ip")
             .args(["netns", "exec", &self.netns.name])
             .arg(std::env::current_exe().unwrap())
-            .args(["--exact", "overlay::tunnel::tests::tunnel_process", "--nocapture", "--test-threads=1"])
+            .args(["--exact", "overlay::tunnel::tests::tunnel_process", "--nocapture"])
             .env(RUN_DIR, self.dir.path())
             .stdout(Stdio::null())
             .spawn();
@@ -268,6 +267,24 @@ fn udp_arrives(from: &Host, to: &Host, ipv6: bool) {
 }
 
 #[test]
+fn an_underlay_that_is_narrower_than_thought_costs_fragments_but_no_packets() {
+    if !needs_root() {
+        return;
+    }
+    let (_switch, hosts) = three();
+    for host in &hosts {
+        host.netns.must(&["ip", "link", "set", "eth0", "mtu", "1300"]);
+    }
+    // Host 3 talks to host 1 over IPv6 and to host 2 over IPv4.
+    for to in [0, 1] {
+        hosts[2].reaches(hosts[to].inner(true), PATIENCE);
+        let bytes = noise(500_000, 11);
+        assert!(over_tcp(&hosts[2], &hosts[to], true, &bytes) == bytes);
+        assert!(over_tcp(&hosts[to], &hosts[2], false, &bytes) == bytes);
+    }
+}
+
+#[test]
 fn a_tunnel_that_was_killed_is_back_within_two_seconds_on_the_same_device() {
     if !needs_root() {
         return;
@@ -333,8 +350,9 @@ fn sigterm_ends_the_tunnel_and_leaves_the_device() {
     hosts[0].reaches(hosts[1].inner(false), PATIENCE);
     let mut process = hosts[0].process.take().unwrap();
     let pid = nix::unistd::Pid::from_raw(process.id().try_into().unwrap());
-    nix::sys::signal::kill(pid, Signal::SIGTERM).unwrap();
-    assert!(process.wait().unwrap().success());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    let status = process.wait().unwrap();
+    assert!(status.success(), "{status}");
     assert!(!hosts[0].dir.path().join(SOCKET_FILE).exists());
     assert!(hosts[0].netns.must(&["ip", "link", "show", LINK]).contains("weft0"));
 }

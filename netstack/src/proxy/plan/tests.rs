@@ -1,1 +1,200 @@
-//! .
+//! What planning remembers and what it touches. What the rules mean is tested in `weft-tests`.
+
+use weft_model::node_facts::WireguardBackend;
+use weft_model::objects::{Endpoint, EndpointPort, Node, ServiceKind, ServicePort, TrafficPolicy};
+use weft_model::ruleset::Set;
+use weft_model::{ClusterConfig, Generation, NodeFacts, NodeName};
+
+use super::*;
+
+fn key(name: &str) -> ServiceKey {
+    ServiceKey::new("default", name)
+}
+
+fn service(name: &str, vip: &str, node_port: Option<u16>) -> Service {
+    Service {
+        key: key(name),
+        uid: String::new(),
+        created: 0,
+        labels: BTreeMap::new(),
+        kind: ServiceKind::ClusterIps(vec![vip.parse().unwrap()]),
+        ports: vec![ServicePort { name: String::new(), protocol: Protocol::Tcp, port: 80, node_port }],
+        publish_not_ready_addresses: false,
+        internal_traffic_policy: TrafficPolicy::Cluster,
+        external_traffic_policy: TrafficPolicy::Cluster,
+        session_affinity_seconds: None,
+        load_balancer_ips: vec![],
+        external_ips: vec![],
+    }
+}
+
+fn slice(service: &str, addresses: &[&str]) -> EndpointSlice {
+    let endpoint = |address: &&str| Endpoint {
+        address: address.parse().unwrap(),
+        ready: true,
+        serving: true,
+        terminating: false,
+        hostname: None,
+        node: Some("node-a".into()),
+        zone: None,
+        target_pod: None,
+    };
+    EndpointSlice {
+        key: key(&format!("{service}-1")),
+        service: key(service),
+        ipv6: false,
+        ports: vec![EndpointPort { name: String::new(), protocol: Protocol::Tcp, port: 8080 }],
+        endpoints: addresses.iter().map(endpoint).collect(),
+    }
+}
+
+fn cluster(services: Vec<Service>, slices: Vec<EndpointSlice>) -> Snapshot {
+    let node = Node {
+        name: "node-a".into(),
+        uid: String::new(),
+        created: 0,
+        labels: BTreeMap::new(),
+        pod_cidrs: vec!["10.244.0.0/16".parse().unwrap()],
+        internal_ips: vec!["192.0.2.1".parse().unwrap()],
+        public_key: None,
+        wireguard_port: None,
+    };
+    let config = ClusterConfig {
+        cluster_cidrs: vec!["10.244.0.0/16".parse().unwrap()],
+        service_cidrs: vec!["10.96.0.0/12".parse().unwrap()],
+        cluster_dns: vec![],
+        cluster_domain: "cluster.local".to_owned(),
+        wireguard_port: 51820,
+    };
+    let facts =
+        NodeFacts { name: "node-a".into(), uplinks: vec![], wireguard_backend: WireguardBackend::Userspace };
+    Snapshot {
+        generation: Generation(1),
+        config: Arc::new(config),
+        facts: Arc::new(facts),
+        nodes: Arc::new(BTreeMap::from([(NodeName::from("node-a"), Arc::new(node))])),
+        namespaces: Arc::default(),
+        services: Arc::new(services.into_iter().map(|s| (s.key.clone(), Arc::new(s))).collect()),
+        endpoint_slices: Arc::new(slices.into_iter().map(|s| (s.key.clone(), Arc::new(s))).collect()),
+        local_pods: Arc::default(),
+        problems: Arc::default(),
+        from_store: false,
+    }
+}
+
+fn set(plan: &ProxyPlan, name: SetName) -> &Set {
+    &plan.table.sets[&name.of(false)]
+}
+
+fn with_slice(snapshot: &Snapshot, slice: EndpointSlice) -> Snapshot {
+    let mut changed = snapshot.clone();
+    Arc::make_mut(&mut changed.endpoint_slices).insert(slice.key.clone(), Arc::new(slice));
+    changed
+}
+
+#[test]
+fn one_changed_endpoint_touches_one_group_of_one_map() {
+    let services = vec![service("a", "10.96.0.1", None), service("b", "10.96.0.2", None)];
+    let slices = vec![slice("a", &["10.244.0.1", "10.244.0.2"]), slice("b", &["10.244.0.3", "10.244.0.4"])];
+    let first = cluster(services, slices);
+    let mut planner = ProxyPlanner::default();
+    let before = planner.plan(&first).plan;
+    let after = planner.plan(&with_slice(&first, slice("a", &["10.244.0.1", "10.244.0.9"]))).plan;
+    for name in SetName::ALL.into_iter().filter(|name| *name != SetName::Hairpin) {
+        for (group, elements) in &set(&after, name).groups {
+            let same = Arc::ptr_eq(elements, &set(&before, name).groups[group]);
+            assert_eq!(same, !(name == SetName::Endpoints && group == "default/a"), "{name:?} {group}");
+        }
+    }
+    assert_eq!(before.table.chains, after.table.chains);
+}
+
+#[test]
+fn a_plan_nobody_holds_is_edited_in_place() {
+    let first = cluster(vec![service("a", "10.96.0.1", None)], vec![slice("a", &["10.244.0.1"])]);
+    let mut planner = ProxyPlanner::default();
+    let before = Arc::as_ptr(&planner.plan(&first).plan.table);
+    let after = planner.plan(&with_slice(&first, slice("a", &["10.244.0.2"]))).plan;
+    assert_eq!(before, Arc::as_ptr(&after.table));
+}
+
+#[test]
+fn everything_of_a_deleted_service_goes() {
+    let full = cluster(vec![service("a", "10.96.0.1", Some(30_080))], vec![slice("a", &["10.244.0.1"])]);
+    let mut planner = ProxyPlanner::default();
+    planner.plan(&full);
+    let empty = cluster(vec![], vec![]);
+    assert_eq!(planner.plan(&empty), ProxyPlanner::default().plan(&empty));
+    assert!(planner.planned.is_empty() && planner.claims.is_empty() && planner.emitted.is_empty());
+    assert!(planner.spreads.is_empty() && planner.hairpins.is_empty() && planner.by_service.is_empty());
+}
+
+#[test]
+fn a_type_or_label_that_changes_frees_ports_and_rules() {
+    let slices = || vec![slice("a", &["10.244.0.1"])];
+    let mut planner = ProxyPlanner::default();
+    let node_port = service("a", "10.96.0.1", Some(30_080));
+    let plain = service("a", "10.96.0.1", None);
+    let external = Service { kind: ServiceKind::ExternalName("x.example".to_owned()), ..plain.clone() };
+    let label = ("service.kubernetes.io/service-proxy-name".to_owned(), "other".to_owned());
+    let foreign = Service { labels: BTreeMap::from([label]), ..plain.clone() };
+    for (service, vips, ports) in [
+        (&node_port, 1, 1),
+        (&plain, 1, 0),
+        (&external, 0, 0),
+        (&node_port, 1, 1),
+        (&foreign, 0, 0),
+        (&plain, 1, 0),
+    ] {
+        let planned = planner.plan(&cluster(vec![service.clone()], slices()));
+        assert_eq!(set(&planned.plan, SetName::ServiceIps).groups.len(), vips, "{service:?}");
+        assert_eq!(set(&planned.plan, SetName::NodePorts).groups.len(), ports, "{service:?}");
+    }
+}
+
+#[test]
+fn the_younger_of_two_claimants_takes_over_when_the_older_goes() {
+    let old = service("old", "10.96.0.1", Some(30_080));
+    let young = Service { created: 9, ..service("young", "10.96.0.2", Some(30_080)) };
+    let slices = || vec![slice("old", &["10.244.0.1"]), slice("young", &["10.244.0.2"])];
+    let mut planner = ProxyPlanner::default();
+    let both = planner.plan(&cluster(vec![old, young.clone()], slices()));
+    assert_eq!(set(&both.plan, SetName::NodePorts).groups.keys().collect::<Vec<_>>(), ["default/old"]);
+    let named: Vec<String> = both.problems.iter().map(ToString::to_string).collect();
+    assert_eq!(
+        named,
+        [
+            "Service default/young: Conflict: IPv4 tcp nodePort 30080 belongs to the older Service default/old; give one of \
+          the two another"
+        ]
+    );
+    let alone = planner.plan(&cluster(vec![young], slices()));
+    assert_eq!(set(&alone.plan, SetName::NodePorts).groups.keys().collect::<Vec<_>>(), ["default/young"]);
+    assert_eq!(alone.problems, vec![]);
+}
+
+#[test]
+fn a_pod_behind_two_services_has_one_hairpin_element_until_both_are_gone() {
+    let services = |names: &[&str]| -> Vec<Service> {
+        names
+            .iter()
+            .map(|name| service(name, if *name == "a" { "10.96.0.1" } else { "10.96.0.2" }, None))
+            .collect()
+    };
+    let slices = || vec![slice("a", &["10.244.0.1"]), slice("b", &["10.244.0.1"])];
+    let mut planner = ProxyPlanner::default();
+    for (names, elements) in [(&["a", "b"][..], 1), (&["b"][..], 1), (&[][..], 0)] {
+        let plan = planner.plan(&cluster(services(names), slices())).plan;
+        assert_eq!(set(&plan, SetName::Hairpin).elements().count(), elements, "{names:?}");
+    }
+}
+
+#[test]
+fn a_node_that_is_not_registered_has_no_node_ports_and_says_so() {
+    let mut snapshot = cluster(vec![service("a", "10.96.0.1", Some(30_080))], vec![]);
+    snapshot.nodes = Arc::default();
+    let planned = ProxyPlanner::default().plan(&snapshot);
+    assert!(set(&planned.plan, SetName::NodeIps).groups.is_empty());
+    assert_eq!(planned.problems.len(), 1);
+    assert_eq!(planned.problems[0].object.to_string(), "Node node-a");
+}

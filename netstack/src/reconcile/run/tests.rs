@@ -63,10 +63,11 @@ fn snapshot(generation: u64) -> Option<Arc<Snapshot>> {
     }))
 }
 
+type Running = tokio::task::JoinHandle<Result<(), String>>;
+
 fn start(
     first: Option<Arc<Snapshot>>,
-) -> (watch::Sender<Option<Arc<Snapshot>>>, Recorder, LoopHandle, tokio::task::JoinHandle<Result<(), String>>)
-{
+) -> (watch::Sender<Option<Arc<Snapshot>>>, Recorder, LoopHandle, Running) {
     let (tx, rx) = watch::channel(first);
     let recorder = Recorder::default();
     let (run, handle) = Loop::new("test", GenerationPlanner, recorder.clone(), Pace::default(), rx);

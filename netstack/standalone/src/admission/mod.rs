@@ -228,7 +228,7 @@ mod tests {
         assert_eq!(status["spec"]["nodeName"], "n");
         assert_eq!(status["status"]["phase"], "Running");
         assert_eq!(status["metadata"]["generation"], 1);
-        let sent = json!({"metadata": {"name": "a"}, "spec": {"nodeName": "n", "hostNetwork": true}, "status": {"phase": "Failed"}});
+        let sent = json!({"metadata": {"name": "a"}, "spec": {"nodeName": "n", "terminationGracePeriodSeconds": 5}, "status": {"phase": "Failed"}});
         let main = admit_update(pods, Part::Main, &stored, sent).unwrap();
         assert_eq!(main["status"]["phase"], "Pending");
         assert_eq!(main["metadata"]["generation"], 2);

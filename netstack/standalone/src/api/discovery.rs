@@ -47,6 +47,10 @@ pub(super) fn answer(path: &str, headers: &HeaderMap) -> Option<Response> {
     if let Some(document) = openapi::answer(path) {
         return Some(json_response(StatusCode::OK, &document));
     }
+    if path == "/openapi/v2" {
+        let media_type = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf";
+        return Some(body_response(StatusCode::OK, media_type, Body::from(openapi::V2_DOCUMENT)));
+    }
     let aggregated = aggregated_version(headers);
     let document = match (path, aggregated) {
         ("/api", Some(version)) => return Some(aggregated_list(version, |it| it.is_empty())),
@@ -74,10 +78,19 @@ fn named_groups() -> Vec<&'static str> {
 }
 
 fn paths() -> Vec<String> {
-    let mut paths: Vec<String> =
-        ["/api", "/api/v1", "/apis", "/healthz", "/livez", "/openapi/v3", "/readyz", "/version"]
-            .map(str::to_owned)
-            .to_vec();
+    let mut paths: Vec<String> = [
+        "/api",
+        "/api/v1",
+        "/apis",
+        "/healthz",
+        "/livez",
+        "/openapi/v2",
+        "/openapi/v3",
+        "/readyz",
+        "/version",
+    ]
+    .map(str::to_owned)
+    .to_vec();
     paths.extend(named_groups().iter().flat_map(|it| [format!("/apis/{it}"), format!("/apis/{it}/v1")]));
     paths
 }

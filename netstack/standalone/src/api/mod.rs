@@ -9,6 +9,7 @@ mod discovery;
 mod events;
 mod openapi;
 mod patch;
+mod protobuf;
 mod read;
 mod request;
 mod strategic;
@@ -178,15 +179,19 @@ fn too_large() -> ApiError {
     ApiError::new(413, "RequestEntityTooLarge", message)
 }
 
-/// A JSON body; `unsupported` lists what the 415 says is accepted.
-async fn json_body(request: Request) -> Result<Value, ApiError> {
-    let media_type = content_type(&request);
-    if !matches!(media_type.as_str(), "application/json" | "") {
-        return Err(unsupported_media_type("application/json"));
+/// An object in JSON, or in protobuf where [`protobuf`] knows the kind.
+async fn object_body(request: Request) -> Result<Value, ApiError> {
+    match content_type(&request).as_str() {
+        "application/json" | "" => {
+            let bytes = body(request).await?;
+            serde_json::from_slice(&bytes)
+                .map_err(|error| ApiError::bad_request(format!("the body is not JSON: {error}")))
+        }
+        "application/vnd.kubernetes.protobuf" => {
+            protobuf::decode(&body(request).await?).ok_or_else(|| unsupported_media_type("application/json"))
+        }
+        _ => Err(unsupported_media_type("application/json")),
     }
-    let bytes = body(request).await?;
-    serde_json::from_slice(&bytes)
-        .map_err(|error| ApiError::bad_request(format!("the body is not JSON: {error}")))
 }
 
 fn unsupported_media_type(accepted: &str) -> ApiError {

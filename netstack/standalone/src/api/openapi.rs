@@ -1,11 +1,16 @@
 //! As much OpenAPI v3 as kubectl reads before it writes: that PATCH of every kind knows `fieldValidation` (so that kubectl
 //! leaves validation to the server) and which patches there are. Schemas are not published: `kubectl explain` finds none.
+//! For kinds that are not served kubectl asks the OpenAPI v2 document, which has no paths here.
 
 use serde_json::{Map, Value, json};
 
 use crate::resources::{self, RESOURCES, Resource};
 
-/// `/openapi/v3` and the document of one group and version; nothing else (`/openapi/v2` is 404, kubectl goes on without).
+/// The OpenAPI v2 document as `openapi.v2.Document` of gnostic in protobuf, the only form kubectl asks for: `swagger: "2.0"`
+/// and `info { title: "Kubernetes" version: "unversioned" }`.
+pub(super) const V2_DOCUMENT: &[u8] = b"\x0a\x032.0\x12\x19\x0a\x0aKubernetes\x12\x0bunversioned";
+
+/// `/openapi/v3` and the document of one group and version.
 pub(super) fn answer(path: &str) -> Option<Value> {
     if path == "/openapi/v3" {
         let entries = resources::groups().into_iter().map(|group| {

@@ -186,7 +186,9 @@ fn shape(media_type: &str) -> Option<Shape> {
 mod tests {
     use super::*;
 
-    fn parsed(path: &str) -> Option<(&'static str, Option<String>, Option<String>, Option<String>)> {
+    type Parts = (&'static str, Option<String>, Option<String>, Option<String>);
+
+    fn parsed(path: &str) -> Option<Parts> {
         Target::parse(path).map(|it| (it.resource.plural, it.namespace, it.name, it.subresource))
     }
 

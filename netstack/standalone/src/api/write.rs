@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::patch::Patch;
 use super::read::{render, render_value};
-use super::{Api, Call, bytes_response, events, json_body, json_response};
+use super::{Api, Call, bytes_response, events, json_response, object_body};
 use crate::admission::{self, Ambient, Part};
 use crate::object;
 use crate::resources::{self, Resource};
@@ -33,7 +33,7 @@ enum Written {
 impl Api {
     pub(super) async fn create(&self, call: Call, request: Request) -> Result<Response, ApiError> {
         let resource = call.target.resource;
-        let (shape, sent, warnings) = decode(&call, json_body(request).await?)?;
+        let (shape, sent, warnings) = decode(&call, object_body(request).await?)?;
         let namespace = namespace_of(&call, &sent)?;
         let ambient = Ambient::sample();
         let mut object = admission::admit_new(shape, &namespace, sent, &ambient)?;
@@ -57,7 +57,7 @@ impl Api {
     }
 
     pub(super) async fn replace(&self, call: Call, request: Request) -> Result<Response, ApiError> {
-        let sent = json_body(request).await?;
+        let sent = object_body(request).await?;
         let name = call.target.name.as_deref().unwrap_or_default();
         let given = object::name(&sent);
         if given != name {

@@ -204,7 +204,7 @@ fn flush_when_woken(
         if let Err(error) = &state {
             tracing::error!(error, "flushing the store");
         }
-        flushed.send_replace(state);
+        let _previous = flushed.send_replace(state);
     }
 }
 

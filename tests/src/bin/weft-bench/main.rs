@@ -47,7 +47,8 @@ fn run() -> anyhow::Result<()> {
 
 /// Runs one area in fresh network and mount namespaces and keeps its rows.
 fn outside(area: &str, weft: &str) -> anyhow::Result<()> {
-    let weft = std::fs::canonicalize(weft).with_context(|| format!("no binary at {weft}; 'make build' makes it"))?;
+    let weft =
+        std::fs::canonicalize(weft).with_context(|| format!("no binary at {weft}; 'make build' makes it"))?;
     let own = std::env::current_exe()?;
     let output = Command::new("unshare")
         .args(["--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"])

@@ -98,10 +98,7 @@ fn underlay() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn round(
-    ends: &[End; 2],
-    start: impl Fn(&End, &End) -> anyhow::Result<Child>,
-) -> anyhow::Result<Round> {
+fn round(ends: &[End; 2], start: impl Fn(&End, &End) -> anyhow::Result<Child>) -> anyhow::Result<Round> {
     let mut tunnels = [start(&ends[0], &ends[1])?, start(&ends[1], &ends[0])?];
     let measured = traffic(ends, &tunnels);
     for tunnel in &mut tunnels {
@@ -150,7 +147,8 @@ fn cpu_seconds(child: &Child) -> f64 {
 
 fn resident_mib(child: &Child) -> f64 {
     let statm = std::fs::read_to_string(format!("/proc/{}/statm", child.id())).unwrap_or_default();
-    statm.split(' ').nth(1).and_then(|pages| pages.parse::<f64>().ok()).unwrap_or(f64::NAN) * 4096.0 / 1048576.0
+    statm.split(' ').nth(1).and_then(|pages| pages.parse::<f64>().ok()).unwrap_or(f64::NAN) * 4096.0
+        / 1048576.0
 }
 
 fn start_weft(weft: &Path, end: &End, other: &End) -> anyhow::Result<Child> {

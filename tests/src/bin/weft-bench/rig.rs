@@ -11,8 +11,9 @@ use serde_json::json;
 pub(crate) const NODE: &str = "bench";
 const UPLINK_V4: &str = "172.31.0.1/24";
 const UPLINK_V6: &str = "fd00:31::1/64";
-const API: &str = "127.0.0.1:6443";
-const CIDRS: [&str; 4] = ["--cluster-cidr", "10.244.0.0/16,fd00:10:244::/56", "--service-cidr", "10.96.0.0/16,fd00:10:96::/112"];
+const API: &str = "172.31.0.1:6443";
+const CIDRS: [&str; 4] =
+    ["--cluster-cidr", "10.244.0.0/16,fd00:10:244::/56", "--service-cidr", "10.96.0.0/16,fd00:10:96::/112"];
 
 pub(crate) struct Rig {
     weft: PathBuf,
@@ -42,7 +43,7 @@ impl Rig {
         ip("link set up1 up")?;
         let folder = tempfile::tempdir()?;
         let server = Command::new(weft)
-            .args(["server", "--listen", API, "--advertise-address", "172.31.0.1", "--tls-san", "127.0.0.1"])
+            .args(["server", "--listen", API, "--advertise-address", "172.31.0.1"])
             .args(CIDRS)
             .arg("--data-dir")
             .arg(folder.path().join("server"))

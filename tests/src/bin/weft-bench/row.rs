@@ -85,7 +85,11 @@ pub(crate) fn table(area: &str, rows: &[Row]) -> String {
             Some(false) => "NOT MET",
             None => "",
         };
-        let _ = writeln!(text, "  {:<44} {:>10.2} {:<7} {peer:<34} target {target:<9} {met}", row.name, row.weft, row.unit);
+        let _ = writeln!(
+            text,
+            "  {:<44} {:>10.2} {:<7} {peer:<34} target {target:<9} {met}",
+            row.name, row.weft, row.unit
+        );
     }
     text
 }

@@ -167,6 +167,22 @@ fn a_refusal_names_the_element_and_changes_nothing() {
 }
 
 #[test]
+fn more_refusals_than_the_socket_holds_are_one_error_and_the_owner_goes_on() {
+    in_namespace(|| {
+        let mut owner = NftTable::new("weft-proxy");
+        let good = two_services();
+        owner.apply(&good, Trust::Nothing).unwrap();
+        let mut bad = good.clone();
+        let rule = Rule::new(vec![Statement::Verdict(goto("nowhere"))]);
+        bad.chains.insert("bad".into(), Chain { base: None, rules: vec![rule; 20_000] });
+        let text = crate::reconcile::chain(&owner.apply(&bad, Trust::Shadow).unwrap_err());
+        let expected = "table weft-proxy: add rule bad goto nowhere: ENOENT: No such file or directory (and ";
+        assert!(text.starts_with(expected), "{text}");
+        settles(&mut owner, &good);
+    });
+}
+
+#[test]
 fn elements_added_at_run_time_are_seen_by_the_next_apply() {
     in_namespace(|| {
         let mut desired = table("weft-cni");

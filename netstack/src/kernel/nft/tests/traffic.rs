@@ -49,9 +49,11 @@ fn a_client_reaches_a_service_s_endpoint_through_the_node_over_both_families() {
                     "ip link set lo up; ip link set eth0 up
                     ip addr add 10.0.{net}.2/24 dev eth0; ip addr add fd0{net}::2/64 dev eth0 nodad
                     ip route add default via 10.0.{net}.1; ip route add default via fd0{net}::1"
-                ))
+                ));
+                await_addresses();
             });
         }
+        await_addresses();
         server.run(|| {
             serve("10.0.2.2:8080", "over IPv4");
             serve("[fd02::2]:8080", "over IPv6");
@@ -89,6 +91,7 @@ fn connections_to_a_service_reach_its_endpoints_in_turn_over_both_families() {
     in_namespace(|| {
         run("ip link set lo up; ip addr add fd01::1/128 dev lo nodad; ip addr add fd01::2/128 dev lo nodad");
         run("ip route add local 10.96.0.0/16 dev lo; ip route add local fd96::/64 dev lo");
+        await_addresses();
         serve("127.1.0.1:8080", "one");
         serve("127.1.0.2:8081", "two");
         serve("[fd01::1]:8080", "one");
@@ -115,6 +118,7 @@ fn connections_to_a_service_reach_its_endpoints_in_turn_over_both_families() {
 fn reject_answers_tcp_with_a_reset_and_udp_with_port_unreachable() {
     in_namespace(|| {
         run("ip link set lo up; ip addr add fd01::1/128 dev lo nodad");
+        await_addresses();
         let mut desired = table("weft-host");
         let rule = Rule::new(vec![
             Statement::Match { field: Field::DestinationPort, negated: false, value: Datum::Port(4000) },
@@ -149,6 +153,7 @@ fn reject_answers_tcp_with_a_reset_and_udp_with_port_unreachable() {
 fn a_family_s_rule_leaves_packets_of_the_other_family_alone() {
     in_namespace(|| {
         run("ip link set lo up; ip addr add fd01::1/128 dev lo nodad");
+        await_addresses();
         let mut desired = table("weft-host");
         let drop_all = |field, net: &str| {
             let value = Datum::Net(net.parse().unwrap());
