@@ -30,7 +30,8 @@ impl Api {
 
     /// `collection` such as `/api/v1/nodes`.
     pub fn create(&self, collection: &str, object: &Value) -> Value {
-        let request = Request::new(collection).create(&PostParams::default(), object.to_string().into_bytes());
+        let request =
+            Request::new(collection).create(&PostParams::default(), object.to_string().into_bytes());
         self.answer(collection, self.client.request(request.expect("a create request")))
     }
 

@@ -25,7 +25,8 @@ pub fn inside<F: FnOnce()>(body: F) {
         .stdin(Stdio::null())
         .output()
         .expect("run unshare (Debian's util-linux)");
-    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let said =
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success() && said.contains("1 passed"), "in its namespaces {test} failed:\n{said}");
 }
 

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use api::Api;
+pub use api::Api;
 pub use inside::inside;
 pub use process::Process;
 pub use query::dig;
@@ -128,7 +128,9 @@ impl Node {
     pub fn agent_command(&self) -> Command {
         let mut command = self.weft("agent");
         command.args(["--node-name", NODE, "--cluster-dns", &DNS.join(",")]).args(CIDRS);
-        command.args(["--api-server", &format!("https://{}", API[0]), "--token-file"]).arg(self.path("token"));
+        command
+            .args(["--api-server", &format!("https://{}", API[0]), "--token-file"])
+            .arg(self.path("token"));
         command.arg("--ca-file").arg(self.path("server/ca.crt"));
         command.arg("--resolv-conf").arg(self.path("resolv.conf"));
         command.arg("--cni-conf-dir").arg(self.path("cni")).arg("--cni-bin-dir").arg(self.path("bin"));
@@ -210,7 +212,8 @@ impl Node {
         if let Some(previous) = previous {
             config["prevResult"] = previous.clone();
         }
-        let args = format!("IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME={pod};K8S_POD_UID=u-{pod}");
+        let args =
+            format!("IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME={pod};K8S_POD_UID=u-{pod}");
         let mut command = Command::new(self.path("bin/weft"));
         command.env_clear().env("CNI_COMMAND", verb).env("CNI_CONTAINERID", pod).env("CNI_IFNAME", "eth0");
         command.env("CNI_PATH", self.path("bin")).env("CNI_ARGS", args);

@@ -11,7 +11,8 @@ pub fn dig(server: &str, name: &str, kind: &str) -> Vec<String> {
         return Vec::new();
     }
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let mut answers: Vec<String> = text.lines().filter(|line| !line.starts_with(';')).map(str::to_owned).collect();
+    let mut answers: Vec<String> =
+        text.lines().filter(|line| !line.starts_with(';')).map(str::to_owned).collect();
     answers.sort();
     answers
 }

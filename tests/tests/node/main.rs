@@ -1,8 +1,9 @@
 //! One node of real processes under faults, restarts and clean-up. `make debug` builds what is tested.
 
-mod away;
+mod api_away;
 mod cleanup;
 mod faults;
+mod objects;
 mod refusals;
 mod restart;
 mod rights;

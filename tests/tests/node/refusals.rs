@@ -48,7 +48,11 @@ fn a_server_configuration_that_cannot_be_used_is_one_line_and_exit_code_2() {
         command
     };
     refused(&mut given(&["--cluster-cidr", "10.1.0.0/16,10.2.0.0/16"]), 2, &["--cluster-cidr"]);
-    refused(&mut given(&["--cluster-cidr", "10.1.0.0/28"]), 2, &["10.1.0.0/28", "--node-cidr-mask-size-ipv4"]);
+    refused(
+        &mut given(&["--cluster-cidr", "10.1.0.0/28"]),
+        2,
+        &["10.1.0.0/28", "--node-cidr-mask-size-ipv4"],
+    );
     refused(&mut given(&["--cluster-cidr", "10.1.0.0/16", "--service-cidr", "10.1.0.0/24"]), 2, &["overlap"]);
     let tokens = folder.path().join("tokens");
     write(&tokens, "broken\n");

@@ -1,1 +1,1 @@
-//! x
+//! Tests to come.
