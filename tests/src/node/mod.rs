@@ -194,6 +194,35 @@ impl Node {
         }
     }
 
+    /// Failures of the last pass of a loop, in one text; empty after a clean pass.
+    pub fn failures(&self, name: &str) -> String {
+        let status = self.try_status().unwrap_or_default();
+        let loops = status["loops"].as_array().cloned().unwrap_or_default();
+        let found = loops.iter().find(|report| report["name"] == name).expect("a loop of that name");
+        found["failures"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str)
+            .collect::<Vec<_>>()
+            .join("; ")
+    }
+
+    /// Problems of every loop and of the objects that could not be read, a line each.
+    pub fn problems(&self) -> Vec<String> {
+        let status = self.status();
+        let of_loops = status["loops"].as_array().into_iter().flatten();
+        let of_loops = of_loops.filter_map(|report| report["problems"].as_array()).flatten();
+        let objects = status["problems"].as_array().into_iter().flatten();
+        of_loops.chain(objects).map(ToString::to_string).collect()
+    }
+
+    /// Pods can come; a loop that pods do not need may fail.
+    pub fn await_conflist(&self) {
+        let conflist = self.path("cni/05-weft.conflist");
+        until("the CNI configuration", || conflist.exists());
+    }
+
     /// `weft cleanup` with this node's folders.
     pub fn cleanup_command(&self) -> Command {
         let mut command = self.with_folders(self.weft("cleanup"));

@@ -8,3 +8,4 @@ mod refusals;
 mod restart;
 mod rights;
 mod store;
+mod uplink;
