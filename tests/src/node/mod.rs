@@ -60,6 +60,10 @@ impl Node {
     pub fn new() -> Self {
         ip("link set lo up");
         ip(&format!("link add {UPLINK} type veth peer name up1"));
+        for link in [UPLINK, "up1"] {
+            // Addresses are whole at once, so that pictures differ only by what we do.
+            write(Path::new(&format!("/proc/sys/net/ipv6/conf/{link}/accept_dad")), "0");
+        }
         ip(&format!("addr add {}/24 dev {UPLINK}", UPLINK_ADDRESSES[0]));
         ip(&format!("addr add {}/64 dev {UPLINK} nodad", UPLINK_ADDRESSES[1]));
         ip(&format!("link set {UPLINK} up"));

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 
+use serde_json::Value;
+
 use super::{ip, run};
 
 /// By kind, the objects: one line each for the kernel's, a file's path with its content.
@@ -15,7 +17,7 @@ impl Picture {
     pub fn take(folders: &[&Path]) -> Self {
         let mut kinds = BTreeMap::new();
         let mut add = |kind: &str, objects: Vec<String>| kinds.insert(kind.to_owned(), objects);
-        add("nft", lines(&nft(&["list", "ruleset"])));
+        add("nft", ruleset());
         add("sysctls", sysctls());
         for family in ["-4", "-6"] {
             add(&format!("routes {family}"), sorted(&ip(&format!("{family} route show table all"))));
@@ -54,6 +56,36 @@ impl Picture {
 /// The rule set with the handles of its objects, which an object keeps for as long as it lives. Counters left out.
 pub fn ruleset_with_handles() -> Vec<String> {
     lines(&nft(&["-a", "-s", "list", "ruleset"]))
+}
+
+/// Tables, chains, sets with their elements in order, rules with their places: a line each, without handles and counts.
+fn ruleset() -> Vec<String> {
+    let list: Value = serde_json::from_str(&nft(&["-j", "-s", "list", "ruleset"])).expect("nft prints JSON");
+    let mut places = BTreeMap::new();
+    let mut found = Vec::new();
+    for object in list["nftables"].as_array().into_iter().flatten() {
+        let Some((kind, object)) = object.as_object().and_then(|object| object.iter().next()) else {
+            continue;
+        };
+        let mut object = object.clone();
+        if let Some(fields) = object.as_object_mut() {
+            fields.remove("handle");
+        }
+        if let Some(elements) = object["elem"].as_array_mut() {
+            elements.sort_by_key(Value::to_string);
+        }
+        match kind.as_str() {
+            "metainfo" => {}
+            "rule" => {
+                let chain = format!("{} {} {}", object["family"], object["table"], object["chain"]);
+                let place = places.entry(chain).and_modify(|place| *place += 1).or_insert(0_u32);
+                found.push(format!("rule {place} {object}"));
+            }
+            _ => found.push(format!("{kind} {object}")),
+        }
+    }
+    found.sort();
+    found
 }
 
 fn nft(args: &[&str]) -> String {

@@ -71,7 +71,7 @@ fn a_bad_object_is_a_problem_of_its_own_only() {
     inside(|| {
         let node = Node::running();
         let mut mixed = objects::slice("bad", "IPv4", "127.0.0.1");
-        mixed["endpoints"][1] = json!({"addresses": ["10.244.9.8"]});
+        mixed["endpoints"] = json!([{"addresses": ["127.0.0.1"]}, {"addresses": ["10.244.9.8"]}]);
         let port = json!([{"port": 80}]);
         node.api().create(SERVICES, &json!({"metadata": {"name": "bad"}, "spec": {"ports": port}}));
         node.api().create(SLICES, &mixed);
