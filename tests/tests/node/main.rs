@@ -2,6 +2,7 @@
 
 mod api_away;
 mod cleanup;
+mod cni;
 mod faults;
 mod objects;
 mod refusals;
