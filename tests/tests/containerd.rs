@@ -4,10 +4,11 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use serde_json::json;
-use weft_tests::node::{DNS, Node, Process, UPLINK_ADDRESSES, inside, ip, run, until, write};
+use weft_tests::node::{DNS, Node, Process, UPLINK_ADDRESSES, holds_within, inside, ip, run, until, write};
 
 const NAME: &str = "kubernetes.default.svc.cluster.local";
 const APPLETS: [&str; 7] = ["sh", "sleep", "ping", "nslookup", "ip", "wget", "httpd"];
@@ -15,7 +16,32 @@ const APPLETS: [&str; 7] = ["sh", "sleep", "ping", "nslookup", "ip", "wget", "ht
 /// A containerd of its own, with the node's CNI folders where it looks for them.
 struct Runtime {
     folder: PathBuf,
+    /// Of containerd; its cgroups bear this name too, and those are the machine's.
+    namespace: String,
     _daemon: Process,
+}
+
+impl Drop for Runtime {
+    fn drop(&mut self) {
+        let tasks = || {
+            self.ctr(&["task", "list", "--quiet"]).output().map(|output| output.stdout).unwrap_or_default()
+        };
+        for id in String::from_utf8_lossy(&tasks()).lines() {
+            let _ = self.ctr(&["task", "kill", "--signal", "SIGKILL", id]).output();
+        }
+        holds_within(Duration::from_secs(5), || tasks().is_empty());
+        for hierarchy in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
+            remove_cgroup(&hierarchy.path().join(&self.namespace));
+        }
+        remove_cgroup(&Path::new("/sys/fs/cgroup").join(&self.namespace));
+    }
+}
+
+fn remove_cgroup(path: &Path) {
+    for child in fs::read_dir(path).into_iter().flatten().flatten().filter(|child| child.path().is_dir()) {
+        remove_cgroup(&child.path());
+    }
+    let _ = fs::remove_dir(path);
 }
 
 impl Runtime {
@@ -41,7 +67,8 @@ impl Runtime {
         let mut command = Command::new("containerd");
         command.arg("--config").arg(config);
         let daemon = Process::start("containerd", &mut command, &folder);
-        let runtime = Self { folder, _daemon: daemon };
+        let namespace = format!("weft-test-{}", nanoseconds());
+        let runtime = Self { folder, namespace, _daemon: daemon };
         until("containerd", || {
             runtime.ctr(&["version"]).output().is_ok_and(|output| output.status.success())
         });
@@ -50,7 +77,8 @@ impl Runtime {
 
     fn ctr(&self, args: &[&str]) -> Command {
         let mut command = Command::new("ctr");
-        command.arg("--address").arg(self.folder.join("containerd.sock")).args(args);
+        command.arg("--address").arg(self.folder.join("containerd.sock"));
+        command.args(["--namespace", &self.namespace]).args(args);
         command
     }
 
@@ -81,6 +109,12 @@ impl Runtime {
             .collect();
         found.sort_by_key(|address| address.contains(':'));
         found
+    }
+
+    /// CHECK says error 3 (unknown container) when no address is leased, another one when more is wrong.
+    fn has_lease(&self, node: &Node, id: &str) -> bool {
+        let id = format!("{}-{id}", self.namespace);
+        node.cni("CHECK", "1.0.0", &id, "/proc/self/ns/net", None).printed["code"] != 3
     }
 
     fn end_container(&self, id: &str, mut process: Process) {
@@ -154,12 +188,12 @@ fn containers_of_containerd_have_addresses_names_services_and_leave_nothing() {
     inside(|| {
         let node = Node::running();
         let runtime = Runtime::start(&node);
-        // Names of cgroups too, which are the machine's.
-        let [client, server] = ["client", "server"].map(|name| format!("weft-test-{name}-{}", nanoseconds()));
-        let server_run = runtime.start_container(&server, &["/bin/httpd", "-f", "-p", "8080", "-h", "/www"]);
-        let client_run = runtime.start_container(&client, &["/bin/sleep", "600"]);
-        let of_server = runtime.addresses(&server);
-        let of_client = runtime.addresses(&client);
+        let [client, server] = ["client", "server"];
+        let server_run = runtime.start_container(server, &["/bin/httpd", "-f", "-p", "8080", "-h", "/www"]);
+        let client_run = runtime.start_container(client, &["/bin/sleep", "600"]);
+        assert!(runtime.has_lease(&node, client));
+        let of_server = runtime.addresses(server);
+        let of_client = runtime.addresses(client);
         assert!(
             of_client[0].starts_with("10.244.0.") && of_client[1].starts_with("fd00:10:244::"),
             "{of_client:?}"
@@ -167,28 +201,26 @@ fn containers_of_containerd_have_addresses_names_services_and_leave_nothing() {
         assert!(of_client.iter().all(|address| !of_server.contains(address)), "{of_client:?} {of_server:?}");
 
         for address in UPLINK_ADDRESSES.iter().copied().chain(of_server.iter().map(String::as_str)) {
-            run(&mut runtime.inside(&client, &["/bin/ping", "-c", "1", "-W", "3", address]));
+            run(&mut runtime.inside(client, &["/bin/ping", "-c", "1", "-W", "3", address]));
         }
         for address in DNS {
-            let said = run(&mut runtime.inside(&client, &["/bin/nslookup", NAME, address]));
+            let said = run(&mut runtime.inside(client, &["/bin/nslookup", NAME, address]));
             assert!(said.contains("10.96.0.1") && said.contains("fd00:10:96::1"), "{said}");
         }
         let vips = make_service(&node, &of_server);
         for vip in &vips {
             let url = format!("http://{}/", in_brackets(vip));
-            let fetch = || runtime.inside(&client, &["/bin/wget", "-qO-", &url]).output();
+            let fetch = || runtime.inside(client, &["/bin/wget", "-qO-", &url]).output();
             until(&url, || fetch().is_ok_and(|output| output.stdout == b"served by a container\n"));
         }
 
-        runtime.end_container(&client, client_run);
-        runtime.end_container(&server, server_run);
+        runtime.end_container(client, client_run);
+        runtime.end_container(server, server_run);
         assert_eq!(traces(&of_client), [""; 0]);
         // The Service still names the server's addresses; its link, routes and rights must be gone.
         let left = traces(&of_server);
         assert!(left.iter().all(|line| line.contains("8080") && !line.contains("weftp")), "{left:#?}");
-        let id = format!("default-{client}");
-        let check = node.cni("CHECK", "1.0.0", &id, "/proc/self/ns/net", None);
-        assert!(check.failed && check.printed["code"] == 3, "the lease is still there: {}", check.printed);
+        assert!(!runtime.has_lease(&node, client) && !runtime.has_lease(&node, server));
     });
 }
 
@@ -197,19 +229,18 @@ fn containers_outlive_the_agent_and_end_well_without_it() {
     inside(|| {
         let mut node = Node::running();
         let runtime = Runtime::start(&node);
-        let id = format!("weft-test-outlive-{}", nanoseconds());
-        let running = runtime.start_container(&id, &["/bin/sleep", "600"]);
-        let addresses = runtime.addresses(&id);
+        let id = "outlive";
+        let running = runtime.start_container(id, &["/bin/sleep", "600"]);
+        let addresses = runtime.addresses(id);
         node.end_agent(Signal::SIGKILL);
         for address in UPLINK_ADDRESSES {
-            run(&mut runtime.inside(&id, &["/bin/ping", "-c", "1", "-W", "3", address]));
+            run(&mut runtime.inside(id, &["/bin/ping", "-c", "1", "-W", "3", address]));
         }
         // DEL cannot reach anybody: the link goes with the namespace, the lease when the next agent looks.
-        runtime.end_container(&id, running);
+        runtime.end_container(id, running);
         node.start_agent();
         node.await_ready();
         until("the end of all traces", || traces(&addresses).is_empty());
-        let check = node.cni("CHECK", "1.0.0", &format!("default-{id}"), "/proc/self/ns/net", None);
-        assert!(check.failed && check.printed["code"] == 3, "the lease is still there: {}", check.printed);
+        assert!(!runtime.has_lease(&node, id));
     });
 }

@@ -117,12 +117,12 @@ fn status_says_when_add_can_work() {
         let mut node = Node::running();
         assert_eq!(node.cni("STATUS", "1.1.0", "", "", None).succeeded(), Value::Null);
         node.api().delete(NODES, NODE);
-        let unable = || node.cni("STATUS", "1.1.0", "", "", None);
-        weft_tests::node::until("word of the missing Node", || unable().failed);
-        refused(&unable(), 50);
+        let status = |node: &Node| node.cni("STATUS", "1.1.0", "", "", None);
+        weft_tests::node::until("word of the missing Node", || status(&node).failed);
+        refused(&status(&node), 50);
         refused(&node.cni("ADD", "1.1.0", "early", "/run/netns/early", None), 11);
         node.end_agent(nix::sys::signal::Signal::SIGTERM);
-        assert!(unable().failed);
+        assert!(status(&node).failed);
     });
 }
 
