@@ -1,4 +1,5 @@
 //! The CNI plugin driven by a real runtime: containerd and runc from Debian, containers of busybox.
+#![allow(clippy::unwrap_used, reason = "tests may fail by panic")]
 
 use std::fs;
 use std::os::unix::fs::symlink;

@@ -167,6 +167,10 @@ impl Node {
         self.tunnel.take().expect("a tunnel runs").end(Signal::SIGTERM);
     }
 
+    pub fn tunnel_has_ended(&mut self) -> bool {
+        self.tunnel.as_mut().expect("a tunnel was started").has_ended()
+    }
+
     pub fn agent(&self) -> &Process {
         self.agent.as_ref().expect("an agent runs")
     }

@@ -55,6 +55,10 @@ fn after_cleanup_the_host_is_what_it_was_before_the_first_agent() {
             node.status()["parts"]["peers"].as_array().is_some_and(|peers| peers.len() == 1)
         });
         node.await_ready();
+        // What was there before the first agent is not forgotten by the second.
+        node.end_agent(Signal::SIGKILL);
+        node.start_agent();
+        node.await_ready();
         let meanwhile = before.differences(&picture(&node));
         for kind in ["nft", "sysctls", "routes -4", "routes -6", "rules -4", "rules -6", "links", "addresses"]
         {
@@ -94,5 +98,22 @@ fn cleanup_after_kill_9_keeps_the_state_when_asked() {
         run(node.cleanup_command().arg("--keep-state"));
         assert_eq!(std::fs::read(node.path("state/wireguard.key")).unwrap(), key);
         assert!(node.path("state/store").exists() && !node.path("run").exists());
+    });
+}
+
+#[test]
+fn cleanup_beside_a_running_tunnel_ends_it_and_leaves_nothing() {
+    inside(|| {
+        let mut node = Node::new();
+        node.start_server();
+        node.make_node_object();
+        let before = picture(&node);
+        node.start_agent();
+        node.start_tunnel();
+        node.await_ready();
+        node.end_agent(Signal::SIGTERM);
+        run(&mut node.cleanup_command());
+        until("the tunnel's end", || node.tunnel_has_ended());
+        assert_eq!(before.differences(&picture(&node)), [""; 0]);
     });
 }

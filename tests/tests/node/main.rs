@@ -1,4 +1,5 @@
 //! One node of real processes under faults, restarts and clean-up. `make debug` builds what is tested.
+#![allow(clippy::unwrap_used, reason = "tests may fail by panic")]
 
 mod api_away;
 mod cleanup;
