@@ -28,6 +28,7 @@ fn an_unknown_flag_or_a_wrong_value_is_one_line_and_exit_code_2() {
     refused(&mut weft(&["agent", "--cluster-dns", "ten"]), 2, &["--cluster-dns", "ten"]);
     refused(&mut weft(&["server", "--listen", "nowhere"]), 2, &["--listen", "nowhere"]);
     refused(&mut weft(&["serve"]), 2, &["serve"]);
+    refused(&mut weft(&["tunnel", "--log-level", "weft=loud"]), 2, &["--log-level weft=loud"]);
 }
 
 #[test]
