@@ -116,3 +116,23 @@ fn a_token_or_ca_file_that_is_missing_is_named() {
         assert!(!weft_tests::node::ip("-o link").contains("weft0"));
     });
 }
+
+#[test]
+fn a_second_tunnel_is_refused_and_the_first_goes_on() {
+    inside(|| {
+        let mut node = Node::running();
+        refused(&mut node.tunnel_command(), 1, &["UDP port 51820"]);
+        assert!(!node.tunnel_has_ended());
+        assert!(node.status()["parts"]["peers"].is_array(), "{}", node.status()["parts"]);
+    });
+}
+
+#[test]
+fn a_status_without_an_agent_says_so() {
+    inside(|| {
+        let node = Node::new();
+        let mut command = node.weft("status");
+        command.arg("--run-dir").arg(node.path("run"));
+        refused(&mut command, 1, &["no agent answers", "agent.sock", "weft agent"]);
+    });
+}
