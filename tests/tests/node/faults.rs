@@ -3,10 +3,11 @@
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
+use std::time::Duration;
 
 use serde_json::json;
-use weft_tests::node::picture::ruleset_with_handles;
-use weft_tests::node::{DNS, NODE, Node, dig, inside, run, until};
+use weft_tests::node::picture::{Picture, ruleset_with_handles};
+use weft_tests::node::{DNS, NODE, Node, addresses, dig, holds_within, inside, ip, run, until};
 
 use crate::objects::{self, NODES, SERVICES, SLICES};
 
@@ -143,6 +144,38 @@ fn a_taken_wireguard_port_is_named_and_keeps_pods_away_until_it_is_free() {
         drop(taken);
         node.start_tunnel();
         node.await_ready();
+    });
+}
+
+#[test]
+fn what_others_break_in_the_kernel_is_mended_within_the_drift_check() {
+    inside(|| {
+        let node = Node::running();
+        let added = node.add_pod("pod1");
+        objects::make_service(node.api(), "web", &["10.244.9.9", "fd00:10:244:9::9"]);
+        objects::make_peer(node.api(), "n2");
+        until("the peer's routes", || ip("-6 route show table all").contains("fd00:10:244:1::/64"));
+        until("the Service's rules", || {
+            ruleset_with_handles().iter().any(|line| line.contains("fd00:10:244:9::9"))
+        });
+        node.await_ready();
+        let before = Picture::take(&[]);
+        run(Command::new("nft").args(["flush", "ruleset"]));
+        ip("route del 10.244.1.0/24");
+        ip("-6 route del fd00:10:244:1::/64");
+        for (family, address) in ["-4", "-6"].iter().zip(addresses(&added)) {
+            ip(&format!("{family} route del {address}"));
+        }
+        ip("rule del priority 5700");
+        ip("link set weft0 mtu 1300");
+        ip("addr del 10.244.0.1/32 dev weft0");
+        weft_tests::node::write(std::path::Path::new("/proc/sys/net/ipv4/ip_forward"), "0");
+        // A drift check happens once a minute.
+        let mended = holds_within(Duration::from_secs(75), || {
+            std::thread::sleep(Duration::from_millis(500));
+            before.differences(&Picture::take(&[])).is_empty()
+        });
+        assert!(mended, "{:#?}", before.differences(&Picture::take(&[])));
     });
 }
 
