@@ -4,11 +4,12 @@
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use ipnet::IpNet;
 use tokio::signal::unix::{SignalKind, signal};
-use weft_standalone::{Config, Server};
+use weft_standalone::{Config, Identity, Server};
 
+use crate::agent::{disjoint, one_a_family};
 use crate::log::LogArgs;
 
 /// Flags of `weft server`. Sockets passed by LISTEN_FDS (descriptor 3 on) are served beside `--listen`.
@@ -61,7 +62,8 @@ pub(crate) async fn run(args: ServerArgs) -> anyhow::Result<()> {
     let advertised = args.advertise_address.first().copied();
     let mut terminate = signal(SignalKind::terminate()).context("installing the SIGTERM handler")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("installing the SIGINT handler")?;
-    let mut server = Server::start(config(args)?)?;
+    let tokens = validate(&args).map_err(|error| crate::Invalid(format!("{error:#}")))?;
+    let mut server = Server::start(config(args, tokens)?)?;
     tracing::info!(addresses = ?server.addresses(), "API server is listening");
     if let Some(path) = kubeconfig_out {
         write_kubeconfig(&server, advertised, &path)?;
@@ -75,14 +77,41 @@ pub(crate) async fn run(args: ServerArgs) -> anyhow::Result<()> {
     server.shutdown().await.context("closing the store")
 }
 
-fn config(args: ServerArgs) -> anyhow::Result<Config> {
+type Tokens = Vec<(String, Identity)>;
+
+/// Every flag checked before anything is touched, the token file read; the error is one sentence with the flag.
+fn validate(args: &ServerArgs) -> anyhow::Result<Tokens> {
+    one_a_family("--cluster-cidr", args.cluster_cidr.iter().map(IpNet::addr))?;
+    one_a_family("--service-cidr", args.service_cidr.iter().map(IpNet::addr))?;
+    one_a_family("--advertise-address", args.advertise_address.iter().copied())?;
+    disjoint(&args.cluster_cidr, &args.service_cidr)?;
+    for range in &args.cluster_cidr {
+        let (flag, bits) = match range {
+            IpNet::V4(_) => ("--node-cidr-mask-size-ipv4", args.node_cidr_mask_size_ipv4),
+            IpNet::V6(_) => ("--node-cidr-mask-size-ipv6", args.node_cidr_mask_size_ipv6),
+        };
+        ensure!(
+            bits >= range.prefix_len(),
+            "--cluster-cidr {range} has no room for a node's /{bits}; give a wider range or another {flag}"
+        );
+    }
+    let Some(path) = &args.token_file else { return Ok(Tokens::new()) };
+    let text = std::fs::read_to_string(path).with_context(|| format!("--token-file {}", path.display()))?;
+    weft_standalone::parse_tokens(&text).with_context(|| format!("--token-file {}", path.display()))
+}
+
+fn config(args: ServerArgs, tokens: Tokens) -> anyhow::Result<Config> {
     let mut listeners = weft_standalone::inherited()?;
     let wanted = if args.listen.is_empty() && listeners.is_empty() {
         vec![SocketAddr::from(([127, 0, 0, 1], 6443))]
     } else {
         args.listen
     };
-    let bound: Vec<TcpListener> = wanted.into_iter().map(weft_standalone::bind).collect::<Result<_, _>>()?;
+    let bound: Vec<TcpListener> = wanted
+        .into_iter()
+        .map(weft_standalone::bind)
+        .collect::<Result<_, _>>()
+        .context("free the address or give another --listen")?;
     listeners.extend(bound);
     let mut config = Config::new(args.data_dir, listeners);
     config.advertise_addresses = args.advertise_address;
@@ -92,12 +121,7 @@ fn config(args: ServerArgs) -> anyhow::Result<Config> {
     config.node_prefix_v6 = args.node_cidr_mask_size_ipv6;
     config.service_cidrs = args.service_cidr;
     config.tls_names = args.tls_san;
-    if let Some(path) = args.token_file {
-        let text =
-            std::fs::read_to_string(&path).with_context(|| format!("token file {}", path.display()))?;
-        config.tokens =
-            weft_standalone::parse_tokens(&text).with_context(|| format!("token file {}", path.display()))?;
-    }
+    config.tokens = tokens;
     Ok(config)
 }
 

@@ -74,6 +74,9 @@ fn text(status: &Status) -> String {
         lines.extend(report.problems.iter().map(|problem| format!("{} problem: {problem}", report.name)));
     }
     lines.extend(status.problems.iter().map(|problem| format!("problem: {problem}")));
+    lines.extend(
+        status.parts.get("observe").and_then(|part| part.as_str()).map(|text| format!("observe: {text}")),
+    );
     lines.extend(status.parts.get("peers").map(peers));
     lines.join("\n") + "\n"
 }

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use clap::Args;
 use ipnet::IpNet;
 use weft_model::{ClusterConfig, NodeName};
@@ -83,15 +83,7 @@ impl AgentArgs {
         one_a_family("--cluster-cidr", self.cluster_cidr.iter().map(IpNet::addr))?;
         one_a_family("--service-cidr", self.service_cidr.iter().map(IpNet::addr))?;
         one_a_family("--cluster-dns", self.cluster_dns.iter().copied())?;
-        for pods in &self.cluster_cidr {
-            let overlap =
-                self.service_cidr.iter().find(|s| s.contains(&pods.network()) || pods.contains(&s.network()));
-            if let Some(services) = overlap {
-                anyhow::bail!(
-                    "--cluster-cidr {pods} and --service-cidr {services} overlap; choose disjoint ranges"
-                );
-            }
-        }
+        disjoint(&self.cluster_cidr, &self.service_cidr)?;
         for address in &self.cluster_dns {
             ensure!(
                 self.service_cidr.iter().any(|range| range.contains(address)),
@@ -118,12 +110,23 @@ impl AgentArgs {
     }
 }
 
-fn one_a_family(flag: &str, addresses: impl Iterator<Item = IpAddr>) -> anyhow::Result<()> {
+pub(crate) fn one_a_family(flag: &str, addresses: impl Iterator<Item = IpAddr>) -> anyhow::Result<()> {
     let (v4, v6): (Vec<_>, Vec<_>) = addresses.partition(IpAddr::is_ipv4);
     ensure!(
         v4.len() <= 1 && v6.len() <= 1,
         "{flag} takes at most one value of each IP family, separated by a comma"
     );
+    Ok(())
+}
+
+pub(crate) fn disjoint(cluster_cidrs: &[IpNet], service_cidrs: &[IpNet]) -> anyhow::Result<()> {
+    for pods in cluster_cidrs {
+        let overlap =
+            service_cidrs.iter().find(|s| s.contains(&pods.network()) || pods.contains(&s.network()));
+        if let Some(services) = overlap {
+            bail!("--cluster-cidr {pods} and --service-cidr {services} overlap; choose disjoint ranges");
+        }
+    }
     Ok(())
 }
 
@@ -152,7 +155,7 @@ fn endpoint(
     match (kubeconfig, url) {
         (Some(path), _) => Ok(Endpoint::Kubeconfig(path)),
         (None, Some(url)) => Ok(Endpoint::Server { url, token_file, ca_file }),
-        (None, None) => anyhow::bail!("the API server is not named; give --kubeconfig or --api-server"),
+        (None, None) => bail!("the API server is not named; give --kubeconfig or --api-server"),
     }
 }
 

@@ -13,6 +13,7 @@ use weft_netstack::reconcile::TaskGroup;
 
 pub(crate) use config::AgentArgs;
 use config::Config;
+pub(crate) use config::{disjoint, one_a_family};
 
 pub(crate) fn run(args: AgentArgs) -> anyhow::Result<()> {
     args.log.start()?;

@@ -68,10 +68,13 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     loops.start("cni", PodLinksPlanner, PodLinksApplier::new(cni.clone()));
     let handles = loops.handles;
 
-    let admin = Arc::new(admin(config, handles, snapshots.clone(), status, facts_rx, dns.stats));
+    let (observed, observe_outcome) = watch::channel(String::new());
+    let mut admin = admin(config, handles, snapshots.clone(), status, facts_rx, dns.stats);
+    admin.parts.push(("observe", Box::new(move || observe_outcome.borrow().clone().into())));
+    let admin = Arc::new(admin);
     let socket = config.run_dir.join("agent.sock");
     serve_unix(tasks, &socket, cni::server::router(cni).merge(admin::status_router(admin.clone())))?;
-    serve_tcp(tasks, config.observe_address, admin::observe_router(admin)).await?;
+    tasks.start("observe", serve_tcp(config.observe_address, admin::observe_router(admin), observed));
 
     install_plugin(&config.cni_bin_dir)?;
     tasks.start(
@@ -210,16 +213,32 @@ fn serve_unix(tasks: &mut TaskGroup, path: &Path, router: Router) -> anyhow::Res
     Ok(())
 }
 
+/// How often an address that is taken is tried again.
+const REBIND: Duration = Duration::from_secs(2);
+
+/// Metrics and health. Pods need neither: while the address is taken, the node works and `outcome` says what to do.
 async fn serve_tcp(
-    tasks: &mut TaskGroup,
     address: std::net::SocketAddr,
     router: Router,
-) -> anyhow::Result<()> {
-    let listener = TcpListener::bind(address).await.with_context(|| {
-        format!("{address} for metrics and health cannot be used; free it or give another --observe-address")
-    })?;
-    tasks.start("observe", async move { axum::serve(listener, router).await.map_err(|error| chain(&error)) });
-    Ok(())
+    outcome: watch::Sender<String>,
+) -> Result<(), String> {
+    let listener = loop {
+        match TcpListener::bind(address).await {
+            Ok(listener) => break listener,
+            Err(error) => {
+                let said = format!(
+                    "{address} for metrics and health cannot be used: {error}; free it or give another --observe-address"
+                );
+                if *outcome.borrow() != said {
+                    tracing::error!("{said}");
+                }
+                outcome.send_replace(said);
+            }
+        }
+        tokio::time::sleep(REBIND).await;
+    };
+    outcome.send_replace(format!("listening on {address}"));
+    axum::serve(listener, router).await.map_err(|error| chain(&error))
 }
 
 /// Copies this very binary to where runtimes look for the plugin `weft`, atomically, unless it is there already.

@@ -1,0 +1,121 @@
+//! What another process or a bad object takes away is named, and everything else works.
+
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::process::Command;
+
+use serde_json::json;
+use weft_tests::node::picture::ruleset_with_handles;
+use weft_tests::node::{DNS, NODE, Node, dig, inside, run, until};
+
+use crate::objects::{self, NODES, SERVICES, SLICES};
+
+const NAME: &str = "kubernetes.default.svc.cluster.local";
+
+fn health() -> String {
+    let Ok(mut stream) = TcpStream::connect("127.0.0.1:9470") else { return String::new() };
+    let mut answer = String::new();
+    let asked = stream.write_all(b"GET /healthz HTTP/1.0\r\n\r\n");
+    let read = stream.set_read_timeout(Some(std::time::Duration::from_secs(2)));
+    let _ = asked.and(read).and_then(|()| stream.read_to_string(&mut answer));
+    answer
+}
+
+fn started(prepare: impl FnOnce(&mut Node)) -> Node {
+    let mut node = Node::new();
+    node.start_server();
+    node.make_node_object();
+    prepare(&mut node);
+    node.start_agent();
+    node.start_tunnel();
+    node
+}
+
+#[test]
+fn a_taken_metrics_port_is_named_and_the_rest_works() {
+    inside(|| {
+        let taken = TcpListener::bind("127.0.0.1:9470").unwrap();
+        let node = started(|_| {});
+        node.await_ready();
+        let said = node.status()["parts"]["observe"].to_string();
+        assert!(said.contains("127.0.0.1:9470") && said.contains("--observe-address"), "{said}");
+        let text = run(node.weft("status").arg("--run-dir").arg(node.path("run")));
+        assert!(text.contains("127.0.0.1:9470 for metrics and health cannot be used"), "{text}");
+        node.add_pod("pod1");
+        drop(taken);
+        until("the metrics", || health().ends_with("ok\n"));
+    });
+}
+
+#[test]
+fn a_taken_dns_port_is_named_and_the_rest_answers() {
+    inside(|| {
+        let taken = UdpSocket::bind("0.0.0.0:53").unwrap();
+        let node = started(|_| {});
+        node.await_conflist();
+        until("the failure", || {
+            node.failures("dns").contains("10.96.0.10:53/udp is taken by another process")
+        });
+        until("DNS over IPv6", || dig(DNS[1], NAME, "AAAA").len() == 1);
+        let over_tcp = run(Command::new("dig").args(["+tcp", "+short", &format!("@{}", DNS[0]), NAME, "A"]));
+        assert_eq!(over_tcp.trim(), "10.96.0.1");
+        node.add_pod("pod1");
+        drop(taken);
+        until("DNS over IPv4", || dig(DNS[0], NAME, "A") == ["10.96.0.1"]);
+        until("no failure", || node.failures("dns").is_empty());
+    });
+}
+
+#[test]
+fn a_bad_object_is_a_problem_of_its_own_only() {
+    inside(|| {
+        let node = Node::running();
+        let mut mixed = objects::slice("bad", "IPv4", "127.0.0.1");
+        mixed["endpoints"] = json!([{"addresses": ["127.0.0.1"]}, {"addresses": ["10.244.9.8"]}]);
+        let port = json!([{"port": 80}]);
+        node.api().create(SERVICES, &json!({"metadata": {"name": "bad"}, "spec": {"ports": port}}));
+        node.api().create(SLICES, &mixed);
+        let spec = json!({"ports": port, "externalIPs": ["127.0.0.1", "2001:db8::5"]});
+        node.api().create(SERVICES, &json!({"metadata": {"name": "outside"}, "spec": spec}));
+        let annotations =
+            json!({"weft.network/public-key": "no key", "weft.network/wireguard-port": "99999"});
+        node.api().create(NODES, &json!({"metadata": {"name": "odd", "annotations": annotations}}));
+        let vips = objects::make_service(node.api(), "good", &["10.244.9.9", "fd00:10:244:9::9"]);
+        until("the good Service's rules", || {
+            let rules = ruleset_with_handles().join("\n");
+            ["10.244.9.9", "fd00:10:244:9::9", "10.244.9.8"].iter().all(|endpoint| rules.contains(endpoint))
+        });
+        for (address, (vip, kind)) in DNS.iter().zip(vips.iter().zip(["A", "AAAA"])) {
+            until("the good Service's name", || {
+                dig(address, "good.default.svc.cluster.local", kind) == [vip.as_str()]
+            });
+        }
+        let expected = [
+            "endpoints[0].addresses[0] 127.0.0.1",
+            "spec.externalIPs[0] 127.0.0.1",
+            "weft.network/public-key",
+            "weft.network/wireguard-port",
+        ];
+        for part in expected {
+            let problems = node.problems();
+            assert!(problems.iter().any(|problem| problem.contains(part)), "{part}: {problems:#?}");
+        }
+        assert!(!node.problems().iter().any(|problem| problem.contains("good")), "{:#?}", node.problems());
+        node.await_ready();
+        node.add_pod("pod1");
+    });
+}
+
+#[test]
+fn the_agent_puts_a_damaged_annotation_of_its_own_node_right() {
+    inside(|| {
+        let node = Node::running();
+        let key =
+            || node.api().read(NODES, NODE)["metadata"]["annotations"]["weft.network/public-key"].clone();
+        until("the public key", || key().is_string());
+        let right = key();
+        let damage = json!({"metadata": {"annotations": {"weft.network/public-key": "no key"}}});
+        node.api().merge(NODES, NODE, &damage);
+        until("the right key", || key() == right);
+    });
+}

@@ -1,0 +1,13 @@
+//! One node of real processes under faults, restarts and clean-up. `make debug` builds what is tested.
+#![allow(clippy::unwrap_used, reason = "tests may fail by panic")]
+
+mod api_away;
+mod cleanup;
+mod cni;
+mod faults;
+mod objects;
+mod refusals;
+mod restart;
+mod rights;
+mod store;
+mod uplink;
