@@ -26,7 +26,7 @@ impl LogArgs {
         // watches say once and better.
         let directives = format!("hickory_server=warn,hickory_net=error,kube_client=off,{}", self.log_level);
         let filter = EnvFilter::try_new(directives)
-            .map_err(|error| anyhow::anyhow!("--log-level {}: {error}", self.log_level))?;
+            .map_err(|error| crate::Invalid(format!("--log-level {}: {error}", self.log_level)))?;
         let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
         match self.log_format {
             LogFormat::Human => {

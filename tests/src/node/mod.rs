@@ -37,7 +37,7 @@ const TOKEN: &str = "an-agent-bound-to-n1";
 const CIDRS: [&str; 4] =
     ["--cluster-cidr", "10.244.0.0/16,fd00:10:244::/56", "--service-cidr", "10.96.0.0/16,fd00:10:96::/112"];
 /// The longest that anything here takes on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(15);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The node and its processes; they end with it.
 pub struct Node {
@@ -159,8 +159,11 @@ impl Node {
     pub fn start_tunnel(&mut self) {
         let key = self.path("state/wireguard.key");
         until("the private key", || key.exists());
-        let mut command = self.with_folders(self.weft("tunnel"));
-        self.tunnel = Some(Process::start("tunnel", &mut command, self.folder.path()));
+        self.tunnel = Some(Process::start("tunnel", &mut self.tunnel_command(), self.folder.path()));
+    }
+
+    pub fn tunnel_command(&self) -> Command {
+        self.with_folders(self.weft("tunnel"))
     }
 
     pub fn stop_tunnel(&mut self) {

@@ -41,6 +41,8 @@ fn without_the_api_server_everything_goes_on() {
         node.add_pod("pod1");
         let text = run(node.weft("status").arg("--run-dir").arg(node.path("run")));
         assert!(text.contains("API server  away for"), "{text}");
+        let log = node.agent_log();
+        assert!(!log.contains("ERROR"), "a server that is away is said once, as a warning:\n{log}");
         node.start_server();
         until("the connection", || api_server(&node).starts_with("connected"));
         objects::make_service(node.api(), "later", &["10.244.9.7", "fd00:10:244:9::7"]);

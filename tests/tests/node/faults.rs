@@ -119,3 +119,42 @@ fn the_agent_puts_a_damaged_annotation_of_its_own_node_right() {
         until("the right key", || key() == right);
     });
 }
+
+#[test]
+fn a_taken_wireguard_port_is_named_and_keeps_pods_away_until_it_is_free() {
+    inside(|| {
+        let taken = UdpSocket::bind("0.0.0.0:51820").unwrap();
+        let mut node = Node::new();
+        node.start_server();
+        node.make_node_object();
+        node.start_agent();
+        until("the agent's word", || node.try_status().is_some());
+        until("the failure", || node.failures("overlay").contains("is `weft tunnel` running?"));
+        until("the overlay's configuration", || node.path("run/tunnel.json").exists());
+        let (code, said) = weft_tests::node::refusal(&mut node.tunnel_command());
+        assert!(code == 1 && said.contains("UDP port 51820"), "{said}");
+        let rules = ruleset_with_handles().join("\n");
+        assert!(
+            rules.contains("strict: no pod source on the underlay"),
+            "strictness needs no tunnel:\n{rules}"
+        );
+        assert_eq!(dig(DNS[0], NAME, "A"), ["10.96.0.1"]);
+        assert!(!node.path("cni/05-weft.conflist").exists(), "pods could not reach other nodes");
+        drop(taken);
+        node.start_tunnel();
+        node.await_ready();
+    });
+}
+
+#[test]
+fn a_cni_configuration_that_was_removed_comes_back_and_one_that_wins_is_named() {
+    inside(|| {
+        let node = Node::running();
+        let conflist = node.path("cni/05-weft.conflist");
+        let text = std::fs::read(&conflist).unwrap();
+        std::fs::remove_file(&conflist).unwrap();
+        until("the configuration", || std::fs::read(&conflist).is_ok_and(|again| again == text));
+        std::fs::write(node.path("cni/00-other.conflist"), "{}").unwrap();
+        until("word of the other one", || node.agent_log().contains("00-other.conflist comes before"));
+    });
+}

@@ -28,6 +28,7 @@ fn an_unknown_flag_or_a_wrong_value_is_one_line_and_exit_code_2() {
     refused(&mut weft(&["agent", "--cluster-dns", "ten"]), 2, &["--cluster-dns", "ten"]);
     refused(&mut weft(&["server", "--listen", "nowhere"]), 2, &["--listen", "nowhere"]);
     refused(&mut weft(&["serve"]), 2, &["serve"]);
+    refused(&mut weft(&["tunnel", "--log-level", "weft=loud"]), 2, &["--log-level weft=loud"]);
 }
 
 #[test]
@@ -113,5 +114,25 @@ fn a_token_or_ca_file_that_is_missing_is_named() {
         let node = Node::new();
         refused(&mut node.agent_command(), 1, &["ca.crt", "cannot be read"]);
         assert!(!weft_tests::node::ip("-o link").contains("weft0"));
+    });
+}
+
+#[test]
+fn a_second_tunnel_is_refused_and_the_first_goes_on() {
+    inside(|| {
+        let mut node = Node::running();
+        refused(&mut node.tunnel_command(), 1, &["UDP port 51820"]);
+        assert!(!node.tunnel_has_ended());
+        assert!(node.status()["parts"]["peers"].is_array(), "{}", node.status()["parts"]);
+    });
+}
+
+#[test]
+fn a_status_without_an_agent_says_so() {
+    inside(|| {
+        let node = Node::new();
+        let mut command = node.weft("status");
+        command.arg("--run-dir").arg(node.path("run"));
+        refused(&mut command, 1, &["no agent answers", "agent.sock", "weft agent"]);
     });
 }

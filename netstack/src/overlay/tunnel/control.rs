@@ -21,9 +21,13 @@ pub struct Response {
     pub body: String,
 }
 
-/// Binds the socket, replacing what a tunnel that died left there.
+/// Binds the socket, replacing what a tunnel that died left there. Makes the folder: after a reboot the tunnel may come
+/// before the agent.
 pub fn bind(path: &Path) -> Result<UnixListener, TunnelError> {
     let failed = |source| TunnelError::Socket { path: path.to_owned(), source };
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).map_err(failed)?;
+    }
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
         _ => {}
