@@ -7,7 +7,7 @@ WEFT := target/$(HOST)/release/weft
 # A static binary: --target keeps +crt-static away from build scripts and proc macros.
 build:
 	@scripts/need cc
-	RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --locked --target $(HOST) -p weft
+	RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" cargo build --release --locked --target $(HOST) -p weft
 
 debug:
 	cargo build --locked -p weft

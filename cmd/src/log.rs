@@ -22,12 +22,9 @@ enum LogFormat {
 impl LogArgs {
     /// Installs the logger of this process; call once.
     pub(crate) fn start(&self) -> anyhow::Result<()> {
-        // hickory logs every query at info and every dropped reply at warn; kube logs each refused connection as an
-        // error, while our watches say once that the API server is away.
-        let directives = format!(
-            "hickory_server=warn,hickory_net=error,kube_client::client::builder=off,{}",
-            self.log_level
-        );
+        // hickory logs every query at info and every dropped reply at warn; what kube_client logs of a lost connection the
+        // watches say once and better.
+        let directives = format!("hickory_server=warn,hickory_net=error,kube_client=off,{}", self.log_level);
         let filter = EnvFilter::try_new(directives)
             .map_err(|error| crate::Invalid(format!("--log-level {}: {error}", self.log_level)))?;
         let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);

@@ -10,6 +10,7 @@ use nix::errno::Errno;
 use nix::net::if_::if_nametoindex;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags};
 use rtnetlink::{Handle, LinkBridge, LinkUnspec, LinkVeth, RouteMessageBuilder};
+use sha2::{Digest as _, Sha256};
 
 pub(super) const BRIDGE: &str = "lan";
 
@@ -41,7 +42,7 @@ pub(super) fn set_loopback_up() -> anyhow::Result<()> {
 pub(super) fn make_switch(addresses: &[(IpAddr, u8)]) -> anyhow::Result<()> {
     set_loopback_up()?;
     converse(async |netlink| {
-        let bridge = LinkBridge::new(BRIDGE).mcast_snooping(false).up().build();
+        let bridge = LinkBridge::new(BRIDGE).mcast_snooping(false).address(mac_of("lan")).up().build();
         netlink.link().add(bridge).execute().await.context("add the bridge")?;
         let index = index_of(BRIDGE)?;
         add_addresses(&netlink, index, addresses).await
@@ -68,12 +69,23 @@ pub(super) fn plug_in(port: &str, machine: &File) -> anyhow::Result<String> {
     Ok(far)
 }
 
+/// A machine keeps its MAC address over reboots, as hardware does; a bridge of which none is given changes it with its
+/// ports. Locally administered, from the name.
+fn mac_of(machine: &str) -> Vec<u8> {
+    [&[0x02], &Sha256::digest(machine)[..5]].concat()
+}
+
 /// In the machine's namespace: makes `eth0` of the link that arrived, with addresses and default routes.
-pub(super) fn configure(link: &str, addresses: &[(IpAddr, u8)], gateways: &[IpAddr]) -> anyhow::Result<()> {
+pub(super) fn configure(
+    machine: &str,
+    link: &str,
+    addresses: &[(IpAddr, u8)],
+    gateways: &[IpAddr],
+) -> anyhow::Result<()> {
     set_loopback_up()?;
     converse(async |netlink| {
         let index = index_of(link)?;
-        let rename = LinkUnspec::new_with_index(index).name("eth0").up().build();
+        let rename = LinkUnspec::new_with_index(index).name("eth0").address(mac_of(machine)).up().build();
         netlink.link().change(rename).execute().await.context("set eth0 up")?;
         add_addresses(&netlink, index, addresses).await?;
         for gateway in gateways {

@@ -48,7 +48,7 @@ fn cable(topology: &Topology, name: &str, role: Role, pid: i32) -> anyhow::Resul
     let switch = format!("/proc/{}/ns/net", lan.pid);
     let far = namespace::inside_network(Path::new(&switch), || link::plug_in(name, &machine))?;
     let gateways = topology.gateways();
-    namespace::inside_network(Path::new(&network), || link::configure(&far, &addresses, &gateways))
+    namespace::inside_network(Path::new(&network), || link::configure(name, &far, &addresses, &gateways))
 }
 
 /// The first process of a machine that is up.

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use kube::config::{AuthInfo, Config, KubeConfigOptions, Kubeconfig};
 
+/// A server that has moved or come back is tried anew, rather than waited for through TCP's growing retransmission gaps.
+const CONNECT: Duration = Duration::from_secs(3);
 /// A list that stalls is given up after this long; longer than any watch is silent (`watch::WATCH_SECONDS`).
 const SILENCE: Duration = Duration::from_secs(130);
 
@@ -47,6 +49,7 @@ pub async fn client(endpoint: &Endpoint) -> Result<kube::Client, ClientError> {
         Endpoint::Kubeconfig(path) => kubeconfig(path.clone()).await?,
         Endpoint::Server { url, token_file, ca_file } => server(url, token_file.as_ref(), ca_file.clone())?,
     };
+    config.connect_timeout = Some(CONNECT);
     config.read_timeout = Some(SILENCE);
     config.reset_reader_on_write = true;
     kube::Client::try_from(config).map_err(ClientError::Client)

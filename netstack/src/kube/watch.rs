@@ -318,7 +318,7 @@ fn is_refusal(error: &watcher::Error) -> bool {
     }
 }
 
-/// Waits before a broken watch is tried again: 100 ms doubling to 5 s, each shortened by up to half at random, so that a
+/// Waits before a broken watch is tried again: 100 ms doubling to 2 s, each shortened by up to half at random, so that a
 /// thousand nodes do not come back at once. It starts over after [`CALM`] without a failure; an event alone proves
 /// little, as `Init` comes before the server was even asked.
 #[derive(Default)]
@@ -337,7 +337,7 @@ impl Iterator for Retry {
             self.failures = 0;
         }
         self.failed_at = Some(Instant::now());
-        let longest = Duration::from_millis(100 << self.failures.min(6)).min(Duration::from_secs(5));
+        let longest = Duration::from_millis(100 << self.failures.min(5)).min(Duration::from_secs(2));
         self.failures = self.failures.saturating_add(1);
         Some(longest.mul_f64(1.0 - rand::random::<f64>() / 2.0))
     }
