@@ -62,10 +62,7 @@ fn main() -> ExitCode {
         Command::Lab(args) => lab::run(args),
         Command::Status(args) => status::run(&args),
         Command::Cleanup(args) => on_runtime(cleanup::run(args)),
-        Command::Manifests => {
-            print!("{}", weft_manifests::all());
-            Ok(())
-        }
+        Command::Manifests => print(&weft_manifests::all()),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -73,6 +70,15 @@ fn main() -> ExitCode {
             eprintln!("weft: {error:#}");
             if error.is::<Invalid>() { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
+    }
+}
+
+/// Writes to standard output; a reader that has seen enough (`| head`) is no failure.
+pub(crate) fn print(text: &str) -> anyhow::Result<()> {
+    use std::io::Write as _;
+    match std::io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
     }
 }
 

@@ -33,13 +33,11 @@ pub(crate) fn run(args: &StatusArgs) -> anyhow::Result<()> {
         format!("no agent answers on {}; is 'weft agent' running on this node?", socket.display())
     })?;
     if args.output == Output::Json {
-        println!("{body}");
-        return Ok(());
+        return crate::print(&(body + "\n"));
     }
     let status: Status =
         serde_json::from_str(&body).context("the agent's answer is of another version of weft")?;
-    print!("{}", text(&status));
-    Ok(())
+    crate::print(&text(&status))
 }
 
 /// Body of `GET path` over a Unix socket; HTTP/1.0, so the answer ends with the connection.

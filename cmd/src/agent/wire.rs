@@ -59,13 +59,15 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
         std::future::pending().await
     });
     let mut loops = Loops { tasks, snapshots: snapshots.clone(), handles: Vec::new() };
-    let overlay = loops.start("overlay", OverlayPlanner, overlay);
-    loops.start("proxy", ProxyPlanner::default(), ProxyApplier::new());
-    loops.start("dns", dns.planner, dns.applier);
-    loops.start("publish", identity, Publisher::new(client));
+    // The tunnel is a process of its own and may come late: pods wait for this loop, so it is not tried rarely.
+    let impatient = Pace { max_backoff: Duration::from_secs(1), ..Pace::default() };
+    let overlay = loops.start("overlay", OverlayPlanner, overlay, impatient);
+    loops.start("proxy", ProxyPlanner::default(), ProxyApplier::new(), Pace::default());
+    loops.start("dns", dns.planner, dns.applier, Pace::default());
+    loops.start("publish", identity, Publisher::new(client), Pace::default());
     let ready = readiness(overlay);
     let cni = open_cni(snapshots.clone(), leases, ready.clone()).await?;
-    loops.start("cni", PodLinksPlanner, PodLinksApplier::new(cni.clone()));
+    loops.start("cni", PodLinksPlanner, PodLinksApplier::new(cni.clone()), Pace::default());
     let handles = loops.handles;
 
     let (observed, observe_outcome) = watch::channel(String::new());
@@ -121,12 +123,12 @@ struct Loops<'a> {
 }
 
 impl Loops<'_> {
-    fn start<P, A>(&mut self, name: &'static str, planner: P, applier: A) -> LoopHandle
+    fn start<P, A>(&mut self, name: &'static str, planner: P, applier: A, pace: Pace) -> LoopHandle
     where
         P: Planner,
         A: Applier<Plan = P::Plan>,
     {
-        let (run, handle) = Loop::new(name, planner, applier, Pace::default(), self.snapshots.clone());
+        let (run, handle) = Loop::new(name, planner, applier, pace, self.snapshots.clone());
         self.tasks.start(name, run.run());
         self.handles.push(handle.clone());
         handle

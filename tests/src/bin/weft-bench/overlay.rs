@@ -179,6 +179,9 @@ fn start_wireguard_go(program: &Path, end: &End, other: &End) -> anyhow::Result<
     // The control sockets of both ends have the same name: a folder each.
     let control = end.folder.path().join("control");
     std::fs::create_dir_all(&control)?;
+    let socket = control.join("weft0.sock");
+    // Of the round before.
+    let _ = std::fs::remove_file(&socket);
     let script = format!(
         "mkdir -p /var/run/wireguard && mount --bind {} /var/run/wireguard && exec {} -f weft0",
         control.display(),
@@ -189,8 +192,8 @@ fn start_wireguard_go(program: &Path, end: &End, other: &End) -> anyhow::Result<
         .args(["--mount", "sh", "-c", &script])
         .env("LOG_LEVEL", "error")
         .stdout(Stdio::null())
+        .stderr(Stdio::null())
         .spawn()?;
-    let socket = control.join("weft0.sock");
     until("wireguard-go's control socket", || socket.exists())?;
     let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
     let request = format!(

@@ -30,8 +30,9 @@ pub(crate) fn measure(weft: &Path) -> anyhow::Result<Vec<Row>> {
     let mut passes = Vec::new();
     for change in 0..CHANGES {
         let before = proxy_report(&socket)?.0;
-        let name = format!("s{}", change * SERVICES / CHANGES);
-        let patch = Patch::Merge(json!({"endpoints": endpoints(change + 10)}));
+        let service = change * SERVICES / CHANGES;
+        let name = format!("s{service}");
+        let patch = Patch::Merge(json!({"endpoints": endpoints(service + 1)}));
         rig.runtime.block_on(slices.patch(&name, &PatchParams::default(), &patch))?;
         let answered_at = Instant::now();
         let mut micros = 0.0;
@@ -41,6 +42,9 @@ pub(crate) fn measure(weft: &Path) -> anyhow::Result<Vec<Row>> {
                 generation > before
             }
             Err(_) => false,
+        })
+        .with_context(|| {
+            format!("change {change} of {name} after generation {before}; now {:?}", proxy_report(&socket))
         })?;
         seen.push(answered_at.elapsed().as_secs_f64() * 1000.0);
         passes.push(micros / 1000.0);

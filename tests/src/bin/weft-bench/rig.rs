@@ -25,7 +25,11 @@ pub(crate) struct Rig {
 
 impl Drop for Rig {
     fn drop(&mut self) {
-        for (_, child) in &mut self.children {
+        for (name, child) in &mut self.children {
+            if std::thread::panicking() || std::env::var_os("WEFT_BENCH_LOGS").is_some() {
+                let log = std::fs::read_to_string(self.folder.path().join(format!("{name}.log")));
+                eprintln!("--- {name}\n{}", log.unwrap_or_default());
+            }
             let _ = child.kill();
             let _ = child.wait();
         }
