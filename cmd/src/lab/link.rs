@@ -56,7 +56,11 @@ pub(super) fn plug_in(port: &str, machine: &File) -> anyhow::Result<String> {
     converse(async |netlink| {
         // A port of the same name is what is left of the machine before its reboot.
         if let Ok(index) = if_nametoindex(port) {
-            netlink.link().del(index).execute().await.with_context(|| format!("remove old port {port}"))?;
+            match netlink.link().del(index).execute().await {
+                // The kernel removes it too, when it gets to the end of the old network namespace.
+                Err(rtnetlink::Error::NetlinkError(error)) if -error.raw_code() == Errno::ENODEV as i32 => {}
+                other => other.with_context(|| format!("remove old port {port}"))?,
+            }
         }
         let pair = LinkVeth::new(port, &far).build();
         netlink.link().add(pair).execute().await.with_context(|| format!("add port {port}"))?;
