@@ -88,12 +88,15 @@ impl fmt::Display for Seen {
     }
 }
 
-/// Every route of our protocol, in every table, but those to pod links.
+/// Every route of our protocol, in every table, but those to pod links and those to links that came after `links` were
+/// listed: a pod may be attached between the two dumps, and whose link it is only the next look can tell.
 pub(super) async fn routes(handle: &rtnetlink::Handle, links: &LinkIndexes) -> Result<Vec<Seen>, RouteError> {
     let mut seen = Vec::new();
     for message in dump(handle).await? {
-        let link = output(&message).and_then(|index| links.by_index.get(&index));
-        if link.is_some_and(|name| name.starts_with(POD_LINK_PREFIX)) {
+        let index = output(&message);
+        let link = index.and_then(|index| links.by_index.get(&index));
+        let too_new = index.is_some() && link.is_none();
+        if too_new || link.is_some_and(|name| name.starts_with(POD_LINK_PREFIX)) {
             continue;
         }
         let lowered = lower(&message, link);

@@ -146,3 +146,22 @@ fn foreign_routes_and_pod_routes_are_left_alone() {
     let applied = node.block_on(apply(&[route("fd09::/64", link("b0"))], &[]));
     assert_eq!(applied.failed, ["add route fd09::/64 dev b0: File exists (os error 17)"]);
 }
+
+#[test]
+fn the_routes_of_a_pod_attached_between_the_two_dumps_are_left_alone() {
+    if !needs_root() {
+        return;
+    }
+    let node = node();
+    let seen = node.block_on(async {
+        let connection = Rtnetlink::connect().unwrap();
+        let links = LinkIndexes::observe(&Links::new(connection.handle.clone())).await.unwrap();
+        node.must(&["ip", "link", "add", "weftp1", "type", "veth", "peer", "name", "d0"]);
+        node.must(&["ip", "link", "set", "weftp1", "up"]);
+        node.must(&["ip", "link", "set", "d0", "up"]);
+        node.must(&["ip", "route", "add", "10.1.0.6/32", "dev", "weftp1", "proto", "87"]);
+        node.must(&["ip", "route", "add", "fd01::6/128", "dev", "weftp1", "proto", "87"]);
+        kernel_view::routes(&connection.handle, &links).await.unwrap()
+    });
+    assert_eq!(seen.iter().map(ToString::to_string).collect::<Vec<_>>(), [""; 0]);
+}
