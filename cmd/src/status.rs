@@ -102,6 +102,15 @@ fn peers(part: &serde_json::Value) -> String {
     format!("\n{table}")
 }
 
+/// A table stays readable; JSON has the whole text.
+fn shortened(text: &str) -> String {
+    const LONGEST: usize = 72;
+    match text.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text.to_owned(),
+    }
+}
+
 fn loops(reports: &[Report]) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING).set_header([
@@ -124,7 +133,7 @@ fn loops(reports: &[Report]) -> Table {
             report.generation.to_string(),
             report.passes.to_string(),
             format!("{} us", report.last_pass_micros),
-            report.last_change.clone().unwrap_or_default(),
+            shortened(report.last_change.as_deref().unwrap_or_default()),
         ]);
     }
     table
