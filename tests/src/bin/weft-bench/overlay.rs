@@ -13,7 +13,7 @@ use base64::Engine as _;
 use serde_json::json;
 use x25519_dalek::{PublicKey, StaticSecret};
 
-use super::rig::{ip, until};
+use super::rig::{cpu_seconds, ip, until};
 use super::row::{Better, Row, median};
 
 const ROUNDS: usize = 3;
@@ -122,9 +122,9 @@ fn traffic(ends: &[End; 2], tunnels: &[Child; 2]) -> anyhow::Result<Round> {
         let ping = ends[0].command("ping").args(["-c1", "-W1", &ends[1].inner()]).output();
         ping.is_ok_and(|output| output.status.success())
     })?;
-    let before: f64 = tunnels.iter().map(cpu_seconds).sum();
+    let before: f64 = tunnels.iter().map(|tunnel| cpu_seconds(tunnel.id())).sum();
     let output = ends[0].command("iperf3").args(["-c", &ends[1].inner(), "-t", SECONDS, "-J"]).output()?;
-    let after: f64 = tunnels.iter().map(cpu_seconds).sum();
+    let after: f64 = tunnels.iter().map(|tunnel| cpu_seconds(tunnel.id())).sum();
     server.wait()?;
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).context("iperf3's report")?;
     let sum = &report["end"]["sum_received"];
@@ -135,14 +135,6 @@ fn traffic(ends: &[End; 2], tunnels: &[Child; 2]) -> anyhow::Result<Round> {
         cpu_seconds_per_gib: (after - before) / (bytes / 1024f64.powi(3)),
         resident_mib: resident_mib(&tunnels[0]),
     })
-}
-
-/// utime + stime of a process in seconds (proc_pid_stat(5), fields 14 and 15, in clock ticks of 10 ms).
-fn cpu_seconds(child: &Child) -> f64 {
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap_or_default();
-    let after_name = stat.rsplit(')').next().unwrap_or_default();
-    let fields = after_name.split_whitespace().skip(11).take(2);
-    fields.filter_map(|field| field.parse::<f64>().ok()).sum::<f64>() / 100.0
 }
 
 fn resident_mib(child: &Child) -> f64 {

@@ -14,7 +14,7 @@ use serde_json::json;
 use super::rig::{Rig, until};
 use super::row::{Better, Row, median};
 
-const SERVICES: usize = 1000;
+pub(crate) const SERVICES: usize = 1000;
 const ENDPOINTS: usize = 5;
 const CHANGES: usize = 50;
 
@@ -62,7 +62,7 @@ fn endpoints(seed: usize) -> serde_json::Value {
         .collect()
 }
 
-async fn make_services(client: &kube::Client) -> anyhow::Result<()> {
+pub(crate) async fn make_services(client: &kube::Client) -> anyhow::Result<()> {
     let services: Api<Service> = Api::namespaced(client.clone(), "default");
     let slices: Api<EndpointSlice> = Api::namespaced(client.clone(), "default");
     for n in 0..SERVICES {

@@ -88,10 +88,14 @@ impl Rig {
         until("the CNI configuration", || self.folder.path().join("cni/05-weft.conflist").exists())
     }
 
+    pub(crate) fn pid(&self, name: &str) -> anyhow::Result<u32> {
+        let child = self.children.iter().rev().find(|(n, _)| *n == name);
+        child.map(|(_, child)| child.id()).with_context(|| format!("{name} was not started"))
+    }
+
     /// Resident memory of a child in MiB.
     pub(crate) fn resident_mib(&self, name: &str) -> anyhow::Result<f64> {
-        let (_, child) = self.children.iter().rev().find(|(n, _)| *n == name).context("no such child")?;
-        let status = std::fs::read_to_string(format!("/proc/{}/status", child.id()))?;
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid(name)?))?;
         let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("no VmRSS")?;
         let kib: f64 = line.split_whitespace().nth(1).context("no VmRSS value")?.parse()?;
         Ok(kib / 1024.0)
@@ -106,6 +110,14 @@ pub(crate) fn ip(args: &str) -> anyhow::Result<()> {
     let output = Command::new("ip").args(args.split(' ')).output().context("run ip (Debian's iproute2)")?;
     ensure!(output.status.success(), "ip {args}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(())
+}
+
+/// utime + stime of a process in seconds (proc_pid_stat(5), fields 14 and 15, in clock ticks of 10 ms).
+pub(crate) fn cpu_seconds(pid: u32) -> f64 {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid)).unwrap_or_default();
+    let after_name = stat.rsplit(')').next().unwrap_or_default();
+    let fields = after_name.split_whitespace().skip(11).take(2);
+    fields.filter_map(|field| field.parse::<f64>().ok()).sum::<f64>() / 100.0
 }
 
 /// Polls every millisecond, for ten seconds at most.
