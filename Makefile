@@ -4,7 +4,7 @@
 HOST := $(shell rustc -vV | sed -n 's/^host: //p')
 WEFT := target/$(HOST)/release/weft
 
-# A static binary: --target keeps +crt-static away from build scripts and proc macros.
+# A static binary: --target keeps +crt-static away from build scripts and proc macros; docs/decisions/0005 has the rest.
 build:
 	@scripts/need cc
 	RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" cargo build --release --locked --target $(HOST) -p weft

@@ -4,7 +4,8 @@ use std::future::Future;
 
 use tokio::task::JoinSet;
 
-/// Every task of a process runs in one of these; `tokio::spawn` is banned elsewhere (clippy.toml).
+/// The long-lived tasks of a process run in one of these. A task started elsewhere belongs to a value that aborts it on
+/// drop (a connection, a listener).
 #[derive(Default)]
 pub struct TaskGroup {
     essential: JoinSet<(&'static str, Result<(), String>)>,
