@@ -59,17 +59,8 @@ pub(super) fn start(topology: &Topology, node: &str, reaper: &Reaper) -> anyhow:
     Ok(())
 }
 
-/// `weft tunnel` needs the key that the agent makes at its first start: its unit would say `After=` and wait for it.
-fn wait_for_key(service: &str) {
-    let key = std::path::Path::new("/var/lib/weft/wireguard.key");
-    while service == "tunnel" && !key.exists() {
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
 /// Runs the service for ever; exit code 0 means that it is not needed here (a kernel with WireGuard needs no tunnel).
 fn keep_running(service: &str, arguments: &[String], board: &Board, reaper: &Reaper) {
-    wait_for_key(service);
     loop {
         match run_once(service, arguments, board, reaper) {
             Ok(0) => return,

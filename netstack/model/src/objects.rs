@@ -37,6 +37,15 @@ impl Node {
     }
 }
 
+/// The `host` address of a podCIDR: its first usable one. `None` when the range is too small to hold pods beside it.
+pub fn host_address(pod_cidr: &IpNet) -> Option<IpAddr> {
+    match pod_cidr {
+        IpNet::V4(net) if net.prefix_len() <= 30 => Some(IpAddr::V4((net.network().to_bits() + 1).into())),
+        IpNet::V6(net) if net.prefix_len() <= 126 => Some(IpAddr::V6((net.network().to_bits() + 1).into())),
+        _ => None,
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Namespace {
     pub name: String,

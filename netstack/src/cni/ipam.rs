@@ -26,12 +26,6 @@ pub enum IpamError {
     TooSmall { cidr: IpNet },
 }
 
-/// The node's own address in a podCIDR: the first usable one. `None` when the range has only its network address.
-pub fn host_address(cidr: IpNet) -> Option<IpAddr> {
-    let (first, last, _) = numbers(cidr);
-    (first < last).then(|| address(cidr, first + 1))
-}
-
 /// One address of every podCIDR, in their order, or nothing. Moves the cursors only when all succeed.
 pub fn allocate(
     cidrs: &[IpNet],
@@ -113,6 +107,8 @@ fn address(cidr: IpNet, number: u128) -> IpAddr {
 mod tests {
     use proptest::prelude::*;
 
+    use weft_model::objects::host_address;
+
     use super::*;
     use crate::store::Lease;
 
@@ -135,8 +131,8 @@ mod tests {
     #[test]
     fn pods_start_after_the_host_address() {
         let none = LeaseRecords::new();
-        assert_eq!(host_address("10.1.2.0/24".parse().unwrap()), Some("10.1.2.1".parse().unwrap()));
-        assert_eq!(host_address("fd00:1::/64".parse().unwrap()), Some("fd00:1::1".parse().unwrap()));
+        assert_eq!(host_address(&"10.1.2.0/24".parse().unwrap()), Some("10.1.2.1".parse().unwrap()));
+        assert_eq!(host_address(&"fd00:1::/64".parse().unwrap()), Some("fd00:1::1".parse().unwrap()));
         assert_eq!(one("10.1.2.0/24", &none, &mut Cursors::new(), 0).as_deref(), Ok("10.1.2.2"));
         assert_eq!(one("fd00:1::/64", &none, &mut Cursors::new(), 0).as_deref(), Ok("fd00:1::2"));
     }
@@ -170,7 +166,7 @@ mod tests {
             let error = one(cidr, &LeaseRecords::new(), &mut Cursors::new(), 0).unwrap_err();
             assert_eq!(error, IpamError::TooSmall { cidr: cidr.parse().unwrap() });
         }
-        assert_eq!(host_address("10.0.0.0/32".parse().unwrap()), None);
+        assert_eq!(host_address(&"10.0.0.0/32".parse().unwrap()), None);
     }
 
     #[test]
@@ -219,7 +215,7 @@ mod tests {
         fn no_address_is_ever_given_twice(cidr in cidr(), steps in proptest::collection::vec(step(), 1..200)) {
             let (mut leases, mut cursors, mut now) = (LeaseRecords::new(), Cursors::new(), 1000);
             let network = cidr.network();
-            let reserved = [Some(network), host_address(cidr), network.is_ipv4().then(|| cidr.broadcast())];
+            let reserved = [Some(network), host_address(&cidr), network.is_ipv4().then(|| cidr.broadcast())];
             let pods: Vec<IpAddr> =
                 cidr.trunc().hosts().filter(|address| !reserved.contains(&Some(*address))).collect();
             for step in steps {

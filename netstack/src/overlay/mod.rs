@@ -17,5 +17,5 @@ mod sysctls;
 pub mod tunnel;
 
 pub use apply::{OverlayApplier, OverlayError, cleanup, peers};
-pub use plan::{OverlayPlan, OverlayPlanner, host_address};
+pub use plan::{OverlayPlan, OverlayPlanner};
 pub use tunnel::{TunnelConfig, TunnelError, TunnelState};

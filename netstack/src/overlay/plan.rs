@@ -64,15 +64,6 @@ impl Sysctl {
     }
 }
 
-/// The `host` address of a podCIDR: its first usable one. `None` when the range is too small to hold pods beside it.
-pub fn host_address(pod_cidr: &IpNet) -> Option<IpAddr> {
-    match pod_cidr {
-        IpNet::V4(net) if net.prefix_len() <= 30 => Some(IpAddr::V4((net.network().to_bits() + 1).into())),
-        IpNet::V6(net) if net.prefix_len() <= 126 => Some(IpAddr::V6((net.network().to_bits() + 1).into())),
-        _ => None,
-    }
-}
-
 #[derive(Debug, Default)]
 pub struct OverlayPlanner;
 
@@ -131,7 +122,7 @@ impl<'a> View<'a> {
         let own = accepted.iter().find(|accepted| accepted.node.name == snapshot.facts.name);
         let mut hosts = Vec::new();
         for (node, cidr) in own.iter().flat_map(|own| own.pod_cidrs.iter().map(|cidr| (own.node, cidr))) {
-            match host_address(cidr) {
+            match weft_model::objects::host_address(cidr) {
                 Some(host) => hosts.push((*cidr, host)),
                 None => problems.push(problem(
                     node,
