@@ -12,31 +12,38 @@ use weft_netstack::overlay;
 use weft_netstack::reconcile::chain;
 
 use crate::agent::start;
+use crate::files;
 
 #[derive(Args)]
 pub(crate) struct CleanupArgs {
     #[arg(long, default_value = "/etc/cni/net.d")]
-    cni_conf_dir: PathBuf,
+    pub(crate) cni_conf_dir: PathBuf,
     #[arg(long, default_value = "/opt/cni/bin")]
-    cni_bin_dir: PathBuf,
+    pub(crate) cni_bin_dir: PathBuf,
     #[arg(long, default_value = "/run/weft")]
-    run_dir: PathBuf,
+    pub(crate) run_dir: PathBuf,
     #[arg(long, default_value = "/var/lib/weft")]
-    state_dir: PathBuf,
+    pub(crate) state_dir: PathBuf,
     /// Keep the private key and the last good snapshot
     #[arg(long)]
-    keep_state: bool,
+    pub(crate) keep_state: bool,
+}
+
+pub(crate) async fn run(args: CleanupArgs) -> anyhow::Result<()> {
+    start::require_root()?;
+    clean(&args).await?;
+    println!("nothing of Weft is left on this node");
+    Ok(())
 }
 
 /// Refuses while an agent runs. Every step is tried; a second look then has to find nothing.
-pub(crate) async fn run(args: CleanupArgs) -> anyhow::Result<()> {
-    start::require_root()?;
+pub(crate) async fn clean(args: &CleanupArgs) -> anyhow::Result<()> {
     let lock = start::lock(&args.run_dir)?;
-    let first = remove(&args).await?;
+    let first = remove(args).await?;
     for line in &first.removed {
         println!("removed {line}");
     }
-    let second = remove(&args).await?;
+    let second = remove(args).await?;
     drop(lock);
     if args.run_dir.exists() {
         std::fs::remove_dir_all(&args.run_dir)
@@ -48,7 +55,6 @@ pub(crate) async fn run(args: CleanupArgs) -> anyhow::Result<()> {
         "these came back, is something of Weft running? {}",
         second.removed.join("; ")
     );
-    println!("nothing of Weft is left on this node");
     Ok(())
 }
 
@@ -73,7 +79,7 @@ async fn remove(args: &CleanupArgs) -> anyhow::Result<Outcome> {
     let mut outcome = Outcome::default();
     outcome.note("CNI configuration", conflist::remove(&args.cni_conf_dir));
     let plugin = args.cni_bin_dir.join("weft");
-    outcome.note(&format!("{}", plugin.display()), remove_file(&plugin));
+    outcome.note(&format!("{}", plugin.display()), files::remove(&plugin));
 
     let netlink = Rtnetlink::connect().context("open an rtnetlink socket")?;
     let pods = cni::cleanup::remove_all(&netlink.handle).await;
@@ -94,17 +100,9 @@ async fn remove(args: &CleanupArgs) -> anyhow::Result<Outcome> {
     Ok(outcome)
 }
 
-fn remove_file(path: &Path) -> std::io::Result<bool> {
-    match std::fs::remove_file(path) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
 fn remove_any(path: &Path) -> std::io::Result<bool> {
     if path.is_dir() {
         return std::fs::remove_dir_all(path).map(|()| true);
     }
-    remove_file(path)
+    files::remove(path)
 }

@@ -3,11 +3,15 @@
 mod agent;
 mod cleanup;
 mod cni;
+mod files;
+mod install;
 mod lab;
 mod log;
+mod manifests;
 mod server;
 mod status;
 mod tunnel;
+mod uninstall;
 
 use std::process::ExitCode;
 
@@ -27,6 +31,12 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Install Weft as services of this host, or upgrade it
+    Install(Box<install::InstallArgs>),
+    /// Take Weft off this host: services, files and all that it programmed
+    Uninstall(uninstall::UninstallArgs),
+    /// Print what to `kubectl apply`: rights, the DaemonSet that installs every node, the DNS Service
+    Manifests(Box<manifests::ManifestsArgs>),
     /// Run the node's agent (one a node)
     Agent(agent::AgentArgs),
     /// Run the userspace WireGuard tunnel, for kernels without WireGuard
@@ -41,8 +51,6 @@ enum Command {
     Status(status::StatusArgs),
     /// Remove every rule, link, route and file of Weft from this node
     Cleanup(cleanup::CleanupArgs),
-    /// Print what to `kubectl apply` before agents can run
-    Manifests,
 }
 
 /// A container runtime runs the plugin without arguments, under whatever name it was installed.
@@ -62,7 +70,9 @@ fn main() -> ExitCode {
         Command::Lab(args) => lab::run(args),
         Command::Status(args) => status::run(&args),
         Command::Cleanup(args) => on_runtime(cleanup::run(args)),
-        Command::Manifests => print(&weft_manifests::all()),
+        Command::Manifests(args) => manifests::run(*args),
+        Command::Install(args) => install::run(*args),
+        Command::Uninstall(args) => on_runtime(uninstall::run(args)),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

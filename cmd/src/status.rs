@@ -28,16 +28,22 @@ enum Output {
 }
 
 pub(crate) fn run(args: &StatusArgs) -> anyhow::Result<()> {
-    let socket = args.run_dir.join("agent.sock");
-    let body = fetch(&socket, "/status").with_context(|| {
-        format!("no agent answers on {}; is 'weft agent' running on this node?", socket.display())
-    })?;
     if args.output == Output::Json {
-        return crate::print(&(body + "\n"));
+        return crate::print(&(answer(&args.run_dir)? + "\n"));
     }
-    let status: Status =
-        serde_json::from_str(&body).context("the agent's answer is of another version of weft")?;
-    crate::print(&text(&status))
+    crate::print(&text(&read(&args.run_dir)?))
+}
+
+/// What the agent whose socket is in `run_dir` says of itself now.
+pub(crate) fn read(run_dir: &Path) -> anyhow::Result<Status> {
+    serde_json::from_str(&answer(run_dir)?).context("the agent's answer is of another version of weft")
+}
+
+fn answer(run_dir: &Path) -> anyhow::Result<String> {
+    let socket = run_dir.join("agent.sock");
+    fetch(&socket, "/status").with_context(|| {
+        format!("no agent answers on {}; is 'weft agent' running on this node?", socket.display())
+    })
 }
 
 /// Body of `GET path` over a Unix socket; HTTP/1.0, so the answer ends with the connection.
@@ -52,7 +58,7 @@ fn fetch(socket: &Path, path: &str) -> anyhow::Result<String> {
     Ok(body.to_owned())
 }
 
-fn text(status: &Status) -> String {
+pub(crate) fn text(status: &Status) -> String {
     let mut lines = vec![
         format!("node        {}  (weft {})", status.node, status.version),
         format!("ready       {}", if status.ready { "yes" } else { "no" }),

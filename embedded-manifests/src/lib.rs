@@ -1,10 +1,23 @@
-//! YAML compiled into the binary: what `kubectl apply` needs before agents can run on a cluster.
-//! No template logic; `tests/tests/manifests.rs` holds it against the verbs the code uses.
+//! Files compiled into the binary: what `kubectl apply` needs, and the units that `weft install` writes.
+//! No template logic; `weft manifests` puts values into the parsed documents. `tests/tests/manifests.rs` holds them against
+//! what the code does.
 
 /// Namespace, ServiceAccount, ClusterRole and its binding.
 pub const RBAC: &str = include_str!("../manifests/rbac.yaml");
 
-/// Every document, in the order in which they are applied.
-pub fn all() -> String {
-    RBAC.to_owned()
+/// ValidatingAdmissionPolicy and its binding: an agent writes its own Node only.
+pub const POLICY: &str = include_str!("../manifests/policy.yaml");
+
+/// The DaemonSet that installs; image, flags and probe address are put in.
+pub const DAEMONSET: &str = include_str!("../manifests/daemonset.yaml");
+
+/// The Service of the cluster's DNS; addresses and families are put in.
+pub const KUBE_DNS: &str = include_str!("../manifests/kube-dns.yaml");
+
+/// Unit files, as they are written.
+pub mod units {
+    pub const SYSTEMD_AGENT: &str = include_str!("../units/systemd/weft-agent.service");
+    pub const SYSTEMD_TUNNEL: &str = include_str!("../units/systemd/weft-tunnel.service");
+    pub const OPENRC_AGENT: &str = include_str!("../units/openrc/weft-agent");
+    pub const OPENRC_TUNNEL: &str = include_str!("../units/openrc/weft-tunnel");
 }

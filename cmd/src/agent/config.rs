@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use anyhow::{Context as _, bail, ensure};
+use axum::http::Uri;
 use clap::Args;
 use ipnet::IpNet;
 use weft_model::{ClusterConfig, NodeName};
@@ -15,19 +16,19 @@ use crate::log::LogArgs;
 pub(crate) struct AgentArgs {
     /// Name of this node's Node object; the host name by default
     #[arg(long)]
-    node_name: Option<String>,
+    pub(crate) node_name: Option<String>,
     /// How to reach the API server
     #[arg(long, conflicts_with = "api_server")]
-    kubeconfig: Option<PathBuf>,
+    pub(crate) kubeconfig: Option<PathBuf>,
     /// Address of the API server, such as <https://192.0.2.1:6443>, instead of a kubeconfig
     #[arg(long)]
-    api_server: Option<String>,
+    pub(crate) api_server: Option<String>,
     /// Bearer token for --api-server; read anew when it rotates
-    #[arg(long, requires = "api_server")]
-    token_file: Option<PathBuf>,
+    #[arg(long)]
+    pub(crate) token_file: Option<PathBuf>,
     /// CA certificate for --api-server
-    #[arg(long, requires = "api_server")]
-    ca_file: Option<PathBuf>,
+    #[arg(long)]
+    pub(crate) ca_file: Option<PathBuf>,
     /// Pod ranges of the cluster, one a family
     #[arg(long, value_delimiter = ',', default_value = "10.42.0.0/16,fd00:10:42::/56")]
     cluster_cidr: Vec<IpNet>,
@@ -48,19 +49,19 @@ pub(crate) struct AgentArgs {
     resolv_conf: PathBuf,
     /// Where container runtimes look for network configurations
     #[arg(long, default_value = "/etc/cni/net.d")]
-    cni_conf_dir: PathBuf,
+    pub(crate) cni_conf_dir: PathBuf,
     /// Where container runtimes look for plugins; the plugin `weft` is put there
     #[arg(long, default_value = "/opt/cni/bin")]
-    cni_bin_dir: PathBuf,
+    pub(crate) cni_bin_dir: PathBuf,
     /// Socket, lock and leases; must not survive a reboot
     #[arg(long, default_value = "/run/weft")]
     run_dir: PathBuf,
     /// Private key and last good snapshot; must survive a reboot
     #[arg(long, default_value = "/var/lib/weft")]
-    state_dir: PathBuf,
+    pub(crate) state_dir: PathBuf,
     /// Where /metrics, /healthz and /readyz are served
     #[arg(long, default_value = "127.0.0.1:9470")]
-    observe_address: SocketAddr,
+    pub(crate) observe_address: SocketAddr,
     #[command(flatten)]
     pub(crate) log: LogArgs,
 }
@@ -80,6 +81,22 @@ pub(crate) struct Config {
 impl AgentArgs {
     /// Every field checked; the error is one sentence with the flag and the remedy.
     pub(crate) fn validate(self) -> anyhow::Result<Config> {
+        let cluster = self.cluster()?;
+        Ok(Config {
+            node: node_name(self.node_name)?,
+            api_server: endpoint(self.kubeconfig, self.api_server, self.token_file, self.ca_file)?,
+            cluster,
+            resolv_conf: self.resolv_conf,
+            cni_conf_dir: self.cni_conf_dir,
+            cni_bin_dir: self.cni_bin_dir,
+            run_dir: self.run_dir,
+            state_dir: self.state_dir,
+            observe_address: self.observe_address,
+        })
+    }
+
+    /// What is the same on every node of a cluster, checked.
+    pub(crate) fn cluster(&self) -> anyhow::Result<ClusterConfig> {
         one_a_family("--cluster-cidr", self.cluster_cidr.iter().map(IpNet::addr))?;
         one_a_family("--service-cidr", self.service_cidr.iter().map(IpNet::addr))?;
         one_a_family("--cluster-dns", self.cluster_dns.iter().copied())?;
@@ -90,22 +107,12 @@ impl AgentArgs {
                 "--cluster-dns {address} is in no --service-cidr; take an address of the service range, such as its tenth"
             );
         }
-        Ok(Config {
-            node: node_name(self.node_name)?,
-            api_server: endpoint(self.kubeconfig, self.api_server, self.token_file, self.ca_file)?,
-            cluster: ClusterConfig {
-                cluster_cidrs: self.cluster_cidr.iter().map(IpNet::trunc).collect(),
-                service_cidrs: self.service_cidr.iter().map(IpNet::trunc).collect(),
-                cluster_dns: self.cluster_dns,
-                cluster_domain: domain(&self.cluster_domain)?,
-                wireguard_port: self.wireguard_port,
-            },
-            resolv_conf: self.resolv_conf,
-            cni_conf_dir: self.cni_conf_dir,
-            cni_bin_dir: self.cni_bin_dir,
-            run_dir: self.run_dir,
-            state_dir: self.state_dir,
-            observe_address: self.observe_address,
+        Ok(ClusterConfig {
+            cluster_cidrs: self.cluster_cidr.iter().map(IpNet::trunc).collect(),
+            service_cidrs: self.service_cidr.iter().map(IpNet::trunc).collect(),
+            cluster_dns: self.cluster_dns.clone(),
+            cluster_domain: domain(&self.cluster_domain)?,
+            wireguard_port: self.wireguard_port,
         })
     }
 }
@@ -153,10 +160,29 @@ fn endpoint(
     ca_file: Option<PathBuf>,
 ) -> anyhow::Result<Endpoint> {
     match (kubeconfig, url) {
-        (Some(path), _) => Ok(Endpoint::Kubeconfig(path)),
-        (None, Some(url)) => Ok(Endpoint::Server { url, token_file, ca_file }),
         (None, None) => bail!("the API server is not named; give --kubeconfig or --api-server"),
+        (None, Some(url)) => {
+            api_server(&url)?;
+            Ok(Endpoint::Server { url, token_file, ca_file })
+        }
+        (Some(_), _) if token_file.is_some() || ca_file.is_some() => {
+            bail!("--token-file and --ca-file go with --api-server; a kubeconfig names its own")
+        }
+        (Some(path), _) => Ok(Endpoint::Kubeconfig(path)),
     }
+}
+
+/// `https://ADDRESS:PORT`, also `http://`, with nothing behind it but an optional `/`.
+pub(crate) fn api_server(url: &str) -> anyhow::Result<()> {
+    let parsed = url.parse::<Uri>().ok();
+    let usable = parsed.is_some_and(|uri| {
+        matches!(uri.scheme_str(), Some("https" | "http"))
+            && uri.host().is_some_and(|host| !host.is_empty())
+            && matches!(uri.path(), "" | "/")
+            && uri.query().is_none()
+    });
+    ensure!(usable, "--api-server {url:?} is no address such as https://192.0.2.1:6443");
+    Ok(())
 }
 
 fn domain(text: &str) -> anyhow::Result<String> {
@@ -195,6 +221,32 @@ mod tests {
     #[test]
     fn the_defaults_are_valid() {
         assert!(validate(&[]).is_ok());
+    }
+
+    #[test]
+    fn an_api_server_is_an_address_and_nothing_more() {
+        for good in
+            ["https://192.0.2.1:6443", "https://[fd00::1]:6443/", "http://127.0.0.1:8080", "https://api"]
+        {
+            assert!(api_server(good).is_ok(), "{good}");
+        }
+        for bad in [
+            "",
+            "192.0.2.1:6443",
+            "ftp://192.0.2.1",
+            "https://",
+            "https://a b",
+            "https://a/api",
+            "https://a?b",
+        ] {
+            assert!(api_server(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_token_beside_a_kubeconfig_is_refused() {
+        let message = validate(&["--token-file", "/t"]).err().unwrap_or_default();
+        assert!(message.contains("go with --api-server"), "{message}");
     }
 
     #[test]

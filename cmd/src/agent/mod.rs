@@ -3,6 +3,7 @@
 //! The data plane stays in place when the agent ends, however it ends.
 
 mod config;
+mod given;
 mod keep;
 pub(crate) mod start;
 mod wire;
@@ -11,9 +12,8 @@ use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
 use weft_netstack::reconcile::TaskGroup;
 
-pub(crate) use config::AgentArgs;
-use config::Config;
-pub(crate) use config::{disjoint, one_a_family};
+pub(crate) use config::{AgentArgs, Config, api_server, disjoint, one_a_family};
+pub(crate) use given::GivenArgs;
 
 pub(crate) fn run(args: AgentArgs) -> anyhow::Result<()> {
     args.log.start()?;

@@ -26,15 +26,22 @@ pub(crate) fn require_nftables() -> anyhow::Result<()> {
 
 /// Held as long as the process lives; a second agent is refused by name of the first one's pid.
 pub(crate) fn lock(run_dir: &Path) -> anyhow::Result<Flock<File>> {
+    hold(&run_dir.join("agent.lock"), |pid| {
+        format!("an agent runs on this node already (pid {pid}); stop it first, or give another --run-dir")
+    })
+}
+
+/// Locks the file at `path` for this process and writes its pid into it; `refusal` says what the holder's pid means.
+pub(crate) fn hold(path: &Path, refusal: impl FnOnce(&str) -> String) -> anyhow::Result<Flock<File>> {
+    let run_dir = path.parent().unwrap_or(Path::new("/"));
     std::fs::create_dir_all(run_dir)
         .with_context(|| format!("{} cannot be made; give a writable --run-dir", run_dir.display()))?;
-    let path = run_dir.join("agent.lock");
     let mut file = OpenOptions::new()
         .create(true)
         .truncate(false)
         .read(true)
         .write(true)
-        .open(&path)
+        .open(path)
         .with_context(|| format!("{} cannot be written; give a writable --run-dir", path.display()))?;
     let mut holder = String::new();
     let _ = file.read_to_string(&mut holder);
@@ -45,12 +52,7 @@ pub(crate) fn lock(run_dir: &Path) -> anyhow::Result<Flock<File>> {
             write!(lock, "{}", std::process::id())?;
             Ok(lock)
         }
-        Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
-            bail!(
-                "an agent runs on this node already (pid {}); stop it first, or give another --run-dir",
-                holder.trim()
-            )
-        }
+        Err((_, nix::errno::Errno::EWOULDBLOCK)) => bail!(refusal(holder.trim())),
         Err((_, errno)) => Err(errno).with_context(|| format!("lock {}", path.display())),
     }
 }

@@ -1,8 +1,6 @@
 //! The rooms of a node, connected: who is given what. No decisions.
 
-use std::fs::File;
-use std::io::Read as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,6 +25,7 @@ use weft_netstack::store::{Opened, SnapshotRead, Store, StoreError, key};
 
 use super::config::Config;
 use super::keep::{Conflist, Saver};
+use crate::files;
 
 type Snapshots = watch::Receiver<Option<Arc<Snapshot>>>;
 
@@ -246,35 +245,7 @@ async fn serve_tcp(
 /// Copies this very binary to where runtimes look for the plugin `weft`, atomically, unless it is there already.
 fn install_plugin(folder: &Path) -> anyhow::Result<()> {
     let plugin = folder.join("weft");
-    let own = std::env::current_exe().context("find the running binary")?;
-    if own == plugin || same_content(&own, &plugin).unwrap_or(false) {
-        return Ok(());
-    }
-    let install = || -> std::io::Result<()> {
-        std::fs::create_dir_all(folder)?;
-        let temporary: PathBuf = folder.join(".weft.new");
-        std::fs::copy(&own, &temporary)?;
-        std::fs::rename(&temporary, &plugin)
-    };
-    install().with_context(|| {
-        format!("install the CNI plugin as {}; give a writable --cni-bin-dir", plugin.display())
-    })
-}
-
-fn same_content(a: &Path, b: &Path) -> std::io::Result<bool> {
-    let (mut a, mut b) = (File::open(a)?, File::open(b)?);
-    if a.metadata()?.len() != b.metadata()?.len() {
-        return Ok(false);
-    }
-    let (mut of_a, mut of_b) = ([0; 16 * 1024], [0; 16 * 1024]);
-    loop {
-        let read = a.read(&mut of_a)?;
-        if read == 0 {
-            return Ok(true);
-        }
-        b.read_exact(&mut of_b[..read])?;
-        if of_a[..read] != of_b[..read] {
-            return Ok(false);
-        }
-    }
+    files::own_binary().and_then(|mut own| files::ensure(&plugin, 0o755, &mut own)).map(|_| ()).with_context(
+        || format!("install the CNI plugin as {}; give a writable --cni-bin-dir", plugin.display()),
+    )
 }

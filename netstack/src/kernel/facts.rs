@@ -125,7 +125,7 @@ fn global_addresses(index: u32, addresses: &[LinkAddress]) -> Vec<IpAddr> {
 }
 
 /// Tries to make a WireGuard link where nobody sees it: only that tells whether the kernel has (or can load) it.
-async fn wireguard_backend() -> Result<WireguardBackend, FactsError> {
+pub async fn wireguard_backend() -> Result<WireguardBackend, FactsError> {
     let netns = Netns::throwaway()?;
     let connection = netns.connect()?;
     let made = connection.handle.link().add(LinkWireguard::new("probe").build()).execute().await;
