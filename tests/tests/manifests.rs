@@ -1,10 +1,13 @@
-//! What is installed names exactly the verbs that the code uses.
+//! What is applied to a cluster names exactly what the code uses, and its documents name each other.
 
 #![allow(clippy::unwrap_used, reason = "a test's set-up fails the test")]
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::process::Command;
 
 use serde::Deserialize;
+use serde_yaml_ng::Value;
+use weft_tests::node::{binary, run};
 
 type Access = BTreeMap<(String, String), BTreeSet<String>>;
 
@@ -19,7 +22,7 @@ struct Rule {
 fn granted() -> Access {
     let mut access = Access::new();
     for document in serde_yaml_ng::Deserializer::from_str(weft_manifests::RBAC) {
-        let object = serde_yaml_ng::Value::deserialize(document).unwrap();
+        let object = Value::deserialize(document).unwrap();
         if object.get("kind").and_then(|kind| kind.as_str()) != Some("ClusterRole") {
             continue;
         }
@@ -60,4 +63,95 @@ fn used() -> Access {
 #[test]
 fn the_cluster_role_names_exactly_the_verbs_used() {
     assert_eq!(granted(), used());
+}
+
+/// What `weft manifests` prints, one object a document.
+fn printed(flags: &[&str]) -> Vec<Value> {
+    let text = run(Command::new(binary()).arg("manifests").args(flags));
+    serde_yaml_ng::Deserializer::from_str(&text).map(|one| Value::deserialize(one).unwrap()).collect()
+}
+
+/// The only object of that kind.
+fn of_kind(objects: &[Value], kind: &str) -> Value {
+    let found: Vec<_> = objects.iter().filter(|object| object["kind"] == kind).collect();
+    assert_eq!(found.len(), 1, "{kind}");
+    found[0].clone()
+}
+
+#[test]
+fn every_document_is_an_object_and_comes_after_what_it_needs() {
+    let objects = printed(&[]);
+    let kinds: Vec<_> = objects.iter().map(|object| object["kind"].as_str().unwrap()).collect();
+    assert_eq!(
+        kinds,
+        [
+            "Namespace",
+            "ServiceAccount",
+            "ClusterRole",
+            "ClusterRoleBinding",
+            "ValidatingAdmissionPolicy",
+            "ValidatingAdmissionPolicyBinding",
+            "DaemonSet",
+            "Service",
+        ]
+    );
+    for object in &objects {
+        assert!(object["apiVersion"].is_string() && object["metadata"]["name"].is_string(), "{object:?}");
+    }
+}
+
+#[test]
+fn rights_policy_and_daemonset_speak_of_one_service_account() {
+    let objects = printed(&[]);
+    let account = of_kind(&objects, "ServiceAccount")["metadata"].clone();
+    let (name, namespace) = (account["name"].as_str().unwrap(), account["namespace"].as_str().unwrap());
+    assert_eq!(of_kind(&objects, "Namespace")["metadata"]["name"], namespace);
+    let subject = &of_kind(&objects, "ClusterRoleBinding")["subjects"][0];
+    assert_eq!((&subject["name"], &subject["namespace"]), (&account["name"], &account["namespace"]));
+    let policy = of_kind(&objects, "ValidatingAdmissionPolicy");
+    let condition = policy["spec"]["matchConditions"][0]["expression"].as_str().unwrap();
+    assert_eq!(
+        condition,
+        format!("request.userInfo.username == \"system:serviceaccount:{namespace}:{name}\"")
+    );
+    let daemonset = of_kind(&objects, "DaemonSet");
+    assert_eq!(daemonset["metadata"]["namespace"], namespace);
+    assert_eq!(daemonset["spec"]["template"]["spec"]["serviceAccountName"], name);
+    let binding = of_kind(&objects, "ValidatingAdmissionPolicyBinding");
+    assert_eq!(binding["spec"]["policyName"], policy["metadata"]["name"]);
+}
+
+/// A rejection that says nothing helps nobody, and a policy that is skipped when it fails protects nobody.
+#[test]
+fn the_policy_fails_closed_and_every_rejection_has_a_message() {
+    let policy = of_kind(&printed(&[]), "ValidatingAdmissionPolicy");
+    assert_eq!(policy["spec"]["failurePolicy"], "Fail");
+    let validations = policy["spec"]["validations"].as_sequence().unwrap();
+    assert!(validations.len() >= 8 && validations.iter().all(|one| one["messageExpression"].is_string()));
+}
+
+#[test]
+fn what_the_daemonset_mounts_is_what_its_container_reads() {
+    let daemonset = of_kind(&printed(&["--image", "registry.example/weft:1"]), "DaemonSet");
+    let spec = &daemonset["spec"]["template"]["spec"];
+    let container = &spec["containers"][0];
+    assert_eq!(container["image"], "registry.example/weft:1");
+    assert_eq!(container["args"][0], "install");
+    assert_eq!(container["volumeMounts"][0]["mountPath"], "/var/run/secrets/kubernetes.io/serviceaccount");
+    assert_eq!(spec["automountServiceAccountToken"], false);
+    assert_eq!((&spec["hostPID"], &spec["hostNetwork"]), (&true.into(), &true.into()));
+    let sources = spec["volumes"][0]["projected"]["sources"].as_sequence().unwrap();
+    assert_eq!(sources[0]["serviceAccountToken"]["path"], "token");
+    assert_eq!(sources[1]["configMap"]["items"][0]["path"], "ca.crt");
+}
+
+#[test]
+fn the_dns_service_has_the_given_addresses() {
+    let flags = ["--cluster-dns", "10.96.0.10,fd00:96::a", "--service-cidr", "10.96.0.0/16,fd00:96::/112"];
+    let service = of_kind(&printed(&flags), "Service");
+    assert_eq!(
+        service["spec"]["clusterIPs"],
+        serde_yaml_ng::from_str::<Value>("[10.96.0.10, 'fd00:96::a']").unwrap()
+    );
+    assert!(service["spec"].get("selector").is_none());
 }
