@@ -41,7 +41,7 @@ pub(crate) async fn clean(args: &CleanupArgs) -> anyhow::Result<()> {
     let lock = start::lock(&args.run_dir)?;
     let first = remove(args).await?;
     for line in &first.removed {
-        println!("removed {line}");
+        println!("removed {}", object(line));
     }
     let second = remove(args).await?;
     drop(lock);
@@ -98,6 +98,11 @@ async fn remove(args: &CleanupArgs) -> anyhow::Result<Outcome> {
         outcome.note(&args.state_dir.display().to_string(), remove_any(&args.state_dir));
     }
     Ok(outcome)
+}
+
+/// The object in the name of a change that took it away.
+fn object(change: &str) -> &str {
+    ["no ", "delete "].iter().find_map(|prefix| change.strip_prefix(prefix)).unwrap_or(change)
 }
 
 fn remove_any(path: &Path) -> std::io::Result<bool> {

@@ -39,6 +39,9 @@ pub enum ClientError {
         #[source]
         source: std::io::Error,
     },
+    /// `kubectl create token` prints a line; the request's header must not hold its end.
+    #[error("the token in {path} holds a blank or a line end; write it without: tr -d '\\n'")]
+    Token { path: PathBuf },
     #[error("API client")]
     Client(#[source] kube::Error),
 }
@@ -68,6 +71,12 @@ fn server(url: &str, token_file: Option<&PathBuf>, ca_file: Option<PathBuf>) -> 
     let mut config = Config::new(url.parse().map_err(|_| ClientError::Url { url: url.to_owned() })?);
     for path in token_file.into_iter().chain(&ca_file) {
         std::fs::metadata(path).map_err(|source| ClientError::File { path: path.clone(), source })?;
+    }
+    if let Some(path) = token_file {
+        let token = std::fs::read(path).map_err(|source| ClientError::File { path: path.clone(), source })?;
+        if !token.iter().all(u8::is_ascii_graphic) {
+            return Err(ClientError::Token { path: path.clone() });
+        }
     }
     config.root_cert_file = ca_file;
     config.auth_info =
@@ -127,6 +136,12 @@ di6I/YZ08QIgJcNuLuhplCTmvVc/yyZq1pqRW0CBr/hB22YLv0S51ck=
         assert!(error(server("not a url", None)).await.contains("is not a URL"));
         let missing = error(server("https://192.0.2.1:6443", Some("/nowhere/ca.crt"))).await;
         assert_eq!(missing, "file /nowhere/ca.crt cannot be read");
+        let token = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(token.path(), "secret\n").unwrap();
+        let url = "https://192.0.2.1:6443".to_owned();
+        let token_file = Some(token.path().to_owned());
+        let line_end = error(Endpoint::Server { url, token_file, ca_file: None }).await;
+        assert!(line_end.contains("line end") && line_end.contains("tr -d"), "{line_end}");
         let kubeconfig = error(Endpoint::Kubeconfig("/nowhere/config".into())).await;
         assert_eq!(kubeconfig, "kubeconfig /nowhere/config");
     }

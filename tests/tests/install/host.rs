@@ -167,7 +167,8 @@ fn walk(path: &Path, found: &mut Tree) {
 }
 
 /// Paths that stand in only one of the two trees, or differently.
-pub(crate) fn differences(before: &Tree, after: &Tree) -> Vec<PathBuf> {
+pub(crate) fn differences(before: &Tree, after: &Tree) -> Vec<String> {
     let paths = before.keys().chain(after.keys().filter(|path| !before.contains_key(*path)));
-    paths.filter(|path| before.get(*path) != after.get(*path)).cloned().collect()
+    let different = paths.filter(|path| before.get(*path) != after.get(*path));
+    different.map(|path| path.display().to_string()).collect()
 }

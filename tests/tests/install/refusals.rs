@@ -1,7 +1,5 @@
 //! What keeps an installation from starting is one line, and nothing was touched.
 
-use std::path::PathBuf;
-
 use weft_tests::node::{binary, inside, refusal, write};
 
 use crate::host::{Host, calls, differences, install, tree, weft};
@@ -14,7 +12,7 @@ fn refused(command: &mut std::process::Command, code: i32, parts: &[&str]) {
     for part in parts {
         assert!(said.contains(part), "{command:?}: {said:?} lacks {part:?}");
     }
-    assert_eq!(differences(&before, &tree()), [PathBuf::new(); 0], "{command:?}");
+    assert_eq!(differences(&before, &tree()), [""; 0], "{command:?}");
     assert_eq!(calls(), [""; 0], "{command:?}");
 }
 
@@ -37,6 +35,9 @@ fn a_wrong_flag_is_refused_before_anything_is_touched() {
         refused(&mut with("--node-name", "A_B"), 2, &["--node-name", "A_B"]);
         refused(&mut with("--api-server", "172.31.0.1:6443"), 2, &["--api-server", "https://"]);
         refused(&mut with("--token-file", "/nowhere/token"), 2, &["/nowhere/token", "cannot be read"]);
+        let with_line_end = host.node.path("line");
+        write(&with_line_end, "token\n");
+        refused(&mut with("--token-file", with_line_end.to_str().unwrap()), 2, &["line end", "tr -d"]);
         refused(&mut with("--token-file", "token"), 2, &["--token-file", "relative"]);
         refused(&mut with("--resolv-conf", "/etc/a b"), 2, &["/etc/a b", "letters"]);
         refused(&mut with("--run-dir", "/run/other"), 2, &["--run-dir /run/other", "/run/weft"]);
