@@ -19,6 +19,9 @@ pub(crate) struct ManifestsArgs {
     /// Image of the DaemonSet's container; the binary is /weft in it
     #[arg(long, default_value = concat!("weft:", env!("CARGO_PKG_VERSION")))]
     image: String,
+    /// Leave the DaemonSet out: `weft install` is run on each node by hand
+    #[arg(long)]
+    no_daemonset: bool,
     #[command(flatten)]
     given: GivenArgs,
 }
@@ -51,12 +54,11 @@ fn render(args: ManifestsArgs) -> anyhow::Result<String> {
     );
     environment::render(&args.given.words)?;
     let daemonset = daemonset(&args.image, &args.given.words, agent.observe_address)?;
-    let documents = [
-        weft_manifests::RBAC.to_owned(),
-        weft_manifests::POLICY.to_owned(),
-        serde_yaml_ng::to_string(&daemonset)?,
-        serde_yaml_ng::to_string(&kube_dns(&cluster.cluster_dns)?)?,
-    ];
+    let mut documents = vec![weft_manifests::RBAC.to_owned(), weft_manifests::POLICY.to_owned()];
+    if !args.no_daemonset {
+        documents.push(serde_yaml_ng::to_string(&daemonset)?);
+    }
+    documents.push(serde_yaml_ng::to_string(&kube_dns(&cluster.cluster_dns)?)?);
     Ok(documents.join("---\n"))
 }
 
@@ -148,6 +150,12 @@ mod tests {
         let config = given.agent.validate().unwrap();
         assert_eq!(config.cluster.wireguard_port, 7);
         assert_eq!(config.cluster.cluster_cidrs, ["10.1.0.0/16".parse().unwrap()]);
+    }
+
+    #[test]
+    fn the_daemonset_can_be_left_out() {
+        let count = |flags: &[&str]| manifests(flags).unwrap().matches("\nkind: DaemonSet\n").count();
+        assert_eq!((count(&[]), count(&["--no-daemonset"])), (1, 0));
     }
 
     #[test]

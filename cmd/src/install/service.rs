@@ -78,3 +78,28 @@ fn outside_the_pod(manager: ServiceManager, call: &Call) -> Call {
         ServiceManager::Systemd | ServiceManager::None => call.clone(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_out_of_the_pod_is_the_same_call() {
+        let call: Call = ["printf", "%s|", "a b", "c"].map(str::to_owned).to_vec();
+        assert_eq!(outside_the_pod(ServiceManager::Systemd, &call), call);
+        let words = outside_the_pod(ServiceManager::Openrc, &call);
+        assert_eq!(words[..2], ["sh", "-c"]);
+        let output = Command::new(&words[0]).args(&words[1..]).output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&output.stdout), "a b|c|");
+    }
+
+    #[test]
+    fn a_call_that_fails_says_what_the_program_said() {
+        let services = Services { manager: ServiceManager::Systemd, in_pod: true };
+        let call: Call = ["sh", "-c", "echo Unit not found. >&2; exit 5"].map(str::to_owned).to_vec();
+        let said = services.run(&call).unwrap_err().to_string();
+        assert!(said.contains("exit status: 5") && said.ends_with("Unit not found."), "{said}");
+        let missing = services.run(&vec!["weft-no-such-program".to_owned()]).unwrap_err().to_string();
+        assert_eq!(missing, "run 'weft-no-such-program'");
+    }
+}
