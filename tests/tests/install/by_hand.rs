@@ -1,9 +1,12 @@
 //! A person installs, installs again, changes a flag, upgrades, and takes it all off.
 
 use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
+use std::time::Duration;
 
-use weft_tests::node::{NODE, inside, until, write};
+use nix::sys::signal::Signal;
+use weft_tests::node::{NODE, Process, binary, inside, until, write};
 
 use crate::host::{
     Host, agent_pid, await_end, calls, differences, install, lines, said, stand_in, tree, weft,
@@ -139,6 +142,35 @@ fn an_installation_that_was_cut_short_is_completed_by_the_next_one() {
         assert_eq!(restarts(), ["restart weft-agent.service", "restart weft-tunnel.service"], "{again:#?}");
         assert!(!again.iter().any(|line| line.starts_with("wrote")), "{again:#?}");
         assert!(host.is_ready());
+    });
+}
+
+#[test]
+fn an_installation_killed_at_any_instant_leaves_whole_files_and_is_completed() {
+    inside(|| {
+        let host = Host::with_systemd();
+        std::fs::create_dir_all("/run/stand-in").unwrap();
+        write(Path::new("/run/stand-in/broken"), "");
+        let whole = std::fs::read(binary()).unwrap();
+        let (mut interrupted, mut absent) = (0, 0);
+        for milliseconds in (0..300).step_by(15) {
+            let install = Process::start("install", &mut install(&host.flags()), &host.node.path(""));
+            std::thread::sleep(Duration::from_millis(milliseconds));
+            interrupted += u32::from(install.end(Signal::SIGKILL).signal().is_some());
+            match std::fs::read("/usr/local/bin/weft") {
+                Ok(content) => assert!(content == whole, "{milliseconds} ms: {} bytes", content.len()),
+                Err(_) => absent += 1,
+            }
+        }
+        assert!(interrupted > 0 && absent > 0, "nothing was interrupted");
+        std::fs::remove_file("/run/stand-in/broken").unwrap();
+        calls();
+        lines(&mut install(&host.flags()));
+        assert_eq!(restarts(), ["restart weft-agent.service", "restart weft-tunnel.service"]);
+        assert!(host.is_ready());
+        let temporary: Vec<_> =
+            tree().into_keys().filter(|path| path.to_string_lossy().ends_with(".new")).collect();
+        assert!(temporary.is_empty(), "{temporary:?}");
     });
 }
 
@@ -287,7 +319,7 @@ fn without_a_service_manager_the_commands_to_run_are_printed_and_work() {
         host.node.start_agent_with(&mut agent);
         until("the agent", || host.status()["node"] == NODE);
         let pid = agent_pid();
-        host.node.end_agent(nix::sys::signal::Signal::SIGTERM);
+        host.node.end_agent(Signal::SIGTERM);
         await_end(&pid);
     });
 }
