@@ -35,9 +35,6 @@ fn a_wrong_flag_is_refused_before_anything_is_touched() {
         refused(&mut with("--node-name", "A_B"), 2, &["--node-name", "A_B"]);
         refused(&mut with("--api-server", "172.31.0.1:6443"), 2, &["--api-server", "https://"]);
         refused(&mut with("--token-file", "/nowhere/token"), 2, &["/nowhere/token", "cannot be read"]);
-        let with_line_end = host.node.path("line");
-        write(&with_line_end, "token\n");
-        refused(&mut with("--token-file", with_line_end.to_str().unwrap()), 2, &["line end", "tr -d"]);
         refused(&mut with("--token-file", "token"), 2, &["--token-file", "relative"]);
         refused(&mut with("--resolv-conf", "/etc/a b"), 2, &["/etc/a b", "letters"]);
         refused(&mut with("--run-dir", "/run/other"), 2, &["--run-dir /run/other", "/run/weft"]);
