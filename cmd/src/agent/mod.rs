@@ -4,6 +4,7 @@
 
 mod config;
 mod keep;
+mod readiness;
 pub(crate) mod start;
 mod wire;
 
