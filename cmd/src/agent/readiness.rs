@@ -117,3 +117,6 @@ pub(super) async fn tell(sources: Sources, found: watch::Receiver<Configurations
         tokio::time::sleep(LOOK).await;
     }
 }
+
+#[cfg(test)]
+mod tests;
