@@ -63,8 +63,10 @@ impl Saver {
 
 /// How often the configuration's presence is looked at, once it is in place.
 const CONFLIST_CHECK: Duration = Duration::from_secs(2);
-/// How often it is asked whether it may be put in place: a node that can work is to be used at once.
+/// How often it is asked whether it may be put in place: a node that can work is to be used at once, and soon where that
+/// waits for a person.
 const CONFLIST_WAIT: Duration = Duration::from_millis(20);
+const CONFLIST_WAIT_FOR_PEOPLE: Duration = Duration::from_millis(100);
 
 /// Puts the CNI configuration in place when ADD can succeed, back when it was removed, and away when pods could not work.
 pub(super) struct Conflist {
@@ -109,7 +111,12 @@ impl Conflist {
         loop {
             let (place, now) = self.pass(&text);
             self.found.send_if_modified(|before| std::mem::replace(before, now.clone()) != now);
-            tokio::time::sleep(if place == Place::Written { CONFLIST_CHECK } else { CONFLIST_WAIT }).await;
+            let pause = match place {
+                Place::Written => CONFLIST_CHECK,
+                Place::AsItIs => CONFLIST_WAIT,
+                Place::Removed => CONFLIST_WAIT_FOR_PEOPLE,
+            };
+            tokio::time::sleep(pause).await;
         }
     }
 

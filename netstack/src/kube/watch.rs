@@ -31,8 +31,10 @@ const BURST: Duration = Duration::from_millis(2);
 /// How long the server is to keep one watch open, in seconds. A connection that went dead silently is noticed 5 s
 /// after that, and a resumed watch costs next to nothing.
 const WATCH_SECONDS: u32 = 120;
-/// How often a server that could not be reached is asked whether it is back.
+/// How often a server that could not be reached is asked whether it is back, and how long an answer may take.
 const PROBE: Duration = Duration::from_secs(1);
+/// How long a server whose watches work may take to tell its version: small machines under load are slow.
+const VERSION: Duration = Duration::from_secs(10);
 
 /// What the task offers to others.
 pub struct Watches {
@@ -272,7 +274,7 @@ impl Connection {
         let probing = self.is_probing();
         self.seen.insert(kind, Some(ApiFailure::of_watch(error)));
         if !probing && self.is_probing() {
-            self.probe = probe(&self.access, PROBE);
+            self.probe = probe(&self.access, PROBE, PROBE);
         }
         self.update();
     }
@@ -299,9 +301,10 @@ impl Connection {
                 .for_each(|seen| *seen = None);
             self.update();
         }
-        self.probe = match self.is_probing() || self.asks_version {
-            true => probe(&self.access, PROBE),
-            false => Box::pin(std::future::pending()),
+        self.probe = match (self.is_probing(), self.asks_version) {
+            (true, _) => probe(&self.access, PROBE, PROBE),
+            (false, true) => probe(&self.access, PROBE, VERSION),
+            (false, false) => Box::pin(std::future::pending()),
         };
     }
 
@@ -317,7 +320,7 @@ impl Connection {
         log(&before, &now);
         if connected && !before.connected {
             self.asks_version = true;
-            self.probe = probe(&self.access, Duration::ZERO);
+            self.probe = probe(&self.access, Duration::ZERO, VERSION);
         }
         self.status_tx.send_replace(now);
     }
@@ -335,15 +338,15 @@ fn log(before: &ApiStatus, now: &ApiStatus) {
     }
 }
 
-/// Asks for the server's version after `wait`.
-fn probe(access: &Access, wait: Duration) -> Probe {
+/// Asks for the server's version after `wait`, for at most `patience`.
+fn probe(access: &Access, wait: Duration, patience: Duration) -> Probe {
     let client = access.current().client;
     Box::pin(async move {
         tokio::time::sleep(wait).await;
-        match tokio::time::timeout(PROBE, client.apiserver_version()).await {
+        match tokio::time::timeout(patience, client.apiserver_version()).await {
             Ok(Ok(info)) => Ok(ServerVersion::of(&info)),
             Ok(Err(error)) => Err(ApiFailure::of(&error)),
-            Err(_) => Err(ApiFailure::Unreachable(format!("no answer within {} s", PROBE.as_secs()))),
+            Err(_) => Err(ApiFailure::Unreachable(format!("no answer within {} s", patience.as_secs()))),
         }
     })
 }
