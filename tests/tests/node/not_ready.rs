@@ -51,6 +51,7 @@ fn is_not_ready(node: &Node, reason: &str) {
 
 /// ADD and STATUS give the same reason to the container runtime.
 fn refuses_pods(node: &Node, reason: &str) {
+    until("the plugin", || node.path("bin/weft").exists());
     ip("netns add refused");
     let add = node.cni("ADD", "1.0.0", "refused", &netns("refused"), None);
     assert!(add.failed && add.printed["msg"] == reason, "{}", add.printed);
