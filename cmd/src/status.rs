@@ -62,6 +62,9 @@ pub(crate) fn text(status: &Status) -> String {
     let mut lines = vec![
         format!("node        {}  (weft {})", status.node, status.version),
         format!("ready       {}", if status.ready { "yes" } else { "no" }),
+    ];
+    lines.extend(status.reasons.iter().map(|reason| format!("  because: {reason}")));
+    lines.extend([
         format!("API server  {}", status.api_server),
         format!(
             "snapshot    {}{}",
@@ -71,7 +74,7 @@ pub(crate) fn text(status: &Status) -> String {
         format!("memory      {:.1} MiB", status.resident_bytes as f64 / 1024.0 / 1024.0),
         String::new(),
         loops(&status.loops).to_string(),
-    ];
+    ]);
     for report in &status.loops {
         lines.extend(report.details.iter().map(|(name, value)| format!("{} {name}: {value}", report.name)));
         lines.extend(report.failures.iter().map(|failure| format!("{} FAILED: {failure}", report.name)));
@@ -81,6 +84,7 @@ pub(crate) fn text(status: &Status) -> String {
     lines.extend(
         status.parts.get("observe").and_then(|part| part.as_str()).map(|text| format!("observe: {text}")),
     );
+    lines.extend(status.parts.get("cni").and_then(|part| part.as_str()).map(|text| format!("cni: {text}")));
     lines.extend(status.parts.get("peers").map(peers));
     lines.join("\n") + "\n"
 }

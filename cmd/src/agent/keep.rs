@@ -1,15 +1,17 @@
 //! Background duties of the agent: the last good Snapshot on disk, the CNI configuration in place.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
 use weft_model::Snapshot;
-use weft_netstack::cni::{Readiness, conflist};
+use weft_netstack::cni::conflist::{self, ConflistError, Others};
 use weft_netstack::reconcile::chain;
 use weft_netstack::store::Store;
+
+use super::readiness::{Kind, Obstacle, Sources};
 
 type Snapshots = watch::Receiver<Option<Arc<Snapshot>>>;
 
@@ -59,47 +61,126 @@ impl Saver {
     }
 }
 
-/// How often the configuration's presence is looked at.
+/// How often the configuration's presence is looked at, once it is in place.
 const CONFLIST_CHECK: Duration = Duration::from_secs(2);
+/// How often it is asked whether it may be put in place: a node that can work is to be used at once, and soon where that
+/// waits for a person.
+const CONFLIST_WAIT: Duration = Duration::from_millis(20);
+const CONFLIST_WAIT_FOR_PEOPLE: Duration = Duration::from_millis(100);
 
-/// Puts the CNI configuration in place when ADD can succeed, and back when it was removed.
+/// Puts the CNI configuration in place when ADD can succeed, back when it was removed, and away when pods could not work.
 pub(super) struct Conflist {
     pub(super) folder: PathBuf,
     pub(super) socket: PathBuf,
-    pub(super) snapshots: Snapshots,
-    pub(super) ready: Readiness,
+    pub(super) sources: Sources,
+    pub(super) found: watch::Sender<Configurations>,
+}
+
+/// The folder as it was found last.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Configurations {
+    /// Why ours is not to be there or cannot be, one line with the remedy.
+    pub(super) objection: Option<String>,
+    /// What else is there, one line.
+    pub(super) note: Option<String>,
+}
+
+/// What is to become of our configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Written,
+    /// Whatever is there stays: what is in the way passes by itself.
+    AsItIs,
+    Removed,
+}
+
+impl Place {
+    fn decide(obstacles: &[Obstacle], others: &Others) -> Self {
+        match obstacles.iter().map(|obstacle| obstacle.kind).max() {
+            _ if !others.before.is_empty() => Self::Removed,
+            None => Self::Written,
+            Some(Kind::Passing) => Self::AsItIs,
+            Some(Kind::Lasting | Kind::ApiServer) => Self::Removed,
+        }
+    }
 }
 
 impl Conflist {
     pub(super) async fn run(self) -> Result<(), String> {
         let text = conflist::render(&self.socket);
-        let mut said = String::new();
         loop {
-            let able =
-                self.snapshots.borrow().as_ref().is_some_and(|snapshot| (self.ready)(snapshot).is_ok());
-            if able {
-                let outcome = self.ensure(&text);
-                if outcome != said {
-                    if !outcome.is_empty() {
-                        tracing::info!("{outcome}");
-                    }
-                    said = outcome;
-                }
-            }
-            tokio::time::sleep(if able { CONFLIST_CHECK } else { Duration::from_millis(20) }).await;
+            let (place, now) = self.pass(&text);
+            self.found.send_if_modified(|before| std::mem::replace(before, now.clone()) != now);
+            let pause = match place {
+                Place::Written => CONFLIST_CHECK,
+                Place::AsItIs => CONFLIST_WAIT,
+                Place::Removed => CONFLIST_WAIT_FOR_PEOPLE,
+            };
+            tokio::time::sleep(pause).await;
         }
     }
 
-    fn ensure(&self, text: &str) -> String {
-        match conflist::ensure(&self.folder, text) {
-            Ok(ensured) => match ensured.shadowed_by {
-                Some(other) => format!(
-                    "{} comes before our CNI configuration and wins; remove it so that pods get Weft's network",
-                    other
-                ),
-                None => String::new(),
-            },
-            Err(error) => format!("CNI configuration: {}", chain(&error)),
-        }
+    fn pass(&self, text: &str) -> (Place, Configurations) {
+        let others = match conflist::others(&self.folder) {
+            Ok(others) => others,
+            Err(error) => return (Place::AsItIs, Configurations::trouble(&error)),
+        };
+        let place = Place::decide(&self.sources.obstacles(), &others);
+        let done = match place {
+            Place::Written => conflist::ensure(&self.folder, text).map(|_| ()),
+            Place::AsItIs => Ok(()),
+            Place::Removed => conflist::remove(&self.folder).map(|_| ()),
+        };
+        let now = match done {
+            Ok(()) => Configurations::of(&self.folder, &others, place),
+            Err(error) => Configurations::trouble(&error),
+        };
+        (place, now)
+    }
+}
+
+impl Configurations {
+    fn trouble(error: &ConflistError) -> Self {
+        let objection = format!("CNI configuration: {}; give a writable --cni-conf-dir", chain(error));
+        Self { objection: Some(objection), note: None }
+    }
+
+    fn of(folder: &Path, others: &Others, place: Place) -> Self {
+        let ours = conflist::FILE_NAME;
+        let objection = others.before.first().map(|first| {
+            format!(
+                "CNI configuration {} comes before {ours} and runtimes would take it; remove it so that pods get Weft's network",
+                folder.join(first).display()
+            )
+        });
+        let names = others.after.join(", ");
+        let note = (!names.is_empty()).then(|| match place {
+            Place::Written => format!("{names} is there too, harmless after {ours}"),
+            _ => format!("{names} is there, and taken by runtimes as long as {ours} is not; remove it"),
+        });
+        Self { objection, note }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn obstacle(kind: Kind) -> Obstacle {
+        Obstacle { sentence: String::new(), kind }
+    }
+
+    #[test]
+    fn ours_is_there_only_where_it_can_work_and_stays_through_what_passes() {
+        let place = |kinds: &[Kind], before: &[&str]| {
+            let before = before.iter().map(ToString::to_string).collect();
+            let obstacles: Vec<Obstacle> = kinds.iter().copied().map(obstacle).collect();
+            Place::decide(&obstacles, &Others { before, after: vec!["99-x.conf".to_owned()] })
+        };
+        assert_eq!(place(&[], &[]), Place::Written);
+        assert_eq!(place(&[Kind::Passing], &[]), Place::AsItIs);
+        assert_eq!(place(&[Kind::Passing, Kind::Lasting], &[]), Place::Removed);
+        assert_eq!(place(&[Kind::ApiServer], &[]), Place::Removed);
+        assert_eq!(place(&[], &["00-x.conf"]), Place::Removed);
     }
 }

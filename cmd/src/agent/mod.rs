@@ -5,6 +5,7 @@
 mod config;
 mod given;
 mod keep;
+mod readiness;
 pub(crate) mod start;
 mod wire;
 

@@ -1,5 +1,6 @@
 //! The rooms of a node, connected: who is given what. No decisions.
 
+use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,28 +10,30 @@ use axum::Router;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 use weft_model::constants::{TABLE_CNI, WIREGUARD_OVERHEAD_BYTES};
-use weft_model::{Health, NodeFacts, Snapshot};
-use weft_netstack::admin::{self, Admin, Counters};
+use weft_model::{NodeFacts, Snapshot};
+use weft_netstack::admin::{self, Admin, Counters, Read};
 use weft_netstack::cni::apply::PodLinksApplier;
 use weft_netstack::cni::plan::PodLinksPlanner;
-use weft_netstack::cni::{self, Cni, PodMtu, Readiness};
+use weft_netstack::cni::{self, Cni, PodMtu, Readiness, loopback};
 use weft_netstack::kernel::facts;
 use weft_netstack::kernel::netns::Rtnetlink;
 use weft_netstack::kernel::nft::NftTable;
-use weft_netstack::kube::{self, ApiStatus, Identity, Publisher, Watches};
+use weft_netstack::kube::{self, Access, ApiStatus, Identity, Publisher, Watches};
 use weft_netstack::overlay::{self, OverlayApplier, OverlayPlanner, tunnel};
 use weft_netstack::proxy::{ProxyApplier, ProxyPlanner};
 use weft_netstack::reconcile::{Applier, Loop, LoopHandle, Pace, Planner, TaskGroup, chain};
 use weft_netstack::store::{Opened, SnapshotRead, Store, StoreError, key};
 
 use super::config::Config;
-use super::keep::{Conflist, Saver};
+use super::keep::{Configurations, Conflist, Saver};
+use super::readiness::{self, Sources};
 use crate::files;
 
 type Snapshots = watch::Receiver<Option<Arc<Snapshot>>>;
 
 /// Starts every part of the node in `tasks`.
 pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Result<Option<Saver>> {
+    let access = Arc::new(Access::open(config.api_server.clone()).await?);
     let private_key = key::load_or_create_key(&config.state_dir.join("wireguard.key"))?;
     let durable = open_durable(&config.state_dir.join("store"));
     let leases = Arc::new(open_store(&config.run_dir.join("store"))?);
@@ -38,9 +41,8 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     tasks.start("facts", follow_facts);
 
     let initial = durable.as_deref().and_then(last_good);
-    let client = kube::client(&config.api_server).await?;
     let Watches { snapshots, status } =
-        kube::start(tasks, client.clone(), config.cluster.clone(), facts_rx.clone(), initial);
+        kube::start(tasks, access.clone(), config.cluster.clone(), facts_rx.clone(), initial);
 
     let identity = Identity {
         public_key: tunnel::public_key(private_key),
@@ -63,25 +65,28 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let overlay = loops.start("overlay", OverlayPlanner, overlay, impatient);
     loops.start("proxy", ProxyPlanner::default(), ProxyApplier::new(), Pace::default());
     loops.start("dns", dns.planner, dns.applier, Pace::default());
-    loops.start("publish", identity, Publisher::new(client), Pace::default());
-    let ready = readiness(overlay);
-    let cni = open_cni(snapshots.clone(), leases, ready.clone()).await?;
+    loops.start("publish", identity, Publisher::new(access), Pace::default());
+    let sources = Sources { snapshots: snapshots.clone(), api: status.clone(), overlay };
+    let cni = open_cni(snapshots.clone(), leases, sources.readiness()).await?;
     loops.start("cni", PodLinksPlanner, PodLinksApplier::new(cni.clone()), Pace::default());
     let handles = loops.handles;
 
     let (observed, observe_outcome) = watch::channel(String::new());
-    let mut admin = admin(config, handles, snapshots.clone(), status, facts_rx, dns.stats);
+    let (found_tx, found) = watch::channel(Configurations::default());
+    let obstacles = obstacle_texts(sources.clone(), found.clone());
+    let mut admin = admin(config, handles, snapshots.clone(), status, facts_rx, dns.stats, obstacles);
     admin.parts.push(("observe", Box::new(move || observe_outcome.borrow().clone().into())));
+    let others = found.clone();
+    admin.parts.push(("cni", Box::new(move || others.borrow().note.clone().into())));
     let admin = Arc::new(admin);
     let socket = config.run_dir.join("agent.sock");
     serve_unix(tasks, &socket, cni::server::router(cni).merge(admin::status_router(admin.clone())))?;
     tasks.start("observe", serve_tcp(config.observe_address, admin::observe_router(admin), observed));
 
     install_plugin(&config.cni_bin_dir)?;
-    tasks.start(
-        "conflist",
-        Conflist { folder: config.cni_conf_dir.clone(), socket, snapshots: snapshots.clone(), ready }.run(),
-    );
+    tasks.start("readiness", readiness::tell(sources.clone(), found));
+    let folder = config.cni_conf_dir.clone();
+    tasks.start("conflist", Conflist { folder, socket, sources, found: found_tx }.run());
     let saver = durable.map(|store| Saver { store, snapshots });
     if let Some(saver) = saver.clone() {
         tasks.start("saver", saver.run());
@@ -134,18 +139,11 @@ impl Loops<'_> {
     }
 }
 
-/// Pods may come once the overlay's strict rules and routes are in place.
-fn readiness(overlay: LoopHandle) -> Readiness {
-    Arc::new(move |snapshot| {
-        let report = overlay.report();
-        match report.health() {
-            Health::Starting => Err("the overlay is not programmed yet".to_owned()),
-            Health::Failing => Err(format!("the overlay is not in place: {}", report.failures.join("; "))),
-            Health::Ok if snapshot.own_node().is_none() => {
-                Err(format!("Node {} is not known to the API server yet", snapshot.facts.name))
-            }
-            Health::Ok => Ok(()),
-        }
+/// What keeps pods away, as `weft status` says it.
+fn obstacle_texts(sources: Sources, found: watch::Receiver<Configurations>) -> Read<Vec<String>> {
+    Box::new(move || {
+        let of_node = sources.obstacles().into_iter().map(|obstacle| obstacle.sentence);
+        of_node.chain(found.borrow().objection.clone()).collect()
     })
 }
 
@@ -172,6 +170,7 @@ fn admin(
     api: watch::Receiver<ApiStatus>,
     facts: watch::Receiver<NodeFacts>,
     dns: Arc<weft_dns::Stats>,
+    obstacles: Read<Vec<String>>,
 ) -> Admin {
     let run_dir = config.run_dir.clone();
     Admin {
@@ -179,6 +178,7 @@ fn admin(
         version: env!("CARGO_PKG_VERSION"),
         loops,
         snapshot_rx,
+        obstacles,
         api_server: Box::new(move || api_text(&api.borrow())),
         parts: vec![(
             "peers",
@@ -198,10 +198,11 @@ fn admin(
 
 fn api_text(status: &ApiStatus) -> String {
     let seconds = status.since.elapsed().unwrap_or(Duration::ZERO).as_secs();
-    match (&status.last_error, status.connected) {
-        (_, true) => format!("connected for {seconds} s"),
-        (Some(error), false) => format!("away for {seconds} s: {error}"),
-        (None, false) => format!("not reached yet ({seconds} s)"),
+    let version = status.version.as_ref().map(|version| format!(", {}", version.text())).unwrap_or_default();
+    match (status.refusal(), status.connected) {
+        (_, true) => format!("connected for {seconds} s ({}{version})", status.server),
+        (Some(refusal), false) => format!("away for {seconds} s: {refusal}"),
+        (None, false) => format!("not reached yet ({seconds} s, {})", status.server),
     }
 }
 
@@ -242,10 +243,17 @@ async fn serve_tcp(
     axum::serve(listener, router).await.map_err(|error| chain(&error))
 }
 
-/// Copies this very binary to where runtimes look for the plugin `weft`, atomically, unless it is there already.
+/// Copies this very binary to where runtimes look for the plugin `weft`, atomically, unless it is there already. Without a
+/// plugin `loopback`, which others may have put there, the name leads to ours.
 fn install_plugin(folder: &Path) -> anyhow::Result<()> {
     let plugin = folder.join("weft");
-    files::own_binary().and_then(|mut own| files::ensure(&plugin, 0o755, &mut own)).map(|_| ()).with_context(
-        || format!("install the CNI plugin as {}; give a writable --cni-bin-dir", plugin.display()),
-    )
+    files::own_binary()
+        .and_then(|mut own| files::ensure(&plugin, 0o755, &mut own))
+        .and_then(|_| match symlink("weft", folder.join(loopback::PLUGIN)) {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+            outcome => outcome,
+        })
+        .with_context(|| {
+            format!("install the CNI plugin as {}; give a writable --cni-bin-dir", plugin.display())
+        })
 }

@@ -5,7 +5,6 @@
 
 mod metrics;
 
-use std::fmt::Write as _;
 use std::sync::Arc;
 
 use axum::Router;
@@ -26,8 +25,10 @@ pub use metrics::Counters;
 pub struct Status {
     pub node: NodeName,
     pub version: String,
-    /// Every loop has applied a Snapshot and none is failing.
+    /// Pods can come, every loop has applied a Snapshot and none is failing.
     pub ready: bool,
+    /// Why it is not ready, a line each with the remedy; empty when it is.
+    pub reasons: Vec<String>,
     pub generation: Generation,
     /// The Snapshot's cluster part is the last good one from disk; the API server has not been seen yet.
     pub from_store: bool,
@@ -42,7 +43,7 @@ pub struct Status {
     pub parts: serde_json::Map<String, serde_json::Value>,
 }
 
-type Read<T> = Box<dyn Fn() -> T + Send + Sync>;
+pub type Read<T> = Box<dyn Fn() -> T + Send + Sync>;
 
 /// Everything that is shown, with the handles to read it.
 pub struct Admin {
@@ -50,6 +51,8 @@ pub struct Admin {
     pub version: &'static str,
     pub loops: Vec<LoopHandle>,
     pub snapshot_rx: watch::Receiver<Option<Arc<Snapshot>>>,
+    /// What keeps pods away, a line each with the remedy.
+    pub obstacles: Read<Vec<String>>,
     pub api_server: Read<String>,
     pub parts: Vec<(&'static str, Read<serde_json::Value>)>,
     pub counters: Vec<Counters>,
@@ -59,10 +62,12 @@ impl Admin {
     pub fn status(&self) -> Status {
         let snapshot = self.snapshot_rx.borrow().clone();
         let loops: Vec<Report> = self.loops.iter().map(LoopHandle::report).collect();
+        let reasons = self.reasons(&loops);
         Status {
             node: self.node.clone(),
             version: self.version.to_owned(),
-            ready: ready(&loops),
+            ready: reasons.is_empty(),
+            reasons,
             generation: snapshot.as_ref().map_or(Generation(0), |s| s.generation),
             from_store: snapshot.as_ref().is_some_and(|s| s.from_store),
             api_server: (self.api_server)(),
@@ -74,10 +79,20 @@ impl Admin {
             parts: self.parts.iter().map(|(name, read)| ((*name).to_owned(), read())).collect(),
         }
     }
-}
 
-fn ready(loops: &[Report]) -> bool {
-    loops.iter().all(|report| report.health() == Health::Ok)
+    /// A loop that waits for what an obstacle keeps away adds nothing, nor does one whose failure is the obstacle.
+    fn reasons(&self, loops: &[Report]) -> Vec<String> {
+        let mut reasons = (self.obstacles)();
+        let blocked = !reasons.is_empty();
+        let known = reasons.concat();
+        let behind = loops.iter().filter_map(|report| match (report.health(), report.failures.first()) {
+            (Health::Ok, _) => None,
+            (_, Some(failure)) => (!known.contains(failure)).then(|| format!("{}: {failure}", report.name)),
+            (_, None) => (!blocked).then(|| format!("{}: no Snapshot applied yet", report.name)),
+        });
+        reasons.extend(behind);
+        reasons
+    }
 }
 
 /// Routes for the agent's Unix socket.
@@ -103,16 +118,12 @@ async fn status(State(admin): State<Arc<Admin>>) -> Response {
 }
 
 async fn readyz(State(admin): State<Arc<Admin>>) -> Response {
-    let reports: Vec<Report> = admin.loops.iter().map(LoopHandle::report).collect();
-    if ready(&reports) {
+    let loops: Vec<Report> = admin.loops.iter().map(LoopHandle::report).collect();
+    let reasons = admin.reasons(&loops);
+    if reasons.is_empty() {
         return "ok\n".into_response();
     }
-    let mut text = String::new();
-    for report in reports.iter().filter(|report| report.health() != Health::Ok) {
-        let why = report.failures.first().map_or("no Snapshot applied yet", String::as_str);
-        let _ = writeln!(text, "{}: {why}", report.name);
-    }
-    (StatusCode::SERVICE_UNAVAILABLE, text).into_response()
+    (StatusCode::SERVICE_UNAVAILABLE, reasons.join("\n") + "\n").into_response()
 }
 
 async fn metrics_text(State(admin): State<Arc<Admin>>) -> Response {

@@ -1,4 +1,5 @@
-//! The network configuration list that container runtimes read: what it says, and keeping it in place.
+//! The network configuration list that container runtimes read: what it says, keeping it in place, and whose
+//! lie beside it.
 //!
 //! Its appearance makes the kubelet call the node Ready, so it is written last, atomically, and only when ADD can work.
 
@@ -6,7 +7,7 @@ use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// Runtimes take the first file in lexical order; `05` comes before what other installers usually write (`10-...`).
 pub const FILE_NAME: &str = "05-weft.conflist";
@@ -25,13 +26,13 @@ pub enum ConflistError {
     Remove { path: PathBuf, source: io::Error },
 }
 
-/// What [`ensure`] did and saw.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ensured {
-    /// False when the file was there with the same text.
-    pub written: bool,
-    /// A foreign configuration that runtimes would take instead of ours.
-    pub shadowed_by: Option<String>,
+/// Configurations of others that runtimes read, by file name, in lexical order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Others {
+    /// Runtimes take the first of these instead of ours.
+    pub before: Vec<String>,
+    /// Not taken while ours is there.
+    pub after: Vec<String>,
 }
 
 /// The list for a plugin that finds the agent at `socket`.
@@ -45,15 +46,15 @@ pub fn render(socket: &Path) -> String {
     format!("{list:#}\n")
 }
 
-/// Makes `folder/05-weft.conflist` hold `text`.
-pub fn ensure(folder: &Path, text: &str) -> Result<Ensured, ConflistError> {
+/// Makes `folder/05-weft.conflist` hold `text`; false when it did already.
+pub fn ensure(folder: &Path, text: &str) -> Result<bool, ConflistError> {
     let path = folder.join(FILE_NAME);
     let present = fs::read_to_string(&path).is_ok_and(|present| present == text);
     if !present {
         write_atomically(folder, &path, text)
             .map_err(|source| ConflistError::Write { path: path.clone(), source })?;
     }
-    Ok(Ensured { written: !present, shadowed_by: shadowing(folder)? })
+    Ok(!present)
 }
 
 /// True when it was there.
@@ -76,15 +77,38 @@ fn write_atomically(folder: &Path, path: &Path, text: &str) -> io::Result<()> {
     fs::rename(&temporary, path)
 }
 
-/// libcni reads `.conf`, `.conflist` and `.json`, in lexical order.
-fn shadowing(folder: &Path) -> Result<Option<String>, ConflistError> {
-    let entries = fs::read_dir(folder);
-    let entries = entries.map_err(|source| ConflistError::Read { path: folder.to_owned(), source })?;
+/// libcni reads `.conf`, `.conflist` and `.json`, in lexical order. A list that calls plugin `weft` itself (with others after
+/// it, or from within a plugin that multiplies networks) is no rival: it counts as `after`, wherever it stands.
+pub fn others(folder: &Path) -> Result<Others, ConflistError> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Others::default()),
+        Err(source) => return Err(ConflistError::Read { path: folder.to_owned(), source }),
+    };
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     let read_by_runtimes = |name: &String| {
         matches!(Path::new(name).extension().and_then(|e| e.to_str()), Some("conf" | "conflist" | "json"))
     };
-    Ok(names.filter(read_by_runtimes).filter(|name| name.as_str() < FILE_NAME).min())
+    let mut names: Vec<String> = names.filter(read_by_runtimes).filter(|name| name != FILE_NAME).collect();
+    names.sort();
+    let (before, after) =
+        names.into_iter().partition(|name| name.as_str() < FILE_NAME && !calls_weft(&folder.join(name)));
+    Ok(Others { before, after })
+}
+
+fn calls_weft(path: &Path) -> bool {
+    let list = fs::read(path).ok().and_then(|text| serde_json::from_slice(&text).ok());
+    list.is_some_and(|list: Value| names_weft(&list))
+}
+
+fn names_weft(value: &Value) -> bool {
+    match value {
+        Value::Object(fields) => {
+            fields.get("type").is_some_and(|it| it == "weft") || fields.values().any(names_weft)
+        }
+        Value::Array(values) => values.iter().any(names_weft),
+        _ => false,
+    }
 }
 
 #[cfg(test)]
@@ -96,8 +120,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let net_d = folder.path().join("cni/net.d");
         let text = render(Path::new("/run/weft/agent.sock"));
-        assert_eq!(ensure(&net_d, &text).unwrap(), Ensured { written: true, shadowed_by: None });
-        assert_eq!(ensure(&net_d, &text).unwrap(), Ensured { written: false, shadowed_by: None });
+        assert!(ensure(&net_d, &text).unwrap());
+        assert!(!ensure(&net_d, &text).unwrap());
         let names: Vec<_> = fs::read_dir(&net_d).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(names, [FILE_NAME]);
         assert!(remove(&net_d).unwrap());
@@ -115,12 +139,23 @@ mod tests {
     }
 
     #[test]
-    fn an_earlier_foreign_list_is_named() {
+    fn the_lists_of_others_are_told_apart_by_what_runtimes_take_first() {
         let folder = tempfile::tempdir().unwrap();
-        for name in ["10-flannel.conflist", "00-readme.txt", "04-calico.conflist", "01-old.conf"] {
-            fs::write(folder.path().join(name), "{}").unwrap();
+        assert_eq!(others(&folder.path().join("missing")).unwrap(), Others::default());
+        let chained = json!({"plugins": [{"type": "weft"}, {"type": "tuning"}]}).to_string();
+        let texts = [
+            ("10-flannel.conflist", "{}"),
+            ("00-readme.txt", "{}"),
+            ("04-calico.conflist", "{}"),
+            ("01-old.conf", "not JSON"),
+            ("02-chained.conflist", &chained),
+            (FILE_NAME, "{}"),
+        ];
+        for (name, text) in texts {
+            fs::write(folder.path().join(name), text).unwrap();
         }
-        let ensured = ensure(folder.path(), "{}").unwrap();
-        assert_eq!(ensured.shadowed_by.as_deref(), Some("01-old.conf"));
+        let found = others(folder.path()).unwrap();
+        assert_eq!(found.before, ["01-old.conf", "04-calico.conflist"]);
+        assert_eq!(found.after, ["02-chained.conflist", "10-flannel.conflist"]);
     }
 }

@@ -45,8 +45,9 @@ use spoof::SourceGuard;
 pub use attachment::Attachment;
 pub use reconcile::Reconciled;
 
-/// Says why the data plane cannot carry a pod yet, one sentence; `Ok` when the given Snapshot's rules are in place.
-pub type Readiness = Arc<dyn Fn(&Snapshot) -> Result<(), String> + Send + Sync>;
+/// Says why this node cannot carry a pod (yet), on one line with the remedy; `Ok` when the rules of the given Snapshot are in
+/// place. `None` while there is no Snapshot.
+pub type Readiness = Arc<dyn Fn(Option<&Snapshot>) -> Result<(), String> + Send + Sync>;
 /// MTU of pod links, bytes: what the overlay leaves of the underlay.
 pub type PodMtu = Arc<dyn Fn(&Snapshot) -> u32 + Send + Sync>;
 

@@ -34,12 +34,11 @@ impl Cni {
     /// Why ADD cannot work yet is a sentence for whoever reads the Pod's events.
     pub(super) fn node_for_add(&self) -> Result<NodeView, CniError> {
         let later = |reason: String| CniError::new(Code::TryAgainLater, reason);
-        let snapshot = self
-            .snapshot()
-            .ok_or_else(|| later("the agent has not read this cluster's objects yet".to_owned()))?;
-        let view = self.node_view(&snapshot).map_err(later)?;
-        (self.readiness)(&snapshot).map_err(later)?;
-        Ok(view)
+        let snapshot = self.snapshot();
+        (self.readiness)(snapshot.as_deref()).map_err(later)?;
+        let snapshot =
+            snapshot.ok_or_else(|| later("the agent has not read this cluster's objects yet".to_owned()))?;
+        self.node_view(&snapshot).map_err(later)
     }
 
     pub(super) fn node_view(&self, snapshot: &Snapshot) -> Result<NodeView, String> {

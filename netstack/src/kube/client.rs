@@ -1,10 +1,19 @@
-//! The connection to the API server: from a kubeconfig, or from a server address with a token and CA file. Token files are
-//! read anew by the `kube` crate when they rotate.
+//! The connection to the API server: from a kubeconfig, or from a server address with a token and CA file.
+//!
+//! The `kube` crate reads token and CA files anew about once a minute, which is enough while the old ones still hold. After a
+//! refusal [`Access`] looks at the files itself and makes a new client when one was replaced, so that a mended file is
+//! taken at once.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use kube::config::{AuthInfo, Config, KubeConfigOptions, Kubeconfig};
+use tokio::sync::Mutex;
+
+use super::failure::{Address, ApiFailure, one_line};
+use crate::reconcile::chain;
 
 /// A server that has moved or come back is tried anew, rather than waited for through TCP's growing retransmission gaps.
 const CONNECT: Duration = Duration::from_secs(3);
@@ -25,63 +34,188 @@ pub enum Endpoint {
 
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    #[error("kubeconfig {path}")]
-    Kubeconfig {
-        path: PathBuf,
-        #[source]
-        source: kube::config::KubeconfigError,
-    },
-    #[error("API server address {url:?} is not a URL such as https://192.0.2.1:6443")]
+    #[error("kubeconfig {path} cannot be used ({reason}); correct it or give --kubeconfig another file")]
+    Kubeconfig { path: PathBuf, reason: String },
+    #[error("--api-server {url:?} is not a URL such as https://192.0.2.1:6443")]
     Url { url: String },
-    #[error("file {path} cannot be read")]
+    #[error("{flag} {path} cannot be read; put {content} there, or give {flag} another file")]
     File {
+        flag: &'static str,
         path: PathBuf,
+        content: &'static str,
         #[source]
         source: std::io::Error,
     },
-    /// `kubectl create token` prints a line; the request's header must not hold its end.
-    #[error("the token in {path} holds a blank or a line end; write it without: tr -d '\\n'")]
-    Token { path: PathBuf },
-    #[error("API client")]
+    #[error("{flag} {path} holds no {content}; put it there, or give {flag} another file")]
+    Content { flag: &'static str, path: PathBuf, content: &'static str },
+    #[error("the API client cannot be made")]
     Client(#[source] kube::Error),
 }
 
-/// Opens no connection yet: the first request does.
-pub async fn client(endpoint: &Endpoint) -> Result<kube::Client, ClientError> {
-    let mut config = match endpoint {
-        Endpoint::Kubeconfig(path) => kubeconfig(path.clone()).await?,
-        Endpoint::Server { url, token_file, ca_file } => server(url, token_file.as_ref(), ca_file.clone())?,
-    };
-    config.connect_timeout = Some(CONNECT);
-    config.read_timeout = Some(SILENCE);
-    config.reset_reader_on_write = true;
-    kube::Client::try_from(config).map_err(ClientError::Client)
+/// The way to the API server: always the client that fits the files of now. Shared by all that speak to the server.
+pub struct Access {
+    endpoint: Endpoint,
+    current: ArcSwap<Made>,
+    /// One look at the files at a time.
+    renewing: Mutex<()>,
 }
 
-async fn kubeconfig(path: PathBuf) -> Result<Config, ClientError> {
-    let read = Kubeconfig::read_from(&path);
+struct Made {
+    client: kube::Client,
+    address: Address,
+    files: Files,
+}
+
+/// A client, and what tells it from a later one.
+#[derive(Clone)]
+pub struct Current {
+    pub client: kube::Client,
+    made: Arc<Made>,
+}
+
+/// Contents of every file that a client was made from; `None` for one that could not be read.
+type Files = Vec<(PathBuf, Option<Vec<u8>>)>;
+
+impl Access {
+    /// Opens no connection yet: the first request does.
+    ///
+    /// # Errors
+    /// A file that is missing or cannot be used; one line with the remedy.
+    pub async fn open(endpoint: Endpoint) -> Result<Self, ClientError> {
+        let made = Made::of(&endpoint).await?;
+        Ok(Self { endpoint, current: ArcSwap::from_pointee(made), renewing: Mutex::default() })
+    }
+
+    pub fn current(&self) -> Current {
+        let made = self.current.load_full();
+        Current { client: made.client.clone(), made }
+    }
+
+    /// The server with its files, for sentences.
+    pub fn address(&self) -> Address {
+        self.current.load().address.clone()
+    }
+
+    /// Asked after a failure of `used`: true when there is another client by now, because a file that may mend it was
+    /// replaced. Files that cannot be used (yet) change nothing. A silent server is waited for with the client at hand,
+    /// whatever rotated meanwhile: watches resume on it, and need not list anew.
+    pub async fn is_renewed(&self, used: &Current, failure: &ApiFailure) -> bool {
+        let of_kubeconfig = matches!(self.endpoint, Endpoint::Kubeconfig(_));
+        if !of_kubeconfig && matches!(failure, ApiFailure::Unreachable(_) | ApiFailure::Refused(_)) {
+            return false;
+        }
+        let _one_at_a_time = self.renewing.lock().await;
+        let current = self.current.load_full();
+        if files(&self.endpoint) != current.files {
+            match Made::of(&self.endpoint).await {
+                Ok(made) => {
+                    tracing::info!(server = %made.address, "credentials were replaced: connecting anew");
+                    self.current.store(Arc::new(made));
+                }
+                Err(error) => tracing::debug!(error = chain(&error), "replaced credentials cannot be used"),
+            }
+        }
+        !Arc::ptr_eq(&used.made, &self.current.load_full())
+    }
+}
+
+impl Made {
+    /// The files are read before they are used: one that changes in between is seen at the next look.
+    async fn of(endpoint: &Endpoint) -> Result<Self, ClientError> {
+        let files = files(endpoint);
+        let mut config = match endpoint {
+            Endpoint::Kubeconfig(path) => kubeconfig(path).await?,
+            Endpoint::Server { url, token_file, ca_file } => {
+                server(url, token_file.as_deref(), ca_file.as_deref())?
+            }
+        };
+        config.connect_timeout = Some(CONNECT);
+        config.read_timeout = Some(SILENCE);
+        config.reset_reader_on_write = true;
+        let url = config.cluster_url.to_string().trim_end_matches('/').to_owned();
+        let client = kube::Client::try_from(config).map_err(|error| refused(endpoint, error))?;
+        Ok(Self { client, address: Address { url, endpoint: endpoint.clone() }, files })
+    }
+}
+
+/// What the client refuses of a server's files is the CA; of a kubeconfig it may be anything.
+fn refused(endpoint: &Endpoint, error: kube::Error) -> ClientError {
+    match (endpoint, error) {
+        (Endpoint::Kubeconfig(path), error) => {
+            ClientError::Kubeconfig { path: path.clone(), reason: one_line(&error.to_string()) }
+        }
+        (Endpoint::Server { ca_file: Some(path), .. }, kube::Error::RustlsTls(_)) => {
+            ClientError::Content { flag: "--ca-file", path: path.clone(), content: CA }
+        }
+        (_, error) => ClientError::Client(error),
+    }
+}
+
+const TOKEN: &str = "bearer token";
+const CA: &str = "CA certificate (PEM)";
+
+async fn kubeconfig(path: &Path) -> Result<Config, ClientError> {
+    let read = Kubeconfig::read_from(path);
     let loaded = match read {
         Ok(read) => Config::from_custom_kubeconfig(read, &KubeConfigOptions::default()).await,
         Err(error) => Err(error),
     };
-    loaded.map_err(|source| ClientError::Kubeconfig { path, source })
+    // The library's texts hold their causes already, and a parser's go on with the lines around the place.
+    let first_line = |error: kube::config::KubeconfigError| {
+        one_line(error.to_string().lines().next().unwrap_or("unreadable"))
+    };
+    loaded.map_err(|error| ClientError::Kubeconfig { path: path.to_owned(), reason: first_line(error) })
 }
 
-fn server(url: &str, token_file: Option<&PathBuf>, ca_file: Option<PathBuf>) -> Result<Config, ClientError> {
+fn server(url: &str, token_file: Option<&Path>, ca_file: Option<&Path>) -> Result<Config, ClientError> {
     let mut config = Config::new(url.parse().map_err(|_| ClientError::Url { url: url.to_owned() })?);
-    for path in token_file.into_iter().chain(&ca_file) {
-        std::fs::metadata(path).map_err(|source| ClientError::File { path: path.clone(), source })?;
+    if let Some(path) = ca_file {
+        readable("--ca-file", path, CA)?;
     }
+    config.root_cert_file = ca_file.map(Path::to_owned);
     if let Some(path) = token_file {
-        let token = std::fs::read(path).map_err(|source| ClientError::File { path: path.clone(), source })?;
-        if !token.iter().all(u8::is_ascii_graphic) {
-            return Err(ClientError::Token { path: path.clone() });
-        }
+        config.auth_info = token(path)?;
     }
-    config.root_cert_file = ca_file;
-    config.auth_info =
-        AuthInfo { token_file: token_file.map(|path| path.display().to_string()), ..AuthInfo::default() };
     Ok(config)
+}
+
+/// The library reads a token file anew as it rotates, but takes its content as it is; one that ends in a line break, as
+/// hand-written ones do, is given as text instead and taken anew after a refusal only.
+fn token(path: &Path) -> Result<AuthInfo, ClientError> {
+    let text = readable("--token-file", path, TOKEN)?;
+    match text.trim() {
+        "" => Err(ClientError::Content { flag: "--token-file", path: path.to_owned(), content: TOKEN }),
+        trimmed if trimmed == text => {
+            Ok(AuthInfo { token_file: Some(path.display().to_string()), ..AuthInfo::default() })
+        }
+        trimmed => Ok(AuthInfo { token: Some(trimmed.to_owned().into()), ..AuthInfo::default() }),
+    }
+}
+
+fn readable(flag: &'static str, path: &Path, content: &'static str) -> Result<String, ClientError> {
+    std::fs::read_to_string(path).map_err(|source| ClientError::File {
+        flag,
+        path: path.to_owned(),
+        content,
+        source,
+    })
+}
+
+fn files(endpoint: &Endpoint) -> Files {
+    let paths: Vec<PathBuf> = match endpoint {
+        Endpoint::Kubeconfig(path) => std::iter::once(path.clone()).chain(named_in(path)).collect(),
+        Endpoint::Server { token_file, ca_file, .. } => token_file.iter().chain(ca_file).cloned().collect(),
+    };
+    paths.into_iter().map(|path| (path.clone(), std::fs::read(path).ok())).collect()
+}
+
+/// Files that a kubeconfig refers to.
+fn named_in(path: &Path) -> Vec<PathBuf> {
+    let Ok(read) = Kubeconfig::read_from(path) else { return Vec::new() };
+    let clusters = read.clusters.into_iter().filter_map(|named| named.cluster?.certificate_authority);
+    let users = read.auth_infos.into_iter().filter_map(|named| named.auth_info);
+    let of_users = users.flat_map(|user| [user.client_certificate, user.client_key, user.token_file]);
+    clusters.chain(of_users.flatten()).map(PathBuf::from).collect()
 }
 
 #[cfg(test)]
@@ -111,7 +245,7 @@ di6I/YZ08QIgJcNuLuhplCTmvVc/yyZq1pqRW0CBr/hB22YLv0S51ck=
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("https://{}", listener.local_addr().unwrap());
         let endpoint = Endpoint::Server { url, token_file: Some(token_file), ca_file: Some(ca_file) };
-        let client = client(&endpoint).await.unwrap();
+        let client = Access::open(endpoint).await.unwrap().current().client;
         let request = async { client.apiserver_version().await.map(|_| ()) };
         let first_byte = async {
             let (stream, _) = listener.accept().await.unwrap();
@@ -126,23 +260,71 @@ di6I/YZ08QIgJcNuLuhplCTmvVc/yyZq1pqRW0CBr/hB22YLv0S51ck=
     }
 
     #[tokio::test]
-    async fn what_cannot_be_used_is_named() {
-        let server = |url: &str, ca_file: Option<&str>| Endpoint::Server {
-            url: url.to_owned(),
-            token_file: None,
-            ca_file: ca_file.map(PathBuf::from),
+    async fn what_cannot_be_used_is_named_on_one_line_with_the_remedy() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            path
         };
-        let error = |endpoint: Endpoint| async move { client(&endpoint).await.err().unwrap().to_string() };
-        assert!(error(server("not a url", None)).await.contains("is not a URL"));
-        let missing = error(server("https://192.0.2.1:6443", Some("/nowhere/ca.crt"))).await;
-        assert_eq!(missing, "file /nowhere/ca.crt cannot be read");
-        let token = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(token.path(), "secret\n").unwrap();
-        let url = "https://192.0.2.1:6443".to_owned();
-        let token_file = Some(token.path().to_owned());
-        let line_end = error(Endpoint::Server { url, token_file, ca_file: None }).await;
-        assert!(line_end.contains("line end") && line_end.contains("tr -d"), "{line_end}");
-        let kubeconfig = error(Endpoint::Kubeconfig("/nowhere/config".into())).await;
-        assert_eq!(kubeconfig, "kubeconfig /nowhere/config");
+        let server = |token_file: Option<PathBuf>, ca_file: Option<PathBuf>| Endpoint::Server {
+            url: "https://192.0.2.1:6443".to_owned(),
+            token_file,
+            ca_file,
+        };
+        let (empty, garbage) = (file("empty", "\n"), file("garbage", "-----BEGIN\n: {"));
+        let no_context = file("no-context", "apiVersion: v1\nkind: Config\nclusters: []\n");
+        let url = Endpoint::Server { url: "not a url".to_owned(), token_file: None, ca_file: None };
+        let cases = [
+            (url, vec!["--api-server \"not a url\"", "https://192.0.2.1:6443"]),
+            (
+                server(None, Some("/nowhere/ca.crt".into())),
+                vec![
+                    "--ca-file /nowhere/ca.crt cannot be read",
+                    "put CA certificate (PEM) there",
+                    "No such file",
+                ],
+            ),
+            (
+                server(Some("/nowhere/token".into()), None),
+                vec!["--token-file /nowhere/token cannot be read", "bearer token", "No such file"],
+            ),
+            (server(Some(empty.clone()), None), vec!["--token-file", "empty holds no bearer token"]),
+            (server(None, Some(garbage.clone())), vec!["--ca-file", "garbage holds no CA certificate"]),
+            (
+                Endpoint::Kubeconfig("/nowhere/config".into()),
+                vec!["kubeconfig /nowhere/config", "No such file"],
+            ),
+            (Endpoint::Kubeconfig(garbage), vec!["garbage cannot be used", "--kubeconfig"]),
+            (Endpoint::Kubeconfig(no_context), vec!["no-context cannot be used", "context"]),
+        ];
+        for (endpoint, parts) in cases {
+            let said = chain(&Access::open(endpoint).await.err().unwrap());
+            assert!(
+                !said.contains('\n') && parts.iter().all(|part| said.contains(part)),
+                "{said} lacks one of {parts:?}"
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn a_client_is_made_anew_only_when_a_file_changed_and_can_be_used() {
+        let folder = tempfile::tempdir().unwrap();
+        let token_file = folder.path().join("token");
+        std::fs::write(&token_file, "one").unwrap();
+        let url = "http://192.0.2.1:6443".to_owned();
+        let access =
+            Access::open(Endpoint::Server { url, token_file: Some(token_file.clone()), ca_file: None });
+        let access = access.await.unwrap();
+        let used = access.current();
+        let refused = ApiFailure::Unauthenticated(String::new());
+        assert!(!access.is_renewed(&used, &refused).await);
+        std::fs::write(&token_file, "").unwrap();
+        assert!(!access.is_renewed(&used, &refused).await);
+        std::fs::write(&token_file, "two").unwrap();
+        assert!(!access.is_renewed(&used, &ApiFailure::Unreachable(String::new())).await);
+        assert!(access.is_renewed(&used, &refused).await);
+        assert!(access.is_renewed(&used, &refused).await, "for every watch that used it");
+        assert!(!access.is_renewed(&access.current(), &refused).await);
     }
 }

@@ -14,13 +14,17 @@
 mod client;
 mod cluster;
 mod document;
+mod failure;
 pub mod lower;
 mod publish;
+mod version;
 mod watch;
 mod wire;
 
-pub use client::{ClientError, Endpoint, client};
+pub use client::{Access, ClientError, Endpoint};
 pub use cluster::Cluster;
 pub use document::{Document, Kind};
+pub use failure::{Address, ApiFailure, Distrust};
 pub use publish::{Identity, Publication, Publisher, publish};
+pub use version::ServerVersion;
 pub use watch::{ApiStatus, Watches, start};

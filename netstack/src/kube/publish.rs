@@ -2,14 +2,17 @@
 //! applier like any other, so the generic Loop retries it; it writes only while the Node says something else.
 
 use std::future::Future;
+use std::sync::Arc;
 
 use kube::api::{Api, Patch, PatchParams};
 use serde_json::json;
 use weft_model::constants::{ANNOTATION_PUBLIC_KEY, ANNOTATION_WIREGUARD_PORT};
 use weft_model::{NodeName, Planned, Snapshot, WgPublicKey};
 
+use super::client::Access;
 use super::document::{Document, Kind};
-use crate::reconcile::{Applied, Applier, Planner, Trust, chain};
+use super::failure::ApiFailure;
+use crate::reconcile::{Applied, Applier, Planner, Trust};
 
 /// What peers must know of this node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,12 +45,12 @@ impl Planner for Identity {
 
 /// Owner of the annotations of the own Node.
 pub struct Publisher {
-    client: kube::Client,
+    access: Arc<Access>,
 }
 
 impl Publisher {
-    pub fn new(client: kube::Client) -> Self {
-        Self { client }
+    pub fn new(access: Arc<Access>) -> Self {
+        Self { access }
     }
 }
 
@@ -55,18 +58,23 @@ impl Applier for Publisher {
     type Plan = Option<Publication>;
 
     fn apply(&mut self, plan: &Self::Plan, _trust: Trust) -> impl Future<Output = Applied> + Send {
-        let (client, due) = (self.client.clone(), plan.clone());
+        let (access, due) = (self.access.clone(), plan.clone());
         async move {
             let Some(due) = due else {
                 return Applied::default();
             };
-            match publish(&client, &due).await {
+            let used = access.current();
+            match publish(&used.client, &due).await {
                 Ok(()) => Applied {
                     changed: vec![format!("annotations of Node {}", due.node)],
                     ..Applied::default()
                 },
                 Err(error) => {
-                    let failure = format!("annotations of Node {}: {}", due.node, chain(&error));
+                    let why = ApiFailure::of(&error);
+                    // The loop tries again, with the new client if there is one.
+                    access.is_renewed(&used, &why).await;
+                    let failure =
+                        format!("annotations of Node {}: {}", due.node, why.sentence(&access.address()));
                     Applied { failed: vec![failure], ..Applied::default() }
                 }
             }

@@ -10,7 +10,6 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use futures::stream::{self, SelectAll, Stream, StreamExt};
-use kube::Client;
 use kube::api::Api;
 use kube::runtime::WatchStreamExt;
 use kube::runtime::utils::Backoff;
@@ -19,8 +18,11 @@ use tokio::sync::watch as channel;
 use tokio::time::Instant;
 use weft_model::{ClusterConfig, Generation, NodeFacts, NodeName, Snapshot};
 
+use super::client::{Access, Current};
 use super::cluster::Cluster;
 use super::document::{Document, Kind};
+use super::failure::{Address, ApiFailure};
+use super::version::ServerVersion;
 use crate::reconcile::{TaskGroup, chain};
 
 /// Events that arrive within this time after the first become one Snapshot: long enough for the Service and the
@@ -29,8 +31,10 @@ const BURST: Duration = Duration::from_millis(2);
 /// How long the server is to keep one watch open, in seconds. A connection that went dead silently is noticed 5 s
 /// after that, and a resumed watch costs next to nothing.
 const WATCH_SECONDS: u32 = 120;
-/// How often a server that could not be reached is asked whether it is back.
+/// How often a server that could not be reached is asked whether it is back, and how long an answer may take.
 const PROBE: Duration = Duration::from_secs(1);
+/// How long a server whose watches work may take to tell its version: small machines under load are slow.
+const VERSION: Duration = Duration::from_secs(10);
 
 /// What the task offers to others.
 pub struct Watches {
@@ -39,28 +43,42 @@ pub struct Watches {
     pub status: channel::Receiver<ApiStatus>,
 }
 
-/// Whether the API server is there, for `weft status`.
+/// Whether the API server is there, for `weft status` and for the node's readiness.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ApiStatus {
+    pub server: Address,
+    /// Every watch has listed, and none is failing.
     pub connected: bool,
     /// When `connected` last changed.
     pub since: SystemTime,
-    /// The last failure, as a chain on one line; kept for people after the connection is back.
-    pub last_error: Option<String>,
+    /// What keeps the watches from working, while it does; of several the one that explains most.
+    pub failure: Option<ApiFailure>,
+    /// `None` until the server was asked, which it is whenever the connection comes to be; then its last answer.
+    pub version: Option<ServerVersion>,
+}
+
+impl ApiStatus {
+    fn starting(server: Address) -> Self {
+        Self { server, connected: false, since: SystemTime::now(), failure: None, version: None }
+    }
+
+    /// [`ApiStatus::failure`] as one line with the remedy.
+    pub fn refusal(&self) -> Option<String> {
+        self.failure.as_ref().map(|failure| failure.sentence(&self.server))
+    }
 }
 
 /// Starts the task `kube`. With `initial`, that Snapshot is published at once, marked `from_store`, with the facts and
 /// the configuration of today; it stays until every watch has listed.
 pub fn start(
     tasks: &mut TaskGroup,
-    client: Client,
+    access: Arc<Access>,
     config: ClusterConfig,
     facts: channel::Receiver<NodeFacts>,
     initial: Option<Snapshot>,
 ) -> Watches {
     let (snapshot_tx, snapshots) = channel::channel(None);
-    let starting = ApiStatus { connected: false, since: SystemTime::now(), last_error: None };
-    let (status_tx, status) = channel::channel(starting);
+    let (status_tx, status) = channel::channel(ApiStatus::starting(access.address()));
     let assembler = Assembler {
         cluster: initial.as_ref().map(Cluster::from_stored).unwrap_or_default(),
         generation: initial.as_ref().map(|stored| stored.generation).unwrap_or_default(),
@@ -69,46 +87,59 @@ pub fn start(
         facts,
         snapshot_tx,
     };
-    tasks.start("kube", run(assembler, Connection::new(client, status_tx)));
+    tasks.start("kube", run(assembler, Connection::new(access, status_tx)));
     Watches { snapshots, status }
 }
 
 type Events = SelectAll<Pin<Box<dyn Stream<Item = (Kind, watcher::Result<Event<Document>>)> + Send>>>;
 
 /// One watch a kind. Every watch is of the whole cluster, except that Pods are those of this node.
-fn watches(client: &Client, node: &NodeName) -> Events {
+fn watches(access: &Arc<Access>, node: &NodeName) -> Events {
     let watch = |kind: Kind| {
         let mut config = watcher::Config::default().timeout(WATCH_SECONDS);
         if kind == Kind::Pod {
             config = config.fields(&format!("spec.nodeName={node}"));
         }
-        let api: Api<Document> = Api::all_with(client.clone(), &kind);
-        stream::repeat_with(move || until_gone(watcher(api.clone(), config.clone())))
-            .flatten()
-            .backoff(Retry::default())
-            .map(move |event| (kind, event))
-            .boxed()
+        let access = access.clone();
+        stream::repeat_with(move || {
+            let used = access.current();
+            let api: Api<Document> = Api::all_with(used.client.clone(), &kind);
+            until_gone(watcher(api, config.clone()), access.clone(), used)
+        })
+        .flatten()
+        .backoff(Retry::default())
+        .map(move |event| (kind, event))
+        .boxed()
     };
     Kind::ALL.into_iter().map(watch).collect()
 }
 
-/// Ends a watch that the server refuses with 410 at its start, so that a new one lists anew; `watcher` itself handles a 410
-/// that arrives as an event.
-fn until_gone<S>(events: S) -> impl Stream<Item = watcher::Result<Event<Document>>> + Send
+/// Ends a watch that cannot go on as it is, so that a new one lists anew: one that the server refuses with 410 at its start
+/// (`watcher` itself handles a 410 that arrives as an event), and one whose client was replaced.
+fn until_gone<S>(
+    events: S,
+    access: Arc<Access>,
+    used: Current,
+) -> impl Stream<Item = watcher::Result<Event<Document>>> + Send
 where
     S: Stream<Item = watcher::Result<Event<Document>>> + Send,
 {
-    stream::unfold(Some(Box::pin(events)), |events| async {
-        let mut events = events?;
+    let watch = (Box::pin(events), access, used);
+    stream::unfold(Some(watch), |watch| async {
+        let (mut events, access, used) = watch?;
         let event = events.next().await?;
-        let refused = matches!(&event, Err(error @ watcher::Error::WatchStartFailed(_)) if is_expired(error));
-        Some((event, (!refused).then_some(events)))
+        let gone = match &event {
+            Ok(_) => false,
+            Err(error @ watcher::Error::WatchStartFailed(_)) if is_expired(error) => true,
+            Err(error) => access.is_renewed(&used, &ApiFailure::of_watch(error)).await,
+        };
+        Some((event, (!gone).then_some((events, access, used))))
     })
 }
 
 async fn run(mut assembler: Assembler, mut connection: Connection) -> Result<(), String> {
     let node = assembler.facts.borrow().name.clone();
-    let mut events = watches(&connection.client, &node);
+    let mut events = watches(&connection.access, &node);
     let mut publish_at = None;
     assembler.publish();
     loop {
@@ -131,7 +162,7 @@ async fn run(mut assembler: Assembler, mut connection: Connection) -> Result<(),
                 publish_at = None;
                 assembler.publish();
             }
-            reachable = &mut connection.probe => connection.probed(reachable),
+            answer = &mut connection.probe => connection.probed(answer),
         }
     }
 }
@@ -209,34 +240,28 @@ fn same_but_generation(a: &Snapshot, b: &Snapshot) -> bool {
 
 /// Knows which watches fail, and keeps [`ApiStatus`].
 struct Connection {
-    client: Client,
+    access: Arc<Access>,
     status_tx: channel::Sender<ApiStatus>,
-    /// State of the watches that have answered or failed.
-    seen: BTreeMap<Kind, Failure>,
-    /// Resolves with whether the server can be reached again; never while none is held to be unreachable.
+    /// Of the watches that have answered or failed: why one fails.
+    seen: BTreeMap<Kind, Option<ApiFailure>>,
+    /// Resolves with the server's version, or why there is none; never while nobody waits for it.
     probe: Probe,
+    /// The version is wanted: the connection is new.
+    asks_version: bool,
 }
 
-type Probe = Pin<Box<dyn Future<Output = bool> + Send>>;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Failure {
-    None,
-    /// The server could not be reached: the watch resumes silently, so a probe tells when it is back.
-    Unreachable,
-    /// The server answered with a refusal: only the watch itself can tell when that has changed.
-    Refused,
-}
+type Probe = Pin<Box<dyn Future<Output = Result<ServerVersion, ApiFailure>> + Send>>;
 
 impl Connection {
-    fn new(client: Client, status_tx: channel::Sender<ApiStatus>) -> Self {
-        Self { client, status_tx, seen: BTreeMap::new(), probe: Box::pin(std::future::pending()) }
+    fn new(access: Arc<Access>, status_tx: channel::Sender<ApiStatus>) -> Self {
+        let probe = Box::pin(std::future::pending());
+        Self { access, status_tx, seen: BTreeMap::new(), probe, asks_version: false }
     }
 
     /// An `Init` says only that a list is going to be asked for; all else came from the server.
     fn works(&mut self, kind: Kind, event: &Event<Document>) {
-        if !matches!(event, Event::Init) && self.seen.insert(kind, Failure::None) != Some(Failure::None) {
-            self.update(None);
+        if !matches!(event, Event::Init) && self.seen.insert(kind, None) != Some(None) {
+            self.update();
         }
     }
 
@@ -245,57 +270,84 @@ impl Connection {
             tracing::debug!(kind = kind.name(), "watch expired, listing anew");
             return;
         }
-        let text = format!("watch of {}: {}", kind.name(), chain(error));
-        tracing::debug!(error = text, "watch failed");
-        let failure = if is_refusal(error) { Failure::Refused } else { Failure::Unreachable };
+        tracing::debug!(kind = kind.name(), error = chain(error), "watch failed");
         let probing = self.is_probing();
-        self.seen.insert(kind, failure);
+        self.seen.insert(kind, Some(ApiFailure::of_watch(error)));
         if !probing && self.is_probing() {
-            self.probe = probe(self.client.clone());
+            self.probe = probe(&self.access, PROBE, PROBE);
         }
-        self.update(Some(text));
+        self.update();
     }
 
+    /// A server that could not be reached lets its watches resume silently, so a probe tells when it is back. A refusal is
+    /// withdrawn by the watch itself.
     fn is_probing(&self) -> bool {
-        self.seen.values().any(|failure| *failure == Failure::Unreachable)
+        self.seen.values().flatten().any(ApiFailure::is_silence)
     }
 
-    fn probed(&mut self, reachable: bool) {
-        if reachable {
-            let unreachable = self.seen.values_mut().filter(|failure| **failure == Failure::Unreachable);
-            unreachable.for_each(|failure| *failure = Failure::None);
-            self.update(None);
+    /// Any answer, a refusal too, shows that the server is there.
+    fn probed(&mut self, answer: Result<ServerVersion, ApiFailure>) {
+        let silent = matches!(&answer, Err(failure) if failure.is_silence());
+        if !silent {
+            let version = answer.unwrap_or_else(|failure| {
+                tracing::debug!(?failure, "the API server does not tell its version");
+                ServerVersion::Unknown("of an unknown version".to_owned())
+            });
+            self.asks_version = false;
+            self.status_tx.send_modify(|status| status.version = Some(version));
+            self.seen
+                .values_mut()
+                .filter(|seen| seen.as_ref().is_some_and(ApiFailure::is_silence))
+                .for_each(|seen| *seen = None);
+            self.update();
         }
-        self.probe =
-            if self.is_probing() { probe(self.client.clone()) } else { Box::pin(std::future::pending()) };
+        self.probe = match (self.is_probing(), self.asks_version) {
+            (true, _) => probe(&self.access, PROBE, PROBE),
+            (false, true) => probe(&self.access, PROBE, VERSION),
+            (false, false) => Box::pin(std::future::pending()),
+        };
     }
 
-    fn update(&self, error: Option<String>) {
-        let connected = self.seen.len() == Kind::ALL.len() && self.seen.values().all(|f| *f == Failure::None);
-        self.status_tx.send_if_modified(|status| {
-            let before = status.clone();
-            if status.connected != connected {
-                status.connected = connected;
-                status.since = SystemTime::now();
-                match &error {
-                    Some(error) => tracing::warn!(error, "API server lost; the data plane stays as it is"),
-                    None => tracing::info!(connected, "API server"),
-                }
-            }
-            if error.is_some() {
-                status.last_error = error;
-            }
-            before != *status
-        });
+    fn update(&mut self) {
+        let failure = self.seen.values().flatten().min().cloned();
+        let connected = self.seen.len() == Kind::ALL.len() && failure.is_none();
+        let before = self.status_tx.borrow().clone();
+        if before.connected == connected && before.failure == failure {
+            return;
+        }
+        let since = if before.connected == connected { before.since } else { SystemTime::now() };
+        let now = ApiStatus { server: self.access.address(), connected, since, failure, ..before.clone() };
+        log(&before, &now);
+        if connected && !before.connected {
+            self.asks_version = true;
+            self.probe = probe(&self.access, Duration::ZERO, VERSION);
+        }
+        self.status_tx.send_replace(now);
     }
 }
 
-/// Asks for the server's version after [`PROBE`]; any answer, a refusal too, shows that it is there.
-fn probe(client: Client) -> Probe {
+/// A failure is said once, however often it is met.
+fn log(before: &ApiStatus, now: &ApiStatus) {
+    if now.connected {
+        tracing::info!(server = %now.server, "API server connected");
+    } else if let Some(refusal) = now.refusal().filter(|_| now.failure != before.failure) {
+        match before.connected {
+            true => tracing::warn!(refusal, "API server lost; the data plane stays as it is"),
+            false => tracing::warn!(refusal, "API server not usable"),
+        }
+    }
+}
+
+/// Asks for the server's version after `wait`, for at most `patience`.
+fn probe(access: &Access, wait: Duration, patience: Duration) -> Probe {
+    let client = access.current().client;
     Box::pin(async move {
-        tokio::time::sleep(PROBE).await;
-        let answer = tokio::time::timeout(PROBE, client.apiserver_version()).await;
-        matches!(answer, Ok(Ok(_) | Err(kube::Error::Api(_))))
+        tokio::time::sleep(wait).await;
+        match tokio::time::timeout(patience, client.apiserver_version()).await {
+            Ok(Ok(info)) => Ok(ServerVersion::of(&info)),
+            Ok(Err(error)) => Err(ApiFailure::of(&error)),
+            Err(_) => Err(ApiFailure::Unreachable(format!("no answer within {} s", patience.as_secs()))),
+        }
     })
 }
 
@@ -305,16 +357,6 @@ fn is_expired(error: &watcher::Error) -> bool {
         watcher::Error::WatchError(status) => status.code == 410,
         watcher::Error::WatchStartFailed(kube::Error::Api(status)) => status.code == 410,
         _ => false,
-    }
-}
-
-fn is_refusal(error: &watcher::Error) -> bool {
-    use watcher::Error;
-    match error {
-        Error::WatchError(_) | Error::NoResourceVersion => true,
-        Error::InitialListFailed(error) | Error::WatchStartFailed(error) | Error::WatchFailed(error) => {
-            matches!(error, kube::Error::Api(_) | kube::Error::SerdeError(_))
-        }
     }
 }
 

@@ -13,9 +13,11 @@ pub mod apply;
 pub mod plan;
 mod quarantine;
 mod rules;
+mod standing;
 mod sysctls;
 pub mod tunnel;
 
 pub use apply::{OverlayApplier, OverlayError, cleanup, peers};
 pub use plan::{OverlayPlan, OverlayPlanner};
+pub use standing::objections;
 pub use tunnel::{TunnelConfig, TunnelError, TunnelState};

@@ -41,7 +41,10 @@ pub(super) fn accept<'a>(
             Some((what, owner)) => problems.push(problem(
                 node,
                 Reason::Conflict,
-                format!("{what} belongs to the older Node {owner}; this Node is left out of the overlay"),
+                format!(
+                    "{what} belongs to the older Node {owner}; this Node is left out of the overlay until one of the two is \
+                     deleted or claims another"
+                ),
             )),
             None => {
                 claims.add(&candidate);

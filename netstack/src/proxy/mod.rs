@@ -12,6 +12,7 @@
 //! endpoint. LoadBalancer and external IPs, `ClientIP` affinity and topology hints are not handled yet.
 
 mod apply;
+mod contradictions;
 mod layout;
 mod plan;
 mod service;

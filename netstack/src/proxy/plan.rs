@@ -14,6 +14,7 @@ use weft_model::ruleset::{Datum, ElementData, Elements, Table};
 use weft_model::snapshot::Objects;
 use weft_model::{NamespacedName, ObjectRef, Planned, Problem, Reason, ServiceKey, Snapshot};
 
+use super::contradictions;
 use super::layout::{self, Emission, SetName, Site, Spread};
 use super::service::{self, Claim, Holding, ServicePlan, Target, View};
 use super::stale::{UdpDestination, UdpTargets};
@@ -95,6 +96,10 @@ impl Common {
                 node: snapshot.facts.name.clone(),
                 pod_cidrs,
                 cluster_dns: config.cluster_dns.clone(),
+                service_cidrs: match contradictions::range_is_wrong(snapshot) {
+                    true => Vec::new(),
+                    false => config.service_cidrs.clone(),
+                },
             },
             own_node: own.is_some(),
         }
@@ -255,6 +260,7 @@ impl ProxyPlanner {
 
     fn all_problems(&self, snapshot: &Snapshot) -> Vec<Problem> {
         let mut problems: Vec<Problem> = self.problems.values().flatten().cloned().collect();
+        problems.extend(contradictions::of_cluster(snapshot));
         if !self.common.as_ref().is_some_and(|common| common.own_node) {
             problems.push(Problem::new(
                 ObjectRef::new("Node", "", &snapshot.facts.name.0),

@@ -9,6 +9,8 @@ use weft_model::objects::{
 };
 use weft_model::{NodeName, ObjectRef, Problem, Reason};
 
+use super::contradictions;
+
 /// A Service with one of these labels is another proxy's (or nobody's) business, whatever their value.
 const FOREIGN_LABELS: [&str; 2] =
     ["service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless"];
@@ -21,6 +23,8 @@ pub(super) struct View {
     pub node: NodeName,
     pub pod_cidrs: Vec<IpNet>,
     pub cluster_dns: Vec<IpAddr>,
+    /// Where ClusterIPs are to be; empty where the cluster as a whole is elsewhere, which is said once.
+    pub service_cidrs: Vec<IpNet>,
 }
 
 /// Something only one Service can have.
@@ -86,6 +90,7 @@ pub(super) fn plan<'a>(
         plan.holdings = foreign.map(|ip| (Claim::Address(*ip), Holding::Foreign)).collect();
         return plan;
     }
+    plan.problems.extend(contradictions::of_service(service, &view.service_cidrs));
     if service.session_affinity_seconds.is_some() {
         plan.problems.push(affinity_problem(service));
     }

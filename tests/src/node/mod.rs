@@ -101,11 +101,25 @@ impl Node {
     }
 
     pub fn start_server(&mut self) {
+        self.start_server_with(&CIDRS);
+    }
+
+    /// With pod ranges that the first Node takes whole.
+    pub fn start_server_with_ranges_for_one_node(&mut self) {
+        self.start_server_with(&[CIDRS[0], "10.244.0.0/24,fd00:10:244::/64", CIDRS[2], CIDRS[3]]);
+    }
+
+    /// With ranges of ClusterIPs other than the agent's.
+    pub fn start_server_with_service_range(&mut self, range: &str) {
+        self.start_server_with(&[CIDRS[0], CIDRS[1], CIDRS[2], range]);
+    }
+
+    fn start_server_with(&mut self, ranges: &[&str]) {
         let mut command = self.weft("server");
         for (listen, address) in API.iter().zip(UPLINK_ADDRESSES) {
             command.args(["--listen", listen, "--advertise-address", address]);
         }
-        command.args(CIDRS);
+        command.args(ranges);
         command.arg("--data-dir").arg(self.path("server")).arg("--token-file").arg(self.path("tokens"));
         command.arg("--kubeconfig-out").arg(self.path("kubeconfig"));
         self.server = Some(Process::start("server", &mut command, self.folder.path()));
@@ -242,10 +256,12 @@ impl Node {
     }
 
     /// Runs the installed plugin as a container runtime does (CNI specification, section 2); the configuration is
-    /// the agent's conflist with `version`. An empty `netns` is not passed on.
+    /// the agent's conflist, as it is or would be, with `version`. An empty `netns` is not passed on.
     pub fn cni(&self, verb: &str, version: &str, pod: &str, netns: &str, previous: Option<&Value>) -> Cni {
-        let text = std::fs::read(self.path("cni/05-weft.conflist")).expect("the agent's conflist");
-        let list: Value = serde_json::from_slice(&text).expect("a conflist is JSON");
+        let socket = self.path("run/agent.sock");
+        let text = std::fs::read_to_string(self.path("cni/05-weft.conflist"));
+        let text = text.unwrap_or_else(|_| weft_netstack::cni::conflist::render(&socket));
+        let list: Value = serde_json::from_str(&text).expect("a conflist is JSON");
         let mut config = list["plugins"][0].clone();
         config["name"] = list["name"].clone();
         config["cniVersion"] = version.into();

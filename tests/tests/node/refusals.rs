@@ -112,7 +112,34 @@ fn a_run_folder_that_cannot_be_written_is_named() {
 fn a_token_or_ca_file_that_is_missing_is_named() {
     inside(|| {
         let node = Node::new();
-        refused(&mut node.agent_command(), 1, &["ca.crt", "cannot be read"]);
+        refused(&mut node.agent_command(), 1, &["--ca-file", "ca.crt cannot be read", "put CA certificate"]);
+        std::fs::create_dir(node.path("server")).unwrap();
+        write(&node.path("server/ca.crt"), "nothing");
+        refused(&mut node.agent_command(), 1, &["--ca-file", "ca.crt holds no CA certificate"]);
+        std::fs::remove_file(node.path("token")).unwrap();
+        refused(&mut node.agent_command(), 1, &["--token-file", "token cannot be read", "put bearer token"]);
+        assert!(!weft_tests::node::ip("-o link").contains("weft0"));
+    });
+}
+
+#[test]
+fn a_kubeconfig_that_cannot_be_used_is_named() {
+    inside(|| {
+        let node = Node::new();
+        let kubeconfig = node.path("kubeconfig");
+        let mut agent = weft(&["agent", "--node-name", "a", "--kubeconfig"]);
+        agent
+            .arg(&kubeconfig)
+            .arg("--run-dir")
+            .arg(node.path("run"))
+            .arg("--state-dir")
+            .arg(node.path("state"));
+        let named = kubeconfig.to_str().unwrap();
+        refused(&mut agent, 1, &[named, "No such file", "--kubeconfig"]);
+        write(&kubeconfig, "apiVersion: v1\nkind: Config\nclusters: {]\n");
+        refused(&mut agent, 1, &[named, "failed to parse kubeconfig YAML", "--kubeconfig"]);
+        write(&kubeconfig, "apiVersion: v1\nkind: Config\n");
+        refused(&mut agent, 1, &[named, "context", "--kubeconfig"]);
         assert!(!weft_tests::node::ip("-o link").contains("weft0"));
     });
 }

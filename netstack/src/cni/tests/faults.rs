@@ -164,7 +164,7 @@ fn status_and_add_say_why_a_pod_cannot_be_attached_yet() {
         agent.call("STATUS", "", "", Value::Null).await.unwrap();
         let unready = |generation| weft_model::Snapshot { generation, ..snapshot(&["10.244.1.0/24"]) };
         for (snapshot, word) in [
-            (None, "has not read"),
+            (None, "no API server yet"),
             (Some(snapshot(&[])), "no spec.podCIDRs"),
             (Some(unready(Generation(0))), "not programmed"),
         ] {

@@ -66,9 +66,10 @@ impl Rig {
         let inputs = Inputs {
             snapshots: receiver,
             store: store.clone(),
-            readiness: Arc::new(|snapshot| match snapshot.generation {
-                Generation(0) => Err("the overlay is not programmed yet".to_owned()),
-                _ => Ok(()),
+            readiness: Arc::new(|snapshot| match snapshot.map(|snapshot| snapshot.generation) {
+                None => Err("no API server yet".to_owned()),
+                Some(Generation(0)) => Err("the overlay is not programmed yet".to_owned()),
+                Some(_) => Ok(()),
             }),
             pod_mtu_bytes: Arc::new(|_| 1420),
             source_guard: Box::new(NftTable::new(TABLE_CNI)),

@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{RawQuery, State};
-use axum::http::{StatusCode, Uri};
+use axum::http::{HeaderMap, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
@@ -23,6 +23,12 @@ struct Server {
     watchers: BTreeMap<&'static str, mpsc::UnboundedSender<Value>>,
     /// Answers that the next watch requests of Services get instead of a stream.
     refusals: VecDeque<StatusCode>,
+    /// Requests without this bearer token get 401.
+    token: Option<&'static str>,
+    /// A kind that nobody may list.
+    forbidden: Option<&'static str>,
+    /// Minor version, 34 when it is not set; `?` for an answer that cannot be read.
+    minor: Option<&'static str>,
     requests: Vec<String>,
     patches: Vec<(String, Value)>,
 }
@@ -34,17 +40,45 @@ fn plural(path: &str) -> Option<&'static str> {
     ["nodes", "namespaces", "services", "endpointslices", "pods"].into_iter().find(|kind| *kind == last)
 }
 
-async fn answer(State(server): State<Shared>, uri: Uri, RawQuery(query): RawQuery) -> Response {
+fn refusal(code: StatusCode, reason: &str, message: &str) -> Response {
+    let status = json!({
+        "apiVersion": "v1", "kind": "Status", "status": "Failure", "code": code.as_u16(),
+        "reason": reason, "message": message,
+    });
+    (code, axum::Json(status)).into_response()
+}
+
+async fn answer(
+    State(server): State<Shared>,
+    uri: Uri,
+    RawQuery(query): RawQuery,
+    headers: HeaderMap,
+) -> Response {
     let query = query.unwrap_or_default();
     let mut server = server.lock().unwrap();
     server.requests.push(format!("{}?{query}", uri.path()));
+    let bearer = headers.get("authorization").and_then(|value| value.to_str().ok());
+    if server.token.is_some_and(|token| bearer != Some(&format!("Bearer {token}"))) {
+        return refusal(StatusCode::UNAUTHORIZED, "Unauthorized", "Unauthorized");
+    }
     let Some(kind) = plural(uri.path()) else {
+        let minor = server.minor.unwrap_or("34");
+        if minor == "?" {
+            return "no JSON".into_response();
+        }
         return axum::Json(json!({
-            "major": "1", "minor": "34", "gitVersion": "v1.34.0", "gitCommit": "", "gitTreeState": "",
+            "major": "1", "minor": minor, "gitVersion": format!("v1.{minor}.0"), "gitCommit": "", "gitTreeState": "",
             "buildDate": "", "goVersion": "", "compiler": "", "platform": "",
         }))
         .into_response();
     };
+    if server.forbidden == Some(kind) {
+        let message = format!(
+            "{kind} is forbidden: User \"system:serviceaccount:default:other\" cannot list resource \"{kind}\" in API group \"\" \
+             at the cluster scope"
+        );
+        return refusal(StatusCode::FORBIDDEN, "Forbidden", &message);
+    }
     if !query.contains("watch=true") {
         let items = server.objects.get(kind).cloned().unwrap_or_default();
         let version = server.version.to_string();
@@ -56,11 +90,7 @@ async fn answer(State(server): State<Shared>, uri: Uri, RawQuery(query): RawQuer
     if kind == "services"
         && let Some(code) = server.refusals.pop_front()
     {
-        let status = json!({
-            "apiVersion": "v1", "kind": "Status", "status": "Failure", "code": code.as_u16(),
-            "reason": "Expired", "message": "refused by the test",
-        });
-        return (code, axum::Json(status)).into_response();
+        return refusal(code, "Expired", "refused by the test");
     }
     let (tx, mut rx) = mpsc::unbounded_channel::<Value>();
     server.watchers.insert(kind, tx);
@@ -114,7 +144,7 @@ struct Rig {
     _watching: TaskGroup,
     facts_tx: channel::Sender<NodeFacts>,
     watches: Watches,
-    client: Client,
+    access: Arc<Access>,
 }
 
 fn serve(tasks: &mut TaskGroup, server: &Shared, listener: tokio::net::TcpListener) {
@@ -140,6 +170,14 @@ fn config() -> ClusterConfig {
 
 impl Rig {
     async fn start(initial: Option<Snapshot>, prepare: impl FnOnce(&mut Server)) -> Self {
+        Self::start_with_token(initial, None, prepare).await
+    }
+
+    async fn start_with_token(
+        initial: Option<Snapshot>,
+        token_file: Option<std::path::PathBuf>,
+        prepare: impl FnOnce(&mut Server),
+    ) -> Self {
         let server = Shared::default();
         prepare(&mut server.lock().unwrap());
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -147,12 +185,12 @@ impl Rig {
         let mut serving = TaskGroup::new();
         serve(&mut serving, &server, listener);
         let url = format!("http://{address}");
-        let endpoint = crate::kube::Endpoint::Server { url, token_file: None, ca_file: None };
-        let client = crate::kube::client(&endpoint).await.unwrap();
+        let endpoint = crate::kube::Endpoint::Server { url, token_file, ca_file: None };
+        let access = Arc::new(Access::open(endpoint).await.unwrap());
         let (facts_tx, facts_rx) = channel::channel(facts(1500));
         let mut watching = TaskGroup::new();
-        let watches = start(&mut watching, client.clone(), config(), facts_rx, initial);
-        Self { server, address, serving, _watching: watching, facts_tx, watches, client }
+        let watches = start(&mut watching, access.clone(), config(), facts_rx, initial);
+        Self { server, address, serving, _watching: watching, facts_tx, watches, access }
     }
 
     /// Waits for a Snapshot of which `holds` is true.
@@ -248,7 +286,7 @@ async fn a_watch_that_expired_lists_anew_and_an_equal_list_publishes_nothing() {
     rig.settle().await;
     let now = rig.watches.snapshots.borrow().clone().unwrap();
     assert!(Arc::ptr_eq(&first, &now));
-    assert_eq!(rig.watches.status.borrow().last_error, None, "expiry is no failure");
+    assert_eq!(rig.watches.status.borrow().failure, None, "expiry is no failure");
 }
 
 #[tokio::test]
@@ -333,16 +371,16 @@ async fn without_an_api_server_the_stored_snapshot_stands_and_follows_the_facts(
     let nobody = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     let endpoint =
         crate::kube::Endpoint::Server { url: format!("http://{nobody}"), token_file: None, ca_file: None };
-    let client = crate::kube::client(&endpoint).await.unwrap();
+    let access = Arc::new(Access::open(endpoint).await.unwrap());
     let (facts_tx, facts_rx) = channel::channel(facts(1500));
     let mut tasks = TaskGroup::new();
-    let mut watches = start(&mut tasks, client, config(), facts_rx, Some((*stored).clone()));
+    let mut watches = start(&mut tasks, access, config(), facts_rx, Some((*stored).clone()));
     watches.snapshots.wait_for(Option::is_some).await.unwrap();
     facts_tx.send_replace(facts(9000));
     let jumbo = |s: &Option<Arc<Snapshot>>| s.as_ref().unwrap().facts.uplinks[0].mtu_bytes == 9000;
     let now = watches.snapshots.wait_for(jumbo).await.unwrap().clone().unwrap();
     assert!(now.from_store && has(&now, "old"));
-    let failed = watches.status.wait_for(|status| status.last_error.is_some()).await.unwrap().clone();
+    let failed = watches.status.wait_for(|status| status.failure.is_some()).await.unwrap().clone();
     assert!(!failed.connected);
 }
 
@@ -362,7 +400,7 @@ async fn losing_the_server_changes_nothing_but_the_status_and_it_is_found_again(
     rig.server.lock().unwrap().set("services", service("b", "10.96.0.2"));
     rig.watching().await;
     rig.watches.status.wait_for(|status| status.connected).await.unwrap();
-    assert!(rig.watches.status.borrow().last_error.is_some(), "kept for people");
+    assert_eq!(rig.watches.status.borrow().failure, None);
     rig.server.lock().unwrap().set("services", service("c", "10.96.0.3"));
     rig.until("c", |s| has(s, "c")).await;
     let _ = &rig.facts_tx;
@@ -377,7 +415,7 @@ async fn the_identity_is_written_once_with_a_merge_patch_of_the_own_node_only() 
     let public_key = weft_model::WgPublicKey([7; 32]);
     let mut identity = Identity { public_key, wireguard_port: 51820 };
     let due = identity.plan(&snapshot).plan;
-    let applied = Publisher::new(rig.client.clone()).apply(&due, Trust::Nothing).await;
+    let applied = Publisher::new(rig.access.clone()).apply(&due, Trust::Nothing).await;
     assert_eq!((applied.changed.len(), applied.failed), (1, vec![]));
     let annotations = json!({
         "weft.network/public-key": public_key.to_string(), "weft.network/wireguard-port": "51820",
@@ -390,4 +428,106 @@ async fn the_identity_is_written_once_with_a_merge_patch_of_the_own_node_only() 
     rig.server.lock().unwrap().set("nodes", node);
     let after = rig.until("the key", |s| s.own_node().is_some_and(|n| n.public_key.is_some())).await;
     assert_eq!(identity.plan(&after).plan, None);
+}
+
+impl Rig {
+    async fn until_status(&mut self, what: &str, holds: impl Fn(&ApiStatus) -> bool) -> ApiStatus {
+        let wait = self.watches.status.wait_for(|status| holds(status));
+        let found = tokio::time::timeout(Duration::from_secs(20), wait).await;
+        found.unwrap_or_else(|_| panic!("no status with {what}")).unwrap().clone()
+    }
+}
+
+#[tokio::test]
+async fn a_token_that_is_not_accepted_is_named_and_a_new_one_is_taken_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let token_file = folder.path().join("token");
+    std::fs::write(&token_file, "expired").unwrap();
+    let prepare = |server: &mut Server| {
+        server.token = Some("good");
+        server.set("services", service("a", "10.96.0.1"));
+    };
+    let mut rig = Rig::start_with_token(None, Some(token_file.clone()), prepare).await;
+    let refused = rig.until_status("a refusal", |status| status.failure.is_some()).await;
+    let expected = format!(
+        "API server http://{}: it does not accept the token of --token-file {} (Unauthorized); it expired or is of another \
+         cluster: the DaemonSet rotates that file, without it put a new token there; it is taken at once",
+        rig.address,
+        token_file.display()
+    );
+    assert_eq!(refused.refusal(), Some(expected));
+    assert_eq!(*rig.watches.snapshots.borrow(), None);
+    // As `kubectl create token` writes it.
+    std::fs::write(&token_file, "good\n").unwrap();
+    let replaced_at = Instant::now();
+    rig.until_status("a connection", |status| status.connected).await;
+    assert!(replaced_at.elapsed() < Duration::from_secs(5), "{:?}", replaced_at.elapsed());
+    rig.until("a", |s| has(s, "a")).await;
+}
+
+#[tokio::test]
+async fn a_token_that_expires_later_keeps_the_snapshot_and_a_new_one_mends_the_watches() {
+    let folder = tempfile::tempdir().unwrap();
+    let token_file = folder.path().join("token");
+    std::fs::write(&token_file, "first").unwrap();
+    let mut rig =
+        Rig::start_with_token(None, Some(token_file.clone()), |server| server.token = Some("first")).await;
+    rig.watching().await;
+    let before = rig.until("anything", |_| true).await;
+    {
+        let mut server = rig.server.lock().unwrap();
+        server.token = Some("second");
+        server.watchers.clear();
+    }
+    let lost = rig.until_status("the loss", |status| status.failure.is_some()).await;
+    assert_eq!(lost.failure, Some(ApiFailure::Unauthenticated("Unauthorized".to_owned())));
+    assert!(Arc::ptr_eq(&before, &rig.watches.snapshots.borrow().clone().unwrap()));
+    std::fs::write(&token_file, "second").unwrap();
+    rig.until_status("a connection", |status| status.connected).await;
+    rig.server.lock().unwrap().set("services", service("later", "10.96.0.3"));
+    rig.until("later", |s| has(s, "later")).await;
+}
+
+#[tokio::test]
+async fn a_right_that_is_missing_is_named_and_its_grant_is_noticed() {
+    let mut rig = Rig::start(None, |server| server.forbidden = Some("services")).await;
+    let refused = rig.until_status("a refusal", |status| status.failure.is_some()).await;
+    let expected = format!(
+        "API server http://{}: services is forbidden: User \"system:serviceaccount:default:other\" cannot list resource \
+         \"services\" in API group \"\" at the cluster scope; grant it with 'weft manifests | kubectl apply -f -'",
+        rig.address
+    );
+    assert_eq!(refused.refusal(), Some(expected));
+    rig.server.lock().unwrap().forbidden = None;
+    let mended = rig.until_status("a connection", |status| status.connected).await;
+    assert_eq!(mended.failure, None);
+}
+
+#[tokio::test]
+async fn the_version_is_asked_when_the_connection_comes_to_be_and_again_when_it_is_back() {
+    let mut rig = Rig::start(None, |server| server.minor = Some("29")).await;
+    let old = rig.until_status("a version", |status| status.version.is_some()).await;
+    let refusal = old.version.unwrap().refusal(&old.server);
+    let expected = format!(
+        "API server http://{} is of Kubernetes v1.29.0, Weft needs 1.30 or newer: upgrade the control plane",
+        rig.address
+    );
+    assert_eq!(refusal, Some(expected));
+    rig.watching().await;
+    rig.serving = TaskGroup::new();
+    rig.server.lock().unwrap().watchers.clear();
+    rig.until_status("the loss", |status| !status.connected).await;
+    rig.server.lock().unwrap().minor = Some("30");
+    let listener = tokio::net::TcpListener::bind(rig.address).await.unwrap();
+    serve(&mut rig.serving, &rig.server, listener);
+    let new = ServerVersion::Supported("v1.30.0".to_owned());
+    rig.until_status("the new version", |status| status.version.as_ref() == Some(&new)).await;
+}
+
+#[tokio::test]
+async fn a_version_that_cannot_be_read_is_no_error() {
+    let mut rig = Rig::start(None, |server| server.minor = Some("?")).await;
+    let status = rig.until_status("a version", |status| status.version.is_some()).await;
+    assert!(status.connected && status.failure.is_none());
+    assert_eq!(status.version.unwrap().refusal(&status.server), None);
 }

@@ -188,14 +188,14 @@ fn of_two_nodes_that_claim_the_same_the_older_keeps_it() {
         thief(|node| node.pod_cidrs[0] = "10.42.2.128/25".parse().unwrap()),
         [
             "Node node-9: Conflict: podCIDR 10.42.2.128/25 belongs to the older Node node-2; this Node is left out of \
-         the overlay"
+             the overlay until one of the two is deleted or claims another"
         ]
     );
     assert_eq!(
         thief(|node| node.internal_ips[1] = "2001:db8::2".parse().unwrap()),
         [
             "Node node-9: Conflict: InternalIP 2001:db8::2 belongs to the older Node node-2; this Node is left out of \
-         the overlay"
+             the overlay until one of the two is deleted or claims another"
         ]
     );
     let key = WgPublicKey([2; 32]);
@@ -203,7 +203,7 @@ fn of_two_nodes_that_claim_the_same_the_older_keeps_it() {
         thief(|node| node.public_key = Some(WgPublicKey([2; 32]))),
         [format!(
             "Node node-9: Conflict: public key {key} belongs to the older Node node-2; this Node is left out of the \
-         overlay"
+             overlay until one of the two is deleted or claims another"
         )]
     );
 }

@@ -198,3 +198,45 @@ fn a_node_that_is_not_registered_has_no_node_ports_and_says_so() {
     assert_eq!(planned.problems.len(), 1);
     assert_eq!(planned.problems[0].object.to_string(), "Node node-a");
 }
+
+fn in_namespace(namespace: &str, service: Service) -> Service {
+    Service { key: ServiceKey::new(namespace, &service.key.name), ..service }
+}
+
+#[test]
+fn an_address_outside_the_service_range_is_named_with_the_flag() {
+    let services = vec![service("a", "10.96.0.1", None), service("b", "192.168.9.9", None)];
+    let planned = ProxyPlanner::default().plan(&cluster(services, vec![]));
+    let named: Vec<String> = planned.problems.iter().map(ToString::to_string).collect();
+    let expected = "Service default/b: InvalidField: spec.clusterIPs 192.168.9.9 is outside --service-cidr 10.96.0.0/12; give \
+                    every agent the --service-cluster-ip-range of kube-apiserver as --service-cidr";
+    assert_eq!(named, [expected]);
+}
+
+#[test]
+fn a_wrong_service_range_is_said_once_and_not_for_every_service() {
+    let services = |ip: &str| vec![service("kubernetes", ip, None), service("a", "10.43.0.7", None)];
+    let mut planner = ProxyPlanner::default();
+    let planned = planner.plan(&cluster(services("10.43.0.1"), vec![]));
+    let named: Vec<String> = planned.problems.iter().map(|problem| problem.object.to_string()).collect();
+    assert_eq!(named, ["Service default/kubernetes"]);
+    let planned = planner.plan(&cluster(services("10.96.0.1"), vec![]));
+    let named: Vec<String> = planned.problems.iter().map(|problem| problem.object.to_string()).collect();
+    assert_eq!(named, ["Service default/a"]);
+}
+
+#[test]
+fn a_dns_service_at_another_address_than_the_flag_is_named() {
+    let dns = in_namespace("kube-system", service("kube-dns", "10.96.0.10", None));
+    let mut snapshot = cluster(vec![dns], vec![]);
+    let said = |snapshot: &Snapshot| -> Vec<String> {
+        ProxyPlanner::default().plan(snapshot).problems.iter().map(ToString::to_string).collect()
+    };
+    Arc::make_mut(&mut snapshot.config).cluster_dns = vec!["10.96.0.11".parse().unwrap()];
+    let expected = "Service kube-system/kube-dns: InvalidField: spec.clusterIPs 10.96.0.10 is not --cluster-dns 10.96.0.11: \
+                    pods may ask an address that Weft does not answer on; give every agent the clusterDNS of the kubelets as \
+                    --cluster-dns";
+    assert_eq!(said(&snapshot), [expected]);
+    Arc::make_mut(&mut snapshot.config).cluster_dns.push("10.96.0.10".parse().unwrap());
+    assert_eq!(said(&snapshot), [""; 0]);
+}
