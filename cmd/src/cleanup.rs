@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, ensure};
 use clap::Args;
 use weft_model::constants::TABLE_PROXY;
-use weft_netstack::cni::{self, conflist};
+use weft_netstack::cni::{self, conflist, loopback};
 use weft_netstack::kernel::netns::Rtnetlink;
 use weft_netstack::kernel::nft::NftTable;
 use weft_netstack::overlay;
@@ -78,6 +78,10 @@ impl Outcome {
 async fn remove(args: &CleanupArgs) -> anyhow::Result<Outcome> {
     let mut outcome = Outcome::default();
     outcome.note("CNI configuration", conflist::remove(&args.cni_conf_dir));
+    let loopback = args.cni_bin_dir.join(loopback::PLUGIN);
+    if std::fs::read_link(&loopback).is_ok_and(|target| target == Path::new("weft")) {
+        outcome.note(&format!("{}", loopback.display()), files::remove(&loopback));
+    }
     let plugin = args.cni_bin_dir.join("weft");
     outcome.note(&format!("{}", plugin.display()), files::remove(&plugin));
 

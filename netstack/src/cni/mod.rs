@@ -20,6 +20,7 @@ pub mod conflist;
 mod del;
 pub mod ipam;
 mod lock;
+pub mod loopback;
 mod node;
 pub mod plan;
 pub mod plugin;

@@ -1,5 +1,6 @@
 //! The short-lived process that a container runtime starts: environment and standard input in, one exchange with the
-//! agent over its Unix socket, one JSON object out. No runtime and no threads, so that it starts in a millisecond.
+//! agent over its Unix socket, one JSON object out. No runtime and no threads, so that it starts in a millisecond. Called as
+//! `loopback`, it does without the agent.
 //!
 //! Source: CNI specification 1.1.0, "Section 2: Execution Protocol".
 
@@ -10,6 +11,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use super::loopback;
 use super::wire::{CniError, CniRequest, Code, NEWEST_VERSION, SUPPORTED_VERSIONS, parse_args, versions};
 
 /// Where the agent listens when the configuration has no `socket`.
@@ -82,12 +84,16 @@ fn command(
         let msg = format!("{verb} needs {} in the environment", missing.join(", "));
         return Err(CniError::new(Code::InvalidEnvironment, msg).into());
     }
+    let config = config?;
+    if config.get("type").and_then(Value::as_str) == Some(loopback::PLUGIN) {
+        return Ok(loopback::execute(&verb, &variable("CNI_NETNS"), &config)?);
+    }
     let request = CniRequest {
         container_id: variable("CNI_CONTAINERID"),
         ifname: variable("CNI_IFNAME"),
         netns: variable("CNI_NETNS"),
         args: parse_args(&variable("CNI_ARGS"))?,
-        config: config?,
+        config,
     };
     request.version()?;
     let socket = request.config.get("socket").and_then(Value::as_str).unwrap_or(DEFAULT_SOCKET);
