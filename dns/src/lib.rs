@@ -68,8 +68,8 @@ pub struct Dns {
     pub stats: Arc<Stats>,
 }
 
-/// Opens the sockets on the configuration's cluster DNS addresses and answers at once: SERVFAIL for names of the
-/// cluster until the first plan is applied, everything else from the host's resolvers. An address that cannot be
+/// Opens the sockets on the configuration's cluster DNS addresses and answers at once: what is asked for a name of
+/// the cluster waits for the first plan, three seconds at most (then SERVFAIL), everything else comes from the host's resolvers. An address that cannot be
 /// opened is logged here and tried again, and reported, with every failing pass of the loop.
 ///
 /// Needs a tokio runtime: the sockets' tasks end when the applier is dropped.

@@ -11,6 +11,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use hickory_proto::op::{Edns, Message, MessageType, Metadata, OpCode, ResponseCode};
 use hickory_proto::rr::rdata::{A, AAAA, CNAME, NS, PTR, SOA, SRV, TXT};
@@ -20,6 +21,7 @@ use hickory_server::net::runtime::Time;
 use hickory_server::net::xfer::Protocol;
 use hickory_server::server::{Request, RequestHandler, ResponseHandler, ResponseInfo};
 use hickory_server::zone_handler::MessageResponseBuilder;
+use tokio::sync::Semaphore;
 use weft_netstack::reconcile::chain;
 
 use crate::answer::{Answer, Local, Question, Soa, SoaPlace};
@@ -36,12 +38,19 @@ const PLAIN_UDP_BYTES: u16 = 512;
 /// An OPT record without options (RFC 6891 section 6.1.2).
 const OPT_BYTES: usize = 11;
 
+/// How long a question for a name of the cluster waits for the first plan, as after a restart: short enough to be answered
+/// before the client asks again (glibc: 5 s).
+const HOLD: Duration = Duration::from_secs(3);
+/// So many may wait; the others hear SERVFAIL.
+const MOST_HELD: usize = 1024;
+
 /// What every socket shares.
 pub(crate) struct Resolver {
     store: Arc<Store>,
     forwarder: Arc<Forwarder>,
     stats: Arc<Stats>,
     turn: AtomicUsize,
+    holding: Semaphore,
 }
 
 /// Sections of an answer, before they are cut to the client's size.
@@ -91,7 +100,7 @@ fn admit(request: &Request) -> Result<(Question, Outside), ResponseCode> {
 
 impl Resolver {
     pub(crate) fn new(store: Arc<Store>, forwarder: Arc<Forwarder>, stats: Arc<Stats>) -> Self {
-        Self { store, forwarder, stats, turn: AtomicUsize::new(0) }
+        Self { store, forwarder, stats, turn: AtomicUsize::new(0), holding: Semaphore::new(MOST_HELD) }
     }
 
     async fn reply(&self, request: &Request) -> Reply {
@@ -100,11 +109,21 @@ impl Resolver {
             Err(code) => return Reply::failed(&request.metadata, code),
         };
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        match self.store.answer(&question, turn) {
+        let mut answer = self.store.answer(&question, turn);
+        if matches!(answer, Answer::NotReady) && self.became_ready().await {
+            answer = self.store.answer(&question, turn);
+        }
+        match answer {
             Answer::Local(local) => self.local(request, local, outside).await,
             Answer::Elsewhere => self.forwarded(request, &outside).await,
             Answer::NotReady | Answer::AliasLoop => Reply::failed(&request.metadata, ResponseCode::ServFail),
         }
+    }
+
+    /// Waits for the first plan; false when it did not come in time, or too many wait.
+    async fn became_ready(&self) -> bool {
+        let Ok(_place) = self.holding.try_acquire() else { return false };
+        tokio::time::timeout(HOLD, self.store.until_ready()).await.is_ok()
     }
 
     async fn local(&self, request: &Request, local: Local, outside: Outside) -> Reply {

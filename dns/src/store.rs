@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use hickory_proto::rr::RecordType;
+use tokio::sync::Notify;
 
 use crate::answer::{Answer, Local, MAX_ALIASES, Question, Soa, SoaPlace};
 use crate::diff::{Change, changed_groups};
@@ -27,6 +28,7 @@ pub struct Store {
     table: RwLock<Table>,
     /// A whole plan has been written since the zones were last changed.
     ready: AtomicBool,
+    became_ready: Notify,
 }
 
 #[derive(Default)]
@@ -77,6 +79,14 @@ impl Store {
         self.ready.load(Ordering::Acquire)
     }
 
+    /// Returns once [`Store::is_ready`].
+    pub async fn until_ready(&self) {
+        let notified = self.became_ready.notified();
+        if !self.is_ready() {
+            notified.await;
+        }
+    }
+
     /// Brings the table from `old` (what the caller wrote last) to `plan`. Returns one line for each changed group.
     /// New and changed names come first, so that a name that moves between groups is never missing.
     pub fn write(&self, old: &Groups, plan: &DnsPlan) -> Vec<String> {
@@ -91,6 +101,7 @@ impl Store {
         let written: Vec<usize> = changes.iter().map(|change| self.write_names(change)).collect();
         let removed: Vec<usize> = changes.iter().map(|change| self.remove_names(change)).collect();
         self.ready.store(true, Ordering::Release);
+        self.became_ready.notify_waiters();
         let line = |((change, written), removed): ((&Change<'_>, usize), usize)| match (written, removed) {
             (0, 0) => None,
             (written, 0) => Some(format!("{}: {written} names", change.key)),

@@ -105,16 +105,25 @@ fn sockets_open_before_the_address_is_local_and_answer_once_it_is() {
 }
 
 #[test]
-fn before_the_first_plan_cluster_names_fail_and_others_are_forwarded() {
+fn before_the_first_plan_cluster_names_wait_for_it_and_others_are_forwarded() {
     in_namespace(|place| {
         let _upstream = Upstream::start("127.0.0.2", Manner::Plain, example());
         place.nameservers(&["127.0.0.2"]);
         place.route_cluster_dns();
         place.start();
-        assert!(dig("web.default.svc.cluster.local").contains("status: SERVFAIL"));
-        assert!(dig("-x 10.43.0.80").contains("status: SERVFAIL"));
+        assert!(
+            dig("+time=5 web.default.svc.cluster.local").contains("status: SERVFAIL"),
+            "there is no plan"
+        );
         assert_eq!(dig_short("www.example.com"), ["192.0.2.80"]);
-        place.apply(&zoo());
+        std::thread::scope(|scope| {
+            let asked = scope.spawn(|| dig_short("+time=5 +tries=1 web.default.svc.cluster.local"));
+            let reverse = scope.spawn(|| dig_short("+time=5 +tries=1 -x 10.43.0.80"));
+            std::thread::sleep(Duration::from_millis(500));
+            place.apply(&zoo());
+            assert_eq!(asked.join().unwrap(), ["10.43.0.80"]);
+            assert_eq!(reverse.join().unwrap(), ["web.default.svc.cluster.local."]);
+        });
         assert_eq!(dig_short("web.default.svc.cluster.local"), ["10.43.0.80"]);
     });
 }

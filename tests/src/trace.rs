@@ -263,7 +263,10 @@ impl<'a, R: Routes> Run<'a, R> {
             Field::InputLink => Datum::Name(self.input.clone()?),
             Field::OutputLink => Datum::Name(self.output.clone()?),
             Field::RandomModulo(count) => Datum::Index(self.random % count),
-            Field::Icmp6Type => return None,
+            Field::Icmp4Type
+            | Field::Icmp4ErrorDestination
+            | Field::Icmp6Type
+            | Field::Icmp6ErrorDestination => return None,
         })
     }
 

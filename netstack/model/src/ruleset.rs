@@ -190,6 +190,13 @@ pub enum Field {
     InputLink,
     /// `meta oifname`.
     OutputLink,
+    /// `icmp type`; implies `meta l4proto icmp`.
+    Icmp4Type,
+    /// In an ICMP error, the destination of the packet that it is about; nft has no name for it, and it implies nothing:
+    /// [`Field::Icmp4Type`] comes before it.
+    Icmp4ErrorDestination,
+    /// The same in an ICMPv6 error.
+    Icmp6ErrorDestination,
     /// `icmpv6 type`; implies `meta l4proto icmpv6`.
     Icmp6Type,
     /// `numgen random mod N`; as an element of a key it matches [`Datum::Index`].
@@ -212,6 +219,7 @@ pub enum Datum {
     Name(String),
     /// `iifname "weftp*"`.
     NamePrefix(String),
+    Icmp4Type(u8),
     Icmp6Type(u8),
     /// Result of `numgen`.
     Index(u32),

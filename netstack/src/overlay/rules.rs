@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  raw-prerouting (-300)  from the underlay with a pod's source: drop;  cluster DNS: notrack
-//!  raw-output     (-300)  cluster DNS: notrack
+//!  raw-output     (-300)  cluster DNS: notrack; that its port is closed: drop
 //!  masquerade       (95)  own pod -> outside: masquerade
 //!  underlay-out    (300)  to the underlay with a pod's source or destination: drop
 //! ```
@@ -35,6 +35,10 @@ struct Family {
     key: KeyType,
     source: Field,
     destination: Field,
+    icmp: Field,
+    icmp_error_destination: Field,
+    /// Type "destination unreachable" (RFC 792, RFC 4443).
+    unreachable: Datum,
 }
 
 const V4: Family = Family {
@@ -43,6 +47,9 @@ const V4: Family = Family {
     key: KeyType::Ipv4Address,
     source: Field::Ip4Source,
     destination: Field::Ip4Destination,
+    icmp: Field::Icmp4Type,
+    icmp_error_destination: Field::Icmp4ErrorDestination,
+    unreachable: Datum::Icmp4Type(3),
 };
 const V6: Family = Family {
     cluster: "cluster6",
@@ -50,6 +57,9 @@ const V6: Family = Family {
     key: KeyType::Ipv6Address,
     source: Field::Ip6Source,
     destination: Field::Ip6Destination,
+    icmp: Field::Icmp6Type,
+    icmp_error_destination: Field::Icmp6ErrorDestination,
+    unreachable: Datum::Icmp6Type(1),
 };
 
 fn family_of(address: IpAddr) -> &'static Family {
@@ -65,11 +75,13 @@ pub(super) fn table(config: &ClusterConfig, nodes: &[Accepted<'_>], own_pod_cidr
     }
     let mut raw_prerouting: Vec<Rule> = [&V4, &V6].map(from_underlay).into();
     raw_prerouting.extend(dns_rules(config));
+    let mut raw_output = dns_rules(config);
+    raw_output.extend(config.cluster_dns.iter().map(|address| dns_silence(*address)));
     let underlay_out = [&V4, &V6].iter().flat_map(|family| to_underlay(family)).collect();
     let masquerade = own_pod_cidrs.iter().map(masquerade).collect();
     let chains = [
         ("raw-prerouting", ChainKind::Filter, Hook::Prerouting, PRIORITY_RAW, raw_prerouting),
-        ("raw-output", ChainKind::Filter, Hook::Output, PRIORITY_RAW, dns_rules(config)),
+        ("raw-output", ChainKind::Filter, Hook::Output, PRIORITY_RAW, raw_output),
         ("masquerade", ChainKind::Nat, Hook::Postrouting, PRIORITY_SNAT, masquerade),
         ("underlay-out", ChainKind::Filter, Hook::Postrouting, PRIORITY_LAST, underlay_out),
     ];
@@ -171,6 +183,19 @@ fn dns_rules(config: &ClusterConfig) -> Vec<Rule> {
         }
     }
     rules
+}
+
+/// While the agent restarts nobody listens on the address. A resolver that is told so gives up at once; one that hears nothing
+/// asks again. The error's own source is the address in IPv4 only.
+fn dns_silence(address: IpAddr) -> Rule {
+    let family = family_of(address);
+    let statements = vec![
+        equals(family.icmp, family.unreachable.clone()),
+        equals(family.icmp_error_destination, Datum::Ip(address)),
+        Statement::Counter,
+        Statement::Verdict(Verdict::Drop),
+    ];
+    Rule::new(statements).comment("a restarting resolver is asked again")
 }
 
 fn equals(field: Field, value: Datum) -> Statement {

@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 pub use api::Api;
 pub use inside::inside;
 pub use process::Process;
-pub use query::dig;
+pub use query::{dig, dns_answers};
 
 /// Name of the Node object.
 pub const NODE: &str = "n1";

@@ -1,6 +1,18 @@
-//! Questions to a DNS server, asked by dig.
+//! Questions to a DNS server, asked by dig; whether one answers at all.
 
+use std::net::UdpSocket;
 use std::process::Command;
+use std::time::Duration;
+
+/// Whether anything comes back within a tenth of a second for a query of `cluster.local` (RFC 1035, section 4.1).
+pub fn dns_answers(server: &str) -> bool {
+    const QUERY: &[u8] = b"\0\x07\0\0\0\x01\0\0\0\0\0\0\x07cluster\x05local\0\0\x06\0\x01";
+    let local = if server.contains(':') { "[::]:0" } else { "0.0.0.0:0" };
+    let socket = UdpSocket::bind(local).expect("make a UDP socket");
+    socket.set_read_timeout(Some(Duration::from_millis(100))).expect("set a time limit");
+    socket.connect((server, 53)).and_then(|()| socket.send(QUERY)).is_ok()
+        && socket.recv(&mut [0; 512]).is_ok()
+}
 
 /// The answers to `name`/`kind` from `server`, sorted; empty when none came within a second.
 pub fn dig(server: &str, name: &str, kind: &str) -> Vec<String> {

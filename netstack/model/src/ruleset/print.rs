@@ -146,6 +146,11 @@ impl Display for Rule {
 impl Display for Statement {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Match {
+                field: field @ (Field::Icmp4ErrorDestination | Field::Icmp6ErrorDestination),
+                negated,
+                value: Datum::Ip(address),
+            } => write!(f, "{field} {}{:#x}", not(*negated), as_number(*address)),
             Self::Match { field, negated, value } => write!(f, "{field} {}{value}", not(*negated)),
             Self::MarkIs { mask, value } => write!(f, "meta mark & {mask:#010x} == {value:#010x}"),
             Self::Lookup { key, negated, set } => {
@@ -227,6 +232,14 @@ impl Display for CtState {
     }
 }
 
+/// nft knows no addresses where it knows no field.
+fn as_number(address: IpAddr) -> u128 {
+    match address {
+        IpAddr::V4(address) => u128::from(address.to_bits()),
+        IpAddr::V6(address) => address.to_bits(),
+    }
+}
+
 impl Display for Field {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -240,6 +253,9 @@ impl Display for Field {
             Self::DestinationPort => "th dport",
             Self::InputLink => "iifname",
             Self::OutputLink => "oifname",
+            Self::Icmp4Type => "icmp type",
+            Self::Icmp4ErrorDestination => "@th,192,32",
+            Self::Icmp6ErrorDestination => "@th,256,128",
             Self::Icmp6Type => "icmpv6 type",
             Self::RandomModulo(modulus) => return write!(f, "numgen random mod {modulus}"),
         })
@@ -271,6 +287,10 @@ impl Display for Datum {
             Self::Port(port) => port.fmt(f),
             Self::Name(name) => write!(f, "\"{name}\""),
             Self::NamePrefix(prefix) => write!(f, "\"{prefix}*\""),
+            Self::Icmp4Type(kind) => match icmp4_name(*kind) {
+                Some(name) => f.write_str(name),
+                None => kind.fmt(f),
+            },
             Self::Icmp6Type(kind) => match icmp6_name(*kind) {
                 Some(name) => f.write_str(name),
                 None => kind.fmt(f),
@@ -278,6 +298,17 @@ impl Display for Datum {
             Self::Index(index) => index.fmt(f),
         }
     }
+}
+
+/// nft's names (RFC 792).
+fn icmp4_name(kind: u8) -> Option<&'static str> {
+    Some(match kind {
+        0 => "echo-reply",
+        3 => "destination-unreachable",
+        8 => "echo-request",
+        11 => "time-exceeded",
+        _ => return None,
+    })
 }
 
 /// nft's names (RFC 4443, RFC 4861).

@@ -49,7 +49,9 @@ impl Packed {
             Datum::Ip(address) => self.push_address(*address),
             Datum::Net(net) => self.push_address(net.network()),
             Datum::Protocol(protocol) => self.push(&[protocol.number()]),
-            Datum::ProtocolNumber(number) | Datum::Icmp6Type(number) => self.push(&[*number]),
+            Datum::ProtocolNumber(number) | Datum::Icmp4Type(number) | Datum::Icmp6Type(number) => {
+                self.push(&[*number])
+            }
             Datum::Ipv6(ipv6) => self.push(&[if *ipv6 { NFPROTO_IPV6 } else { NFPROTO_IPV4 }]),
             Datum::Port(port) => self.push(&port.to_be_bytes()),
             Datum::Name(name) => {

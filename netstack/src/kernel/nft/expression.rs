@@ -40,6 +40,7 @@ const RANDOM_FULLY: u32 = 0x10;
 const REJECT_TCP_RESET: u32 = 1;
 const REJECT_ICMPX: u32 = 2;
 const ICMPX_PORT_UNREACHABLE: u8 = 1;
+const IPPROTO_ICMP: u8 = 1;
 const IPPROTO_ICMPV6: u8 = 58;
 const NETWORK_HEADER: u32 = 1;
 const TRANSPORT_HEADER: u32 = 2;
@@ -179,6 +180,7 @@ impl Encoder<'_> {
         match field {
             Field::Ip4Source | Field::Ip4Destination => self.require_family(false),
             Field::Ip6Source | Field::Ip6Destination => self.require_family(true),
+            Field::Icmp4Type => self.require_protocol(IPPROTO_ICMP),
             Field::Icmp6Type => self.require_protocol(IPPROTO_ICMPV6),
             _ => {}
         }
@@ -209,7 +211,10 @@ impl Encoder<'_> {
             Field::DestinationPort => self.payload(TRANSPORT_HEADER, 2, 2, register),
             Field::InputLink => self.meta(META_IIFNAME, register),
             Field::OutputLink => self.meta(META_OIFNAME, register),
-            Field::Icmp6Type => self.payload(TRANSPORT_HEADER, 0, 1, register),
+            // Eight bytes of ICMP, then the packet's own header (RFC 792, RFC 4443).
+            Field::Icmp4ErrorDestination => self.payload(TRANSPORT_HEADER, 8 + 16, 4, register),
+            Field::Icmp6ErrorDestination => self.payload(TRANSPORT_HEADER, 8 + 24, 16, register),
+            Field::Icmp4Type | Field::Icmp6Type => self.payload(TRANSPORT_HEADER, 0, 1, register),
             Field::RandomModulo(modulus) => self.expression("numgen", |w| {
                 w.be32(1, register);
                 w.be32(2, modulus);
@@ -359,7 +364,11 @@ fn port_register(ipv6: bool) -> u32 {
 
 fn field_registers(field: Field) -> u32 {
     match field {
-        Field::Ip6Source | Field::Ip6Destination | Field::InputLink | Field::OutputLink => 4,
+        Field::Ip6Source
+        | Field::Ip6Destination
+        | Field::Icmp6ErrorDestination
+        | Field::InputLink
+        | Field::OutputLink => 4,
         _ => 1,
     }
 }

@@ -51,6 +51,18 @@ fn filter_rules() -> Vec<Listed> {
             "oifname != \"weftp*\" accept",
         ),
         (
+            vec![matches(Field::Icmp4Type, Datum::Icmp4Type(3)), accept()],
+            "icmp type destination-unreachable accept",
+        ),
+        (
+            vec![matches(Field::Icmp4ErrorDestination, ip("10.96.0.10")), accept()],
+            "@th,192,32 0xa60000a accept",
+        ),
+        (
+            vec![matches(Field::Icmp6ErrorDestination, ip("fd00::a")), accept()],
+            "@th,256,128 0xfd00000000000000000000000000000a accept",
+        ),
+        (
             vec![matches(Field::Icmp6Type, Datum::Icmp6Type(135)), accept()],
             "icmpv6 type nd-neighbor-solicit accept",
         ),
