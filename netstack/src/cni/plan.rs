@@ -29,12 +29,29 @@ pub fn plan(snapshot: &Snapshot) -> Planned<PodLinks> {
         true => {
             problem("spec.podCIDRs is empty; pods cannot be attached until the controller manager fills it")
         }
-        false => Vec::new(),
+        false => stranded(snapshot, &node.pod_cidrs),
     };
     Planned::new(
         PodLinks { pod_cidrs: node.pod_cidrs.clone(), sources: node.primary_ips().collect() },
         problems,
     )
+}
+
+/// Pods from before the Node was made anew with another podCIDR: they run, and nobody else has a route to them.
+fn stranded(snapshot: &Snapshot, pod_cidrs: &[IpNet]) -> Vec<Problem> {
+    let ranges: Vec<String> = pod_cidrs.iter().map(ToString::to_string).collect();
+    let outside = |ip: &&IpAddr| !pod_cidrs.iter().any(|cidr| cidr.contains(*ip));
+    let pods = snapshot.local_pods.values().filter(|pod| !pod.host_network && !pod.terminated);
+    pods.filter_map(|pod| Some((pod, pod.ips.iter().find(outside)?)))
+        .map(|(pod, ip)| {
+            let message = format!(
+                "address {ip} is in no podCIDR of this Node ({}), which changed: other nodes do not reach it; delete the pod so \
+                 that it gets another",
+                ranges.join(", ")
+            );
+            Problem::new(ObjectRef::new("Pod", &pod.key.namespace, &pod.key.name), Reason::Conflict, message)
+        })
+        .collect()
 }
 
 /// [`plan`] for a [`crate::reconcile::Loop`].
@@ -46,5 +63,51 @@ impl Planner for PodLinksPlanner {
 
     fn plan(&mut self, snapshot: &Snapshot) -> Planned<PodLinks> {
         plan(snapshot)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::sync::Arc;
+
+    use weft_model::PodKey;
+    use weft_model::objects::Pod;
+
+    use super::*;
+    use crate::cni::tests::rig::snapshot;
+
+    fn pod(name: &str, ip: &str) -> Pod {
+        Pod {
+            key: PodKey::new("default", name),
+            uid: String::new(),
+            labels: BTreeMap::new(),
+            node: None,
+            host_network: false,
+            ips: vec![ip.parse().unwrap()],
+            hostname: None,
+            subdomain: None,
+            terminated: false,
+        }
+    }
+
+    #[test]
+    fn a_pod_whose_address_is_of_a_former_range_is_named() {
+        let pods = [
+            pod("of-now", "10.42.1.5"),
+            pod("stranded", "10.42.7.5"),
+            Pod { host_network: true, ..pod("host", "192.0.2.1") },
+            Pod { terminated: true, ..pod("over", "10.42.7.6") },
+        ];
+        let pods: BTreeMap<_, _> = pods.map(|pod| (pod.key.clone(), Arc::new(pod))).into();
+        let snapshot = Snapshot { local_pods: Arc::new(pods), ..snapshot(&["10.42.1.0/24"]) };
+        let said: Vec<String> = plan(&snapshot).problems.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            said,
+            [
+                "Pod default/stranded: Conflict: address 10.42.7.5 is in no podCIDR of this Node (10.42.1.0/24), which changed: \
+              other nodes do not reach it; delete the pod so that it gets another"
+            ]
+        );
     }
 }

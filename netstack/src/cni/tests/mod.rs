@@ -4,5 +4,5 @@
 mod attach;
 mod faults;
 mod reconcile;
-mod rig;
+pub(in crate::cni) mod rig;
 mod spoof;

@@ -86,7 +86,7 @@ impl Rig {
     }
 }
 
-pub(super) fn snapshot(pod_cidrs: &[&str]) -> Snapshot {
+pub(in crate::cni) fn snapshot(pod_cidrs: &[&str]) -> Snapshot {
     let name = NodeName::from("n1");
     let node = Node {
         name: name.clone(),
