@@ -132,6 +132,13 @@ impl Server {
         }
     }
 
+    /// Requests that are neither watches nor the question for the version.
+    fn lists(&self) -> impl Iterator<Item = &String> {
+        self.requests
+            .iter()
+            .filter(|request| !request.contains("watch=true") && !request.contains("/version"))
+    }
+
     fn count(&self, part: &str) -> usize {
         self.requests.iter().filter(|request| request.contains(part)).count()
     }
@@ -236,7 +243,7 @@ async fn the_first_snapshot_comes_when_every_watch_has_listed_and_asks_only_for_
     assert_eq!(first.generation, Generation(1));
     assert!(has(&first, "a") && !first.from_store);
     let server = rig.server.lock().unwrap();
-    let lists: Vec<&String> = server.requests.iter().filter(|r| !r.contains("watch=true")).collect();
+    let lists: Vec<&String> = server.lists().collect();
     assert_eq!(lists.len(), 5);
     assert!(
         lists.iter().any(|list| list.starts_with("/api/v1/pods?") && list.contains("spec.nodeName%3Dn1"))
@@ -314,13 +321,12 @@ async fn a_broken_watch_resumes_without_a_list() {
     let mut rig = Rig::start(None, |_| ()).await;
     rig.watching().await;
     rig.until("anything", |_| true).await;
-    let lists = |server: &Server| server.requests.iter().filter(|r| !r.contains("watch=true")).count();
-    let before = lists(&rig.server.lock().unwrap());
+    let before = rig.server.lock().unwrap().lists().count();
     rig.server.lock().unwrap().watchers.clear();
     rig.watching().await;
     rig.server.lock().unwrap().set("services", service("late", "10.96.0.1"));
     rig.until("late", |s| has(s, "late")).await;
-    assert_eq!(lists(&rig.server.lock().unwrap()), before);
+    assert_eq!(rig.server.lock().unwrap().lists().count(), before);
 }
 
 #[tokio::test]
@@ -484,6 +490,7 @@ async fn a_token_that_expires_later_keeps_the_snapshot_and_a_new_one_mends_the_w
     assert!(Arc::ptr_eq(&before, &rig.watches.snapshots.borrow().clone().unwrap()));
     std::fs::write(&token_file, "second").unwrap();
     rig.until_status("a connection", |status| status.connected).await;
+    rig.watching().await;
     rig.server.lock().unwrap().set("services", service("later", "10.96.0.3"));
     rig.until("later", |s| has(s, "later")).await;
 }
