@@ -1,4 +1,4 @@
-//! A current kubectl against the server. `tests/tools/build-kubectl.sh` builds it when it is not there yet.
+//! A current kubectl against the server. `tests/tools/build-kubernetes.sh` builds it when it is not there yet.
 
 #![allow(clippy::unwrap_used)] // tests
 
@@ -18,10 +18,10 @@ struct Kubectl {
 
 impl Kubectl {
     fn new(world: &World) -> Self {
-        let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/tools/build-kubectl.sh");
-        let output = Command::new("sh").arg(&script).stderr(Stdio::inherit()).output().unwrap();
+        let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/tools/build-kubernetes.sh");
+        let output = Command::new(&script).args(["", "kubectl"]).stderr(Stdio::inherit()).output().unwrap();
         assert!(output.status.success(), "{} failed", script.display());
-        let binary = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim());
+        let binary = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim()).join("kubectl");
         Self { binary, kubeconfig: world.kubeconfig(), home: world.directory.path().join("home") }
     }
 
