@@ -20,6 +20,7 @@ mod expand;
 mod kubelet;
 mod lifecycle;
 mod link;
+mod load;
 mod machine;
 mod namespace;
 mod netexec;
@@ -114,6 +115,8 @@ enum LabCommand {
         #[arg(default_value = "8080")]
         ports: Vec<u16>,
     },
+    /// Ask HTTP URLs all the time and count the failures, for pods
+    Load(load::LoadArgs),
     #[command(hide = true)]
     Machine { name: String },
     #[command(hide = true)]
@@ -124,7 +127,7 @@ enum LabCommand {
 
 /// Runs a `weft lab` command. Commands that run a command of the user end with its exit code.
 pub(crate) fn run(args: LabArgs) -> anyhow::Result<()> {
-    if !matches!(args.command, LabCommand::Netexec { .. }) {
+    if !matches!(args.command, LabCommand::Netexec { .. } | LabCommand::Load(_)) {
         ensure!(
             nix::unistd::geteuid().is_root(),
             "the lab makes network namespaces and needs root: use sudo"
@@ -146,6 +149,7 @@ pub(crate) fn run(args: LabArgs) -> anyhow::Result<()> {
         LabCommand::StartApi => shell::start_api(),
         LabCommand::Logs { machine, process } => shell::print_logs(&machine, process.as_deref()),
         LabCommand::Netexec { ports } => netexec::run(&ports),
+        LabCommand::Load(args) => load::run(&args),
         LabCommand::Machine { name } => machine::run(&name),
         LabCommand::Pod { directory } => end_with(pod::run(&directory)?),
         LabCommand::Api => api::run(),
