@@ -1,5 +1,5 @@
 # The commands of README.md. Each installs what it needs from Debian's packages (scripts/need).
-.PHONY: build debug lab test check bench clean
+.PHONY: build debug image lab cluster cluster-down test check bench clean
 
 HOST := $(shell rustc -vV | sed -n 's/^host: //p')
 WEFT := target/$(HOST)/release/weft
@@ -17,6 +17,19 @@ lab: build
 	$(WEFT) lab up
 	$(WEFT) lab tour
 
+# What the DaemonSet of `weft manifests` runs, for a registry or `ctr -n k8s.io image import`.
+image: build
+	scripts/image-of-weft $(WEFT) target/weft-image.tar
+	@echo target/weft-image.tar
+
+cluster: build
+	@scripts/need cluster
+	tests/cluster/up $(WEFT)
+	@echo "try: tests/cluster/kubectl get pods -A -o wide; tests/cluster/exec node1 weft status; make cluster-down"
+
+cluster-down:
+	tests/cluster/down
+
 test: debug build
 	@scripts/need test
 	scripts/test $(WEFT)
@@ -27,7 +40,7 @@ check:
 	scripts/dependency-policy
 
 bench: build
-	@scripts/need test
+	@scripts/need bench
 	scripts/bench $(WEFT) $(ONLY)
 
 clean:

@@ -1,0 +1,249 @@
+//! What goes wrong on every cluster, under load: processes killed, runtimes restarted, the API server away, a node without
+//! power. Not one request may fail on a connection that stands, nor on a new one through a Service.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use rand::RngExt as _;
+
+use crate::cluster::{Cluster, NODES, PATIENCE, in_url};
+use crate::load::Load;
+use crate::{Case, case};
+
+pub(crate) const CASES: &[Case] = &[
+    case(
+        "an agent killed again and again: a look-up waits for its resolver to ask again, none fails",
+        look_ups,
+    ),
+    case(
+        "agents killed 100 times at random: no request fails, on established and on new connections",
+        agents_killed,
+    ),
+    case("the first packets of new pods arrive, while agents are killed", first_packets),
+    case("tunnels killed: established connections go on", tunnels_killed),
+    case("a kubelet restart is not noticed", kubelet_restarted),
+    case("a restart of the container runtime is not noticed", runtime_restarted),
+    case("the API server away: connections, new connections and DNS go on", api_server_away),
+    case("a node reboots: its pods are back and reachable, the others notice nothing", node_reboots),
+    case(
+        "a node reboots without API server: overlay, Services and DNS are back from disk",
+        reboot_without_api_server,
+    ),
+];
+
+/// Two clients on other nodes than the server: connections that stand, and new ones by address.
+fn loads(cluster: &Cluster) -> anyhow::Result<Vec<Load<'_>>> {
+    Ok(vec![
+        Load::on_established_connections(cluster, "node1", "steady")?,
+        Load::on_established_connections(cluster, "node3", "steady")?,
+        Load::on_new_connections_by_address(cluster, "node1", "steady")?,
+    ])
+}
+
+fn unharmed(loads: &[Load<'_>], when: &str) -> anyhow::Result<()> {
+    loads.iter().try_for_each(|load| load.unharmed(when))
+}
+
+fn agents_ready(cluster: &Cluster) -> anyhow::Result<()> {
+    for node in NODES {
+        cluster.within(Duration::from_secs(60), "the agent is ready", || {
+            let status = cluster.status(node)?;
+            ensure!(status["ready"] == true, "{node}: {status}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+fn pid(cluster: &Cluster, node: &str, unit: &str) -> anyhow::Result<String> {
+    cluster.on(node, &format!("cat /run/node/units/{unit}.service.pid"))
+}
+
+/// SIGKILL to a unit's process; true when there was one.
+fn kill(cluster: &Cluster, node: &str, unit: &str) -> anyhow::Result<bool> {
+    Ok(cluster
+        .on(node, &format!("kill -KILL $(cat /run/node/units/{unit}.service.pid) && echo killed || true"))?
+        .contains("killed"))
+}
+
+fn agents_killed(cluster: &Cluster) -> anyhow::Result<()> {
+    const KILLS: u32 = 100;
+    let loads = loads(cluster)?;
+    let mut random = rand::rng();
+    let mut killed = 0;
+    for _ in 0..KILLS * 10 {
+        let node = NODES[random.random_range(0..NODES.len())];
+        killed += u32::from(kill(cluster, node, "weft-agent").unwrap_or(false));
+        if killed == KILLS {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(random.random_range(0..400)));
+    }
+    ensure!(killed == KILLS, "only {killed} agents could be killed");
+    unharmed(&loads, "after 100 kills")?;
+    agents_ready(cluster)
+}
+
+/// Kills come further apart than a resolver's second try (glibc: 5 s): the first may meet the gap, the second does not.
+fn look_ups(cluster: &Cluster) -> anyhow::Result<()> {
+    let load = Load::on_new_connections(cluster, "node3", "steady")?;
+    for _ in 0..6 {
+        ensure!(kill(cluster, "node3", "weft-agent")?, "no agent runs on node3");
+        std::thread::sleep(Duration::from_secs(8));
+    }
+    load.unharmed("after six kills")
+}
+
+fn first_packets(cluster: &Cluster) -> anyhow::Result<()> {
+    let job = |count: u32| {
+        format!(
+            "
+apiVersion: batch/v1
+kind: Job
+metadata: {{name: first-packets, namespace: suite}}
+spec:
+  completions: {count}
+  parallelism: 8
+  backoffLimit: 0
+  template:
+    metadata: {{labels: {{app: first-packets}}}}
+    spec:
+      restartPolicy: Never
+      containers:
+      - name: first
+        image: weft.network/test:1
+        command: [bash, -c, 'curl -sS -m 12 http://echo/hostname && curl -sS -m 12 -6 http://echo/hostname']
+"
+        )
+    };
+    cluster.apply(&job(24))?;
+    let done = cluster.within(Duration::from_secs(180), "every pod succeeded", || {
+        for node in NODES {
+            let _ = kill(cluster, node, "weft-agent");
+        }
+        std::thread::sleep(Duration::from_secs(3));
+        let job = cluster.object(&["job", "first-packets"])?;
+        ensure!(job["status"]["succeeded"] == 24, "{}", job["status"]);
+        Ok(())
+    });
+    let job_status = cluster.object(&["job", "first-packets"])?["status"].clone();
+    let said = cluster.kubectl(&["logs", "-l", "app=first-packets", "--tail=3", "--prefix"])?;
+    cluster.delete(&job(24))?;
+    done.with_context(|| format!("{job_status}; pods said: {said}"))?;
+    ensure!(job_status["failed"].as_i64().unwrap_or(0) == 0, "{job_status}; {said}");
+    agents_ready(cluster)
+}
+
+fn tunnels_killed(cluster: &Cluster) -> anyhow::Result<()> {
+    let loads = loads(cluster)?;
+    for node in NODES.repeat(3) {
+        let before = pid(cluster, node, "weft-tunnel")?;
+        ensure!(kill(cluster, node, "weft-tunnel")?, "no tunnel runs on {node}");
+        cluster.within(Duration::from_secs(10), "the tunnel runs again", || {
+            ensure!(pid(cluster, node, "weft-tunnel")? != before, "not started again");
+            Ok(())
+        })?;
+        std::thread::sleep(Duration::from_secs(2));
+    }
+    unharmed(&loads, "after nine kills")
+}
+
+fn restarted(cluster: &Cluster, unit: &str) -> anyhow::Result<()> {
+    let loads = loads(cluster)?;
+    for node in NODES {
+        let before = pid(cluster, node, unit)?;
+        cluster.on(node, &format!("systemctl restart {unit}"))?;
+        cluster.within(Duration::from_secs(20), "the unit runs again", || {
+            ensure!(pid(cluster, node, unit)? != before, "not restarted");
+            Ok(())
+        })?;
+    }
+    cluster.within(PATIENCE, "nodes Ready", || cluster.nodes_ready())?;
+    unharmed(&loads, "after the restart")?;
+    // What was attached before is known after: an old pod ends and a new one starts.
+    cluster.kubectl(&["rollout", "restart", "daemonset/tools"])?;
+    cluster.kubectl(&["rollout", "status", "daemonset/tools", "--timeout=120s"]).map(drop)
+}
+
+fn kubelet_restarted(cluster: &Cluster) -> anyhow::Result<()> {
+    restarted(cluster, "kubelet")
+}
+
+fn runtime_restarted(cluster: &Cluster) -> anyhow::Result<()> {
+    restarted(cluster, "containerd")
+}
+
+/// What a node's own shell finds: a Service across nodes in both families, and its name.
+fn works_without_api_server(cluster: &Cluster, node: &str, ips: &[String]) -> anyhow::Result<()> {
+    for ip in ips {
+        let said = cluster.on(node, &format!("curl -sS -m 3 'http://{}/hostname'", in_url(ip)))?;
+        ensure!(said.trim() == "steady", "{said}");
+    }
+    let said = cluster.on(node, "dig +short +time=1 @10.96.0.10 steady.suite.svc.cluster.local A")?;
+    ensure!(said.trim() == ips[0], "DNS: {said}");
+    Ok(())
+}
+
+fn api_server_away(cluster: &Cluster) -> anyhow::Result<()> {
+    let mut loads = loads(cluster)?;
+    loads.push(Load::on_new_connections(cluster, "node3", "steady")?);
+    let ips = cluster.cluster_ips("steady")?;
+    cluster.control_plane("stop", "kube-apiserver")?;
+    let meanwhile = (0..10).try_for_each(|_| {
+        std::thread::sleep(Duration::from_secs(1));
+        NODES.iter().try_for_each(|node| works_without_api_server(cluster, node, &ips))
+    });
+    cluster.control_plane("start", "kube-apiserver")?;
+    meanwhile?;
+    unharmed(&loads, "while the API server was away")?;
+    for node in NODES {
+        cluster.within(Duration::from_secs(20), "agents are connected again", || {
+            let status = cluster.status(node)?;
+            let api = status["api_server"].as_str().unwrap_or_default();
+            ensure!(api.starts_with("connected"), "{node}: {api}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// The fixtures of a node that was away are back, and reachable across nodes.
+fn back(cluster: &Cluster, node: &str) -> anyhow::Result<()> {
+    cluster.within(PATIENCE, "nodes Ready", || cluster.nodes_ready())?;
+    cluster.within(PATIENCE, "the pods of the node", || {
+        let pod = cluster.pod_on("echo", node)?;
+        cluster.pod_on("tools", node)?;
+        ensure!(pod.addresses.len() == 2, "{} has {:?}", pod.name, pod.addresses);
+        let client = cluster.pod_on("tools", "node1")?;
+        for address in &pod.addresses {
+            let line = format!("curl -sS -m 2 'http://{}:8080/hostname'", in_url(address));
+            ensure!(cluster.in_pod(&client.name, &line)?.trim() == pod.name, "{address}");
+        }
+        let client = cluster.pod_on("tools", node)?;
+        let said = cluster.in_pod(&client.name, "curl -sS -m 3 http://steady/hostname")?;
+        ensure!(said.trim() == "steady", "{said}");
+        Ok(())
+    })
+}
+
+fn node_reboots(cluster: &Cluster) -> anyhow::Result<()> {
+    let load = Load::on_established_connections(cluster, "node1", "steady")?;
+    cluster.power("cycle", "node3")?;
+    back(cluster, "node3")?;
+    load.unharmed("while another node rebooted")
+}
+
+fn reboot_without_api_server(cluster: &Cluster) -> anyhow::Result<()> {
+    let load = Load::on_established_connections(cluster, "node1", "steady")?;
+    let ips = cluster.cluster_ips("steady")?;
+    cluster.control_plane("stop", "kube-apiserver")?;
+    let meanwhile = cluster.power("cycle", "node3").and_then(|()| {
+        cluster.within(Duration::from_secs(30), "the node from its disk", || {
+            works_without_api_server(cluster, "node3", &ips)
+        })
+    });
+    cluster.control_plane("start", "kube-apiserver")?;
+    meanwhile?;
+    back(cluster, "node3")?;
+    load.unharmed("while another node rebooted without API server")
+}
