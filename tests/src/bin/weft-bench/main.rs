@@ -5,9 +5,11 @@
 //!                          -> target/bench/NAME.json and a table
 //! ```
 //!
-//! Each figure is a median; the rounds of Weft and its peer are interleaved. Nothing here is a test: no figure fails.
+//! Each figure is a median where its name says nothing else; the rounds of Weft and its peer are interleaved. Nothing here is
+//! a test: no figure fails. `cluster` alone starts on the machine itself, since a real cluster makes namespaces of its own.
 
 mod agent;
+mod cluster;
 mod cni;
 mod dns;
 mod overlay;
@@ -15,15 +17,15 @@ mod proxy;
 mod rig;
 mod row;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, bail};
 use row::Row;
 
 /// What can be measured today; the areas of the road map that are not built yet are named, not silently left out.
-const AREAS: [&str; 5] = ["agent", "cni", "proxy", "dns", "overlay"];
-const LATER: [&str; 4] = ["policy", "lb", "ingress", "cluster"];
+const AREAS: [&str; 6] = ["agent", "cni", "proxy", "dns", "overlay", "cluster"];
+const LATER: [&str; 3] = ["policy", "lb", "ingress"];
 
 fn main() -> ExitCode {
     match run() {
@@ -39,17 +41,30 @@ fn run() -> anyhow::Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
         ["--inside", area, weft] => inside(area, weft.into()),
-        [weft] => AREAS.iter().try_for_each(|area| outside(area, weft)),
-        [weft, area] if AREAS.contains(area) => outside(area, weft),
+        [weft] => AREAS.iter().try_for_each(|area| measure(area, weft)),
+        [weft, area] if AREAS.contains(area) => measure(area, weft),
         [_, area] if LATER.contains(area) => bail!("{area} has no benchmark yet"),
         _ => bail!("usage: weft-bench WEFT-BINARY [{}]", AREAS.join("|")),
     }
 }
 
-/// Runs one area in fresh network and mount namespaces and keeps its rows.
-fn outside(area: &str, weft: &str) -> anyhow::Result<()> {
+/// Measures one area, keeps its rows and prints them.
+fn measure(area: &str, weft: &str) -> anyhow::Result<()> {
     let weft =
         std::fs::canonicalize(weft).with_context(|| format!("no binary at {weft}; 'make build' makes it"))?;
+    let rows = match area {
+        "cluster" => cluster::measure(&weft)?,
+        _ => outside(area, &weft)?,
+    };
+    let folder = PathBuf::from("target/bench");
+    std::fs::create_dir_all(&folder)?;
+    std::fs::write(folder.join(format!("{area}.json")), serde_json::to_string_pretty(&rows)?)?;
+    print!("{}", row::table(area, &rows));
+    Ok(())
+}
+
+/// Runs one area in fresh network and mount namespaces.
+fn outside(area: &str, weft: &Path) -> anyhow::Result<Vec<Row>> {
     let own = std::env::current_exe()?;
     let output = Command::new("unshare")
         .args(["--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"])
@@ -59,12 +74,7 @@ fn outside(area: &str, weft: &str) -> anyhow::Result<()> {
         .stderr(std::process::Stdio::inherit())
         .output()?;
     anyhow::ensure!(output.status.success(), "the benchmark {area} failed");
-    let rows: Vec<Row> = serde_json::from_slice(&output.stdout).context("read the benchmark's rows")?;
-    let folder = PathBuf::from("target/bench");
-    std::fs::create_dir_all(&folder)?;
-    std::fs::write(folder.join(format!("{area}.json")), serde_json::to_string_pretty(&rows)?)?;
-    print!("{}", row::table(area, &rows));
-    Ok(())
+    serde_json::from_slice(&output.stdout).context("read the benchmark's rows")
 }
 
 fn inside(area: &str, weft: PathBuf) -> anyhow::Result<()> {
@@ -74,7 +84,10 @@ fn inside(area: &str, weft: PathBuf) -> anyhow::Result<()> {
         "proxy" => proxy::measure(&weft)?,
         "dns" => dns::measure(&weft)?,
         "overlay" => overlay::measure(&weft)?,
-        other => bail!("no area {other}"),
+        other => match other.strip_prefix("cluster/") {
+            Some(part) => cluster::inside(part, &weft)?,
+            None => bail!("no area {other}"),
+        },
     };
     println!("{}", serde_json::to_string(&rows)?);
     Ok(())

@@ -12,8 +12,9 @@ pub(crate) const NODE: &str = "bench";
 const UPLINK_V4: &str = "172.31.0.1/24";
 const UPLINK_V6: &str = "fd00:31::1/64";
 const API: &str = "172.31.0.1:6443";
-const CIDRS: [&str; 4] =
+pub(crate) const CIDRS: [&str; 4] =
     ["--cluster-cidr", "10.244.0.0/16,fd00:10:244::/56", "--service-cidr", "10.96.0.0/16,fd00:10:96::/112"];
+pub(crate) const CLUSTER_DNS: &str = "10.96.0.10,fd00:10:96::a";
 
 pub(crate) struct Rig {
     weft: PathBuf,
@@ -69,7 +70,7 @@ impl Rig {
             command.arg("--run-dir").arg(folder.join("run")).arg("--state-dir").arg(folder.join("state"));
         };
         let mut agent = Command::new(&self.weft);
-        agent.args(["agent", "--node-name", NODE, "--cluster-dns", "10.96.0.10,fd00:10:96::a"]).args(CIDRS);
+        agent.args(["agent", "--node-name", NODE, "--cluster-dns", CLUSTER_DNS]).args(CIDRS);
         agent.arg("--kubeconfig").arg(folder.join("kubeconfig"));
         agent.arg("--cni-conf-dir").arg(folder.join("cni")).arg("--cni-bin-dir").arg(folder.join("bin"));
         dirs(&mut agent);

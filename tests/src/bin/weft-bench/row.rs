@@ -27,8 +27,15 @@ pub(crate) struct Row {
 }
 
 impl Row {
-    /// A figure without a peer.
-    pub(crate) fn alone(name: &str, unit: &str, weft: f64, better: Better, target: f64) -> Self {
+    /// A figure without a peer, and perhaps without a target.
+    pub(crate) fn alone(
+        name: &str,
+        unit: &str,
+        weft: f64,
+        better: Better,
+        target: impl Into<Option<f64>>,
+    ) -> Self {
+        let target = target.into();
         Self {
             name: name.to_owned(),
             unit: unit.to_owned(),
@@ -37,8 +44,8 @@ impl Row {
             peer_name: None,
             ratio: None,
             better,
-            target: Some(target),
-            met: Some(better.holds(weft, target)),
+            target,
+            met: target.map(|target| better.holds(weft, target)),
         }
     }
 
@@ -79,7 +86,7 @@ pub(crate) fn table(area: &str, rows: &[Row]) -> String {
             _ => String::new(),
         };
         let sign = if row.better == Better::Higher { ">=" } else { "<=" };
-        let target = row.target.map_or(String::new(), |target| format!("{sign} {target}"));
+        let target = row.target.map_or(String::new(), |target| format!("target {sign} {target}"));
         let met = match row.met {
             Some(true) => "met",
             Some(false) => "NOT MET",
@@ -87,7 +94,7 @@ pub(crate) fn table(area: &str, rows: &[Row]) -> String {
         };
         let _ = writeln!(
             text,
-            "  {:<44} {:>10.2} {:<7} {peer:<34} target {target:<9} {met}",
+            "  {:<44} {:>10.2} {:<7} {peer:<34} {target:<16} {met}",
             row.name, row.weft, row.unit
         );
     }
@@ -101,5 +108,27 @@ pub(crate) fn median(mut samples: Vec<f64>) -> f64 {
         0 => f64::NAN,
         n if n % 2 == 1 => samples[n / 2],
         n => f64::midpoint(samples[n / 2 - 1], samples[n / 2]),
+    }
+}
+
+/// The sample that `percent` of them do not exceed (nearest rank). NaN when there are none.
+pub(crate) fn percentile(mut samples: Vec<f64>, percent: f64) -> f64 {
+    samples.sort_by(f64::total_cmp);
+    let rank = (percent / 100.0 * samples.len() as f64).ceil() as usize;
+    samples.get(rank.saturating_sub(1)).copied().unwrap_or(f64::NAN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_percentile_is_the_sample_of_that_rank() {
+        let hundred: Vec<f64> = (1..=100).rev().map(f64::from).collect();
+        assert_eq!(percentile(hundred.clone(), 99.0), 99.0);
+        assert_eq!(percentile(hundred.clone(), 50.0), 50.0);
+        assert_eq!(percentile(hundred, 100.0), 100.0);
+        assert_eq!(percentile(vec![7.0], 99.0), 7.0);
+        assert!(percentile(Vec::new(), 50.0).is_nan());
     }
 }
