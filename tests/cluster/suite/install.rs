@@ -1,5 +1,6 @@
 //! Install, upgrade and uninstall, as a user does them.
 
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -11,6 +12,7 @@ use crate::{Case, case};
 pub(crate) const CASES: &[Case] = &[
     case("installed again nothing is written and nothing restarts", again),
     case("an upgrade to another build and back: established connections go on", upgrade),
+    case("installed by hand with a token bound to the node, without the DaemonSet", by_hand),
     case("uninstalled, a node is as it is after a fresh boot, and installed again all is back", uninstall),
 ];
 
@@ -72,6 +74,53 @@ fn upgrade(cluster: &Cluster) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Ends the DaemonSet, which would bring Weft back to a node.
+fn without_daemonset(cluster: &Cluster) -> anyhow::Result<()> {
+    cluster.kubectl(&["-n", "weft-system", "delete", "daemonset", "weft", "--wait=true"])?;
+    cluster.within(PATIENCE, "the installers ended", || {
+        let left = cluster.kubectl(&["-n", "weft-system", "get", "pods", "-o", "name"])?;
+        ensure!(left.trim().is_empty(), "{left}");
+        Ok(())
+    })
+}
+
+/// `docs/operations.md`, "By hand", to the letter but for the ranges.
+fn by_hand(cluster: &Cluster) -> anyhow::Result<()> {
+    const FLAGS: &str = "--cluster-cidr 10.244.0.0/16,fd00:10:244::/56 --service-cidr 10.96.0.0/16,fd00:10:96::/112 \
+                         --cluster-dns 10.96.0.10,fd00:10:96::a";
+    without_daemonset(cluster)?;
+    cluster.on("node3", "weft uninstall")?;
+    let binary = cluster.run_folder.join("weft");
+    let manifests = said(Command::new(&binary).args(["manifests", "--no-daemonset"]).args(FLAGS.split(' ')))?;
+    let file = cluster.run_folder.join("by-hand.yaml");
+    std::fs::write(&file, manifests)?;
+    said(cluster.script("kubectl").args(["apply", "-f"]).arg(&file))?;
+    let of_system = |words: &[&str]| cluster.kubectl(&[&["-n", "weft-system"], words].concat());
+    let ca = of_system(&["get", "configmap", "kube-root-ca.crt", "-o", r"jsonpath={.data.ca\.crt}"])?;
+    let bound = ["create", "token", "weft-agent", "--bound-object-kind=Node", "--bound-object-name=node3"];
+    let token = of_system(&bound)?;
+    let pid = std::fs::read_to_string(cluster.run_folder.join("node3.pid"))?;
+    let node = |path: &str| format!("/proc/{}/root{path}", pid.trim());
+    std::fs::create_dir_all(node("/etc/weft"))?;
+    std::fs::write(node("/etc/weft/ca.crt"), ca)?;
+    std::fs::write(node("/etc/weft/token"), token)?;
+    std::fs::copy(&binary, node("/tmp/weft"))?;
+    let credentials = "--token-file /etc/weft/token --ca-file /etc/weft/ca.crt";
+    let printed = cluster.on("node3", &format!("/tmp/weft install {credentials} {FLAGS}"))?;
+    ensure!(printed.lines().last().is_some_and(|line| line.starts_with("ready")), "{printed}");
+    cluster.nodes_ready()?;
+    // The pods of the node lost their links with the uninstallation.
+    cluster.kubectl(&["delete", "pods", "--field-selector", "spec.nodeName=node3", "--grace-period=1"])?;
+    cluster.within(PATIENCE, "a pod of the node", || {
+        let client = cluster.pod_on("tools", "node3")?;
+        let said = cluster.in_pod(&client.name, "curl -sS -m 3 http://steady/hostname")?;
+        ensure!(said.trim() == "steady", "{said}");
+        Ok(())
+    })?;
+    said(cluster.script("install-weft").arg(&binary))?;
+    cluster.nodes_ready()
+}
+
 /// What of the kernel and the disk Weft may touch, a line each; what no two boots share is left out.
 fn picture(cluster: &Cluster, node: &str) -> anyhow::Result<String> {
     cluster.on(
@@ -86,12 +135,7 @@ fn picture(cluster: &Cluster, node: &str) -> anyhow::Result<String> {
 }
 
 fn uninstall(cluster: &Cluster) -> anyhow::Result<()> {
-    cluster.kubectl(&["-n", "weft-system", "delete", "daemonset", "weft", "--wait=true"])?;
-    cluster.within(PATIENCE, "the installers ended", || {
-        let left = cluster.kubectl(&["-n", "weft-system", "get", "pods", "-o", "name"])?;
-        ensure!(left.trim().is_empty(), "{left}");
-        Ok(())
-    })?;
+    without_daemonset(cluster)?;
     for node in NODES {
         let printed = cluster.on(node, "weft uninstall")?;
         ensure!(printed.contains("nothing of Weft is left"), "{node}: {printed}");
