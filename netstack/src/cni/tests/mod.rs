@@ -4,5 +4,5 @@
 mod attach;
 mod faults;
 mod reconcile;
-pub(in crate::cni) mod rig;
+pub(crate) mod rig;
 mod spoof;
