@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use axum::Router;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
-use weft_model::constants::{TABLE_CNI, WIREGUARD_OVERHEAD_BYTES};
+use weft_model::constants::WIREGUARD_OVERHEAD_BYTES;
 use weft_model::{NodeFacts, Snapshot};
 use weft_netstack::admin::{self, Admin, Counters, Read};
 use weft_netstack::cni::apply::PodLinksApplier;
@@ -17,7 +17,6 @@ use weft_netstack::cni::plan::PodLinksPlanner;
 use weft_netstack::cni::{self, Cni, PodMtu, Readiness, loopback};
 use weft_netstack::kernel::facts;
 use weft_netstack::kernel::netns::Rtnetlink;
-use weft_netstack::kernel::nft::NftTable;
 use weft_netstack::kube::{self, Access, ApiStatus, Identity, Publisher, Watches};
 use weft_netstack::overlay::{self, OverlayApplier, OverlayPlanner, tunnel};
 use weft_netstack::proxy::{ProxyApplier, ProxyPlanner};
@@ -153,8 +152,7 @@ async fn open_cni(snapshots: Snapshots, store: Arc<Store>, readiness: Readiness)
         let own = snapshot.own_node().map(|node| node.primary_ips().collect::<Vec<_>>()).unwrap_or_default();
         snapshot.facts.underlay_mtu_bytes(&own) - WIREGUARD_OVERHEAD_BYTES
     });
-    let source_guard = Box::new(NftTable::new(TABLE_CNI));
-    let inputs = cni::Inputs { snapshots, store, readiness, pod_mtu_bytes, source_guard };
+    let inputs = cni::Inputs { snapshots, store, readiness, pod_mtu_bytes };
     let cni = Arc::new(Cni::open(inputs).context("open an rtnetlink socket")?);
     let outcome = cni.reconcile().await;
     for failure in &outcome.failed {

@@ -21,6 +21,8 @@ pub(super) struct Attachment {
     pub(super) namespace: String,
     pub(super) pod: String,
     pub(super) uid: String,
+    /// `hostPort`s as the capability `portMappings` hands them over.
+    pub(super) port_mappings: Vec<Value>,
 }
 
 /// The first configuration list by name, as runtimes choose it.
@@ -40,7 +42,7 @@ pub(super) fn add(reaper: &Reaper, attachment: &Attachment) -> anyhow::Result<Va
     let list = read_configuration()?;
     let mut previous = None;
     for plugin in plugins(&list)? {
-        let configuration = plugin_configuration(&list, plugin, previous.as_ref());
+        let configuration = plugin_configuration(&list, plugin, &attachment.port_mappings, previous.as_ref());
         previous =
             Some(run(reaper, "ADD", attachment, plugin, &configuration)?.context("ADD gave no result")?);
     }
@@ -51,7 +53,7 @@ pub(super) fn add(reaper: &Reaper, attachment: &Attachment) -> anyhow::Result<Va
 pub(super) fn del(reaper: &Reaper, attachment: &Attachment, result: Option<&Value>) -> anyhow::Result<()> {
     let list = read_configuration()?;
     for plugin in plugins(&list)?.iter().rev() {
-        let configuration = plugin_configuration(&list, plugin, result);
+        let configuration = plugin_configuration(&list, plugin, &attachment.port_mappings, result);
         run(reaper, "DEL", attachment, plugin, &configuration)?;
     }
     Ok(())
@@ -73,8 +75,21 @@ fn plugins(list: &Value) -> anyhow::Result<&Vec<Value>> {
     list["plugins"].as_array().context("the configuration list has no plugins")
 }
 
-fn plugin_configuration(list: &Value, plugin: &Value, previous: Option<&Value>) -> Value {
+/// What a plugin has the capability for becomes `runtimeConfig`; the capabilities themselves are not passed on.
+fn plugin_configuration(
+    list: &Value,
+    plugin: &Value,
+    port_mappings: &[Value],
+    previous: Option<&Value>,
+) -> Value {
     let mut configuration = plugin.clone();
+    let capable = configuration["capabilities"]["portMappings"] == true;
+    if let Some(fields) = configuration.as_object_mut() {
+        fields.remove("capabilities");
+    }
+    if capable && !port_mappings.is_empty() {
+        configuration["runtimeConfig"] = json!({ "portMappings": port_mappings });
+    }
     configuration["cniVersion"] = list["cniVersion"].clone();
     configuration["name"] = list["name"].clone();
     if let Some(previous) = previous {
@@ -144,13 +159,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_plugin_is_given_the_lists_name_and_version_and_the_previous_result() {
+    fn a_plugin_is_given_the_lists_name_and_version_what_it_is_capable_of_and_the_previous_result() {
         let list =
             json!({ "cniVersion": "1.1.0", "name": "weft", "plugins": [{ "type": "weft", "mtu": 1420 }] });
         let previous = json!({ "ips": [] });
+        let ports = [json!({ "hostPort": 80, "containerPort": 8080 })];
         assert_eq!(
-            plugin_configuration(&list, &list["plugins"][0], Some(&previous)),
+            plugin_configuration(&list, &list["plugins"][0], &ports, Some(&previous)),
             json!({ "cniVersion": "1.1.0", "name": "weft", "type": "weft", "mtu": 1420, "prevResult": { "ips": [] } })
+        );
+        let capable = json!({ "type": "weft", "capabilities": { "portMappings": true } });
+        assert_eq!(
+            plugin_configuration(&list, &capable, &ports, None),
+            json!({ "cniVersion": "1.1.0", "name": "weft", "type": "weft", "runtimeConfig": { "portMappings": ports } })
         );
     }
 

@@ -365,7 +365,22 @@ fn attachment(pod: &Pod, netns: &Path) -> Attachment {
         namespace: pod.namespace().unwrap_or_default(),
         pod: pod.name_any(),
         uid,
+        port_mappings: port_mappings(pod),
     }
+}
+
+fn port_mappings(pod: &Pod) -> Vec<Value> {
+    let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
+    let ports = containers.flat_map(|container| container.ports.iter().flatten());
+    let mapped = ports.filter_map(|port| {
+        Some(json!({
+            "hostPort": port.host_port?,
+            "containerPort": port.container_port,
+            "protocol": port.protocol.as_deref().unwrap_or("TCP").to_lowercase(),
+            "hostIP": port.host_ip.as_deref().unwrap_or_default(),
+        }))
+    });
+    mapped.collect()
 }
 
 /// A network namespace with its loopback up, held by a bind mount as container runtimes do.

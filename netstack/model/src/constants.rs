@@ -37,6 +37,8 @@ pub const TABLE_CNI: &str = "weft-cni";
 /// underlay after every NAT (300).
 pub const PRIORITY_RAW: i32 = -300;
 pub const PRIORITY_DNAT: i32 = -105;
+/// A hostPort gives way to a Service with the same port, as with kube-proxy and the `portmap` plugin.
+pub const PRIORITY_HOSTPORT: i32 = -104;
 pub const PRIORITY_FILTER: i32 = -5;
 pub const PRIORITY_SNAT: i32 = 95;
 pub const PRIORITY_LAST: i32 = 300;

@@ -1,4 +1,4 @@
-//! ADD: a lease, then the kernel, then the anti-spoofing element; any failure undoes all of it.
+//! ADD: a lease, then the kernel, then the nft elements; any failure undoes all of it.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -9,11 +9,12 @@ use weft_model::constants::POD_GATEWAY_MAC;
 use super::attachment::{AttachError, Attachment, gateway, make_pod_side, pod_mac};
 use super::node::NodeView;
 use super::wire::{AddResult, CniError, CniRequest, Code};
-use super::{Cni, ipam, locked, spoof};
+use super::{Cni, hostport, ipam, locked};
+use crate::kernel::conntrack::delete_udp_flows;
 use crate::kernel::link::Links;
 use crate::kernel::netns::{Netns, Rtnetlink};
 use crate::reconcile::chain;
-use crate::store::{Boottime, Lease};
+use crate::store::{Boottime, HostPort, Lease, LeaseRecords};
 
 impl Cni {
     /// Attaches a container. On an error nothing is left behind, the lease included.
@@ -25,16 +26,17 @@ impl Cni {
             let msg = "prevResult is given: weft must be the first plugin of its list";
             return Err(CniError::new(Code::InvalidConfig, msg));
         }
+        let host_ports = hostport::requested(&request.config)?;
         let _held = self.locks.one(&attachment.link).await;
         let node = self.node_for_add()?;
         let netns = Netns::open(&request.netns).map_err(AttachError::from)?;
         let pod = netns.connect().map_err(AttachError::from)?;
         refuse_taken_name(&pod, &attachment, &request.netns).await?;
-        let addresses = self.reserve(&attachment, request, &node)?;
-        match self.attach(&attachment, &netns, &pod, &addresses, &node).await {
-            Ok(()) => Ok(result(&attachment, &request.netns, &addresses, &node)),
+        let given = self.reserve(&attachment, request, &host_ports, &node)?;
+        match self.attach(&attachment, &netns, &pod, &given, &node).await {
+            Ok(addresses) => Ok(result(&attachment, &request.netns, &addresses, &node)),
             Err(error) => {
-                self.undo(&attachment, &addresses).await;
+                self.undo(&attachment, &given).await;
                 Err(error.into())
             }
         }
@@ -45,8 +47,9 @@ impl Cni {
         &self,
         attachment: &Attachment,
         request: &CniRequest,
+        host_ports: &[HostPort],
         node: &NodeView,
-    ) -> Result<Vec<IpAddr>, CniError> {
+    ) -> Result<LeaseRecords, CniError> {
         let failed = |error: crate::store::StoreError| CniError::new(Code::Store, chain(&error));
         let mut cursors = locked(&self.ipam);
         let leases = self.store.leases().map_err(failed)?;
@@ -58,13 +61,21 @@ impl Cni {
                 format!("container {id} has interface {ifname} already; DEL it first"),
             ));
         }
+        if let Some(refused) = hostport::refusal(host_ports, &leases, node.wireguard_port) {
+            return Err(refused);
+        }
         let now = Boottime::now();
         let mut moved = cursors.clone();
         let given = ipam::allocate(&node.pod_cidrs, &leases, &mut moved, now)
             .map_err(|error| CniError::new(Code::Exhausted, error.to_string()))?;
         let mut changes: BTreeMap<IpAddr, Option<Lease>> =
             ipam::rested(&leases, now).map(|address| (address, None)).collect();
-        changes.extend(given.iter().map(|address| (*address, Some(lease(attachment, request)))));
+        let lease = |address: IpAddr| Lease {
+            host_ports: hostport::of_family(host_ports, address.is_ipv6()),
+            ..lease(attachment, request)
+        };
+        let given: LeaseRecords = given.into_iter().map(|address| (address, lease(address))).collect();
+        changes.extend(given.iter().map(|(address, lease)| (*address, Some(lease.clone()))));
         self.store.write_leases(&changes).map_err(failed)?;
         *cursors = moved;
         Ok(given)
@@ -75,34 +86,51 @@ impl Cni {
         attachment: &Attachment,
         netns: &Netns,
         pod: &Rtnetlink,
-        addresses: &[IpAddr],
+        given: &LeaseRecords,
         node: &NodeView,
-    ) -> Result<(), AttachError> {
+    ) -> Result<Vec<IpAddr>, AttachError> {
+        let addresses = &node.in_order(given);
         self.make_pair(attachment, netns, node.mtu_bytes).await?;
-        self.ensure_host_side(&attachment.link, addresses, node).await?;
+        self.ensure_host_side(&attachment.link, given, node).await?;
         make_pod_side(netns, &pod.handle, &attachment.ifname, addresses).await?;
         self.links().wait_until_running(&attachment.link).await?;
         Links::new(pod.handle.clone()).wait_until_running(&attachment.ifname).await?;
-        self.guard_source(&attachment.link, addresses)
+        self.admit(&attachment.link, given)?;
+        self.take_over_flows(&attachment.link, given).await;
+        Ok(addresses.clone())
     }
 
     /// A set that is gone (somebody flushed the rule set) is made anew from the leases, this one among them.
-    fn guard_source(&self, link: &str, addresses: &[IpAddr]) -> Result<(), AttachError> {
-        let mut guard = locked(&self.source_guard);
-        let Err(refused) = guard.allow(link, addresses) else { return Ok(()) };
+    fn admit(&self, link: &str, given: &LeaseRecords) -> Result<(), AttachError> {
+        let mut rules = locked(&self.rules);
+        let Err(refused) = rules.admit(given) else { return Ok(()) };
         tracing::warn!(link, error = %chain(&refused), "make table weft-cni anew");
-        let leases = self.store.leases()?;
-        guard.ensure(&spoof::plan(&leases))?;
+        rules.ensure(&self.store.leases()?)?;
         Ok(())
     }
 
+    /// Clients that were talking into the void find the pod with their next packet. Without it they would find it when they
+    /// pause, so a failure keeps no pod from starting.
+    async fn take_over_flows(&self, link: &str, given: &LeaseRecords) {
+        if !hostport::has_udp(given) {
+            return;
+        }
+        let local = match self.links().addresses(None).await {
+            Ok(addresses) => addresses.iter().map(|local| local.address.addr()).collect::<Vec<_>>(),
+            Err(error) => return tracing::warn!(link, error = %chain(&error), "list the node's addresses"),
+        };
+        if let Err(error) = delete_udp_flows(|flow| hostport::missed(flow, given, &local)) {
+            tracing::warn!(link, error = %chain(&error), "delete flows from before the pod");
+        }
+    }
+
     /// An address that no packet ever bore needs no rest.
-    async fn undo(&self, attachment: &Attachment, addresses: &[IpAddr]) {
-        self.remove_from_kernel(&attachment.link, addresses).await.unwrap_or_else(|error| {
+    async fn undo(&self, attachment: &Attachment, given: &LeaseRecords) {
+        self.remove_from_kernel(&attachment.link, given).await.unwrap_or_else(|error| {
             tracing::warn!(link = attachment.link, error = %error, "undo a failed ADD");
         });
         let _one_at_a_time = locked(&self.ipam);
-        let changes = addresses.iter().map(|address| (*address, None)).collect();
+        let changes = given.keys().map(|address| (*address, None)).collect();
         if let Err(error) = self.store.write_leases(&changes) {
             tracing::warn!(link = attachment.link, error = %chain(&error), "undo the lease of a failed ADD");
         }
@@ -131,6 +159,7 @@ fn lease(attachment: &Attachment, request: &CniRequest) -> Lease {
         pod: (!name.is_empty()).then(|| PodKey::new(namespace, name)),
         pod_uid: arg("K8S_POD_UID"),
         link: attachment.link.clone(),
+        host_ports: Vec::new(),
         released: None,
     }
 }

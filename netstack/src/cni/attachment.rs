@@ -9,14 +9,14 @@ use weft_model::constants::{POD_GATEWAY_MAC, POD_GATEWAY_V4, POD_GATEWAY_V6, POD
 
 use super::Cni;
 use super::node::NodeView;
-use super::spoof::SpoofError;
 use super::wire::{CniError, CniRequest, Code};
 use crate::kernel::link::{LinkError, Links, VethPair};
 use crate::kernel::netns::{Netns, NetnsError};
+use crate::kernel::nft::NftError;
 use crate::kernel::route::{LinkRoute, RouteError, ensure_link_route};
 use crate::kernel::sysctl;
 use crate::reconcile::chain;
-use crate::store::StoreError;
+use crate::store::{LeaseRecords, StoreError};
 
 /// Digits of the hash in the name of a link: IFNAMSIZ is 16 with the final NUL, [`POD_LINK_PREFIX`] takes 5.
 const LINK_HASH_DIGITS: usize = 10;
@@ -82,7 +82,7 @@ pub(super) enum AttachError {
     #[error(transparent)]
     Route(#[from] RouteError),
     #[error(transparent)]
-    Spoof(#[from] SpoofError),
+    Rules(#[from] NftError),
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error("set {name} to {value}")]
@@ -119,6 +119,8 @@ const HOST_IPV6: [(&str, &str); 7] = [
     ("accept_redirects", "0"),
     ("addr_gen_mode", "1"),
 ];
+/// For clients on the node that call a hostPort at 127.0.0.1: lets the kernel send from there to the pod, and take the answer.
+const HOST_PORT_IPV4: [(&str, &str); 1] = [("route_localnet", "1")];
 const POD_IPV6: [(&str, &str); 3] = [("disable_ipv6", "0"), ("accept_ra", "0"), ("accept_dad", "0")];
 
 /// Writes per-link sysctls of the calling thread's namespace.
@@ -159,19 +161,22 @@ impl Cni {
     pub(super) async fn ensure_host_side(
         &self,
         link: &str,
-        addresses: &[IpAddr],
+        leases: &LeaseRecords,
         node: &NodeView,
     ) -> Result<(), AttachError> {
         let links = self.links();
         let index = links.index(link).await?;
         set_sysctls("ipv4", link, &HOST_IPV4)?;
-        if addresses.iter().any(IpAddr::is_ipv6) {
+        if leases.values().any(|lease| !lease.host_ports.is_empty()) {
+            set_sysctls("ipv4", link, &HOST_PORT_IPV4)?;
+        }
+        if leases.keys().any(IpAddr::is_ipv6) {
             set_sysctls("ipv6", link, &HOST_IPV6)?;
             let gateway = IpNet::new_assert(POD_GATEWAY_V6.into(), 64);
             links.ensure_address(link, index, gateway).await?;
         }
         links.set_up(link, index).await?;
-        for address in addresses {
+        for address in leases.keys() {
             links.ensure_neighbour(link, index, *address, pod_mac(link)).await?;
             ensure_link_route(&self.netlink.handle, &host_route(index, *address, node)).await?;
         }

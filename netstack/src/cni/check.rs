@@ -5,13 +5,15 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use serde_json::Value;
+use weft_model::constants::TABLE_CNI;
 
-use super::Cni;
 use super::attachment::{AttachError, Attachment};
 use super::wire::{CniError, CniRequest, Code};
+use super::{Cni, locked};
 use crate::kernel::link::{Link, Links};
 use crate::kernel::netns::Netns;
 use crate::kernel::route::link_routes;
+use crate::store::LeaseRecords;
 
 impl Cni {
     pub async fn check(&self, request: &CniRequest) -> Result<(), CniError> {
@@ -19,7 +21,7 @@ impl Cni {
         let _held = self.locks.one(&attachment.link).await;
         let mut leases = self.live_leases()?;
         leases.retain(|_, lease| lease.link == attachment.link);
-        let addresses: BTreeSet<IpAddr> = leases.into_keys().collect();
+        let addresses: BTreeSet<IpAddr> = leases.keys().copied().collect();
         if addresses.is_empty() {
             let id = &attachment.container_id;
             return Err(CniError::new(
@@ -28,8 +30,17 @@ impl Cni {
             ));
         }
         compare_with_previous(&request.config, &addresses)?;
+        self.check_rules(&leases)?;
         self.check_host_side(&attachment, &addresses).await?;
         check_pod_side(request, &addresses).await
+    }
+
+    fn check_rules(&self, leases: &LeaseRecords) -> Result<(), CniError> {
+        let lacking = locked(&self.rules).lacking(leases).map_err(AttachError::from)?;
+        match lacking.first() {
+            None => Ok(()),
+            Some(set) => mismatch(format!("set {set} of table {TABLE_CNI} lacks what ADD put there")),
+        }
     }
 
     async fn check_host_side(

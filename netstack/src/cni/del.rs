@@ -1,13 +1,13 @@
 //! DEL and GC: idempotent in every order; nothing about the container needs to exist any more.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 
 use weft_model::constants::POD_LINK_PREFIX;
 
 use super::attachment::Attachment;
 use super::wire::{CniError, CniRequest, Code, valid_attachments};
-use super::{Cni, locked};
+use super::{Cni, hostport, locked};
+use crate::kernel::conntrack::delete_udp_flows;
 use crate::reconcile::chain;
 use crate::store::{Boottime, LeaseRecords};
 
@@ -54,8 +54,7 @@ impl Cni {
         let _held = self.locks.one(link).await;
         let mut leases = self.live_leases()?;
         leases.retain(|_, lease| lease.link == link);
-        let addresses: Vec<IpAddr> = leases.keys().copied().collect();
-        self.remove_from_kernel(link, &addresses).await?;
+        self.remove_from_kernel(link, &leases).await?;
         self.release(leases);
         Ok(())
     }
@@ -78,12 +77,23 @@ impl Cni {
     }
 
     /// The link first: an element without its link lets nobody in.
-    pub(super) async fn remove_from_kernel(&self, link: &str, addresses: &[IpAddr]) -> Result<(), CniError> {
+    pub(super) async fn remove_from_kernel(&self, link: &str, leases: &LeaseRecords) -> Result<(), CniError> {
         self.links().delete(link).await.map_err(|error| kernel(&error))?;
-        if let Err(error) = locked(&self.source_guard).forbid(link, addresses) {
-            tracing::warn!(link, error = %chain(&error), "remove anti-spoofing elements");
+        if let Err(error) = locked(&self.rules).withdraw(leases) {
+            tracing::warn!(link, error = %chain(&error), "remove elements of table weft-cni");
         }
+        forget_flows(leases);
         Ok(())
+    }
+}
+
+/// UDP clients of a hostPort would go on being sent to the pod that has ended.
+pub(super) fn forget_flows(ended: &LeaseRecords) {
+    if !hostport::has_udp(ended) {
+        return;
+    }
+    if let Err(error) = delete_udp_flows(|flow| hostport::orphaned(flow, ended)) {
+        tracing::warn!(error = %chain(&error), "delete flows to the host ports of a pod that has ended");
     }
 }
 

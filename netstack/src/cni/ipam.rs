@@ -120,6 +120,7 @@ mod tests {
             pod: None,
             pod_uid: String::new(),
             link: "weftp0".to_owned(),
+            host_ports: Vec::new(),
             released: released.map(Boottime),
         }
     }

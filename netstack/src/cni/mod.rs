@@ -1,15 +1,15 @@
-//! The CNI plugin's side in the agent: addresses with leases, veth pairs, anti-spoofing.
+//! The CNI plugin's side in the agent: addresses with leases, veth pairs, anti-spoofing, host ports.
 //!
 //! ```text
 //!  container runtime --exec--> `weft cni` --HTTP over /run/weft/agent.sock--> server --> Cni
-//!  Cni::add    lease in the Store (flushed) -> veth, addresses, routes -> nft element -> answer
-//!  Cni::del    link -> nft element -> lease released (quarantine)
+//!  Cni::add    lease in the Store (flushed) -> veth, addresses, routes -> nft elements -> answer
+//!  Cni::del    link -> nft elements -> lease released (quarantine)
 //!  Cni::reconcile  leases <-> links of the kernel, before the first request
 //!  Loop(plan, apply)  the same whenever this Node changes and at every drift check
 //! ```
 //!
 //! Requests are imperative on purpose (request and response), the one exception from plan and apply. What is decided
-//! without IO stands in [`plan`], [`ipam`], [`spoof`], [`wire`] and [`conflist`].
+//! without IO stands in [`plan`], [`ipam`], `rules`, `spoof`, `hostport`, [`wire`] and [`conflist`].
 
 mod add;
 pub mod apply;
@@ -18,6 +18,7 @@ mod check;
 pub mod cleanup;
 pub mod conflist;
 mod del;
+mod hostport;
 pub mod ipam;
 mod lock;
 pub mod loopback;
@@ -25,8 +26,9 @@ mod node;
 pub mod plan;
 pub mod plugin;
 mod reconcile;
+mod rules;
 pub mod server;
-pub mod spoof;
+mod spoof;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -41,7 +43,7 @@ use weft_model::Snapshot;
 use crate::kernel::netns::Rtnetlink;
 use crate::store::Store;
 use lock::AttachmentLocks;
-use spoof::SourceGuard;
+use rules::PodRules;
 
 pub use attachment::Attachment;
 pub use reconcile::Reconciled;
@@ -59,8 +61,6 @@ pub struct Inputs {
     pub store: Arc<Store>,
     pub readiness: Readiness,
     pub pod_mtu_bytes: PodMtu,
-    /// Owner of table `weft-cni`: `Box::new(NftTable::new(constants::TABLE_CNI))`.
-    pub source_guard: Box<dyn SourceGuard>,
 }
 
 /// The plugin's server half. One per agent; every method may run in parallel with every other.
@@ -73,7 +73,7 @@ pub struct Cni {
     locks: AttachmentLocks,
     /// One allocation at a time: from reading the leases to the flushed new one.
     ipam: Mutex<ipam::Cursors>,
-    source_guard: Mutex<Box<dyn SourceGuard>>,
+    rules: Mutex<PodRules>,
 }
 
 impl Cni {
@@ -87,11 +87,11 @@ impl Cni {
             netlink: Rtnetlink::connect()?,
             locks: AttachmentLocks::default(),
             ipam: Mutex::default(),
-            source_guard: Mutex::new(inputs.source_guard),
+            rules: Mutex::new(PodRules::new()),
         })
     }
 }
 
-fn locked<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -8,6 +8,7 @@ use weft_model::Snapshot;
 
 use super::Cni;
 use super::wire::{CniError, Code};
+use crate::store::LeaseRecords;
 
 /// The node as ADD sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,9 +18,16 @@ pub(super) struct NodeView {
     /// The Node's InternalIPs, at most one a family: sources of what the node sends to its pods.
     pub(super) sources: Vec<IpAddr>,
     pub(super) mtu_bytes: u32,
+    pub(super) wireguard_port: u16,
 }
 
 impl NodeView {
+    /// Addresses leased to one pod, the Node's primary family first.
+    pub(super) fn in_order(&self, leases: &LeaseRecords) -> Vec<IpAddr> {
+        let of = |cidr: &IpNet| leases.keys().copied().find(|address| cidr.contains(address));
+        self.pod_cidrs.iter().filter_map(of).collect()
+    }
+
     /// The node's own address of the same family.
     pub(super) fn source_for(&self, address: IpAddr) -> Option<IpAddr> {
         self.sources.iter().copied().find(|source| source.is_ipv6() == address.is_ipv6())
@@ -52,6 +60,7 @@ impl Cni {
             pod_cidrs: node.pod_cidrs.clone(),
             sources: node.primary_ips().collect(),
             mtu_bytes: (self.pod_mtu_bytes)(snapshot),
+            wireguard_port: snapshot.config.wireguard_port,
         })
     }
 }

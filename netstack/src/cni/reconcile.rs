@@ -16,12 +16,13 @@ use ipnet::IpNet;
 use weft_model::constants::POD_LINK_PREFIX;
 
 use super::attachment::host_route;
+use super::del::forget_flows;
 use super::node::NodeView;
-use super::{Cni, locked, spoof};
+use super::{Cni, locked};
 use crate::kernel::link::Link;
 use crate::kernel::route::{LinkRoute, link_routes};
 use crate::reconcile::chain;
-use crate::store::{Boottime, Lease, LeaseRecords};
+use crate::store::{Boottime, HostPort, Lease, LeaseRecords};
 
 /// What [`Cni::reconcile`] found and did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -51,7 +52,7 @@ impl Cni {
                 let routed = links.iter().map(|link| (link.name.clone(), routed_to(link, &routes))).collect();
                 self.reconcile_leases(&mut leases, &routed, &mut done).await;
                 self.complete_host_sides(&leases, &links, &routes, &mut done).await;
-                match locked(&self.source_guard).ensure(&spoof::plan(&leases)) {
+                match locked(&self.rules).ensure(&leases) {
                     Ok(changes) => done.rules = changes,
                     Err(error) => done.failed.push(chain(&error)),
                 }
@@ -75,11 +76,13 @@ impl Cni {
         done: &mut Reconciled,
     ) {
         let mut changes = BTreeMap::new();
+        let mut ended = LeaseRecords::new();
         let now = Boottime::now();
         for (address, lease) in leases.iter_mut().filter(|(_, lease)| lease.released.is_none()) {
             if !links.contains_key(&lease.link) {
                 lease.released = Some(now);
                 done.released.push(*address);
+                ended.insert(*address, lease.clone());
                 changes.insert(*address, Some(lease.clone()));
             }
         }
@@ -89,8 +92,9 @@ impl Cni {
             .map(|lease| lease.link.clone())
             .collect();
         for (link, addresses) in links.iter().filter(|(link, _)| !leased.contains(*link)) {
-            for address in addresses {
-                let lease = rebuilt(link);
+            let host_ports = self.host_ports_of(addresses, done);
+            for (address, host_ports) in addresses.iter().zip(host_ports) {
+                let lease = Lease { host_ports, ..rebuilt(link) };
                 leases.insert(*address, lease.clone());
                 changes.insert(*address, Some(lease));
                 done.rebuilt.push(*address);
@@ -102,6 +106,19 @@ impl Cni {
         if let Err(error) = self.store.write_leases(&changes) {
             done.failed.push(chain(&error));
         }
+        forget_flows(&ended);
+    }
+
+    /// What the kernel still leads to each of these addresses.
+    fn host_ports_of(&self, addresses: &[IpAddr], done: &mut Reconciled) -> Vec<Vec<HostPort>> {
+        let mut found = match locked(&self.rules).host_ports() {
+            Ok(found) => found,
+            Err(error) => {
+                done.failed.push(chain(&error));
+                BTreeMap::new()
+            }
+        };
+        addresses.iter().map(|address| found.remove(address).unwrap_or_default()).collect()
     }
 
     async fn remove_orphan(&self, link: &str, done: &mut Reconciled) {
@@ -120,12 +137,12 @@ impl Cni {
         done: &mut Reconciled,
     ) {
         let Some(node) = self.snapshot().and_then(|snapshot| self.node_view(&snapshot).ok()) else { return };
-        for (name, addresses) in live_links(leases) {
+        for (name, leases) in live_links(leases) {
             let link = links.iter().find(|link| link.name == name);
-            if link.is_some_and(|link| is_complete(link, &addresses, routes, &node)) {
+            if link.is_some_and(|link| is_complete(link, &leases, routes, &node)) {
                 continue;
             }
-            match self.ensure_host_side(&name, &addresses, &node).await {
+            match self.ensure_host_side(&name, &leases, &node).await {
                 Ok(()) => done.completed.push(name),
                 Err(error) => done.failed.push(chain(&error)),
             }
@@ -134,15 +151,15 @@ impl Cni {
 }
 
 /// The routes are made last, so a link that has them all is whole.
-fn is_complete(link: &Link, addresses: &[IpAddr], routes: &[LinkRoute], node: &NodeView) -> bool {
+fn is_complete(link: &Link, leases: &LeaseRecords, routes: &[LinkRoute], node: &NodeView) -> bool {
     let wanted = |address: &IpAddr| host_route(link.index, *address, node);
-    link.up && addresses.iter().all(|address| routes.contains(&wanted(address)))
+    link.up && leases.keys().all(|address| routes.contains(&wanted(address)))
 }
 
-fn live_links(leases: &LeaseRecords) -> BTreeMap<String, Vec<IpAddr>> {
-    let mut links = BTreeMap::<_, Vec<_>>::new();
+fn live_links(leases: &LeaseRecords) -> BTreeMap<String, LeaseRecords> {
+    let mut links = BTreeMap::<_, LeaseRecords>::new();
     for (address, lease) in leases.iter().filter(|(_, lease)| lease.released.is_none()) {
-        links.entry(lease.link.clone()).or_default().push(*address);
+        links.entry(lease.link.clone()).or_default().insert(*address, lease.clone());
     }
     links
 }
@@ -163,6 +180,7 @@ fn rebuilt(link: &str) -> Lease {
         pod: None,
         pod_uid: String::new(),
         link: link.to_owned(),
+        host_ports: Vec::new(),
         released: None,
     }
 }

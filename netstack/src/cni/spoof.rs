@@ -1,102 +1,43 @@
-//! Anti-spoofing (decision 4): a pod's packet must bear an address that is leased to the pod's link.
+//! Anti-spoofing (decision 4): a pod's packet must bear an address that is leased to the pod's link. Pure.
 //!
-//! Table `weft-cni`, one chain at raw priority, before connection tracking and every NAT. In: live leases. Out: the
-//! whole table, and single elements at ADD and DEL.
+//! One chain of table `weft-cni` at raw priority, before connection tracking and every NAT.
 
-use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv6Addr};
-use std::sync::Arc;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
-use weft_model::constants::{POD_LINK_PREFIX, PRIORITY_RAW, TABLE_CNI};
+use weft_model::constants::{POD_LINK_PREFIX, PRIORITY_RAW};
 use weft_model::ruleset::{
-    Base, Chain, ChainKind, Datum, ElementData, Elements, Field, Hook, KeyType, Rule, Set, SetData,
-    Statement, Table, Verdict,
+    Base, Chain, ChainKind, Datum, ElementData, Field, Hook, KeyType, Rule, Set, SetData, Statement, Verdict,
 };
 
-use crate::kernel::nft::{NftError, NftTable};
-use crate::reconcile::Trust;
-use crate::store::LeaseRecords;
+use crate::store::Lease;
 
 const SOURCES_V4: &str = "pod-sources-v4";
 const SOURCES_V6: &str = "pod-sources-v6";
 /// ICMPv6 neighbour solicitation (RFC 4861 section 4.3): its source may be unspecified (duplicate-address detection).
 const NEIGHBOUR_SOLICITATION: u8 = 135;
 
-#[derive(Debug, thiserror::Error)]
-#[error("{operation}")]
-pub struct SpoofError {
-    operation: &'static str,
-    source: NftError,
+/// A live lease's source address on its link.
+pub(super) fn elements(
+    address: IpAddr,
+    lease: &Lease,
+) -> impl Iterator<Item = (&'static str, Vec<Datum>, ElementData)> {
+    let set = if address.is_ipv6() { SOURCES_V6 } else { SOURCES_V4 };
+    let key = vec![Datum::Name(lease.link.clone()), Datum::Ip(address)];
+    std::iter::once((set, key, ElementData::None))
 }
 
-/// Owner of table `weft-cni`.
-pub trait SourceGuard: Send {
-    /// Makes the kernel's table equal to `table`; one line per change.
-    fn ensure(&mut self, table: &Table) -> Result<Vec<String>, SpoofError>;
-    /// From now on packets from `link` may bear these source addresses.
-    fn allow(&mut self, link: &str, addresses: &[IpAddr]) -> Result<(), SpoofError>;
-    /// Takes that back; what was never allowed is no error.
-    fn forbid(&mut self, link: &str, addresses: &[IpAddr]) -> Result<(), SpoofError>;
-}
-
-impl SourceGuard for NftTable {
-    fn ensure(&mut self, table: &Table) -> Result<Vec<String>, SpoofError> {
-        self.apply(table, Trust::Nothing)
-            .map_err(|source| SpoofError { operation: "apply anti-spoofing rules", source })
-    }
-
-    fn allow(&mut self, link: &str, addresses: &[IpAddr]) -> Result<(), SpoofError> {
-        for (set, keys) in by_set(link, addresses) {
-            let elements: Vec<_> = keys.into_iter().map(|key| (key, ElementData::None)).collect();
-            self.insert(set, &elements)
-                .map_err(|source| SpoofError { operation: "allow the source of a pod", source })?;
-        }
-        Ok(())
-    }
-
-    fn forbid(&mut self, link: &str, addresses: &[IpAddr]) -> Result<(), SpoofError> {
-        for (set, keys) in by_set(link, addresses) {
-            self.remove(set, &keys)
-                .map_err(|source| SpoofError { operation: "forbid the source of a pod", source })?;
-        }
-        Ok(())
-    }
-}
-
-fn key(link: &str, address: IpAddr) -> Vec<Datum> {
-    vec![Datum::Name(link.to_owned()), Datum::Ip(address)]
-}
-
-fn set_of(address: IpAddr) -> &'static str {
-    if address.is_ipv6() { SOURCES_V6 } else { SOURCES_V4 }
-}
-
-fn by_set(link: &str, addresses: &[IpAddr]) -> BTreeMap<&'static str, Vec<Vec<Datum>>> {
-    let mut sets = BTreeMap::<_, Vec<_>>::new();
-    for address in addresses {
-        sets.entry(set_of(*address)).or_default().push(key(link, *address));
-    }
-    sets
-}
-
-/// The whole desired state: every live lease's address on its link.
-pub fn plan(leases: &LeaseRecords) -> Table {
-    let mut sets = BTreeMap::from([
-        (SOURCES_V4.to_owned(), Set::new(vec![KeyType::LinkName, KeyType::Ipv4Address], SetData::None)),
-        (SOURCES_V6.to_owned(), Set::new(vec![KeyType::LinkName, KeyType::Ipv6Address], SetData::None)),
-    ]);
-    for (address, lease) in leases.iter().filter(|(_, lease)| lease.released.is_none()) {
-        let set = sets.get_mut(set_of(*address)).expect("both sets were made above");
-        let group = set.groups.entry(lease.link.clone()).or_insert_with(|| Arc::new(Elements::new()));
-        Arc::make_mut(group).insert(key(&lease.link, *address), ElementData::None);
-    }
+/// Chains and empty sets.
+pub(super) fn declarations() -> ([(&'static str, Chain); 2], [(&'static str, Set); 2]) {
     let base = Base { kind: ChainKind::Filter, hook: Hook::Prerouting, priority: PRIORITY_RAW };
-    let chains = BTreeMap::from([
-        ("prerouting".to_owned(), Chain { base: Some(base), rules: vec![from_pods()] }),
-        ("pod-source".to_owned(), Chain { base: None, rules: pod_source_rules() }),
-    ]);
-    Table { name: TABLE_CNI.to_owned(), chains, sets }
+    let sources = |address| Set::new(vec![KeyType::LinkName, address], SetData::None);
+    (
+        [
+            ("prerouting", Chain { base: Some(base), rules: vec![from_pods()] }),
+            ("pod-source", Chain { base: None, rules: pod_source_rules() }),
+        ],
+        [(SOURCES_V4, sources(KeyType::Ipv4Address)), (SOURCES_V6, sources(KeyType::Ipv6Address))],
+    )
 }
 
 fn from_pods() -> Rule {
@@ -107,7 +48,8 @@ fn from_pods() -> Rule {
     .comment("what pods send")
 }
 
-/// Link-local IPv6 never leaves the link; everything else must be leased.
+/// Link-local IPv6 never leaves the link; everything else must be leased. Links of pods with a hostPort let the node's
+/// loopback addresses pass (`route_localnet`), for the node's own clients only.
 fn pod_source_rules() -> Vec<Rule> {
     let leased = |source: Field, set: &str| Statement::Lookup {
         key: vec![Field::InputLink, source],
@@ -116,7 +58,14 @@ fn pod_source_rules() -> Vec<Rule> {
     };
     let accept = Statement::Verdict(Verdict::Return);
     let link_local = IpNet::new_assert(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0).into(), 10);
+    let loopback = IpNet::new_assert(Ipv4Addr::LOCALHOST.into(), 8).trunc();
     vec![
+        Rule::new(vec![
+            matches(Field::Ip4Destination, Datum::Net(loopback)),
+            Statement::Counter,
+            Statement::Verdict(Verdict::Drop),
+        ])
+        .comment("loopback is the node's own"),
         Rule::new(vec![leased(Field::Ip4Source, SOURCES_V4), accept.clone()]),
         Rule::new(vec![leased(Field::Ip6Source, SOURCES_V6), accept.clone()]),
         Rule::new(vec![matches(Field::Ip6Source, Datum::Net(link_local)), accept.clone()])

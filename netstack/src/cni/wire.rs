@@ -66,6 +66,8 @@ pub enum Code {
     Exhausted = 102,
     /// The Store cannot be written.
     Store = 103,
+    /// Another pod of the node has this hostPort.
+    HostPortTaken = 104,
 }
 
 /// The error object of the specification, still without its `cniVersion`.

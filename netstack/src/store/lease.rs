@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use weft_model::PodKey;
+use weft_model::objects::Protocol;
 
 use super::{Store, StoreError};
 
@@ -34,8 +35,21 @@ pub struct Lease {
     pub pod_uid: String,
     /// Name of the host end of the pod's veth.
     pub link: String,
+    /// Ports of the node that lead to this address.
+    #[serde(default)]
+    pub host_ports: Vec<HostPort>,
     /// Set by DEL; the address stays unused for a while.
     pub released: Option<Boottime>,
+}
+
+/// `hostPort` of a container port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct HostPort {
+    pub protocol: Protocol,
+    /// `None`: every address of the node.
+    pub host_ip: Option<IpAddr>,
+    pub host_port: u16,
+    pub container_port: u16,
 }
 
 /// Every lease of the node by address, live and released.

@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::statvfs::{FsFlags, statvfs};
 
-pub use lease::{Boottime, Lease, LeaseRecords};
+pub use lease::{Boottime, HostPort, Lease, LeaseRecords};
 pub use open::Opened;
 pub use snapshot::SnapshotRead;
 

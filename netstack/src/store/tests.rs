@@ -20,6 +20,7 @@ fn lease(container: &str) -> Lease {
         pod: Some(PodKey::new("default", "web-0")),
         pod_uid: "42".to_owned(),
         link: "weftp0123456789a".to_owned(),
+        host_ports: Vec::new(),
         released: None,
     }
 }

@@ -16,6 +16,10 @@ pub(crate) const CASES: &[Case] = &[
     case("a full-size packet crosses nodes without fragmentation trouble", full_size),
     case("nothing of a pod range is seen in clear between nodes", nothing_in_clear),
     case("HTTP, TCP, exec and gRPC probes decide readiness; liveness restarts", probes),
+    case(
+        "a hostPort leads to its pod from outside, nodes and pods, TCP and UDP; hostIP narrows it",
+        host_ports,
+    ),
     case("a deleted pod's address answers no more, and a new pod gets another", addresses_come_and_go),
 ];
 
@@ -194,6 +198,87 @@ spec:
     });
     cluster.delete(POD)?;
     checked
+}
+
+/// "hostPort: Number of port to expose on the host", "hostIP: What host IP to bind the external port to" (Pod API).
+fn host_ports(cluster: &Cluster) -> anyhow::Result<()> {
+    const PODS: &str = "
+apiVersion: v1
+kind: Pod
+metadata: {name: exposed, namespace: suite}
+spec:
+  nodeName: node2
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: agnhost
+    image: weft.network/test:1
+    args: [netexec, --http-port=8080, --udp-port=8081]
+    ports:
+    - {containerPort: 8080, hostPort: 8900}
+    - {containerPort: 8081, hostPort: 8900, protocol: UDP}
+    readinessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: narrow, namespace: suite}
+spec:
+  nodeName: node2
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: agnhost
+    image: weft.network/test:1
+    args: [netexec, --http-port=8080, --udp-port=8081]
+    ports:
+    - {containerPort: 8080, hostPort: 8901, hostIP: 127.0.0.1}
+    - {containerPort: 8080, hostPort: 8901, hostIP: 'fd00:30:98::12'}
+    readinessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1}
+";
+    cluster.apply(PODS)?;
+    let checked = host_ports_lead(cluster);
+    cluster.delete(PODS)?;
+    checked?;
+    for address in Cluster::node_addresses("node2") {
+        let line = format!("! curl -sS -m 2 'http://{}:8900/hostname' 2>/dev/null", in_url(&address));
+        cluster.on("client", &line).context("the hostPort of a deleted pod answers")?;
+    }
+    Ok(())
+}
+
+fn host_ports_lead(cluster: &Cluster) -> anyhow::Result<()> {
+    cluster.kubectl(&["wait", "--for=condition=Ready", "pod/exposed", "pod/narrow", "--timeout=60s"])?;
+    let ask = |address: &str, port| format!("curl -sS -m 3 'http://{}:{port}/hostname'", in_url(address));
+    let [v4, v6] = Cluster::node_addresses("node2");
+    for address in [&v4, &v6] {
+        let web = ask(address, 8900);
+        let datagram = ask_by_udp(address, 8900, "hostname");
+        let mut answers = Vec::new();
+        for line in [&web, &datagram] {
+            answers.push(cluster.on("client", line)?);
+            for node in NODES {
+                answers.push(cluster.on(node, line).with_context(|| format!("{node}: {line}"))?);
+                let pod = cluster.pod_on("tools", node)?.name;
+                answers.push(cluster.in_pod(&pod, line).with_context(|| format!("pod on {node}: {line}"))?);
+            }
+        }
+        answers.push(cluster.in_pod("exposed", &web).context("the pod itself")?);
+        ensure!(answers.iter().all(|answer| answer.trim() == "exposed"), "{address}: {answers:?}");
+        let seen =
+            cluster.on("client", &format!("curl -sS -m 3 'http://{}:8900/clientip'", in_url(address)))?;
+        ensure!(!seen.contains(address.as_str()), "the client's address is not kept: {seen}");
+    }
+    for (address, from, leads) in [
+        ("127.0.0.1", "node2", true),
+        (v6.as_str(), "client", true),
+        (v6.as_str(), "node1", true),
+        (v4.as_str(), "client", false),
+        (v4.as_str(), "node2", false),
+    ] {
+        let answered = cluster.on(from, &ask(address, 8901)).is_ok_and(|answer| answer.trim() == "narrow");
+        ensure!(answered == leads, "hostIP: {address} from {from}: answered {answered}");
+    }
+    let loopback = cluster.on("node2", &ask("127.0.0.1", 8900))?;
+    ensure!(loopback.trim() == "exposed", "127.0.0.1: {loopback}");
+    Ok(())
 }
 
 fn addresses_come_and_go(cluster: &Cluster) -> anyhow::Result<()> {

@@ -23,6 +23,7 @@ fn lease(id: &str) -> Lease {
         pod: None,
         pod_uid: String::new(),
         link: link_of(id),
+        host_ports: Vec::new(),
         released: None,
     }
 }

@@ -7,13 +7,11 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 use tokio::sync::watch;
-use weft_model::constants::TABLE_CNI;
 use weft_model::node_facts::{NodeFacts, WireguardBackend};
 use weft_model::objects::Node;
 use weft_model::{ClusterConfig, Generation, NodeName, Snapshot};
 
 use crate::cni::{Attachment, Cni, Inputs, plugin, server};
-use crate::kernel::nft::NftTable;
 use crate::kernel::testing::NamedNetns;
 use crate::store::tests::open_when_free;
 use crate::store::{LeaseRecords, Store};
@@ -72,7 +70,6 @@ impl Rig {
                 Some(_) => Ok(()),
             }),
             pod_mtu_bytes: Arc::new(|_| 1420),
-            source_guard: Box::new(NftTable::new(TABLE_CNI)),
         };
         let cni = Arc::new(Cni::open(inputs).unwrap());
         let reconciled = cni.reconcile().await;

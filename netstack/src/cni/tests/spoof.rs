@@ -29,7 +29,7 @@ fn arrives(client: &NamedNetns, source: IpAddr, server: &NamedNetns, address: Ip
 /// Packets that the last rule of the guard has dropped.
 fn dropped(node: &NamedNetns) -> u64 {
     let table = node.must(&["nft", "list", "table", "inet", TABLE_CNI]);
-    let line = table.lines().find(|line| line.contains("counter packets")).unwrap();
+    let line = table.lines().find(|line| line.contains("not an address leased to this pod")).unwrap();
     line.split_whitespace().skip_while(|word| *word != "packets").nth(1).unwrap().parse().unwrap()
 }
 
