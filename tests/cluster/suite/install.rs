@@ -109,16 +109,23 @@ fn by_hand(cluster: &Cluster) -> anyhow::Result<()> {
     let printed = cluster.on("node3", &format!("/tmp/weft install {credentials} {FLAGS}"))?;
     ensure!(printed.lines().last().is_some_and(|line| line.starts_with("ready")), "{printed}");
     cluster.nodes_ready()?;
-    // The pods of the node lost their links with the uninstallation.
+    pods_anew(cluster)?;
+    // Files that a person put there are theirs to remove.
+    cluster.on("node3", "weft uninstall && rm -r /etc/weft")?;
+    said(cluster.script("install-weft").arg(&binary))?;
+    cluster.nodes_ready()?;
+    pods_anew(cluster)
+}
+
+/// The pods of node3 lost their links with the uninstallation.
+fn pods_anew(cluster: &Cluster) -> anyhow::Result<()> {
     cluster.kubectl(&["delete", "pods", "--field-selector", "spec.nodeName=node3", "--grace-period=1"])?;
     cluster.within(PATIENCE, "a pod of the node", || {
         let client = cluster.pod_on("tools", "node3")?;
         let said = cluster.in_pod(&client.name, "curl -sS -m 3 http://steady/hostname")?;
         ensure!(said.trim() == "steady", "{said}");
         Ok(())
-    })?;
-    said(cluster.script("install-weft").arg(&binary))?;
-    cluster.nodes_ready()
+    })
 }
 
 /// What of the kernel and the disk Weft may touch, a line each; what no two boots share is left out.
