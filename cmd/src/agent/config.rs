@@ -44,6 +44,9 @@ pub(crate) struct AgentArgs {
     /// UDP port of the overlay, the same on every node
     #[arg(long, default_value_t = weft_model::constants::WIREGUARD_PORT)]
     wireguard_port: u16,
+    /// Let pods pass the firewalls of other programs (Docker, ufw, firewalld) that drop what they forward
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
+    open_firewalls: bool,
     /// Resolvers for names outside the cluster
     #[arg(long, default_value = "/etc/resolv.conf")]
     resolv_conf: PathBuf,
@@ -70,6 +73,7 @@ pub(crate) struct Config {
     pub(crate) node: NodeName,
     pub(crate) api_server: Endpoint,
     pub(crate) cluster: ClusterConfig,
+    pub(crate) open_firewalls: bool,
     pub(crate) resolv_conf: PathBuf,
     pub(crate) cni_conf_dir: PathBuf,
     pub(crate) cni_bin_dir: PathBuf,
@@ -86,6 +90,7 @@ impl AgentArgs {
             node: node_name(self.node_name)?,
             api_server: endpoint(self.kubeconfig, self.api_server, self.token_file, self.ca_file)?,
             cluster,
+            open_firewalls: self.open_firewalls,
             resolv_conf: self.resolv_conf,
             cni_conf_dir: self.cni_conf_dir,
             cni_bin_dir: self.cni_bin_dir,

@@ -17,10 +17,14 @@ use weft_netstack::cni::plan::PodLinksPlanner;
 use weft_netstack::cni::{self, Cni, PodMtu, Readiness, loopback};
 use weft_netstack::kernel::facts;
 use weft_netstack::kernel::netns::Rtnetlink;
+use weft_netstack::kernel::nft::Commits;
+use weft_netstack::kernel::route::losses;
 use weft_netstack::kube::{self, Access, ApiStatus, Identity, Publisher, Watches};
 use weft_netstack::overlay::{self, OverlayApplier, OverlayPlanner, tunnel};
 use weft_netstack::proxy::{ProxyApplier, ProxyPlanner};
-use weft_netstack::reconcile::{Applier, Loop, LoopHandle, Pace, Planner, TaskGroup, chain};
+use weft_netstack::reconcile::{
+    Applier, Loop, LoopHandle, Pace, Planner, TaskGroup, Watchfulness, chain, vigil,
+};
 use weft_netstack::store::{Opened, SnapshotRead, Store, StoreError, key};
 
 use super::config::Config;
@@ -61,14 +65,16 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let mut loops = Loops { tasks, snapshots: snapshots.clone(), handles: Vec::new() };
     // The tunnel is a process of its own and may come late: pods wait for this loop, so it is not tried rarely.
     let impatient = Pace { max_backoff: Duration::from_secs(1), ..Pace::default() };
-    let overlay = loops.start("overlay", OverlayPlanner, overlay, impatient);
+    let overlay =
+        loops.start("overlay", OverlayPlanner { open_firewalls: config.open_firewalls }, overlay, impatient);
     loops.start("proxy", ProxyPlanner::default(), ProxyApplier::new(), Pace::default());
     loops.start("dns", dns.planner, dns.applier, Pace::default());
     loops.start("publish", identity, Publisher::new(access), Pace::default());
-    let sources = Sources { snapshots: snapshots.clone(), api: status.clone(), overlay };
+    let sources = Sources { snapshots: snapshots.clone(), api: status.clone(), overlay: overlay.clone() };
     let cni = open_cni(snapshots.clone(), leases, sources.readiness()).await?;
-    loops.start("cni", PodLinksPlanner, PodLinksApplier::new(cni.clone()), Pace::default());
+    let pod_links = loops.start("cni", PodLinksPlanner, PodLinksApplier::new(cni.clone()), Pace::default());
     let handles = loops.handles;
+    watch_others(tasks, &handles, [overlay, pod_links])?;
 
     let (observed, observe_outcome) = watch::channel(String::new());
     let (found_tx, found) = watch::channel(Configurations::default());
@@ -136,6 +142,21 @@ impl Loops<'_> {
         self.handles.push(handle.clone());
         handle
     }
+}
+
+/// What others take away is put back at once, not at the next drift check.
+fn watch_others(
+    tasks: &mut TaskGroup,
+    loops: &[LoopHandle],
+    with_routes: [LoopHandle; 2],
+) -> anyhow::Result<()> {
+    let mut commits = Commits::open().context("watch the rule set")?;
+    tasks.start("rules", vigil(Watchfulness::default(), move || commits.foreign(), loops.to_vec()));
+    tasks.start(
+        "routes",
+        losses(move || with_routes.iter().for_each(LoopHandle::nudge)).context("watch the routes")?,
+    );
+    Ok(())
 }
 
 /// What keeps pods away, as `weft status` says it.

@@ -87,6 +87,15 @@ impl Rule {
     }
 }
 
+/// What another program's firewall must let through: a rule for its base chains of this hook that end in a drop. An accept in a
+/// table of ours could not override that (decision 3).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Passage {
+    pub hook: Hook,
+    /// Ends in `accept`.
+    pub rule: Rule,
+}
+
 /// One step of a rule. A statement that reads a field of one IP family holds only for packets of that family: the
 /// encoder puts the `meta nfproto` match before it, the tracer behaves alike.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -18,7 +18,8 @@ use serde_json::Value;
 use weft_model::constants::{POD_LINK_PREFIX, PRIORITY_HOSTPORT, PRIORITY_SNAT};
 use weft_model::objects::Protocol;
 use weft_model::ruleset::{
-    Base, Chain, ChainKind, Datum, ElementData, Field, Hook, KeyType, Rule, Set, SetData, Statement, Verdict,
+    Base, Chain, ChainKind, Datum, ElementData, Field, Hook, KeyType, Rule, Set, SetData, Statement, Table,
+    Verdict,
 };
 
 use super::wire::{CniError, Code};
@@ -198,35 +199,37 @@ pub(super) fn read(key: &[Datum], data: &ElementData) -> Option<(IpAddr, HostPor
     }
 }
 
-/// Chains and empty sets.
-pub(super) fn declarations() -> (Vec<(&'static str, Chain)>, Vec<(&'static str, Set)>) {
-    let to_node = vec![
-        Statement::DestinationIsLocal { negated: false },
-        Statement::Verdict(Verdict::Jump(CHAIN.to_owned())),
-    ];
+/// Adds chains and empty sets.
+pub(super) fn declare(table: &mut Table) {
+    let to_node = || {
+        Rule::new(vec![
+            Statement::DestinationIsLocal { negated: false },
+            Statement::Verdict(Verdict::Jump(CHAIN.to_owned())),
+        ])
+    };
     let nat =
         |hook, priority, rules| Chain { base: Some(Base { kind: ChainKind::Nat, hook, priority }), rules };
-    let from = |hook| nat(hook, PRIORITY_HOSTPORT, vec![Rule::new(to_node.clone())]);
-    let chains = vec![
-        ("hostport-prerouting", from(Hook::Prerouting)),
-        ("hostport-output", from(Hook::Output)),
+    for (name, chain) in [
+        ("hostport-prerouting", nat(Hook::Prerouting, PRIORITY_HOSTPORT, vec![to_node()])),
+        ("hostport-output", nat(Hook::Output, PRIORITY_HOSTPORT, vec![to_node()])),
         (CHAIN, Chain { base: None, rules: translations() }),
         ("hostport-postrouting", nat(Hook::Postrouting, PRIORITY_SNAT, masquerades())),
-    ];
-    let sets = [false, true].into_iter().flat_map(|ipv6| {
-        let family = usize::from(ipv6);
-        let (address, pod) = match ipv6 {
-            false => (KeyType::Ipv4Address, SetData::Ipv4AddressAndPort),
-            true => (KeyType::Ipv6Address, SetData::Ipv6AddressAndPort),
-        };
-        let (protocol, port) = (KeyType::L4Protocol, KeyType::Port);
-        [
+    ] {
+        table.chains.insert(name.to_owned(), chain);
+    }
+    let (protocol, port) = (KeyType::L4Protocol, KeyType::Port);
+    for (family, address, pod) in [
+        (0, KeyType::Ipv4Address, SetData::Ipv4AddressAndPort),
+        (1, KeyType::Ipv6Address, SetData::Ipv6AddressAndPort),
+    ] {
+        for (name, set) in [
             (PORTS[family], Set::new(vec![protocol, port], pod)),
             (ADDRESS_PORTS[family], Set::new(vec![address, protocol, port], pod)),
             (HAIRPIN[family], Set::new(vec![address, address], SetData::None)),
-        ]
-    });
-    (chains, sets.collect())
+        ] {
+            table.sets.insert(name.to_owned(), set);
+        }
+    }
 }
 
 /// An address of the node before all of them.

@@ -20,10 +20,8 @@ type BySet = BTreeMap<&'static str, Elements>;
 /// only a damaged Store can bring about.
 fn plan(leases: &LeaseRecords) -> Table {
     let mut table = Table { name: TABLE_CNI.to_owned(), ..Table::default() };
-    let (spoof_chains, spoof_sets) = spoof::declarations();
-    let (port_chains, port_sets) = hostport::declarations();
-    table.chains.extend(spoof_chains.into_iter().chain(port_chains).map(|(name, c)| (name.to_owned(), c)));
-    table.sets.extend(spoof_sets.into_iter().chain(port_sets).map(|(name, set)| (name.to_owned(), set)));
+    spoof::declare(&mut table);
+    hostport::declare(&mut table);
     for (address, lease) in leases.iter().filter(|(_, lease)| lease.released.is_none()) {
         for (name, elements) in of_lease(*address, lease) {
             let set = table.sets.get_mut(name).expect("elements are of declared sets");

@@ -7,7 +7,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::IpNet;
 use weft_model::constants::{POD_LINK_PREFIX, PRIORITY_RAW};
 use weft_model::ruleset::{
-    Base, Chain, ChainKind, Datum, ElementData, Field, Hook, KeyType, Rule, Set, SetData, Statement, Verdict,
+    Base, Chain, ChainKind, Datum, ElementData, Field, Hook, KeyType, Rule, Set, SetData, Statement, Table,
+    Verdict,
 };
 
 use crate::store::Lease;
@@ -27,17 +28,18 @@ pub(super) fn elements(
     std::iter::once((set, key, ElementData::None))
 }
 
-/// Chains and empty sets.
-pub(super) fn declarations() -> ([(&'static str, Chain); 2], [(&'static str, Set); 2]) {
+/// Adds chains and empty sets.
+pub(super) fn declare(table: &mut Table) {
     let base = Base { kind: ChainKind::Filter, hook: Hook::Prerouting, priority: PRIORITY_RAW };
-    let sources = |address| Set::new(vec![KeyType::LinkName, address], SetData::None);
-    (
-        [
-            ("prerouting", Chain { base: Some(base), rules: vec![from_pods()] }),
-            ("pod-source", Chain { base: None, rules: pod_source_rules() }),
-        ],
-        [(SOURCES_V4, sources(KeyType::Ipv4Address)), (SOURCES_V6, sources(KeyType::Ipv6Address))],
-    )
+    for (name, chain) in [
+        ("prerouting", Chain { base: Some(base), rules: vec![from_pods()] }),
+        ("pod-source", Chain { base: None, rules: pod_source_rules() }),
+    ] {
+        table.chains.insert(name.to_owned(), chain);
+    }
+    for (name, address) in [(SOURCES_V4, KeyType::Ipv4Address), (SOURCES_V6, KeyType::Ipv6Address)] {
+        table.sets.insert(name.to_owned(), Set::new(vec![KeyType::LinkName, address], SetData::None));
+    }
 }
 
 fn from_pods() -> Rule {

@@ -4,6 +4,7 @@
 //! [`Routes`] never touches.
 
 mod kernel_view;
+mod losses;
 mod pod;
 #[cfg(test)]
 mod tests;
@@ -19,6 +20,7 @@ use super::link::{LinkError, Links, cause};
 use crate::reconcile::{Applied, chain};
 use kernel_view::{Key, LinkIndexes, Seen, route_message, rule_message};
 
+pub use losses::losses;
 pub use pod::{LinkRoute, ensure_link_route, link_routes};
 
 #[derive(Debug, thiserror::Error)]

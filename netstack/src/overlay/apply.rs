@@ -1,6 +1,6 @@
 //! Makes the host equal to an [`OverlayPlan`].
 //!
-//! Order: the table first, so that strictness stands before any route; then sysctls, the device, WireGuard, routes. Each
+//! Order: the table first, so that strictness stands before any route; then other programs' firewalls, sysctls, the device, WireGuard, routes. Each
 //! step is tried whatever became of those before it.
 
 use std::io::Write as _;
@@ -16,13 +16,15 @@ use super::sysctls;
 use super::tunnel::{KEY_FILE, SOCKET_FILE, STATE_FILE, TunnelState, control, read_key};
 use crate::kernel::link::{LinkError, Links};
 use crate::kernel::nft::NftTable;
+use crate::kernel::nft::passage::Passages;
 use crate::kernel::route::Routes;
 use crate::kernel::{tun, wireguard};
 use crate::reconcile::{Applied, Applier, Trust, chain};
 
-/// Owner of the table `weft-host`, the device `weft0` and the routes of the overlay.
+/// Owner of the table `weft-host`, the rules of ours in other programs' tables, the device `weft0` and the routes of the overlay.
 pub struct OverlayApplier {
     table: NftTable,
+    passages: Passages,
     links: Links,
     routes: Routes,
     run_dir: PathBuf,
@@ -51,6 +53,7 @@ impl OverlayApplier {
     pub fn new(handle: rtnetlink::Handle, run_dir: PathBuf, state_dir: PathBuf) -> Self {
         Self {
             table: NftTable::new(TABLE_HOST),
+            passages: Passages::default(),
             links: Links::new(handle.clone()),
             routes: Routes::new(handle),
             run_dir,
@@ -65,6 +68,9 @@ impl Applier for OverlayApplier {
     async fn apply(&mut self, plan: &OverlayPlan, trust: Trust) -> Applied {
         let mut applied = Applied::default();
         note(&mut applied, self.table.apply(&plan.table, trust));
+        let passages = self.passages.ensure(&plan.passages, trust);
+        let opened = passages.as_ref().map(|outcome| outcome.open.join(", ")).unwrap_or_default();
+        note(&mut applied, passages.map(|outcome| outcome.changed));
         sysctls::apply(&plan.sysctls, Some(&self.run_dir), &mut applied);
         // Kernel WireGuard makes its own device; the tunnel is told once the device is whole.
         let backend = match plan.backend {
@@ -90,6 +96,9 @@ impl Applier for OverlayApplier {
             ("peers".to_owned(), plan.wireguard.peers.len().to_string()),
             ("mtu".to_owned(), plan.mtu_bytes.to_string()),
         ];
+        if !opened.is_empty() {
+            applied.details.push(("passes the firewalls".to_owned(), opened));
+        }
         applied
     }
 }
@@ -187,6 +196,8 @@ pub async fn cleanup(handle: rtnetlink::Handle, run_dir: &Path) -> Applied {
     note(&mut applied, link.map_err(|source| OverlayError::Remove { what, source }));
     let rest = Links::new(handle).delete(TUNNEL_LINK).await;
     note(&mut applied, rest.map(|was_there| removed(&format!("link {TUNNEL_LINK}"), was_there)));
+    let passages = Passages::default().ensure(&[], Trust::Nothing);
+    note(&mut applied, passages.map(|outcome| outcome.changed));
     let table = NftTable::delete(TABLE_HOST);
     note(&mut applied, table.map(|was_there| removed(&format!("nft table {TABLE_HOST}"), was_there)));
     sysctls::restore(run_dir, &mut applied);

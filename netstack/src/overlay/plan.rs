@@ -20,7 +20,7 @@ use weft_model::node_facts::WireguardBackend;
 use weft_model::objects::Node;
 use weft_model::problem::Planned;
 use weft_model::route::{Route, RouteTarget, SourceRule};
-use weft_model::ruleset::Table;
+use weft_model::ruleset::{Passage, Table};
 use weft_model::wireguard::{WireguardPeer, WireguardPlan};
 use weft_model::{Problem, Reason, Snapshot};
 
@@ -43,6 +43,8 @@ pub struct OverlayPlan {
     pub routes: BTreeSet<Route>,
     pub rules: BTreeSet<SourceRule>,
     pub table: Table,
+    /// What other programs' firewalls must let through.
+    pub passages: Vec<Passage>,
     /// In order; those of the tunnel device follow its creation.
     pub sysctls: Vec<Sysctl>,
     pub link_sysctls: Vec<Sysctl>,
@@ -64,8 +66,11 @@ impl Sysctl {
     }
 }
 
-#[derive(Debug, Default)]
-pub struct OverlayPlanner;
+#[derive(Debug)]
+pub struct OverlayPlanner {
+    /// Whether pods pass the firewalls of other programs (decision 3).
+    pub open_firewalls: bool,
+}
 
 impl Planner for OverlayPlanner {
     type Plan = OverlayPlan;
@@ -81,6 +86,7 @@ impl Planner for OverlayPlanner {
             routes: view.routes(&wireguard),
             rules: view.rules(),
             table: rules::table(&snapshot.config, &accepted, &view.own_pod_cidrs()),
+            passages: if self.open_firewalls { rules::passages(&snapshot.config) } else { Vec::new() },
             sysctls: view.sysctls(),
             link_sysctls: view.link_sysctls(),
             wireguard,

@@ -7,6 +7,8 @@
 //!  underlay-out    (300)  to the underlay with a pod's source or destination: drop
 //! ```
 //!
+//! And what the firewalls of other programs must let through, since an accept here cannot override their drop.
+//!
 //! The table holds without the tunnel device, without peers and without the agent (decision 5).
 
 use std::collections::BTreeMap;
@@ -20,7 +22,7 @@ use weft_model::constants::{
 };
 use weft_model::objects::Protocol;
 use weft_model::ruleset::{
-    Base, Chain, ChainKind, Datum, ElementData, Elements, Field, Hook, KeyType, Rule, Set, SetData,
+    Base, Chain, ChainKind, Datum, ElementData, Elements, Field, Hook, KeyType, Passage, Rule, Set, SetData,
     Statement, Table, Verdict,
 };
 
@@ -90,6 +92,28 @@ pub(super) fn table(config: &ClusterConfig, nodes: &[Accepted<'_>], own_pod_cidr
         table.chains.insert(name.to_owned(), chain);
     }
     table
+}
+
+/// Forwarded: whatever comes from or goes to a pod or the tunnel; who may talk to whom is for network policy to say. To the
+/// node itself: pods' DNS. Written so that iptables can list it.
+pub(super) fn passages(config: &ClusterConfig) -> Vec<Passage> {
+    let pods = || Datum::NamePrefix(POD_LINK_PREFIX.to_owned());
+    let tunnel = || Datum::Name(TUNNEL_LINK.to_owned());
+    let accept = |hook, mut statements: Vec<Statement>, comment: &str| {
+        statements.extend([Statement::Counter, Statement::Verdict(Verdict::Accept)]);
+        Passage { hook, rule: Rule::new(statements).comment(comment) }
+    };
+    let mut passages = Vec::new();
+    for (comment, link) in [("weft: pods", pods as fn() -> Datum), ("weft: other nodes' pods", tunnel)] {
+        for field in [Field::InputLink, Field::OutputLink] {
+            passages.push(accept(Hook::Forward, vec![equals(field, link())], comment));
+        }
+    }
+    passages.extend(config.cluster_dns.iter().map(|address| {
+        let to_dns = equals(family_of(*address).destination, Datum::Ip(*address));
+        accept(Hook::Input, vec![equals(Field::InputLink, pods()), to_dns], "weft: pods' DNS")
+    }));
+    passages
 }
 
 fn cluster_set(family: &Family, config: &ClusterConfig) -> Set {

@@ -4,6 +4,7 @@
 //!  watch<Arc<Snapshot>> --+
 //!  nudge, drift timer, ---+--> pass: snapshot -> Planner::plan -> Applier::apply -> Report
 //!  retry timer -----------+
+//!  vigil: others changed what a loop owns --nudge--^
 //! ```
 //!
 //! A trigger carries no data: first start, change, retry and drift are one code path. This is the only room that knows
@@ -11,6 +12,7 @@
 
 mod run;
 mod tasks;
+mod vigil;
 
 use std::future::Future;
 
@@ -18,6 +20,7 @@ use weft_model::{Planned, Snapshot};
 
 pub use run::{Loop, LoopHandle, Pace};
 pub use tasks::TaskGroup;
+pub use vigil::{Watchfulness, vigil};
 
 /// Pure: from a Snapshot to the whole desired state of one domain. `&mut self` holds nothing but memoised results,
 /// so two planners that were given the same Snapshot return equal plans.

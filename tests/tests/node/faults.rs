@@ -3,7 +3,7 @@
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 use weft_tests::node::picture::{Picture, ruleset_with_handles};
@@ -64,6 +64,39 @@ fn a_taken_dns_port_is_named_and_the_rest_answers() {
         drop(taken);
         until("DNS over IPv4", || dig(DNS[0], NAME, "A") == ["10.96.0.1"]);
         until("no failure", || node.failures("dns").is_empty());
+    });
+}
+
+/// `firewall-cmd --reload`, `nft flush ruleset`, `ip route flush`, a network manager that cleans up.
+#[test]
+fn what_another_program_takes_away_is_put_back_at_once() {
+    inside(|| {
+        let node = Node::running();
+        node.add_pod("pod1");
+        until("a settled node", || node.status()["ready"] == true);
+        std::thread::sleep(Duration::from_secs(1));
+        let whole = Picture::take(&[]);
+        for damage in [
+            "nft flush ruleset",
+            "nft delete table inet weft-host",
+            "nft flush chain inet weft-proxy services",
+            "ip route flush proto 87",
+            "ip -6 route flush proto 87",
+            "ip address flush dev weft0",
+            "ip link set weft0 down",
+        ] {
+            run(Command::new("sh").args(["-c", damage]));
+            let damaged_at = Instant::now();
+            assert_ne!(
+                Picture::take(&[]),
+                whole,
+                "{damage} does no damage, or was healed too soon to be seen"
+            );
+            // Long before the drift check, which comes once a minute.
+            let healed = holds_within(Duration::from_secs(10), || Picture::take(&[]) == whole);
+            assert!(healed, "{damage} is not healed: {:#?}", whole.differences(&Picture::take(&[])));
+            println!("healed {:?} after {damage}", damaged_at.elapsed());
+        }
     });
 }
 

@@ -163,7 +163,7 @@ impl<'a> Batch<'a> {
         self.writer.string(NFTA_RULE_TABLE, self.table);
         self.writer.string(NFTA_RULE_CHAIN, chain);
         let begin = self.writer.len();
-        self.writer.nest(NFTA_RULE_EXPRESSIONS, |writer| write_rule(writer, rule, answer));
+        self.writer.nest(NFTA_RULE_EXPRESSIONS, |writer| write_rule(writer, rule, answer, None));
         let identity = Identity::of(&self.writer.bytes()[begin..], rule.comment.as_deref());
         write_userdata(&mut self.writer, rule.comment.as_deref(), identity);
         self.writer.close_message(open);
@@ -219,7 +219,7 @@ impl Sealed {
 }
 
 /// Hook numbers of NF_INET_*; a policy is always accept.
-const HOOKS: [(Hook, u32); 5] =
+pub(crate) const HOOKS: [(Hook, u32); 5] =
     [(Hook::Prerouting, 0), (Hook::Input, 1), (Hook::Forward, 2), (Hook::Output, 3), (Hook::Postrouting, 4)];
 const KINDS: [(ChainKind, &str); 3] =
     [(ChainKind::Filter, "filter"), (ChainKind::Nat, "nat"), (ChainKind::Route, "route")];
@@ -294,7 +294,7 @@ const USERDATA_IDENTITY: u8 = 0x57;
 const COMMENT_BYTES: usize = 127;
 
 impl Identity {
-    fn of(expressions: &[u8], comment: Option<&str>) -> Self {
+    pub(crate) fn of(expressions: &[u8], comment: Option<&str>) -> Self {
         let comment = comment.unwrap_or("\0").as_bytes();
         let hash = expressions.iter().chain(comment);
         Self(hash.fold(FNV_OFFSET, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(FNV_PRIME)))
@@ -304,7 +304,7 @@ impl Identity {
     pub(crate) fn of_rule(rule: &Rule, scratch: &mut Vec<Self>) {
         for answer in answers(rule) {
             let mut writer = Writer::default();
-            writer.nest(NFTA_RULE_EXPRESSIONS, |writer| write_rule(writer, rule, *answer));
+            writer.nest(NFTA_RULE_EXPRESSIONS, |writer| write_rule(writer, rule, *answer, None));
             scratch.push(Self::of(writer.bytes(), rule.comment.as_deref()));
         }
     }
@@ -322,7 +322,7 @@ impl Identity {
     }
 }
 
-fn write_userdata(writer: &mut Writer, comment: Option<&str>, identity: Identity) {
+pub(crate) fn write_userdata(writer: &mut Writer, comment: Option<&str>, identity: Identity) {
     let identity = identity.0.to_be_bytes();
     let ours = [&[USERDATA_IDENTITY, 8][..], &identity].concat();
     let Some(comment) = comment else {

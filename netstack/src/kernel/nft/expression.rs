@@ -68,9 +68,9 @@ pub(crate) fn answers(rule: &Rule) -> &'static [Answer] {
     }
 }
 
-/// The list of expressions of one rule of the kernel.
-pub(crate) fn write_rule(writer: &mut Writer, rule: &Rule, answer: Answer) {
-    let mut encoder = Encoder { writer, ipv6: None, protocol: None };
+/// The list of expressions of one rule of the kernel. `ipv6`: the family of its table, `None` for `inet`.
+pub(crate) fn write_rule(writer: &mut Writer, rule: &Rule, answer: Answer, ipv6: Option<bool>) {
+    let mut encoder = Encoder { writer, ipv6, protocol: None };
     for statement in &rule.statements {
         encoder.statement(statement, answer);
     }

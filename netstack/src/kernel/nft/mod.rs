@@ -16,6 +16,7 @@ mod element;
 mod expression;
 mod generation;
 mod observe;
+pub mod passage;
 mod socket;
 #[cfg(test)]
 pub(super) mod tests;
@@ -80,6 +81,31 @@ pub struct KernelRefusal {
 
 /// A batch is made anew this often when others commit at the same time.
 const ATTEMPTS: usize = 32;
+
+/// Notices commits of others, to which an owner's next look at the kernel is the answer.
+pub struct Commits {
+    socket: NetfilterSocket,
+    seen: u32,
+}
+
+impl Commits {
+    /// Of the calling thread's network namespace, from now on.
+    pub fn open() -> Result<Self, NftError> {
+        let mut socket = NetfilterSocket::open().map_err(NftError::Open)?;
+        let seen = read_generation(&mut socket, "any")?;
+        Ok(Self { socket, seen })
+    }
+
+    /// Whether anybody outside this process has committed since the last call.
+    pub fn foreign(&mut self) -> Result<bool, NftError> {
+        let netns = self.socket.netns_cookie();
+        let turn = generation::turn(netns);
+        let _no_commit_of_ours = turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = read_generation(&mut self.socket, "any")?;
+        let before = std::mem::replace(&mut self.seen, now);
+        Ok(!generation::all_ours(netns, before, now))
+    }
+}
 
 /// Owner of one kernel table. Calls are synchronous: the kernel handles a batch inside `send`. The socket belongs to
 /// the network namespace of the thread that makes the first call.

@@ -2,6 +2,7 @@
 
 mod damage;
 mod listing;
+mod passage;
 mod scale;
 mod traffic;
 mod transitions;

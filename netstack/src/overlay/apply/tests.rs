@@ -104,7 +104,7 @@ impl Host {
         let facts =
             NodeFacts { name: NodeName(format!("node-{}", self.number)), ..(*snapshot.facts).clone() };
         snapshot.facts = Arc::new(facts);
-        OverlayPlanner.plan(&snapshot).plan
+        OverlayPlanner { open_firewalls: true }.plan(&snapshot).plan
     }
 
     /// One pass for each trust, with one applier.
@@ -304,6 +304,39 @@ fn pods_reach_pods_and_nodes_and_nothing_of_theirs_is_in_clear() {
     assert!(down.iter().all(|target| !pings(&hosts[0].pod, target)));
     assert_eq!(watch.settled(&hosts[0].netns, IN_CLEAR), [""; 0]);
     assert!(!watch.seen(icmp).is_empty() && !watch.seen(wireguard).is_empty(), "the capture sees the rest");
+}
+
+#[test]
+fn pods_pass_a_firewall_that_drops_what_it_forwards() {
+    if !needs_root() {
+        return;
+    }
+    let switch = switch();
+    let mut hosts = [1, 2].map(|number| Host::new(number, &switch));
+    for host in &mut hosts {
+        host.attach_pod();
+        host.apply(&host.plan(&[1, 2]), &[Trust::Nothing]);
+        host.start_tunnel();
+    }
+    let targets = ["10.42.2.2", "fd42:0:0:2::2", "192.0.2.2", "2001:db8::2"];
+    targets.iter().for_each(|target| reaches(&hosts[0].pod, target));
+    let firewall =
+        "table inet firewalld { chain forward { type filter hook forward priority 10; policy drop; }; }";
+    hosts[0].netns.must(&["nft", firewall]);
+    for command in ["iptables-nft", "ip6tables-nft"] {
+        hosts[0].netns.must(&[command, "-P", "FORWARD", "DROP"]);
+    }
+    assert!(targets.iter().all(|target| !pings(&hosts[0].pod, target)), "the firewall lets pods through");
+    let passed = hosts[0].apply(&hosts[0].plan(&[1, 2]), &[Trust::Nothing]);
+    assert_eq!(passed[0].failed, [""; 0]);
+    let said = ("passes the firewalls", "inet firewalld forward, ip filter FORWARD, ip6 filter FORWARD");
+    assert!(passed[0].details.contains(&(said.0.to_owned(), said.1.to_owned())), "{:?}", passed[0].details);
+    targets.iter().for_each(|target| reaches(&hosts[0].pod, target));
+    // Switched off, or cleaned up, it is as the firewall's owner left it.
+    let plan = OverlayPlan { passages: Vec::new(), ..hosts[0].plan(&[1, 2]) };
+    hosts[0].apply(&plan, &[Trust::Nothing]);
+    assert!(!hosts[0].netns.must(&["nft", "list", "table", "inet", "firewalld"]).contains("weft"));
+    assert!(targets.iter().all(|target| !pings(&hosts[0].pod, target)));
 }
 
 #[test]

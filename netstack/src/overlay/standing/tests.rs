@@ -5,7 +5,7 @@ use crate::reconcile::Planner as _;
 
 fn said(nodes: Vec<Node>) -> Vec<String> {
     let snapshot = snapshot(nodes);
-    let problems = OverlayPlanner.plan(&snapshot).problems;
+    let problems = OverlayPlanner { open_firewalls: true }.plan(&snapshot).problems;
     objections(&snapshot, &problems)
 }
 

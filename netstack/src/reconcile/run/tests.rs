@@ -8,7 +8,7 @@ use weft_model::config::ClusterConfig;
 use weft_model::node_facts::{NodeFacts, WireguardBackend};
 use weft_model::{Generation, Health, NodeName, Planned, Snapshot};
 
-use super::super::{Applied, Applier, Planner, Trust};
+use super::super::{Applied, Applier, Planner, Trust, Watchfulness, vigil};
 use super::{Loop, LoopHandle, Pace};
 
 struct GenerationPlanner;
@@ -137,4 +137,26 @@ async fn the_loop_ends_when_no_snapshot_can_come() {
     settle().await;
     drop(tx);
     assert_eq!(task.await.unwrap(), Ok(()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_change_of_others_wakes_the_loop_within_a_second_and_a_restless_neighbour_every_ten() {
+    let (_tx, recorder, handle, _task) = start(snapshot(1));
+    settle().await;
+    let answers = Arc::new(Mutex::new(vec![true]));
+    let asked = answers.clone();
+    let ask = move || Ok::<_, std::io::Error>(asked.lock().unwrap().pop().unwrap_or(false));
+    let watch = tokio::spawn(vigil(Watchfulness::default(), ask, vec![handle]));
+    let passes = || recorder.passes.lock().unwrap().len();
+    let before = passes();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(passes(), before + 1);
+    assert_eq!(recorder.passes.lock().unwrap().last(), Some(&(1, Trust::Nothing)));
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    assert_eq!(passes(), before + 1, "nobody changed anything");
+    answers.lock().unwrap().extend([true; 1000]);
+    // Ten times after 0.5 s, then after 1, 2, 4 and 8 s, then every 10 s.
+    tokio::time::sleep(Duration::from_secs(5 + 15 + 20 + 1)).await;
+    assert_eq!(passes(), before + 1 + 10 + 4 + 2);
+    watch.abort();
 }
