@@ -27,7 +27,12 @@ fn snapshot(cluster: &Path) -> Result<Snapshot> {
     };
     let name = NodeName::from("node-a");
     let cluster = Cluster::from_documents(documents, &name);
-    let facts = NodeFacts { name, uplinks: vec![], wireguard_backend: WireguardBackend::Userspace };
+    let facts = NodeFacts {
+        name,
+        uplinks: vec![],
+        wireguard_backend: WireguardBackend::Userspace,
+        foreign_routes: vec![],
+    };
     Ok(cluster.snapshot(Generation(1), Arc::new(config), Arc::new(facts)))
 }
 

@@ -99,8 +99,12 @@ fn node(name: &str, cidrs: [&str; 2], ips: [&str; 2]) -> (NodeName, Arc<Node>) {
 }
 
 fn snapshot(services: &[Service], slices: &[EndpointSlice]) -> Snapshot {
-    let facts =
-        NodeFacts { name: OWN.into(), uplinks: vec![], wireguard_backend: WireguardBackend::Userspace };
+    let facts = NodeFacts {
+        name: OWN.into(),
+        uplinks: vec![],
+        wireguard_backend: WireguardBackend::Userspace,
+        foreign_routes: vec![],
+    };
     let nodes = [
         node(OWN, ["10.244.1.0/24", "fd00:244:0:1::/64"], [V4.own_node, V6.own_node]),
         node(OTHER, ["10.244.2.0/24", "fd00:244:0:2::/64"], [V4.other_node, V6.other_node]),

@@ -126,6 +126,10 @@ impl Conflist {
             Err(error) => return (Place::AsItIs, Configurations::trouble(&error)),
         };
         let place = Place::decide(&self.sources.obstacles(), &others);
+        let overlap = self.sources.overlaps().into_iter().next();
+        if let (Place::Written, Some(overlap), false) = (place, overlap, conflist::present(&self.folder)) {
+            return (Place::Removed, Configurations { objection: Some(overlap), note: None });
+        }
         let done = match place {
             Place::Written => conflist::ensure(&self.folder, text).map(|_| ()),
             Place::AsItIs => Ok(()),

@@ -48,6 +48,11 @@ impl Sources {
         self.obstacles_to(snapshot.as_deref())
     }
 
+    /// What keeps a node that has not carried pods from beginning.
+    pub(super) fn overlaps(&self) -> Vec<String> {
+        self.snapshots.borrow().as_deref().map(overlay::overlaps).unwrap_or_default()
+    }
+
     /// For CNI requests, which act on one Snapshot.
     pub(super) fn readiness(&self) -> Readiness {
         let sources = self.clone();

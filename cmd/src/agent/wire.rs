@@ -40,7 +40,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let private_key = key::load_or_create_key(&config.state_dir.join("wireguard.key"))?;
     let durable = open_durable(&config.state_dir.join("store"));
     let leases = Arc::new(open_store(&config.run_dir.join("store"))?);
-    let (facts_rx, follow_facts) = facts::watch(config.node.clone()).await?;
+    let (facts_rx, follow_facts) = facts::watch(config.node.clone(), config.cluster.ranges()).await?;
     tasks.start("facts", follow_facts);
 
     let initial = durable.as_deref().and_then(last_good);

@@ -105,6 +105,7 @@ pub(crate) fn snapshot(
             name: "n1".into(),
             uplinks: Vec::new(),
             wireguard_backend: WireguardBackend::Userspace,
+            foreign_routes: vec![],
         }),
         nodes: Arc::default(),
         namespaces: Arc::new(namespaces.iter().map(namespace).collect()),

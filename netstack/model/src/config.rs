@@ -18,3 +18,10 @@ pub struct ClusterConfig {
     /// UDP port of WireGuard on every node.
     pub wireguard_port: u16,
 }
+
+impl ClusterConfig {
+    /// Of pods and Services, which nothing else may use.
+    pub fn ranges(&self) -> Vec<IpNet> {
+        self.cluster_cidrs.iter().chain(&self.service_cidrs).copied().collect()
+    }
+}

@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::NodeName;
@@ -14,6 +15,24 @@ pub struct NodeFacts {
     pub uplinks: Vec<Uplink>,
     /// WireGuard in the kernel or in `weft tunnel`.
     pub wireguard_backend: WireguardBackend,
+    /// Routes of others in table `main` within the cluster's ranges, sorted: they take packets away from pods and Services.
+    #[serde(default)]
+    pub foreign_routes: Vec<ForeignRoute>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ForeignRoute {
+    pub destination: IpNet,
+    /// `None` for one that leads nowhere (blackhole).
+    pub link: Option<String>,
+}
+
+/// As `ip route` takes it.
+impl std::fmt::Display for ForeignRoute {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.destination)?;
+        self.link.as_ref().map_or(Ok(()), |link| write!(f, " dev {link}"))
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -58,6 +58,11 @@ pub fn ensure(folder: &Path, text: &str) -> Result<bool, ConflistError> {
     Ok(!present)
 }
 
+/// Whether runtimes find ours now, whatever it holds.
+pub fn present(folder: &Path) -> bool {
+    folder.join(FILE_NAME).exists()
+}
+
 /// True when it was there.
 pub fn remove(folder: &Path) -> Result<bool, ConflistError> {
     let path = folder.join(FILE_NAME);

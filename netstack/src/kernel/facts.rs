@@ -1,6 +1,6 @@
 //! Node facts from the kernel: uplinks and the WireGuard backend, once or whenever they change.
 //!
-//! In: link and address dumps, a trial of `kind wireguard`, rtnetlink's multicast groups. Out: [`NodeFacts`].
+//! In: link, address and route dumps, a trial of `kind wireguard`, rtnetlink's multicast groups. Out: [`NodeFacts`].
 
 use std::future::Future;
 use std::io;
@@ -8,14 +8,16 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use futures::StreamExt;
+use ipnet::IpNet;
 use rtnetlink::{LinkWireguard, MulticastGroup};
 use tokio::sync::watch;
 use weft_model::NodeName;
 use weft_model::constants::{POD_LINK_PREFIX, TUNNEL_LINK};
-use weft_model::node_facts::{NodeFacts, Uplink, WireguardBackend};
+use weft_model::node_facts::{ForeignRoute, NodeFacts, Uplink, WireguardBackend};
 
 use super::link::{Link, LinkAddress, LinkError, Links, cause};
 use super::netns::{Netns, NetnsError, Rtnetlink};
+use super::route::{RouteError, foreign_routes};
 
 #[derive(Debug, thiserror::Error)]
 pub enum FactsError {
@@ -25,16 +27,18 @@ pub enum FactsError {
     Link(#[from] LinkError),
     #[error(transparent)]
     Netns(#[from] NetnsError),
+    #[error(transparent)]
+    Route(#[from] RouteError),
     #[error("try a WireGuard link in a namespace of its own")]
     Wireguard(#[source] io::Error),
 }
 
-/// Facts of the calling thread's network namespace, now.
-pub async fn read(name: NodeName) -> Result<NodeFacts, FactsError> {
+/// Facts of the calling thread's network namespace, now. `ranges` are those of pods and Services.
+pub async fn read(name: NodeName, ranges: &[IpNet]) -> Result<NodeFacts, FactsError> {
     let wireguard_backend = wireguard_backend().await?;
     let connection = Rtnetlink::connect().map_err(FactsError::Socket)?;
-    let uplinks = read_uplinks(&connection.handle).await?;
-    Ok(NodeFacts { name, uplinks, wireguard_backend })
+    let (uplinks, foreign_routes) = read_again(&connection.handle, ranges).await?;
+    Ok(NodeFacts { name, uplinks, wireguard_backend, foreign_routes })
 }
 
 /// How long links and addresses must be quiet before they are read again: `ip` and DHCP clients change several things
@@ -49,21 +53,24 @@ const RE_READ: Duration = Duration::from_secs(30);
 /// Facts now, and a task that keeps the receiver current for as long as it runs. It ends only with an error.
 pub async fn watch(
     name: NodeName,
+    ranges: Vec<IpNet>,
 ) -> Result<(watch::Receiver<NodeFacts>, impl Future<Output = Result<(), String>> + Send + 'static), FactsError>
 {
     let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
     let (monitor, monitor_handle, mut messages) =
         rtnetlink::new_multicast_connection(&groups).map_err(FactsError::Socket)?;
     let connection = Rtnetlink::connect().map_err(FactsError::Socket)?;
-    let facts = read(name).await?;
+    let facts = read(name, &ranges).await?;
     let (sender, receiver) = watch::channel(facts);
     let follow = async move {
         let _alive = monitor_handle;
         while !matches!(tokio::time::timeout(RE_READ, messages.next()).await, Ok(None)) {
             settle(&mut messages).await;
-            match read_uplinks(&connection.handle).await {
-                Ok(uplinks) => publish(&sender, uplinks),
-                Err(error) => tracing::warn!(error = %crate::reconcile::chain(&error), "read uplinks"),
+            match read_again(&connection.handle, &ranges).await {
+                Ok((uplinks, routes)) => publish(&sender, uplinks, routes),
+                Err(error) => {
+                    tracing::warn!(error = %crate::reconcile::chain(&error), "read the node's links")
+                }
             }
         }
     };
@@ -77,12 +84,11 @@ pub async fn watch(
     Ok((receiver, task))
 }
 
-fn publish(sender: &watch::Sender<NodeFacts>, uplinks: Vec<Uplink>) {
+fn publish(sender: &watch::Sender<NodeFacts>, uplinks: Vec<Uplink>, foreign_routes: Vec<ForeignRoute>) {
     sender.send_if_modified(|facts| {
-        let changed = facts.uplinks != uplinks;
-        if changed {
-            facts.uplinks = uplinks;
-        }
+        let now = NodeFacts { uplinks, foreign_routes, ..facts.clone() };
+        let changed = *facts != now;
+        *facts = now;
         changed
     });
 }
@@ -92,10 +98,14 @@ async fn settle<M>(messages: &mut (impl futures::Stream<Item = M> + Unpin)) {
     let _ = tokio::time::timeout(DEBOUNCE_LIMIT, quiet).await;
 }
 
-async fn read_uplinks(handle: &rtnetlink::Handle) -> Result<Vec<Uplink>, LinkError> {
+/// What may change while the agent runs.
+async fn read_again(
+    handle: &rtnetlink::Handle,
+    ranges: &[IpNet],
+) -> Result<(Vec<Uplink>, Vec<ForeignRoute>), FactsError> {
     let links = Links::new(handle.clone());
     let addresses = links.addresses(None).await?;
-    Ok(uplinks(links.list().await?, &addresses))
+    Ok((uplinks(links.list().await?, &addresses), foreign_routes(handle, ranges).await?))
 }
 
 /// Links that are up, not loopback, not ours and carry a global address; by name, addresses in order.
@@ -163,7 +173,7 @@ mod tests {
             return;
         }
         let node = node();
-        let facts = node.block_on(read("n1".into())).unwrap();
+        let facts = node.block_on(read("n1".into(), &[])).unwrap();
         let names: Vec<_> = facts.uplinks.iter().map(|uplink| uplink.name.as_str()).collect();
         assert_eq!(names, ["up0"]);
         let addresses: Vec<IpAddr> = vec!["192.0.2.7".parse().unwrap(), "2001:db8::7".parse().unwrap()];
@@ -179,7 +189,7 @@ mod tests {
         }
         let node = node();
         node.block_on(async {
-            let (mut facts, task) = watch("n1".into()).await.unwrap();
+            let (mut facts, task) = watch("n1".into(), Vec::new()).await.unwrap();
             let task = tokio::spawn(task);
             node.must(&["ip", "addr", "add", "192.0.2.8/24", "dev", "up0"]);
             node.must(&["ip", "addr", "add", "192.0.2.9/24", "dev", "up0"]);

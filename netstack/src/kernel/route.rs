@@ -3,6 +3,7 @@
 //! [`Routes`] is the applier of planned routes and rules; [`LinkRoute`] is what CNI puts on pod links, which
 //! [`Routes`] never touches.
 
+mod foreign;
 mod kernel_view;
 mod losses;
 mod pod;
@@ -20,6 +21,7 @@ use super::link::{LinkError, Links, cause};
 use crate::reconcile::{Applied, chain};
 use kernel_view::{Key, LinkIndexes, Seen, route_message, rule_message};
 
+pub use foreign::foreign_routes;
 pub use losses::losses;
 pub use pod::{LinkRoute, ensure_link_route, link_routes};
 

@@ -19,5 +19,5 @@ pub mod tunnel;
 
 pub use apply::{OverlayApplier, OverlayError, cleanup, peers};
 pub use plan::{OverlayPlan, OverlayPlanner};
-pub use standing::objections;
+pub use standing::{objections, overlaps};
 pub use tunnel::{TunnelConfig, TunnelError, TunnelState};

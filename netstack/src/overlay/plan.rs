@@ -22,10 +22,11 @@ use weft_model::problem::Planned;
 use weft_model::route::{Route, RouteTarget, SourceRule};
 use weft_model::ruleset::{Passage, Table};
 use weft_model::wireguard::{WireguardPeer, WireguardPlan};
-use weft_model::{Problem, Reason, Snapshot};
+use weft_model::{ObjectRef, Problem, Reason, Snapshot};
 
 use super::quarantine::{self, Accepted, problem};
 use super::rules;
+use super::standing::intruders;
 use crate::reconcile::Planner;
 
 /// Least MTU of a link that carries IPv6 (RFC 8200, section 5).
@@ -77,6 +78,9 @@ impl Planner for OverlayPlanner {
 
     fn plan(&mut self, snapshot: &Snapshot) -> Planned<OverlayPlan> {
         let (accepted, mut problems) = quarantine::accept(snapshot.nodes.values(), &snapshot.config);
+        problems.extend(intruders(snapshot).map(|(route, what)| {
+            Problem::new(ObjectRef::new("Route", "", route.to_string()), Reason::Conflict, what)
+        }));
         let view = View::new(snapshot, &accepted, &mut problems);
         let wireguard = view.wireguard(&mut problems);
         let plan = OverlayPlan {

@@ -2,6 +2,7 @@
 //! same. In: a Snapshot and what the overlay's planner said of it. Out: sentences. Pure.
 
 use ipnet::IpNet;
+use weft_model::node_facts::ForeignRoute;
 use weft_model::objects::{Node, host_address};
 use weft_model::{ClusterConfig, Problem, Reason, Snapshot};
 
@@ -23,6 +24,34 @@ pub fn objections(snapshot: &Snapshot, problems: &[Problem]) -> Vec<String> {
         problems.iter().filter(lost).map(|problem| format!("{}: {}", problem.object, problem.message)),
     );
     objections
+}
+
+/// Routes of the host's own that would take packets away from pods and Services, a line each with the remedy. A node that
+/// carries pods goes on with them; one that does not is not to begin.
+pub fn overlaps(snapshot: &Snapshot) -> Vec<String> {
+    let sentence = |(route, what): (&ForeignRoute, String)| format!("route {route} of this host {what}");
+    intruders(snapshot).map(sentence).collect()
+}
+
+/// Each such route, and what it does.
+pub(super) fn intruders(snapshot: &Snapshot) -> impl Iterator<Item = (&ForeignRoute, String)> {
+    snapshot
+        .facts
+        .foreign_routes
+        .iter()
+        .filter_map(|route| Some((route, intrusion(route, &snapshot.config)?)))
+}
+
+fn intrusion(route: &ForeignRoute, config: &ClusterConfig) -> Option<String> {
+    let within = |ranges: &[IpNet]| ranges.iter().copied().find(|range| range.contains(&route.destination));
+    let (flag, range) = match within(&config.cluster_cidrs) {
+        Some(range) => ("--cluster-cidr", range),
+        None => ("--service-cidr", within(&config.service_cidrs)?),
+    };
+    Some(format!(
+        "lies within {flag} {range} and takes packets away from it; remove it (ip route del {route}) with the network that it \
+         belongs to, or give the cluster another range"
+    ))
 }
 
 fn pod_cidrs(node: &Node, config: &ClusterConfig) -> Vec<String> {

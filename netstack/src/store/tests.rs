@@ -94,6 +94,7 @@ fn snapshot() -> Snapshot {
             name: "n1".into(),
             uplinks: vec![],
             wireguard_backend: WireguardBackend::Userspace,
+            foreign_routes: vec![],
         }),
         nodes: Arc::new(BTreeMap::from([("n1".into(), Arc::new(node()))])),
         namespaces: Arc::default(),

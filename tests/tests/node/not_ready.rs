@@ -85,6 +85,35 @@ fn make_node(node: &Node, name: &str, pod_cidrs: &[&str], address: &str) {
 }
 
 #[test]
+fn a_route_within_the_pod_range_keeps_a_new_node_from_beginning_and_is_only_named_later() {
+    inside(|| {
+        let node = started(|node| {
+            node.make_node_object();
+            ip("link add docker0 type veth peer name docker1");
+            ip("link set docker0 up");
+            ip("link set docker1 up");
+            ip("route add 10.244.7.0/24 dev docker0");
+        });
+        let reason = "route 10.244.7.0/24 dev docker0 of this host lies within --cluster-cidr 10.244.0.0/16 and takes packets \
+                      away from it; remove it (ip route del 10.244.7.0/24 dev docker0) with the network that it belongs to, or \
+                      give the cluster another range";
+        is_not_ready(&node, reason);
+        ip("link del docker0");
+        becomes_ready(&node);
+        ip("link add docker0 type veth peer name docker1");
+        ip("link set docker0 up");
+        ip("link set docker1 up");
+        ip("-6 route add fd00:10:244:7::/64 dev docker0");
+        ip("address add 192.0.2.7/24 dev docker0");
+        until("the problem", || {
+            node.problems().iter().any(|problem| problem.contains("fd00:10:244:7::/64 dev docker0"))
+        });
+        assert_eq!((node.status()["ready"].clone(), reasons(&node)), (true.into(), vec![]));
+        assert!(conflist(&node).exists());
+    });
+}
+
+#[test]
 fn a_token_that_is_not_accepted_is_named_and_a_new_one_is_taken_within_seconds() {
     inside(|| {
         let right = std::cell::OnceCell::new();

@@ -43,8 +43,12 @@ fn snapshot(from_store: bool) -> Snapshot {
         cluster_domain: "cluster.local".to_owned(),
         wireguard_port: 51820,
     };
-    let facts =
-        NodeFacts { name: "n1".into(), uplinks: vec![], wireguard_backend: WireguardBackend::Userspace };
+    let facts = NodeFacts {
+        name: "n1".into(),
+        uplinks: vec![],
+        wireguard_backend: WireguardBackend::Userspace,
+        foreign_routes: vec![],
+    };
     Snapshot {
         generation: Generation(1),
         config: Arc::new(config),

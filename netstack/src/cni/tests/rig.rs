@@ -108,6 +108,7 @@ pub(in crate::cni) fn snapshot(pod_cidrs: &[&str]) -> Snapshot {
             name: name.clone(),
             uplinks: vec![],
             wireguard_backend: WireguardBackend::Userspace,
+            foreign_routes: vec![],
         }),
         nodes: Arc::new(BTreeMap::from([(name, Arc::new(node))])),
         namespaces: Arc::default(),

@@ -31,6 +31,10 @@ pub(super) struct LinkIndexes {
 }
 
 impl LinkIndexes {
+    pub(super) fn name(&self, index: u32) -> Option<&str> {
+        self.by_index.get(&index).map(String::as_str)
+    }
+
     pub(super) async fn observe(links: &Links) -> Result<Self, LinkError> {
         let links = links.list().await?;
         Ok(Self {
@@ -107,6 +111,13 @@ pub(super) async fn routes(handle: &rtnetlink::Handle, links: &LinkIndexes) -> R
 
 /// Every route of our protocol of both families.
 pub(super) async fn dump(handle: &rtnetlink::Handle) -> Result<Vec<RouteMessage>, RouteError> {
+    let mut all = dump_all(handle).await?;
+    all.retain(|message| message.header.protocol == PROTOCOL);
+    Ok(all)
+}
+
+/// Every route of both families.
+pub(super) async fn dump_all(handle: &rtnetlink::Handle) -> Result<Vec<RouteMessage>, RouteError> {
     let mut all = Vec::new();
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
         let mut filter = RouteMessage::default();
@@ -118,7 +129,7 @@ pub(super) async fn dump(handle: &rtnetlink::Handle) -> Result<Vec<RouteMessage>
             .try_collect()
             .await
             .map_err(|error| RouteError::Observe { operation: "list routes", source: cause(error) })?;
-        all.extend(dumped.into_iter().filter(|message| message.header.protocol == PROTOCOL));
+        all.extend(dumped);
     }
     Ok(all)
 }

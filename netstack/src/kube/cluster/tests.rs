@@ -34,8 +34,12 @@ fn snapshot(cluster: &Cluster) -> Snapshot {
         cluster_domain: "cluster.local".to_owned(),
         wireguard_port: 51820,
     };
-    let facts =
-        NodeFacts { name: "n1".into(), uplinks: vec![], wireguard_backend: WireguardBackend::Userspace };
+    let facts = NodeFacts {
+        name: "n1".into(),
+        uplinks: vec![],
+        wireguard_backend: WireguardBackend::Userspace,
+        foreign_routes: vec![],
+    };
     cluster.snapshot(Generation(1), Arc::new(config), Arc::new(facts))
 }
 

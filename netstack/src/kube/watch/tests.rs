@@ -162,7 +162,12 @@ fn serve(tasks: &mut TaskGroup, server: &Shared, listener: tokio::net::TcpListen
 fn facts(mtu_bytes: u32) -> NodeFacts {
     let uplink =
         weft_model::node_facts::Uplink { name: "eth0".into(), index: 2, mtu_bytes, addresses: vec![] };
-    NodeFacts { name: "n1".into(), uplinks: vec![uplink], wireguard_backend: WireguardBackend::Userspace }
+    NodeFacts {
+        name: "n1".into(),
+        uplinks: vec![uplink],
+        wireguard_backend: WireguardBackend::Userspace,
+        foreign_routes: vec![],
+    }
 }
 
 fn config() -> ClusterConfig {

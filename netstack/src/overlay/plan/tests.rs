@@ -58,6 +58,7 @@ pub(in crate::overlay) fn snapshot(nodes: Vec<Node>) -> Snapshot {
         name: "node-1".into(),
         uplinks: vec![uplink],
         wireguard_backend: WireguardBackend::Userspace,
+        foreign_routes: vec![],
     };
     Snapshot {
         generation: Generation(1),

@@ -20,6 +20,31 @@ fn a_node_with_a_range_of_each_family_or_of_one_may_carry_pods() {
 }
 
 #[test]
+fn a_route_of_others_within_the_clusters_ranges_is_named_with_its_range() {
+    let mut snapshot = snapshot(vec![dual(1)]);
+    assert_eq!(overlaps(&snapshot), [""; 0]);
+    let route = |destination: &str, link: Option<&str>| ForeignRoute {
+        destination: destination.parse().unwrap(),
+        link: link.map(str::to_owned),
+    };
+    let mut facts = (*snapshot.facts).clone();
+    facts.foreign_routes = vec![route("10.42.7.0/24", Some("docker0")), route("fd43::/120", None)];
+    snapshot.facts = std::sync::Arc::new(facts);
+    let said = overlaps(&snapshot);
+    assert!(
+        said[0].starts_with(
+            "route 10.42.7.0/24 dev docker0 of this host lies within --cluster-cidr 10.42.0.0/16 and takes packets away from it; \
+             remove it (ip route del 10.42.7.0/24 dev docker0)"
+        ),
+        "{said:?}"
+    );
+    assert!(said[1].starts_with("route fd43::/120 of this host lies within --service-cidr"), "{said:?}");
+    let planned = OverlayPlanner { open_firewalls: true }.plan(&snapshot);
+    assert_eq!(planned.problems.len(), 2, "{:?}", planned.problems);
+    assert_eq!(objections(&snapshot, &planned.problems), [""; 0], "a node that carries pods goes on");
+}
+
+#[test]
 fn a_node_that_is_not_there_is_named_with_the_flag() {
     let expected = "there is no Node node-1 in the cluster; register this machine's kubelet, or give --node-name the name of \
                     its Node";

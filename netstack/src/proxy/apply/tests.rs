@@ -212,7 +212,12 @@ impl Rig {
         };
         let name = NodeName::from("node-a");
         let cluster = Cluster::from_documents([node].into_iter().chain(objects), &name);
-        let facts = NodeFacts { name, uplinks: vec![], wireguard_backend: WireguardBackend::Userspace };
+        let facts = NodeFacts {
+            name,
+            uplinks: vec![],
+            wireguard_backend: WireguardBackend::Userspace,
+            foreign_routes: vec![],
+        };
         let snapshot = cluster.snapshot(Generation(1), Arc::new(config), Arc::new(facts));
         assert_eq!(*snapshot.problems, vec![]);
         let planned = self.planner.plan(&snapshot);

@@ -66,8 +66,12 @@ fn cluster(services: Vec<Service>, slices: Vec<EndpointSlice>) -> Snapshot {
         cluster_domain: "cluster.local".to_owned(),
         wireguard_port: 51820,
     };
-    let facts =
-        NodeFacts { name: "node-a".into(), uplinks: vec![], wireguard_backend: WireguardBackend::Userspace };
+    let facts = NodeFacts {
+        name: "node-a".into(),
+        uplinks: vec![],
+        wireguard_backend: WireguardBackend::Userspace,
+        foreign_routes: vec![],
+    };
     Snapshot {
         generation: Generation(1),
         config: Arc::new(config),

@@ -52,6 +52,7 @@ fn snapshot(generation: u64) -> Option<Arc<Snapshot>> {
             name: NodeName::from("a"),
             uplinks: Vec::new(),
             wireguard_backend: WireguardBackend::Kernel,
+            foreign_routes: vec![],
         }),
         nodes: Arc::default(),
         namespaces: Arc::default(),
