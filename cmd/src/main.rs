@@ -5,6 +5,7 @@ mod cleanup;
 mod cni;
 mod files;
 mod install;
+mod ipam;
 mod lab;
 mod log;
 mod manifests;
@@ -49,6 +50,8 @@ enum Command {
     Lab(lab::LabArgs),
     /// Show what this node's agent does
     Status(status::StatusArgs),
+    /// Show which pod of this node has which address
+    Ipam(ipam::IpamArgs),
     /// Remove every rule, link, route and file of Weft from this node
     Cleanup(cleanup::CleanupArgs),
 }
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
         Command::Server(args) => on_runtime(server::run(args)),
         Command::Lab(args) => lab::run(args),
         Command::Status(args) => status::run(&args),
+        Command::Ipam(args) => ipam::run(&args),
         Command::Cleanup(args) => on_runtime(cleanup::run(args)),
         Command::Manifests(args) => manifests::run(*args),
         Command::Install(args) => install::run(*args),

@@ -22,7 +22,7 @@ pub(crate) struct StatusArgs {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Output {
+pub(crate) enum Output {
     Text,
     Json,
 }
@@ -40,8 +40,13 @@ pub(crate) fn read(run_dir: &Path) -> anyhow::Result<Status> {
 }
 
 fn answer(run_dir: &Path) -> anyhow::Result<String> {
+    ask(run_dir, "/status")
+}
+
+/// What the agent whose socket is in `run_dir` answers to `GET path`.
+pub(crate) fn ask(run_dir: &Path, path: &str) -> anyhow::Result<String> {
     let socket = run_dir.join("agent.sock");
-    fetch(&socket, "/status").with_context(|| {
+    fetch(&socket, path).with_context(|| {
         format!("no agent answers on {}; is 'weft agent' running on this node?", socket.display())
     })
 }

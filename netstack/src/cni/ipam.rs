@@ -71,6 +71,11 @@ fn exhausted(cidr: IpNet, leases: &LeaseRecords) -> IpamError {
     IpamError::Exhausted { cidr, in_use: in_use.len(), resting: resting.len() }
 }
 
+/// How many addresses a range has for pods.
+pub(super) fn pod_addresses(cidr: IpNet) -> u128 {
+    pod_range(cidr.trunc()).map_or(0, |(first, last)| last - first + 1)
+}
+
 /// First and last pod address: after the network and host addresses, before the IPv4 broadcast address.
 fn pod_range(cidr: IpNet) -> Option<(u128, u128)> {
     let (network, last, ipv4) = numbers(cidr);

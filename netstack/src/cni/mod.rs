@@ -11,6 +11,7 @@
 //! Requests are imperative on purpose (request and response), the one exception from plan and apply. What is decided
 //! without IO stands in [`plan`], [`ipam`], `rules`, `spoof`, `hostport`, [`wire`] and [`conflist`].
 
+pub mod account;
 mod add;
 pub mod apply;
 mod attachment;

@@ -1,18 +1,20 @@
-//! `POST /cni/{add,del,check,status,gc}` on the agent's Unix socket. Bodies: [`CniRequest`] in, the very text that the
+//! `POST /cni/{add,del,check,status,gc}` and `GET /ipam`, `/ipam/ADDRESS` on the agent's Unix socket. Bodies of CNI: [`CniRequest`] in, the very text that the
 //! plugin prints out. Status 200 for success, 409 for a CNI error.
 
 use std::future::Future;
+use std::net::IpAddr;
 use std::sync::Arc;
 
-use axum::extract::State;
+use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
-use axum::routing::post;
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::Value;
 
 use super::Cni;
 use super::wire::{CniError, CniRequest, Code, NEWEST_VERSION};
+use crate::reconcile::chain;
 
 /// To be merged into the router of `/run/weft/agent.sock`.
 pub fn router(cni: Arc<Cni>) -> Router {
@@ -22,7 +24,23 @@ pub fn router(cni: Arc<Cni>) -> Router {
         .route("/cni/check", post(check))
         .route("/cni/status", post(status))
         .route("/cni/gc", post(gc))
+        .route("/ipam", get(account))
+        .route("/ipam/{address}", get(explain))
         .with_state(cni)
+}
+
+async fn account(State(cni): State<Arc<Cni>>) -> Response {
+    match cni.account() {
+        Ok(account) => Json(account).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, chain(&error)).into_response(),
+    }
+}
+
+async fn explain(State(cni): State<Arc<Cni>>, Path(address): Path<IpAddr>) -> Response {
+    match cni.explain(address) {
+        Ok(lines) => (lines.join("\n") + "\n").into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, chain(&error)).into_response(),
+    }
 }
 
 async fn add(State(cni): State<Arc<Cni>>, Json(request): Json<CniRequest>) -> Response {

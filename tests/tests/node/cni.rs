@@ -51,6 +51,25 @@ fn add_check_and_del_hold_in_every_version() {
 }
 
 #[test]
+fn the_node_says_whose_an_address_is() {
+    inside(|| {
+        let node = Node::running();
+        let [v4, v6] = <[String; 2]>::try_from(addresses(&node.add_pod("pod1"))).unwrap();
+        let ipam = |args: &[&str]| run(node.weft("ipam").args(args).arg("--run-dir").arg(node.path("run")));
+        let shown = ipam(&["show"]);
+        assert!(shown.starts_with("10.244.0.0/24: 1 used, 0 resting, 252 free\n"), "{shown}");
+        let line = shown.lines().find(|line| line.contains(&v6)).unwrap();
+        assert!(line.contains("default/pod1") && line.contains("used"), "{line}");
+        assert!(ipam(&["explain", &v4]).starts_with(&format!("{v4} belongs to pod default/pod1\n")));
+        node.cni("DEL", "1.0.0", "pod1", "", None).succeeded();
+        let said = ipam(&["explain", &v4]);
+        assert!(said.starts_with(&format!("{v4} rests for ")) && said.contains("default/pod1"), "{said}");
+        let json: Value = serde_json::from_str(&ipam(&["show", "-o", "json"])).unwrap();
+        assert_eq!((&json["ranges"][0]["used"], &json["ranges"][0]["resting"]), (&json!(0), &json!(1)));
+    });
+}
+
+#[test]
 fn check_notices_what_is_missing() {
     inside(|| {
         let node = Node::running();
