@@ -1,14 +1,16 @@
-//! The applier: owner of the nft table `weft-proxy`, and of the UDP flows that went through it.
+//! The applier: owner of the nft table `weft-proxy`, and of the UDP flows that went through it. The affinity of clients lives
+//! in the table's dynamic maps and so outlives this process.
 
 use std::sync::Arc;
 
 use weft_model::constants::TABLE_PROXY;
 
-use super::layout::SetName;
+use super::affinity::AffinityTargets;
+use super::layout::{Scope, SetName};
 use super::plan::ProxyPlan;
 use super::stale::UdpTargets;
 use crate::kernel::conntrack::{ConntrackError, delete_udp_flows};
-use crate::kernel::nft::NftTable;
+use crate::kernel::nft::{NftError, NftTable};
 use crate::reconcile::{Applied, Applier, Trust, chain};
 
 /// Commits the table in one transaction, then removes stale UDP flows.
@@ -16,6 +18,8 @@ pub struct ProxyApplier {
     table: NftTable,
     /// What the flows were last reconciled with.
     udp: Option<Arc<UdpTargets>>,
+    /// What the clients' affinity was last reconciled with.
+    affinity: Option<Arc<AffinityTargets>>,
 }
 
 impl Default for ProxyApplier {
@@ -26,7 +30,7 @@ impl Default for ProxyApplier {
 
 impl ProxyApplier {
     pub fn new() -> Self {
-        Self { table: NftTable::new(TABLE_PROXY), udp: None }
+        Self { table: NftTable::new(TABLE_PROXY), udp: None, affinity: None }
     }
 }
 
@@ -54,6 +58,17 @@ impl Applier for ProxyApplier {
                 Err(error) => applied.failed.push(format!("stale UDP flows: {}", chain(&error))),
             }
         }
+        let known = self.affinity.as_ref().is_some_and(|known| Arc::ptr_eq(known, &plan.affinity));
+        if trust == Trust::Nothing || !known {
+            match self.forget_stale(&plan.affinity) {
+                Ok(0) => self.affinity = Some(plan.affinity.clone()),
+                Ok(forgotten) => {
+                    applied.changed.push(format!("{forgotten} clients' affinity forgotten"));
+                    self.affinity = Some(plan.affinity.clone());
+                }
+                Err(error) => applied.failed.push(format!("clients' affinity: {}", chain(&error))),
+            }
+        }
         applied.details = details(plan);
         applied
     }
@@ -68,12 +83,28 @@ impl ProxyApplier {
     }
 }
 
+impl ProxyApplier {
+    /// Reads what the rules remember and deletes what they must not any more.
+    fn forget_stale(&mut self, now: &AffinityTargets) -> Result<usize, NftError> {
+        let index = now.index();
+        let mut forgotten = 0;
+        for map in [false, true].map(|ipv6| SetName::Affinity.of(ipv6)) {
+            let remembered = self.table.elements(&map)?.into_iter();
+            let stale: Vec<_> =
+                remembered.filter(|(key, data)| index.is_stale(key, data)).map(|(key, _)| key).collect();
+            self.table.remove(&map, &stale)?;
+            forgotten += stale.len();
+        }
+        Ok(forgotten)
+    }
+}
+
 /// For `weft status`: how much is programmed. Counts groups, one a Service, as it runs on every pass.
 fn details(plan: &ProxyPlan) -> Vec<(String, String)> {
     let services = |set: SetName, ipv6| plan.table.sets.get(&set.of(ipv6)).map_or(0, |set| set.groups.len());
     [
-        ("services IPv4", SetName::ServiceIps, false),
-        ("services IPv6", SetName::ServiceIps, true),
+        ("services IPv4", SetName::Frontends(Scope::Vip), false),
+        ("services IPv6", SetName::Frontends(Scope::Vip), true),
         ("without endpoints IPv4", SetName::NoEndpoints, false),
         ("without endpoints IPv6", SetName::NoEndpoints, true),
     ]

@@ -26,13 +26,11 @@ pub enum UdpDestination {
 }
 
 impl UdpTargets {
-    /// What a packet to `address` is addressed to.
-    fn destination(&self, address: SocketAddr) -> UdpDestination {
-        if self.node_ips.contains(&address.ip()) {
-            UdpDestination::NodePort { ipv6: address.is_ipv6(), port: address.port() }
-        } else {
-            UdpDestination::Vip(address)
-        }
+    /// What a packet to `address` may be addressed to, in the order in which the rules look.
+    fn destinations(&self, address: SocketAddr) -> impl Iterator<Item = UdpDestination> {
+        let node_port = UdpDestination::NodePort { ipv6: address.is_ipv6(), port: address.port() };
+        let of_node = self.node_ips.contains(&address.ip());
+        [UdpDestination::Vip(address)].into_iter().chain(of_node.then_some(node_port))
     }
 
     /// Destinations of `before` that are gone now: flows to them are stale whatever they lead to.
@@ -69,14 +67,14 @@ impl UdpTargets {
         sent_to: SocketAddr,
         answered_by: SocketAddr,
     ) -> bool {
-        let destination = self.destination(sent_to);
-        match index.get(&destination) {
+        match self.destinations(sent_to).find_map(|destination| index.get(&destination)) {
             Some(targets) if targets.is_empty() => sent_to != answered_by,
             Some(targets) => !targets.contains(&answered_by),
             None => {
                 let translated = sent_to != answered_by;
                 let of_service_range = self.service_cidrs.iter().any(|cidr| cidr.contains(&sent_to.ip()));
-                gone.contains(&destination) || (translated && of_service_range)
+                let is_gone = self.destinations(sent_to).any(|destination| gone.contains(&destination));
+                is_gone || (translated && of_service_range)
             }
         }
     }
