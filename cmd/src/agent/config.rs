@@ -68,6 +68,9 @@ pub(crate) struct AgentArgs {
     /// Where /metrics, /healthz and /readyz are served
     #[arg(long, default_value = "127.0.0.1:9470")]
     pub(crate) observe_address: SocketAddr,
+    /// Where /healthz and /livez of the service proxy are served to load balancers
+    #[arg(long, default_value = "0.0.0.0:10256")]
+    proxy_health_address: SocketAddr,
     #[command(flatten)]
     pub(crate) log: LogArgs,
 }
@@ -82,6 +85,7 @@ pub(crate) struct Config {
     pub(crate) run_dir: PathBuf,
     pub(crate) state_dir: PathBuf,
     pub(crate) observe_address: SocketAddr,
+    pub(crate) proxy_health_address: SocketAddr,
 }
 
 impl AgentArgs {
@@ -98,6 +102,7 @@ impl AgentArgs {
             run_dir: self.run_dir,
             state_dir: self.state_dir,
             observe_address: self.observe_address,
+            proxy_health_address: self.proxy_health_address,
         })
     }
 

@@ -1,5 +1,6 @@
 //! The rooms of a node, connected: who is given what. No decisions.
 
+use std::net::SocketAddr;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::sync::Arc;
@@ -20,7 +21,7 @@ use weft_netstack::kernel::netns::Rtnetlink;
 use weft_netstack::kernel::nft::NftTable;
 use weft_netstack::kube::{self, Access, ApiStatus, Identity, Publisher, Watches};
 use weft_netstack::overlay::{self, OverlayApplier, OverlayPlanner, tunnel};
-use weft_netstack::proxy::{ProxyApplier, ProxyPlanner};
+use weft_netstack::proxy::{ProxyApplier, ProxyHealth, ProxyPlanner};
 use weft_netstack::reconcile::{Applier, Loop, LoopHandle, Pace, Planner, TaskGroup, chain};
 use weft_netstack::store::{Opened, SnapshotRead, Store, StoreError, key};
 
@@ -63,7 +64,9 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     // The tunnel is a process of its own and may come late: pods wait for this loop, so it is not tried rarely.
     let impatient = Pace { max_backoff: Duration::from_secs(1), ..Pace::default() };
     let overlay = loops.start("overlay", OverlayPlanner, overlay, impatient);
-    loops.start("proxy", ProxyPlanner::default(), ProxyApplier::new(), Pace::default());
+    let proxy = ProxyApplier::new();
+    let proxy_health = proxy.health();
+    loops.start("proxy", ProxyPlanner::default(), proxy, Pace::default());
     loops.start("dns", dns.planner, dns.applier, Pace::default());
     loops.start("publish", identity, Publisher::new(access), Pace::default());
     let sources = Sources { snapshots: snapshots.clone(), api: status.clone(), overlay };
@@ -72,16 +75,19 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let handles = loops.handles;
 
     let (observed, observe_outcome) = watch::channel(String::new());
+    let (health_tx, health_outcome) = watch::channel(String::new());
     let (found_tx, found) = watch::channel(Configurations::default());
     let obstacles = obstacle_texts(sources.clone(), found.clone());
     let mut admin = admin(config, handles, snapshots.clone(), status, facts_rx, dns.stats, obstacles);
     admin.parts.push(("observe", Box::new(move || observe_outcome.borrow().clone().into())));
+    admin.parts.push(("proxy health", Box::new(move || health_outcome.borrow().clone().into())));
     let others = found.clone();
     admin.parts.push(("cni", Box::new(move || others.borrow().note.clone().into())));
     let admin = Arc::new(admin);
     let socket = config.run_dir.join("agent.sock");
     serve_unix(tasks, &socket, cni::server::router(cni).merge(admin::status_router(admin.clone())))?;
-    tasks.start("observe", serve_tcp(config.observe_address, admin::observe_router(admin), observed));
+    tasks.start("observe", serve_observed(config.observe_address, admin::observe_router(admin), observed));
+    tasks.start("proxy-health", serve_proxy_health(config.proxy_health_address, proxy_health, health_tx));
 
     install_plugin(&config.cni_bin_dir)?;
     tasks.start("readiness", readiness::tell(sources.clone(), found));
@@ -219,18 +225,34 @@ fn serve_unix(tasks: &mut TaskGroup, path: &Path, router: Router) -> anyhow::Res
 const REBIND: Duration = Duration::from_secs(2);
 
 /// Metrics and health. Pods need neither: while the address is taken, the node works and `outcome` says what to do.
-async fn serve_tcp(
-    address: std::net::SocketAddr,
+async fn serve_observed(
+    address: SocketAddr,
     router: Router,
     outcome: watch::Sender<String>,
 ) -> Result<(), String> {
+    let listener = bind(address, "metrics and health", "--observe-address", &outcome).await;
+    axum::serve(listener, router).await.map_err(|error| chain(&error))
+}
+
+/// Load balancers need it, pods do not.
+async fn serve_proxy_health(
+    address: SocketAddr,
+    health: Arc<ProxyHealth>,
+    outcome: watch::Sender<String>,
+) -> Result<(), String> {
+    let listener = bind(address, "the proxy's health", "--proxy-health-address", &outcome).await;
+    health.serve(listener).await;
+    Ok(())
+}
+
+/// Tries until it can.
+async fn bind(address: SocketAddr, what: &str, flag: &str, outcome: &watch::Sender<String>) -> TcpListener {
     let listener = loop {
         match TcpListener::bind(address).await {
             Ok(listener) => break listener,
             Err(error) => {
-                let said = format!(
-                    "{address} for metrics and health cannot be used: {error}; free it or give another --observe-address"
-                );
+                let said =
+                    format!("{address} for {what} cannot be used: {error}; free it or give another {flag}");
                 if *outcome.borrow() != said {
                     tracing::error!("{said}");
                 }
@@ -240,7 +262,7 @@ async fn serve_tcp(
         tokio::time::sleep(REBIND).await;
     };
     outcome.send_replace(format!("listening on {address}"));
-    axum::serve(listener, router).await.map_err(|error| chain(&error))
+    listener
 }
 
 /// Copies this very binary to where runtimes look for the plugin `weft`, atomically, unless it is there already. Without a

@@ -1,11 +1,14 @@
-//! The applier: owner of the nft table `weft-proxy`, and of the UDP flows that went through it. The affinity of clients lives
+//! The applier: owner of the nft table `weft-proxy`, and of the UDP flows that went through it, and of the health check ports. The affinity of clients lives
 //! in the table's dynamic maps and so outlives this process.
 
 use std::sync::Arc;
 
+use jiff::Timestamp;
+
 use weft_model::constants::TABLE_PROXY;
 
 use super::affinity::AffinityTargets;
+use super::health::{HealthPorts, ProxyHealth};
 use super::layout::{Scope, SetName};
 use super::plan::ProxyPlan;
 use super::stale::UdpTargets;
@@ -20,6 +23,8 @@ pub struct ProxyApplier {
     udp: Option<Arc<UdpTargets>>,
     /// What the clients' affinity was last reconciled with.
     affinity: Option<Arc<AffinityTargets>>,
+    health: Arc<ProxyHealth>,
+    health_ports: HealthPorts,
 }
 
 impl Default for ProxyApplier {
@@ -30,7 +35,18 @@ impl Default for ProxyApplier {
 
 impl ProxyApplier {
     pub fn new() -> Self {
-        Self { table: NftTable::new(TABLE_PROXY), udp: None, affinity: None }
+        Self {
+            table: NftTable::new(TABLE_PROXY),
+            udp: None,
+            affinity: None,
+            health: Arc::default(),
+            health_ports: HealthPorts::default(),
+        }
+    }
+
+    /// What load balancers are told; it follows what is applied.
+    pub fn health(&self) -> Arc<ProxyHealth> {
+        self.health.clone()
     }
 }
 
@@ -44,6 +60,7 @@ impl Applier for ProxyApplier {
             Err(error) => {
                 // Flows are looked at only under rules that send the next packet to the right place.
                 applied.failed.push(format!("table {TABLE_PROXY}: {}", chain(&error)));
+                self.health.failed();
                 return applied;
             }
         }
@@ -69,7 +86,11 @@ impl Applier for ProxyApplier {
                 Err(error) => applied.failed.push(format!("clients' affinity: {}", chain(&error))),
             }
         }
+        self.health.programmed(plan.health.clone(), Timestamp::now());
         applied.details = details(plan);
+        let taken = self.health_ports.reconcile(&self.health, &plan.health).await;
+        // Nothing but the load balancer's question depends on it, so that the node is no less ready.
+        applied.details.extend(taken.into_iter().map(|line| ("not answered".to_owned(), line)));
         applied
     }
 }

@@ -12,13 +12,14 @@
 //! One Service changes only its own elements: `service` lowers one Service and its slices (pure, memoised by `plan`) with
 //! `endpoints` (who may answer) and `external` (which addresses it may have), `layout` holds the chains and the shape of the
 //! maps, `apply` commits them and removes the UDP flows (`stale`) and the affinity of clients (`affinity`) that would keep to a
-//! gone endpoint.
+//! gone endpoint; `health` tells load balancers.
 
 mod affinity;
 mod apply;
 mod contradictions;
 mod endpoints;
 mod external;
+mod health;
 mod layout;
 mod plan;
 mod service;
@@ -26,5 +27,7 @@ mod stale;
 
 pub use affinity::{AffinityIndex, AffinityTargets};
 pub use apply::ProxyApplier;
+pub use health::{HealthChecks, ProxyHealth};
 pub use plan::{ProxyPlan, ProxyPlanner};
+pub use service::LocalEndpoints;
 pub use stale::{UdpDestination, UdpTargets};

@@ -18,8 +18,9 @@ use super::affinity::{AffinityTargets, Sticky};
 use super::contradictions;
 use super::endpoints::Here;
 use super::external::Guard;
+use super::health::HealthChecks;
 use super::layout::{self, Emission, SetName, Shared, Site};
-use super::service::{self, Claim, Holding, ServicePlan, Target, View};
+use super::service::{self, Claim, Holding, LocalEndpoints, ServicePlan, Target, View};
 use super::stale::{UdpDestination, UdpTargets};
 use crate::reconcile::Planner;
 
@@ -29,6 +30,7 @@ pub struct ProxyPlan {
     pub table: Arc<Table>,
     pub udp: Arc<UdpTargets>,
     pub affinity: Arc<AffinityTargets>,
+    pub health: Arc<HealthChecks>,
 }
 
 type SliceKey = NamespacedName;
@@ -89,6 +91,10 @@ impl Planner for ProxyPlanner {
         let own_ips = own_ips(snapshot);
         if self.plan.affinity.own_ips != own_ips {
             Arc::make_mut(&mut self.plan.affinity).own_ips = own_ips;
+        }
+        let leaving = snapshot.own_node().is_none_or(|node| node.leaving);
+        if self.plan.health.leaving != leaving {
+            Arc::make_mut(&mut self.plan.health).leaving = leaving;
         }
         let dirty = self.dirty(snapshot);
         let affected: BTreeSet<ServiceKey> = dirty.into_iter().flat_map(|key| self.replan(key)).collect();
@@ -162,7 +168,9 @@ impl ProxyPlanner {
             cluster_cidrs: common.site.cluster_cidrs.clone(),
             ..AffinityTargets::default()
         };
-        let plan = ProxyPlan { table, udp: Arc::new(udp), affinity: Arc::new(affinity) };
+        let health = HealthChecks { node_ips: common.site.node_ips.clone(), ..HealthChecks::default() };
+        let plan =
+            ProxyPlan { table, udp: Arc::new(udp), affinity: Arc::new(affinity), health: Arc::new(health) };
         Self { common: Some(common), plan, ..Self::default() }
     }
 
@@ -233,6 +241,7 @@ impl ProxyPlanner {
         let mut problems = Vec::new();
         let mut udp = BTreeMap::new();
         let mut sticky = BTreeMap::new();
+        let mut checked = None;
         let mut hairpins = BTreeSet::new();
         if let Some(plan) = self.planned.get(key) {
             problems.clone_from(&plan.problems);
@@ -248,6 +257,7 @@ impl ProxyPlanner {
                 emission.add(claim, holding);
                 udp.extend(udp_targets(claim, holding));
                 sticky.extend(sticky_targets(claim, holding));
+                checked = checked.or(health_check(claim, holding));
             }
             if let Some(firewall) = &plan.firewall {
                 emission.add_firewall(&key.to_string(), firewall, held.into_iter());
@@ -260,6 +270,7 @@ impl ProxyPlanner {
         }
         self.replace_udp(key, udp);
         self.replace_affinity(key, sticky);
+        self.replace_health(key, checked);
         self.replace_elements(key, emission, hairpins);
     }
 
@@ -276,6 +287,17 @@ impl ProxyPlanner {
             _ => first(claim),
         };
         winner.map(|claimant| &claimant.key).filter(|winner| *winner != key)
+    }
+
+    fn replace_health(&mut self, key: &ServiceKey, checked: Option<(u16, LocalEndpoints)>) {
+        if self.plan.health.services.get(key) == checked.as_ref() {
+            return;
+        }
+        let services = &mut Arc::make_mut(&mut self.plan.health).services;
+        match checked {
+            Some(checked) => drop(services.insert(key.clone(), checked)),
+            None => drop(services.remove(key)),
+        }
     }
 
     fn replace_affinity(&mut self, key: &ServiceKey, targets: BTreeMap<Claim, Sticky>) {
@@ -446,6 +468,14 @@ fn udp_targets(claim: &Claim, holding: &Holding) -> Option<(UdpDestination, BTre
     };
     let internal = frontend.internal.iter().flatten();
     Some((destination, external.iter().chain(internal).copied().collect()))
+}
+
+/// What a load balancer is told at a health check port.
+fn health_check(claim: &Claim, holding: &Holding) -> Option<(u16, LocalEndpoints)> {
+    match (claim, holding) {
+        (Claim::HealthCheck(port), Holding::Health(counts)) => Some((*port, *counts)),
+        _ => None,
+    }
 }
 
 /// Who may stay with whom; `None` for what has no affinity.

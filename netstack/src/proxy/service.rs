@@ -80,7 +80,7 @@ pub(super) enum Reach {
 
 /// Ready endpoints on this node, by family: the count that a load balancer is told.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct LocalEndpoints {
+pub struct LocalEndpoints {
     pub ipv4: usize,
     pub ipv6: usize,
 }

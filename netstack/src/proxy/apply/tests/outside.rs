@@ -224,3 +224,55 @@ fn a_udp_client_of_a_load_balancer_moves_with_the_endpoints() {
         }
     });
 }
+
+/// What the health check port says to the outside, status and body.
+fn health(rig: &Rig, to: SocketAddr) -> std::io::Result<(u16, Value)> {
+    let path = format!("/run/netns/{}", rig.spaces[OUTSIDE]);
+    let question = move || -> std::io::Result<String> {
+        setns(File::open(path)?, CloneFlags::CLONE_NEWNET)?;
+        let mut stream = TcpStream::connect_timeout(&to, WAIT)?;
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: lb\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    };
+    let asking = async { tokio::task::spawn_blocking(|| std::thread::spawn(question).join().unwrap()).await };
+    let answer = rig.runtime.block_on(asking).unwrap()?;
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    Ok((head.split(' ').nth(1).unwrap().parse().unwrap(), serde_json::from_str(body).unwrap()))
+}
+
+#[test]
+fn a_load_balancer_is_told_how_many_ready_endpoints_this_node_has() {
+    in_node(|rig| {
+        let checked = |mut objects: Vec<Value>, terminating: bool| {
+            objects[0]["spec"]["type"] = json!("LoadBalancer");
+            objects[0]["spec"]["healthCheckNodePort"] = json!(31_000);
+            for slice in objects.iter_mut().filter(|_| terminating).skip(2) {
+                for endpoint in slice["endpoints"].as_array_mut().unwrap() {
+                    endpoint["conditions"] = json!({"ready": false, "serving": true, "terminating": true});
+                }
+            }
+            objects
+        };
+        let told = |rig: &Rig, family: &Family| {
+            let (status, body) = health(rig, at(family.node, 31_000)).unwrap();
+            assert_eq!(body["service"], json!({"namespace": "default", "name": "web"}));
+            assert_eq!(body["serviceProxyHealthy"], json!(true));
+            (status, body["localEndpoints"].as_u64().unwrap())
+        };
+        rig.apply(checked(everywhere("Local"), false));
+        for family in &FAMILIES {
+            assert_eq!(told(rig, family), (200, 2));
+        }
+        rig.apply(checked(everywhere("Local"), true));
+        for family in &FAMILIES {
+            assert_eq!(told(rig, family), (503, 0), "those that drain take no new connections");
+        }
+        rig.apply(checked(everywhere("Cluster"), false));
+        for family in &FAMILIES {
+            let closed = health(rig, at(family.node, 31_000)).unwrap_err().kind();
+            assert_eq!(closed, ErrorKind::ConnectionRefused);
+        }
+    });
+}
