@@ -1,6 +1,7 @@
 //! The applier: owner of the nft table `weft-proxy`, and of the UDP flows that went through it, and of the health check ports. The affinity of clients lives
 //! in the table's dynamic maps and so outlives this process.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -11,7 +12,7 @@ use super::affinity::AffinityTargets;
 use super::health::{HealthPorts, ProxyHealth};
 use super::layout::{Scope, SetName};
 use super::plan::ProxyPlan;
-use super::stale::UdpTargets;
+use super::stale::{UdpDestination, UdpTargets};
 use crate::kernel::conntrack::{ConntrackError, delete_udp_flows};
 use crate::kernel::nft::{NftError, NftTable};
 use crate::reconcile::{Applied, Applier, Trust, chain};
@@ -19,7 +20,7 @@ use crate::reconcile::{Applied, Applier, Trust, chain};
 /// Commits the table in one transaction, then removes stale UDP flows.
 pub struct ProxyApplier {
     table: NftTable,
-    /// What the flows were last reconciled with.
+    /// What the flows were last reconciled with; at first what an earlier process left in the table.
     udp: Option<Arc<UdpTargets>>,
     /// What the clients' affinity was last reconciled with.
     affinity: Option<Arc<AffinityTargets>>,
@@ -55,6 +56,9 @@ impl Applier for ProxyApplier {
 
     async fn apply(&mut self, plan: &ProxyPlan, trust: Trust) -> Applied {
         let mut applied = Applied::default();
+        if self.udp.is_none() {
+            self.udp = Some(Arc::new(self.left_behind()));
+        }
         match self.table.apply(&plan.table, trust) {
             Ok(changed) => applied.changed = changed,
             Err(error) => {
@@ -96,6 +100,21 @@ impl Applier for ProxyApplier {
 }
 
 impl ProxyApplier {
+    /// The UDP destinations of the table as it is in the kernel. Without one, or when it cannot be read, there are none: then
+    /// flows of Services deleted meanwhile end by their own timeout.
+    fn left_behind(&mut self) -> UdpTargets {
+        let mut destinations = BTreeMap::new();
+        for scope in [Scope::Vip, Scope::NodePort] {
+            for ipv6 in [false, true] {
+                let elements = self.table.elements(&SetName::Frontends(scope).of(ipv6)).unwrap_or_default();
+                let udp = elements.iter().filter_map(|(key, _)| UdpDestination::of_frontend(key, ipv6));
+                destinations.extend(udp.map(|destination| (destination, BTreeSet::new())));
+            }
+        }
+        let groups = BTreeMap::from([(String::new(), Arc::new(destinations))]);
+        UdpTargets { groups, ..UdpTargets::default() }
+    }
+
     /// Reads the tracked UDP flows once, whatever changed.
     fn delete_stale(&self, now: &UdpTargets) -> Result<usize, ConntrackError> {
         let index = now.index();

@@ -47,14 +47,17 @@ impl Guard {
         let nodes = nodes.filter(|(ip, _)| contained(&allowed, *ip).is_some());
         let nodes = nodes.map(|(ip, node)| (ip, node.name.clone())).collect();
         let kubernetes = ServiceKey::new("default", "kubernetes");
-        // The API server writes this one slice of its own, by this name.
-        let slice = snapshot.endpoint_slices.get(&kubernetes);
+        // The API server names its slices after its Service: nobody has to look at all the others.
+        let named = snapshot.endpoint_slices.range(kubernetes.clone()..);
+        let named =
+            named.take_while(|(key, _)| key.namespace == "default" && key.name.starts_with("kubernetes"));
+        let slices = named.map(|(_, slice)| slice).filter(|slice| slice.service == kubernetes);
         Self {
             nodes,
             allowed,
             service_cidrs: config.service_cidrs.clone(),
             cluster_cidrs: config.cluster_cidrs.clone(),
-            api_server: slice.map(|slice| api_servers(slice).collect()).unwrap_or_default(),
+            api_server: slices.flat_map(|slice| api_servers(slice)).collect(),
         }
     }
 

@@ -6,6 +6,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use weft_model::objects::Protocol;
+use weft_model::ruleset::Datum;
 
 /// UDP destinations of all Services and who may answer there, by Service.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -23,6 +25,19 @@ pub enum UdpDestination {
         ipv6: bool,
         port: u16,
     },
+}
+
+impl UdpDestination {
+    /// From the key of a map of frontends; `None` for other protocols.
+    pub(super) fn of_frontend(key: &[Datum], ipv6: bool) -> Option<Self> {
+        match key {
+            [Datum::Ip(ip), Datum::Protocol(Protocol::Udp), Datum::Port(port)] => {
+                Some(Self::Vip(SocketAddr::new(*ip, *port)))
+            }
+            [Datum::Protocol(Protocol::Udp), Datum::Port(port)] => Some(Self::NodePort { ipv6, port: *port }),
+            _ => None,
+        }
+    }
 }
 
 impl UdpTargets {

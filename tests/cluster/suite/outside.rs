@@ -11,10 +11,7 @@ use crate::services::{answering, echo_names};
 use crate::{Case, case};
 
 pub(crate) const CASES: &[Case] = &[
-    case(
-        "a load balancer's address answers pods, nodes and outside",
-        balanced,
-    ),
+    case("a load balancer's address answers pods, nodes and outside", balanced),
     case("externalTrafficPolicy Local keeps the client's address and drops where no pod is", local_policy),
     case("a health check port tells how many pods a node has, and 10256 that it is well", health_checks),
     case("loadBalancerSourceRanges let in whom they list, pods included", source_ranges),

@@ -440,6 +440,29 @@ fn a_udp_client_that_never_stops_sending_moves_with_the_endpoints() {
 }
 
 #[test]
+fn a_udp_flow_of_a_node_port_deleted_while_the_agent_was_away_goes() {
+    in_node(|rig| {
+        rig.serve_all();
+        for family in &FAMILIES {
+            rig.apply(everywhere("Local"));
+            let client = rig.within(OUTSIDE, || {
+                let any: IpAddr = if family.ipv6 { "::" } else { "0.0.0.0" }.parse().unwrap();
+                let socket = UdpSocket::bind(SocketAddr::new(any, 0)).unwrap();
+                socket.set_read_timeout(Some(WAIT)).unwrap();
+                socket
+            });
+            let ask = || client.send_to(b"?", at(family.node, 30080)).and_then(|_| client.recv(&mut [0; 64]));
+            ask().unwrap();
+            rig.applier = ProxyApplier::new();
+            rig.planner = ProxyPlanner::default();
+            let applied = rig.apply(vec![]);
+            assert!(applied.changed.iter().any(|line| line.contains("stale UDP")), "{applied:?}");
+            assert!(ask().is_err());
+        }
+    });
+}
+
+#[test]
 fn applying_twice_changes_nothing_a_new_agent_adopts_and_nft_can_list_it() {
     in_node(|rig| {
         assert!(!rig.apply(everywhere("Cluster")).changed.is_empty());
