@@ -39,7 +39,7 @@ enum Command {
     /// Print what to `kubectl apply`: rights, the DaemonSet that installs every node, the DNS Service
     Manifests(Box<manifests::ManifestsArgs>),
     /// Run the node's agent (one a node)
-    Agent(agent::AgentArgs),
+    Agent(Box<agent::AgentArgs>),
     /// Run the userspace WireGuard tunnel, for kernels without WireGuard
     Tunnel(tunnel::TunnelArgs),
     /// Run the embedded API server
@@ -67,7 +67,7 @@ fn main() -> ExitCode {
     }
     let outcome = match parse().command {
         Command::Cni => return cni::run(),
-        Command::Agent(args) => agent::run(args),
+        Command::Agent(args) => agent::run(*args),
         Command::Tunnel(args) => tunnel::run(args),
         Command::Server(args) => on_runtime(server::run(args)),
         Command::Lab(args) => lab::run(args),

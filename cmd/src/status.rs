@@ -89,6 +89,8 @@ pub(crate) fn text(status: &Status) -> String {
     lines.extend(
         status.parts.get("observe").and_then(|part| part.as_str()).map(|text| format!("observe: {text}")),
     );
+    let health = status.parts.get("proxy health").and_then(|part| part.as_str());
+    lines.extend(health.map(|text| format!("proxy health: {text}")));
     lines.extend(status.parts.get("cni").and_then(|part| part.as_str()).map(|text| format!("cni: {text}")));
     lines.extend(status.parts.get("peers").map(peers));
     lines.join("\n") + "\n"

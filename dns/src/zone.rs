@@ -247,6 +247,7 @@ mod tests {
             cluster_dns: Vec::new(),
             cluster_domain: String::new(),
             wireguard_port: 51820,
+            proxy: weft_model::ProxyConfig::default(),
         };
         assert!(Zones::new(&config).is_err());
     }

@@ -1,8 +1,10 @@
 //! Follows the first packet of a connection through a rule-set value, as the kernel would: base chains by hook and priority,
 //! jumps, gotos, verdict maps, DNAT, masquerade. Knows nothing of Services.
 //!
-//! Later packets of a connection are the kernel's business: conntrack repeats what the first one decided.
+//! Later packets of a connection are the kernel's business: conntrack repeats what the first one decided. What rules add to
+//! dynamic maps is kept in a [`Memory`] from packet to packet.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use weft_model::objects::Protocol;
@@ -46,6 +48,9 @@ pub enum Outcome {
     },
 }
 
+/// Elements that rules added, by map and key.
+pub type Memory = BTreeMap<(String, Vec<Datum>), ElementData>;
+
 /// Runs the packet through; `random` stands for every random number.
 ///
 /// # Panics
@@ -56,11 +61,13 @@ pub fn trace(
     origin: Origin<'_>,
     packet: &Packet,
     random: u32,
+    memory: &mut Memory,
 ) -> Outcome {
     let mut run = Run {
         table,
         routes,
         random,
+        memory,
         packet: packet.clone(),
         mark: 0,
         masqueraded: false,
@@ -81,6 +88,7 @@ struct Run<'a, R> {
     table: &'a Table,
     routes: &'a R,
     random: u32,
+    memory: &'a mut Memory,
     packet: Packet,
     mark: u32,
     masqueraded: bool,
@@ -190,6 +198,22 @@ impl<'a, R: Routes> Run<'a, R> {
                     Some(other) => panic!("map {map} holds {other:?}, not an address"),
                     None => false,
                 },
+                Statement::Update { map, key, address, port, .. } => {
+                    assert!(
+                        self.table.sets[map].dynamic_size.is_some(),
+                        "map {map} takes no elements of rules"
+                    );
+                    if let Some(key) = self.load_all(key) {
+                        let data = ElementData::AddressAndPort(*address, *port);
+                        self.memory.entry((map.clone(), key)).or_insert(data);
+                    }
+                    true
+                }
+                Statement::Dnat { address, port } => {
+                    let port = port.unwrap_or(self.packet.destination.port());
+                    self.packet.destination = SocketAddr::new(*address, port);
+                    return Ok(End::Accept);
+                }
                 Statement::Masquerade => {
                     self.masqueraded = true;
                     return Ok(End::Accept);
@@ -234,7 +258,10 @@ impl<'a, R: Routes> Run<'a, R> {
         };
         match statement {
             Statement::Match { field, .. } => fits(field),
-            Statement::Lookup { key, .. } | Statement::VerdictMap { key, .. } => key.iter().all(fits),
+            Statement::Lookup { key, .. }
+            | Statement::VerdictMap { key, .. }
+            | Statement::Update { key, .. } => key.iter().all(fits),
+            Statement::Dnat { address, .. } => address.is_ipv6() == self.packet.destination.is_ipv6(),
             Statement::DnatMap { ipv6, key, .. } => {
                 *ipv6 == self.packet.destination.is_ipv6() && key.iter().all(fits)
             }
@@ -270,10 +297,21 @@ impl<'a, R: Routes> Run<'a, R> {
         })
     }
 
-    fn find(&self, set: &str, key: &[Field]) -> Option<ElementData> {
-        let set: &Set = self.table.sets.get(set).unwrap_or_else(|| panic!("no set {set}"));
+    fn load_all(&self, key: &[Field]) -> Option<Vec<Datum>> {
+        key.iter().map(|field| self.load(*field)).collect()
+    }
+
+    fn find(&self, name: &str, key: &[Field]) -> Option<ElementData> {
+        let set: &Set = self.table.sets.get(name).unwrap_or_else(|| panic!("no set {name}"));
         assert_eq!(set.key.len(), key.len(), "key of another shape");
-        let key: Vec<Datum> = key.iter().map(|field| self.load(*field)).collect::<Option<_>>()?;
+        let key = self.load_all(key)?;
+        if set.dynamic_size.is_some() {
+            return self.memory.get(&(name.to_owned(), key)).cloned();
+        }
+        if set.interval {
+            let holds = |element: &[Datum]| matches!((element, &key[..]), ([Datum::Net(net)], [Datum::Ip(ip)]) if net.contains(ip));
+            return set.elements().find(|(element, _)| holds(element)).map(|(_, data)| data.clone());
+        }
         let mut found = set.groups.values().filter_map(|group| group.get(&key));
         let first = found.next().cloned();
         assert!(found.next().is_none(), "{key:?} stands in two groups");

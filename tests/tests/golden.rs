@@ -8,7 +8,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use serde::Deserialize;
 use weft_model::node_facts::WireguardBackend;
-use weft_model::{ClusterConfig, Generation, NodeFacts, NodeName, Problem, Snapshot};
+use weft_model::{ClusterConfig, Generation, NodeFacts, NodeName, Problem, ProxyConfig, Snapshot};
 use weft_netstack::kube::Cluster;
 use weft_netstack::proxy::ProxyPlanner;
 use weft_netstack::reconcile::Planner;
@@ -24,6 +24,10 @@ fn snapshot(cluster: &Path) -> Result<Snapshot> {
         cluster_dns: vec!["10.96.0.10".parse()?, "fd00:96::a".parse()?],
         cluster_domain: "cluster.local".to_owned(),
         wireguard_port: 51820,
+        proxy: ProxyConfig {
+            external_ip_ranges: vec!["198.51.100.64/26".parse()?, "192.0.2.0/24".parse()?],
+            node_port_ranges: vec![],
+        },
     };
     let name = NodeName::from("node-a");
     let cluster = Cluster::from_documents(documents, &name);

@@ -11,19 +11,22 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use proptest::prelude::*;
 use proptest::sample::{select, subsequence};
-use weft_model::node_facts::WireguardBackend;
+use weft_model::node_facts::{Uplink, WireguardBackend};
 use weft_model::objects::{
     Endpoint, EndpointPort, EndpointSlice, Node, Protocol, Service, ServiceKind, ServicePort, TrafficPolicy,
 };
-use weft_model::{ClusterConfig, Generation, NamespacedName, NodeFacts, NodeName, Snapshot};
+use weft_model::ruleset::{Datum, ElementData};
+use weft_model::{ClusterConfig, Generation, NamespacedName, NodeFacts, NodeName, ProxyConfig, Snapshot};
 use weft_netstack::proxy::{ProxyPlan, ProxyPlanner};
 use weft_netstack::reconcile::Planner;
-use weft_tests::trace::{Origin, Outcome, Packet, Routes, trace};
+use weft_tests::trace::{Memory, Origin, Outcome, Packet, Routes, trace};
 
 const OWN: &str = "node-a";
 const OTHER: &str = "node-b";
+const ZONE: &str = "topology.kubernetes.io/zone";
 const PROTOCOLS: [Protocol; 3] = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
 const PORTS: [u16; 3] = [53, 80, 443];
 const NODE_PORTS: [u16; 2] = [30_080, 30_443];
@@ -44,6 +47,10 @@ struct Family {
     own_host_address: &'static str,
     other_pods: [&'static str; 2],
     outside: &'static str,
+    /// Of load balancers.
+    load_balancers: [&'static str; 2],
+    /// The first is in a range that the operator allows.
+    external: [&'static str; 2],
 }
 
 const V4: Family = Family {
@@ -56,6 +63,8 @@ const V4: Family = Family {
     own_host_address: "10.244.1.1",
     other_pods: ["10.244.2.5", "10.244.2.6"],
     outside: "203.0.113.9",
+    load_balancers: ["198.51.100.1", "198.51.100.2"],
+    external: ["198.51.100.70", "198.51.100.9"],
 };
 
 const V6: Family = Family {
@@ -68,6 +77,8 @@ const V6: Family = Family {
     own_host_address: "fd00:244:0:1::1",
     other_pods: ["fd00:244:0:2::5", "fd00:244:0:2::6"],
     outside: "2001:db8:ffff::9",
+    load_balancers: ["2001:db8:b::1", "2001:db8:b::2"],
+    external: ["2001:db8:e::7", "2001:db8:b::9"],
 };
 
 fn family(ipv6: bool) -> &'static Family {
@@ -81,6 +92,13 @@ fn config() -> ClusterConfig {
         cluster_dns: vec![ip(V4.vips[3]), ip(V6.vips[3])],
         cluster_domain: "cluster.local".to_owned(),
         wireguard_port: 51820,
+        // Ranges that hold a node's address too, which is not for the taking.
+        proxy: ProxyConfig {
+            external_ip_ranges: ["198.51.100.64/26", "192.0.2.0/24", "2001:db8:e::/64", "2001:db8::/64"]
+                .map(|range| range.parse().unwrap())
+                .to_vec(),
+            node_port_ranges: vec![],
+        },
     }
 }
 
@@ -89,9 +107,10 @@ fn node(name: &str, cidrs: [&str; 2], ips: [&str; 2]) -> (NodeName, Arc<Node>) {
         name: name.into(),
         uid: String::new(),
         created: 0,
-        labels: BTreeMap::new(),
+        labels: BTreeMap::from([(ZONE.to_owned(), format!("zone-of-{name}"))]),
         pod_cidrs: cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect(),
         internal_ips: ips.iter().map(|text| ip(text)).collect(),
+        leaving: false,
         public_key: None,
         wireguard_port: None,
     };
@@ -99,9 +118,11 @@ fn node(name: &str, cidrs: [&str; 2], ips: [&str; 2]) -> (NodeName, Arc<Node>) {
 }
 
 fn snapshot(services: &[Service], slices: &[EndpointSlice]) -> Snapshot {
+    let addresses = [&V4, &V6].iter().flat_map(|of| [ip(of.own_node), ip(of.own_second_address)]).collect();
+    let uplink = Uplink { name: "eth0".to_owned(), index: 2, mtu_bytes: 1500, addresses };
     let facts = NodeFacts {
         name: OWN.into(),
-        uplinks: vec![],
+        uplinks: vec![uplink],
         wireguard_backend: WireguardBackend::Userspace,
         foreign_routes: vec![],
     };
@@ -160,9 +181,44 @@ fn kind() -> impl Strategy<Value = ServiceKind> {
     ]
 }
 
+/// Addresses of load balancers and of `spec.externalIPs`, those that must be refused among them.
+fn externals() -> impl Strategy<Value = (Vec<IpAddr>, Vec<IpAddr>)> {
+    let both = |pick: fn(&Family) -> Vec<&'static str>| -> Vec<IpAddr> {
+        pick(&V4).into_iter().chain(pick(&V6)).map(ip).collect()
+    };
+    let of_balancers = both(|of| vec![of.load_balancers[0], of.load_balancers[1], of.own_node, of.vips[0]]);
+    let of_spec = both(|of| vec![of.external[0], of.external[1], of.own_node, of.vips[1], of.own_pods[0]]);
+    (subsequence(of_balancers, 0..4), subsequence(of_spec, 0..4))
+}
+
+/// An empty list is one whose every entry is unreadable.
+fn source_ranges() -> impl Strategy<Value = Option<Vec<IpNet>>> {
+    let all: Vec<IpNet> = [&V4, &V6]
+        .iter()
+        .flat_map(|of| [of.outside, of.own_pods[0], of.other_pods[0], of.own_node, of.other_node])
+        .map(|text| IpNet::from(ip(text)))
+        .chain([
+            "0.0.0.0/0".parse().unwrap(),
+            "10.244.0.0/16".parse().unwrap(),
+            "fd00:244::/56".parse().unwrap(),
+        ])
+        .collect();
+    prop_oneof![2 => Just(None), 1 => subsequence(all, 0..5).prop_map(Some)]
+}
+
 fn service(i: usize) -> impl Strategy<Value = Service> {
-    (kind(), ports(), policy(), policy(), 0..3i64, 0..8u8).prop_map(
-        move |(kind, ports, internal, external, created, label)| {
+    let affinity = prop_oneof![2 => Just(None), 1 => select(vec![Some(10), Some(10_800)])];
+    let outside = (externals(), source_ranges(), affinity);
+    (kind(), ports(), policy(), policy(), 0..3i64, 0..8u8, outside).prop_map(
+        move |(
+            kind,
+            ports,
+            internal,
+            external,
+            created,
+            label,
+            ((balancers, external_ips), ranges, affinity),
+        )| {
             let label = match label {
                 0 => Some("service.kubernetes.io/service-proxy-name"),
                 1 => Some("service.kubernetes.io/headless"),
@@ -178,15 +234,27 @@ fn service(i: usize) -> impl Strategy<Value = Service> {
                 publish_not_ready_addresses: false,
                 internal_traffic_policy: internal,
                 external_traffic_policy: external,
-                session_affinity_seconds: None,
-                load_balancer_ips: vec![],
-                external_ips: vec![],
+                session_affinity_seconds: affinity,
+                load_balancer_ips: balancers,
+                external_ips,
+                load_balancer_source_ranges: ranges,
+                health_check_node_port: None,
             }
         },
     )
 }
 
-fn endpoint(ipv6: bool) -> impl Strategy<Value = Endpoint> {
+/// Hints of one endpoint in a cluster where all have such, or nearly all.
+fn hints(hinted: bool) -> impl Strategy<Value = BTreeSet<&'static str>> {
+    let given = subsequence(vec![OWN, OTHER], 1..=2).prop_map(BTreeSet::from_iter);
+    if hinted {
+        prop_oneof![1 => Just(BTreeSet::new()), 30 => given].boxed()
+    } else {
+        Just(BTreeSet::new()).boxed()
+    }
+}
+
+fn endpoint(ipv6: bool, [zones, nodes]: [bool; 2]) -> impl Strategy<Value = Endpoint> {
     let of = family(ipv6);
     let places = vec![
         (of.own_pods[0], Some(OWN)),
@@ -206,25 +274,30 @@ fn endpoint(ipv6: bool) -> impl Strategy<Value = Endpoint> {
         (false, false, false),
         (false, true, false),
     ]);
-    (select(places), conditions).prop_map(|((address, node), (ready, serving, terminating))| Endpoint {
-        address: ip(address),
-        ready,
-        serving,
-        terminating,
-        hostname: None,
-        node: node.map(NodeName::from),
-        zone: None,
-        target_pod: None,
+    let hints = (hints(zones), hints(nodes));
+    (select(places), conditions, hints).prop_map(|((address, node), (ready, serving, terminating), hints)| {
+        Endpoint {
+            address: ip(address),
+            ready,
+            serving,
+            terminating,
+            hostname: None,
+            node: node.map(NodeName::from),
+            zone: None,
+            zone_hints: hints.0.into_iter().map(|node| format!("zone-of-{node}")).collect(),
+            node_hints: hints.1.into_iter().map(NodeName::from).collect(),
+            target_pod: None,
+        }
     })
 }
 
 /// Most port names and protocols, so that slices and Services meet often enough.
-fn slice(i: usize) -> impl Strategy<Value = EndpointSlice> {
+fn slice(i: usize, hinted: [bool; 2]) -> impl Strategy<Value = EndpointSlice> {
     let all: Vec<(usize, Protocol)> =
         (0..3usize).flat_map(|name| PROTOCOLS.map(|protocol| (name, protocol))).collect();
     let ports = (subsequence(all, 4..9), select(vec![8080, 9090]));
-    let endpoints =
-        any::<bool>().prop_flat_map(|ipv6| (Just(ipv6), prop::collection::vec(endpoint(ipv6), 0..5)));
+    let endpoints = any::<bool>()
+        .prop_flat_map(move |ipv6| (Just(ipv6), prop::collection::vec(endpoint(ipv6, hinted), 0..5)));
     (0..4usize, ports, endpoints).prop_map(move |(service, (ports, number), (ipv6, endpoints))| {
         EndpointSlice {
             key: NamespacedName::new("default", format!("slice{i}")),
@@ -247,7 +320,8 @@ type ClusterState = (Vec<Service>, Vec<EndpointSlice>);
 
 fn cluster() -> impl Strategy<Value = ClusterState> {
     let services = (2..5usize).prop_flat_map(|n| (0..n).map(service).collect::<Vec<_>>());
-    let slices = (4..16usize).prop_flat_map(|n| (0..n).map(slice).collect::<Vec<_>>());
+    let slices = (4..16usize, any::<[bool; 2]>())
+        .prop_flat_map(|(n, hinted)| (0..n).map(|i| slice(i, hinted)).collect::<Vec<_>>());
     (services, slices)
 }
 
@@ -259,8 +333,11 @@ enum Expected {
     Dropped,
     /// Not a Service's: goes where it was sent.
     Untouched,
-    /// To any of these and no other.
-    OneOf(BTreeSet<SocketAddr>),
+    /// To any of these and no other; `sticky`: a client always to the same.
+    OneOf {
+        endpoints: BTreeSet<SocketAddr>,
+        sticky: bool,
+    },
 }
 
 /// Who may answer `port` in a family, from all slices of the Service; `local`: on this node only.
@@ -271,7 +348,7 @@ fn candidates(
     slices: &[EndpointSlice],
     local: bool,
 ) -> BTreeSet<SocketAddr> {
-    let mut ready = BTreeSet::new();
+    let mut ready: BTreeMap<SocketAddr, [BTreeSet<String>; 2]> = BTreeMap::new();
     let mut draining = BTreeSet::new();
     for slice in slices {
         for target in &slice.ports {
@@ -284,7 +361,9 @@ fn candidates(
                 }
                 let address = SocketAddr::new(endpoint.address, target.port);
                 if endpoint.ready {
-                    ready.insert(address);
+                    let [nodes, zones] = ready.entry(address).or_default();
+                    nodes.extend(endpoint.node_hints.iter().map(|name| name.0.clone()));
+                    zones.extend(endpoint.zone_hints.iter().cloned());
                 }
                 if endpoint.serving && endpoint.terminating {
                     draining.insert(address);
@@ -293,7 +372,23 @@ fn candidates(
         }
     }
     // KEP-1669: those that are about to end only when there is no other.
-    if ready.is_empty() { draining } else { ready }
+    if ready.is_empty() {
+        return draining;
+    }
+    // KEP-3015: hints for nodes before hints for zones, each only when every endpoint has one and one is for this node; they
+    // are about traffic to the whole cluster.
+    for (kind, here) in [OWN.to_owned(), format!("zone-of-{OWN}")].into_iter().enumerate() {
+        let all_hinted = ready.values().all(|hints| !hints[kind].is_empty());
+        let here: BTreeSet<SocketAddr> = ready
+            .iter()
+            .filter(|(_, hints)| hints[kind].contains(&here))
+            .map(|(address, _)| *address)
+            .collect();
+        if !local && all_hinted && !here.is_empty() {
+            return here;
+        }
+    }
+    ready.into_keys().collect()
 }
 
 fn is_proxied(service: &Service) -> bool {
@@ -325,8 +420,44 @@ fn by_policy(
     match (anywhere.is_empty(), allowed.is_empty()) {
         (true, _) => Expected::Rejected,
         (false, true) => Expected::Dropped,
-        (false, false) => Expected::OneOf(allowed),
+        (false, false) => {
+            Expected::OneOf { endpoints: allowed, sticky: service.session_affinity_seconds.is_some() }
+        }
     }
+}
+
+/// "externalTrafficPolicy" is about clients outside; those inside reach all endpoints at the same addresses.
+fn from_outside(
+    service: &Service,
+    port: &ServicePort,
+    ipv6: bool,
+    slices: &[EndpointSlice],
+    inside: bool,
+) -> Expected {
+    let anywhere = candidates(service, port, ipv6, slices, false);
+    if inside && !anywhere.is_empty() {
+        return Expected::OneOf { endpoints: anywhere, sticky: service.session_affinity_seconds.is_some() };
+    }
+    by_policy(service, port, ipv6, slices, service.external_traffic_policy)
+}
+
+/// Load balancers give addresses outside the cluster, nodes' own too; `externalIPs` must be in an allowed range and nobody
+/// else's. A Service has addresses only in families in which it has a ClusterIP.
+fn may_have(service: &Service, address: IpAddr) -> bool {
+    let of = family(address.is_ipv6());
+    let exists = cluster_ips(service).iter().any(|ip| ip.is_ipv6() == address.is_ipv6());
+    let given = service.load_balancer_ips.contains(&address)
+        && [of.load_balancers[0], of.load_balancers[1], of.own_node].iter().any(|text| ip(text) == address);
+    let allowed = service.external_ips.contains(&address) && address == ip(of.external[0]);
+    exists && (given || allowed)
+}
+
+/// "loadBalancerSourceRanges": by the client's own address; a node's own address in the list stands for all addresses of that
+/// node.
+fn is_let_in(service: &Service, client: IpAddr) -> bool {
+    let Some(ranges) = &service.load_balancer_source_ranges else { return true };
+    let listed = |address: IpAddr| ranges.iter().any(|range| range.contains(&address));
+    listed(client) || (Node4And6.is_local(client) && listed(ip(family(client.is_ipv6()).own_node)))
 }
 
 fn expected(packet: &Packet, inside: bool, services: &[Service], slices: &[EndpointSlice]) -> Expected {
@@ -346,6 +477,15 @@ fn expected(packet: &Packet, inside: bool, services: &[Service], slices: &[Endpo
             return by_policy(service, &port, ipv6, slices, service.internal_traffic_policy);
         }
     }
+    // An address outside the cluster.
+    for service in by_age.iter().filter(|s| is_proxied(s) && may_have(s, to)) {
+        if let Some(port) = port_of(service, &|port| port.port == port_number) {
+            if service.load_balancer_ips.contains(&to) && !is_let_in(service, packet.source.ip()) {
+                return Expected::Dropped;
+            }
+            return from_outside(service, &port, ipv6, slices, inside);
+        }
+    }
     // A node port: on the node's own InternalIP only, for Services that exist in this family.
     if to == ip(family(ipv6).own_node) {
         for service in by_age.iter().filter(|s| is_proxied(s)) {
@@ -353,11 +493,7 @@ fn expected(packet: &Packet, inside: bool, services: &[Service], slices: &[Endpo
             if let Some(port) = port_of(service, &|port| port.node_port == Some(port_number))
                 && in_family
             {
-                let anywhere = candidates(service, &port, ipv6, slices, false);
-                if inside && !anywhere.is_empty() {
-                    return Expected::OneOf(anywhere);
-                }
-                return by_policy(service, &port, ipv6, slices, service.external_traffic_policy);
+                return from_outside(service, &port, ipv6, slices, inside);
             }
         }
     }
@@ -438,7 +574,8 @@ fn clients(ipv6: bool) -> Vec<(Origin<'static>, IpAddr, bool)> {
 fn destinations(ipv6: bool) -> Vec<SocketAddr> {
     let of = family(ipv6);
     let mut all = Vec::new();
-    for vip in of.vips.iter().chain([&of.unallocated, &of.outside, &of.own_pods[0]]) {
+    let outside = of.load_balancers.iter().chain(&of.external).chain([&of.own_node]);
+    for vip in of.vips.iter().chain([&of.unallocated, &of.outside, &of.own_pods[0]]).chain(outside) {
         all.extend(PORTS.iter().chain(&[9153]).map(|port| SocketAddr::new(ip(vip), *port)));
     }
     let loopback = if ipv6 { "::1" } else { "127.0.0.1" };
@@ -450,13 +587,14 @@ fn destinations(ipv6: bool) -> Vec<SocketAddr> {
 
 fn check(plan: &ProxyPlan, packet: &Packet, origin: Origin<'_>, expected: &Expected) {
     let mut reached = BTreeSet::new();
-    let randoms = if matches!(expected, Expected::OneOf(_)) { 12 } else { 1 };
+    let randoms = if matches!(expected, Expected::OneOf { .. }) { 12 } else { 1 };
     for random in 0..randoms {
-        match (trace(&plan.table, &Node4And6, origin, packet, random), expected) {
+        let mut memory = Memory::new();
+        match (trace(&plan.table, &Node4And6, origin, packet, random, &mut memory), expected) {
             (Outcome::Rejected, Expected::Rejected) | (Outcome::Dropped, Expected::Dropped) => {}
             (Outcome::Passed { destination, masqueraded: false }, Expected::Untouched)
                 if destination == packet.destination => {}
-            (Outcome::Passed { destination, masqueraded }, Expected::OneOf(endpoints))
+            (Outcome::Passed { destination, masqueraded }, Expected::OneOf { endpoints, sticky })
                 if endpoints.contains(&destination) =>
             {
                 assert_eq!(
@@ -465,15 +603,40 @@ fn check(plan: &ProxyPlan, packet: &Packet, origin: Origin<'_>, expected: &Expec
                     "masquerade of {packet:?} from {origin:?} sent to {destination}"
                 );
                 reached.insert(destination);
+                check_again(plan, packet, origin, &mut memory, random + 1, sticky.then_some(destination));
             }
             (outcome, expected) => panic!("{packet:?} from {origin:?}: {outcome:?}, expected {expected:?}"),
         }
     }
-    if let Expected::OneOf(endpoints) = expected
+    if let Expected::OneOf { endpoints, .. } = expected
         && endpoints.len() <= 12
     {
         assert_eq!(&reached, endpoints, "every endpoint gets connections");
     }
+}
+
+/// The client's next connection: to the same endpoint where the Service is `sticky`, else nothing was remembered.
+fn check_again(
+    plan: &ProxyPlan,
+    packet: &Packet,
+    origin: Origin<'_>,
+    memory: &mut Memory,
+    random: u32,
+    sticky: Option<SocketAddr>,
+) {
+    let Some(endpoint) = sticky else {
+        assert!(memory.is_empty(), "{packet:?} from {origin:?} left {memory:?}");
+        return;
+    };
+    let packet = Packet { source: SocketAddr::new(packet.source.ip(), 40_001), ..packet.clone() };
+    let outcome = trace(&plan.table, &Node4And6, origin, &packet, random, memory);
+    assert!(
+        matches!(outcome, Outcome::Passed { destination, .. } if destination == endpoint),
+        "{packet:?}: {outcome:?}"
+    );
+    let index = plan.affinity.index();
+    let stale = |((_, key), data): (&(String, Vec<Datum>), &ElementData)| index.is_stale(key, data);
+    assert!(!memory.iter().any(stale), "{packet:?} from {origin:?}: {memory:?} would be forgotten");
 }
 
 fn check_cluster((services, slices): &ClusterState) -> BTreeMap<&'static str, usize> {
@@ -490,7 +653,8 @@ fn check_cluster((services, slices): &ClusterState) -> BTreeMap<&'static str, us
                         Expected::Rejected => "rejected",
                         Expected::Dropped => "dropped",
                         Expected::Untouched => "untouched",
-                        Expected::OneOf(_) => "sent on",
+                        Expected::OneOf { sticky: false, .. } => "sent on",
+                        Expected::OneOf { sticky: true, .. } => "sent on to the same",
                     };
                     *seen.entry(name).or_default() += 1;
                 }
@@ -554,7 +718,7 @@ fn random_clusters_show_every_outcome() {
             *seen.entry(name).or_default() += count;
         }
     }
-    for name in ["rejected", "dropped", "untouched", "sent on"] {
+    for name in ["rejected", "dropped", "untouched", "sent on", "sent on to the same"] {
         assert!(seen.get(name).is_some_and(|count| *count > 200), "too few packets {name}: {seen:?}");
     }
 }

@@ -7,7 +7,7 @@ use anyhow::{Context as _, bail, ensure};
 use axum::http::Uri;
 use clap::Args;
 use ipnet::IpNet;
-use weft_model::{ClusterConfig, NodeName};
+use weft_model::{ClusterConfig, NodeName, ProxyConfig};
 use weft_netstack::kube::Endpoint;
 
 use crate::log::LogArgs;
@@ -41,6 +41,12 @@ pub(crate) struct AgentArgs {
     /// Domain of the cluster's names
     #[arg(long, default_value = "cluster.local")]
     cluster_domain: String,
+    /// Ranges in which spec.externalIPs of Services are honoured; none by default
+    #[arg(long, value_delimiter = ',')]
+    external_ip_range: Vec<IpNet>,
+    /// Node ports answer on the node's addresses in these ranges; by default on its first InternalIP of each family
+    #[arg(long, value_delimiter = ',')]
+    nodeport_addresses: Vec<IpNet>,
     /// UDP port of the overlay, the same on every node
     #[arg(long, default_value_t = weft_model::constants::WIREGUARD_PORT)]
     wireguard_port: u16,
@@ -65,6 +71,9 @@ pub(crate) struct AgentArgs {
     /// Where /metrics, /healthz and /readyz are served
     #[arg(long, default_value = "127.0.0.1:9470")]
     pub(crate) observe_address: SocketAddr,
+    /// Where /healthz and /livez of the service proxy are served to load balancers
+    #[arg(long, default_value = "0.0.0.0:10256")]
+    proxy_health_address: SocketAddr,
     #[command(flatten)]
     pub(crate) log: LogArgs,
 }
@@ -80,6 +89,7 @@ pub(crate) struct Config {
     pub(crate) run_dir: PathBuf,
     pub(crate) state_dir: PathBuf,
     pub(crate) observe_address: SocketAddr,
+    pub(crate) proxy_health_address: SocketAddr,
 }
 
 impl AgentArgs {
@@ -97,6 +107,7 @@ impl AgentArgs {
             run_dir: self.run_dir,
             state_dir: self.state_dir,
             observe_address: self.observe_address,
+            proxy_health_address: self.proxy_health_address,
         })
     }
 
@@ -118,7 +129,28 @@ impl AgentArgs {
             cluster_dns: self.cluster_dns.clone(),
             cluster_domain: domain(&self.cluster_domain)?,
             wireguard_port: self.wireguard_port,
+            proxy: self.proxy()?,
         })
+    }
+}
+
+impl AgentArgs {
+    fn proxy(&self) -> anyhow::Result<ProxyConfig> {
+        let truncated = |ranges: &[IpNet]| ranges.iter().map(IpNet::trunc).collect::<Vec<_>>();
+        let external_ip_ranges = truncated(&self.external_ip_range);
+        for external in &external_ip_ranges {
+            for (flag, of_cluster) in
+                [("--cluster-cidr", &self.cluster_cidr), ("--service-cidr", &self.service_cidr)]
+            {
+                // A range around those of the cluster is fine: addresses in them are refused one by one.
+                if let Some(range) = of_cluster.iter().find(|range| range.contains(external)) {
+                    bail!(
+                        "--external-ip-range {external} is within {flag} {range}; give a range outside the cluster"
+                    );
+                }
+            }
+        }
+        Ok(ProxyConfig { external_ip_ranges, node_port_ranges: truncated(&self.nodeport_addresses) })
     }
 }
 
@@ -261,6 +293,7 @@ mod tests {
             (["--cluster-cidr", "10.43.0.0/20"], "overlap"),
             (["--cluster-dns", "10.99.0.10"], "--cluster-dns 10.99.0.10 is in no --service-cidr"),
             (["--cluster-domain", "a..b"], "--cluster-domain"),
+            (["--external-ip-range", "10.43.7.0/24"], "is within --service-cidr 10.43.0.0/16"),
         ];
         for (flags, expected) in wrong {
             let message = validate(&flags).err().unwrap_or_default();

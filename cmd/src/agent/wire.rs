@@ -1,5 +1,6 @@
 //! The rooms of a node, connected: who is given what. No decisions.
 
+use std::net::SocketAddr;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::sync::Arc;
@@ -21,7 +22,7 @@ use weft_netstack::kernel::nft::Commits;
 use weft_netstack::kernel::route::losses;
 use weft_netstack::kube::{self, Access, ApiStatus, Identity, Publisher, Watches};
 use weft_netstack::overlay::{self, OverlayApplier, OverlayPlanner, tunnel};
-use weft_netstack::proxy::{ProxyApplier, ProxyPlanner};
+use weft_netstack::proxy::{ProxyApplier, ProxyHealth, ProxyPlanner};
 use weft_netstack::reconcile::{
     Applier, Loop, LoopHandle, Pace, Planner, TaskGroup, Watchfulness, chain, vigil,
 };
@@ -67,7 +68,9 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let impatient = Pace { max_backoff: Duration::from_secs(1), ..Pace::default() };
     let overlay =
         loops.start("overlay", OverlayPlanner { open_firewalls: config.open_firewalls }, overlay, impatient);
-    loops.start("proxy", ProxyPlanner::default(), ProxyApplier::new(), Pace::default());
+    let proxy = ProxyApplier::new();
+    let proxy_health = proxy.health();
+    loops.start("proxy", ProxyPlanner::default(), proxy, Pace::default());
     loops.start("dns", dns.planner, dns.applier, Pace::default());
     loops.start("publish", identity, Publisher::new(access), Pace::default());
     let sources = Sources { snapshots: snapshots.clone(), api: status.clone(), overlay: overlay.clone() };
@@ -77,16 +80,19 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     watch_others(tasks, &handles, [overlay, pod_links])?;
 
     let (observed, observe_outcome) = watch::channel(String::new());
+    let (health_tx, health_outcome) = watch::channel(String::new());
     let (found_tx, found) = watch::channel(Configurations::default());
     let obstacles = obstacle_texts(sources.clone(), found.clone());
     let mut admin = admin(config, handles, snapshots.clone(), status, facts_rx, dns.stats, obstacles);
     admin.parts.push(("observe", Box::new(move || observe_outcome.borrow().clone().into())));
+    admin.parts.push(("proxy health", Box::new(move || health_outcome.borrow().clone().into())));
     let others = found.clone();
     admin.parts.push(("cni", Box::new(move || others.borrow().note.clone().into())));
     let admin = Arc::new(admin);
     let socket = config.run_dir.join("agent.sock");
     serve_unix(tasks, &socket, cni::server::router(cni).merge(admin::status_router(admin.clone())))?;
-    tasks.start("observe", serve_tcp(config.observe_address, admin::observe_router(admin), observed));
+    tasks.start("observe", serve_observed(config.observe_address, admin::observe_router(admin), observed));
+    tasks.start("proxy-health", serve_proxy_health(config.proxy_health_address, proxy_health, health_tx));
 
     install_plugin(&config.cni_bin_dir)?;
     tasks.start("readiness", readiness::tell(sources.clone(), found));
@@ -238,18 +244,34 @@ fn serve_unix(tasks: &mut TaskGroup, path: &Path, router: Router) -> anyhow::Res
 const REBIND: Duration = Duration::from_secs(2);
 
 /// Metrics and health. Pods need neither: while the address is taken, the node works and `outcome` says what to do.
-async fn serve_tcp(
-    address: std::net::SocketAddr,
+async fn serve_observed(
+    address: SocketAddr,
     router: Router,
     outcome: watch::Sender<String>,
 ) -> Result<(), String> {
+    let listener = bind(address, "metrics and health", "--observe-address", &outcome).await;
+    axum::serve(listener, router).await.map_err(|error| chain(&error))
+}
+
+/// Load balancers need it, pods do not.
+async fn serve_proxy_health(
+    address: SocketAddr,
+    health: Arc<ProxyHealth>,
+    outcome: watch::Sender<String>,
+) -> Result<(), String> {
+    let listener = bind(address, "the proxy's health", "--proxy-health-address", &outcome).await;
+    health.serve(listener).await;
+    Ok(())
+}
+
+/// Tries until it can.
+async fn bind(address: SocketAddr, what: &str, flag: &str, outcome: &watch::Sender<String>) -> TcpListener {
     let listener = loop {
         match TcpListener::bind(address).await {
             Ok(listener) => break listener,
             Err(error) => {
-                let said = format!(
-                    "{address} for metrics and health cannot be used: {error}; free it or give another --observe-address"
-                );
+                let said =
+                    format!("{address} for {what} cannot be used: {error}; free it or give another {flag}");
                 if *outcome.borrow() != said {
                     tracing::error!("{said}");
                 }
@@ -259,7 +281,7 @@ async fn serve_tcp(
         tokio::time::sleep(REBIND).await;
     };
     outcome.send_replace(format!("listening on {address}"));
-    axum::serve(listener, router).await.map_err(|error| chain(&error))
+    listener
 }
 
 /// Copies this very binary to where runtimes look for the plugin `weft`, atomically, unless it is there already. Without a

@@ -1,7 +1,7 @@
 //! Clusters in code for the DNS tests, and the way from a Snapshot to an answer.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -26,6 +26,7 @@ pub(crate) fn config() -> ClusterConfig {
         cluster_dns: vec![ip("10.43.0.10"), ip("fd00:43::a")],
         cluster_domain: "cluster.local".to_owned(),
         wireguard_port: 51820,
+        proxy: weft_model::ProxyConfig::default(),
     }
 }
 
@@ -43,6 +44,8 @@ pub(crate) fn service(namespace: &str, name: &str, kind: ServiceKind) -> Service
         session_affinity_seconds: None,
         load_balancer_ips: Vec::new(),
         external_ips: Vec::new(),
+        load_balancer_source_ranges: None,
+        health_check_node_port: None,
     }
 }
 
@@ -63,6 +66,8 @@ pub(crate) fn endpoint(address: &str, hostname: Option<&str>, ready: bool) -> En
         hostname: hostname.map(str::to_owned),
         node: None,
         zone: None,
+        zone_hints: BTreeSet::new(),
+        node_hints: BTreeSet::new(),
         target_pod: None,
     }
 }

@@ -17,6 +17,18 @@ pub struct ClusterConfig {
     pub cluster_domain: String,
     /// UDP port of WireGuard on every node.
     pub wireguard_port: u16,
+    #[serde(default)]
+    pub proxy: ProxyConfig,
+}
+
+/// What Services may have outside the cluster.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProxyConfig {
+    /// Where `spec.externalIPs` are honoured (`--external-ip-range`); nowhere when empty.
+    pub external_ip_ranges: Vec<IpNet>,
+    /// NodePorts answer on the node's addresses in these ranges (`--nodeport-addresses`), on its first InternalIP of each
+    /// family when empty.
+    pub node_port_ranges: Vec<IpNet>,
 }
 
 impl ClusterConfig {

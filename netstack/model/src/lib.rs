@@ -21,7 +21,7 @@ pub mod ruleset;
 pub mod snapshot;
 pub mod wireguard;
 
-pub use config::ClusterConfig;
+pub use config::{ClusterConfig, ProxyConfig};
 pub use ids::{Generation, NamespacedName, NodeName, PodKey, ServiceKey, WgPublicKey};
 pub use node_facts::NodeFacts;
 pub use problem::{ObjectRef, Planned, Problem, Reason};

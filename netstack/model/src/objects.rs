@@ -1,7 +1,7 @@
 //! Kubernetes objects lowered to what Weft needs, validated: a value here is well-formed.
 //! `netstack::kube` makes them; an object that cannot be lowered becomes a `Problem` instead.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -22,6 +22,9 @@ pub struct Node {
     pub pod_cidrs: Vec<IpNet>,
     /// `status.addresses` of type InternalIP, in order; at most one a family is used.
     pub internal_ips: Vec<IpAddr>,
+    /// About to be removed: deleted, or tainted by the cluster autoscaler (KEP-3836).
+    #[serde(default)]
+    pub leaving: bool,
     /// Annotation `weft.network/public-key`.
     pub public_key: Option<WgPublicKey>,
     /// Annotation `weft.network/wireguard-port`.
@@ -110,6 +113,12 @@ pub struct Service {
     /// `status.loadBalancer.ingress[].ip` whose ipMode is VIP.
     pub load_balancer_ips: Vec<IpAddr>,
     pub external_ips: Vec<IpAddr>,
+    /// `spec.loadBalancerSourceRanges`; `None` lets every client in, and an entry that cannot be read lets nobody in.
+    #[serde(default)]
+    pub load_balancer_source_ranges: Option<Vec<IpNet>>,
+    /// `spec.healthCheckNodePort` of a LoadBalancer whose externalTrafficPolicy is Local.
+    #[serde(default)]
+    pub health_check_node_port: Option<u16>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -168,5 +177,11 @@ pub struct Endpoint {
     pub hostname: Option<String>,
     pub node: Option<NodeName>,
     pub zone: Option<String>,
+    /// `hints.forZones`.
+    #[serde(default)]
+    pub zone_hints: BTreeSet<String>,
+    /// `hints.forNodes`.
+    #[serde(default)]
+    pub node_hints: BTreeSet<NodeName>,
     pub target_pod: Option<PodKey>,
 }

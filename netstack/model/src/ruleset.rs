@@ -143,6 +143,15 @@ pub enum Statement {
         key: Vec<Field>,
         map: String,
     },
+    /// `update @map { key timeout T : ADDRESS . PORT }`: a live element keeps its data and its time begins anew, else there
+    /// is one with this data. Does not hold when the map is full.
+    Update {
+        map: String,
+        key: Vec<Field>,
+        timeout_millis: u64,
+        address: IpAddr,
+        port: u16,
+    },
     /// `dnat ip to ADDRESS:PORT` of this family.
     Dnat {
         address: IpAddr,
@@ -242,8 +251,10 @@ pub struct Set {
     /// Elements are [`Datum::Net`]s that must not overlap (`flags interval`); the key is one address field.
     pub interval: bool,
     /// Elements expire this many milliseconds after they were added (`flags timeout`); such elements are never part of
-    /// a plan: they are added and refreshed at run time by the owner, and the diff leaves them alone.
+    /// a plan: they are added and refreshed at run time by the owner or by rules, and the diff leaves them alone.
     pub timeout_millis: Option<u64>,
+    /// Rules add elements as packets come (`flags dynamic`), at most this many; always with a timeout.
+    pub dynamic_size: Option<u32>,
     /// Elements by the object they come from (`default/echo`); one key stands in one group only.
     pub groups: BTreeMap<String, Arc<Elements>>,
 }
@@ -279,7 +290,7 @@ pub enum ElementData {
 
 impl Set {
     pub fn new(key: Vec<KeyType>, data: SetData) -> Self {
-        Self { key, data, interval: false, timeout_millis: None, groups: BTreeMap::new() }
+        Self { key, data, interval: false, timeout_millis: None, dynamic_size: None, groups: BTreeMap::new() }
     }
 
     /// Every element of every group, in key order within a group.

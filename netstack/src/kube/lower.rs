@@ -23,6 +23,9 @@ const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 /// Default of `sessionAffinityConfig.clientIP.timeoutSeconds` (core/v1).
 const AFFINITY_SECONDS: u32 = 10_800;
 
+/// Taint of a node that the cluster autoscaler is about to remove (KEP-3836).
+const TO_BE_DELETED_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
+
 /// What became of one object: `None` when it is refused (then there is a problem) or is none of our business (an
 /// EndpointSlice of host names).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,7 +45,10 @@ pub fn node(document: &Value) -> Lowered<Node> {
             .filter_map(|(i, address)| notes.ip(&format!("status.addresses[{i}].address"), &address.address))
             .collect();
         let annotations = meta.annotations.unwrap_or_default();
+        let mut taints = wire.spec.taints.iter().flatten();
         Some(Node {
+            leaving: meta.deletion_timestamp.is_some()
+                || taints.any(|taint| taint.key == TO_BE_DELETED_TAINT),
             public_key: notes.annotation(&annotations, ANNOTATION_PUBLIC_KEY),
             wireguard_port: notes.annotation(&annotations, ANNOTATION_WIREGUARD_PORT),
             name: NodeName(meta.name),
@@ -93,6 +99,12 @@ pub fn service(document: &Value) -> Lowered<Service> {
             .filter(|ingress| load_balancer && ingress.ip_mode.as_deref().is_none_or(|mode| mode == "VIP"))
             .filter_map(|ingress| ingress.ip)
             .collect();
+        let source_ranges =
+            spec.load_balancer_source_ranges.filter(|ranges| load_balancer && !ranges.is_empty());
+        let external_traffic_policy =
+            notes.policy("spec.externalTrafficPolicy", spec.external_traffic_policy);
+        let health_checked = load_balancer && external_traffic_policy == TrafficPolicy::Local;
+        let health_check = spec.health_check_node_port.filter(|port| health_checked && *port != 0);
         Some(Service {
             key: key(&wire.metadata),
             uid: wire.metadata.uid.unwrap_or_default(),
@@ -102,10 +114,13 @@ pub fn service(document: &Value) -> Lowered<Service> {
             ports: service_ports(spec.ports.unwrap_or_default(), node_ports, notes),
             publish_not_ready_addresses: spec.publish_not_ready_addresses.unwrap_or(false),
             internal_traffic_policy: notes.policy("spec.internalTrafficPolicy", spec.internal_traffic_policy),
-            external_traffic_policy: notes.policy("spec.externalTrafficPolicy", spec.external_traffic_policy),
+            external_traffic_policy,
             session_affinity_seconds: affinity(spec.session_affinity, spec.session_affinity_config, notes),
             load_balancer_ips: notes.ips("status.loadBalancer.ingress", &vips),
             external_ips: notes.ips("spec.externalIPs", &spec.external_ips.unwrap_or_default()),
+            load_balancer_source_ranges: source_ranges.map(|ranges| notes.source_ranges(&ranges)),
+            health_check_node_port: health_check
+                .and_then(|port| notes.port("spec.healthCheckNodePort", port)),
         })
     })
 }
@@ -250,6 +265,7 @@ fn endpoint(
     }
     let conditions = endpoint.conditions.unwrap_or_default();
     let ready = conditions.ready.unwrap_or(true);
+    let hints = endpoint.hints.unwrap_or_default();
     let target = endpoint.target_ref.filter(|target| target.kind.as_deref() == Some("Pod"));
     Some(Endpoint {
         address,
@@ -259,11 +275,17 @@ fn endpoint(
         hostname: endpoint.hostname.filter(|name| !name.is_empty()),
         node: endpoint.node_name.filter(|name| !name.is_empty()).map(NodeName),
         zone: endpoint.zone,
+        zone_hints: names(hints.for_zones),
+        node_hints: names(hints.for_nodes).into_iter().map(NodeName).collect(),
         target_pod: target.and_then(|target| {
             let namespace = target.namespace.unwrap_or_else(|| namespace.to_owned());
             Some(NamespacedName::new(namespace, target.name?))
         }),
     })
+}
+
+fn names(hints: Option<Vec<wire::Hint>>) -> BTreeSet<String> {
+    hints.unwrap_or_default().into_iter().map(|hint| hint.name).filter(|name| !name.is_empty()).collect()
 }
 
 fn key(meta: &wire::Meta) -> NamespacedName {
@@ -324,6 +346,20 @@ impl Notes {
             }
         }
         self.one_a_family(field, cidrs, |cidr| cidr.addr().is_ipv6())
+    }
+
+    /// An entry that cannot be read admits nobody (the API allows blanks around one).
+    fn source_ranges(&mut self, texts: &[String]) -> Vec<IpNet> {
+        let mut ranges = Vec::new();
+        for (i, text) in texts.iter().enumerate() {
+            match text.trim().parse::<IpNet>() {
+                Ok(range) => ranges.push(range.trunc()),
+                Err(_) => self.invalid(format!(
+                    "spec.loadBalancerSourceRanges[{i}] {text:?} is not a CIDR, so it lets nobody in; correct it"
+                )),
+            }
+        }
+        ranges
     }
 
     /// Keeps the first of each family.

@@ -16,6 +16,7 @@ pub(super) struct Meta {
     pub creation_timestamp: Option<String>,
     pub labels: Option<Strings>,
     pub annotations: Option<Strings>,
+    pub deletion_timestamp: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -33,6 +34,13 @@ pub(super) struct NodeSpec {
     pub pod_cidr: Option<String>,
     #[serde(rename = "podCIDRs")]
     pub pod_cidrs: Option<Vec<String>>,
+    pub taints: Option<Vec<Taint>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Taint {
+    pub key: String,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -81,6 +89,8 @@ pub(super) struct ServiceSpec {
     pub external_traffic_policy: Option<String>,
     pub session_affinity: Option<String>,
     pub session_affinity_config: Option<SessionAffinityConfig>,
+    pub load_balancer_source_ranges: Option<Vec<String>>,
+    pub health_check_node_port: Option<i64>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -149,7 +159,21 @@ pub(super) struct Endpoint {
     pub hostname: Option<String>,
     pub node_name: Option<String>,
     pub zone: Option<String>,
+    pub hints: Option<Hints>,
     pub target_ref: Option<TargetRef>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Hints {
+    pub for_zones: Option<Vec<Hint>>,
+    pub for_nodes: Option<Vec<Hint>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Hint {
+    pub name: String,
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -1,21 +1,31 @@
-//! The applier: owner of the nft table `weft-proxy`, and of the UDP flows that went through it.
+//! The applier: owner of the nft table `weft-proxy`, and of the UDP flows that went through it, and of the health check ports. The affinity of clients lives
+//! in the table's dynamic maps and so outlives this process.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+
+use jiff::Timestamp;
 
 use weft_model::constants::TABLE_PROXY;
 
-use super::layout::SetName;
+use super::affinity::AffinityTargets;
+use super::health::{HealthPorts, ProxyHealth};
+use super::layout::{Scope, SetName};
 use super::plan::ProxyPlan;
-use super::stale::UdpTargets;
+use super::stale::{UdpDestination, UdpTargets};
 use crate::kernel::conntrack::{ConntrackError, delete_udp_flows};
-use crate::kernel::nft::NftTable;
+use crate::kernel::nft::{NftError, NftTable};
 use crate::reconcile::{Applied, Applier, Trust, chain};
 
 /// Commits the table in one transaction, then removes stale UDP flows.
 pub struct ProxyApplier {
     table: NftTable,
-    /// What the flows were last reconciled with.
+    /// What the flows were last reconciled with; at first what an earlier process left in the table.
     udp: Option<Arc<UdpTargets>>,
+    /// What the clients' affinity was last reconciled with.
+    affinity: Option<Arc<AffinityTargets>>,
+    health: Arc<ProxyHealth>,
+    health_ports: HealthPorts,
 }
 
 impl Default for ProxyApplier {
@@ -26,7 +36,18 @@ impl Default for ProxyApplier {
 
 impl ProxyApplier {
     pub fn new() -> Self {
-        Self { table: NftTable::new(TABLE_PROXY), udp: None }
+        Self {
+            table: NftTable::new(TABLE_PROXY),
+            udp: None,
+            affinity: None,
+            health: Arc::default(),
+            health_ports: HealthPorts::default(),
+        }
+    }
+
+    /// What load balancers are told; it follows what is applied.
+    pub fn health(&self) -> Arc<ProxyHealth> {
+        self.health.clone()
     }
 }
 
@@ -35,11 +56,15 @@ impl Applier for ProxyApplier {
 
     async fn apply(&mut self, plan: &ProxyPlan, trust: Trust) -> Applied {
         let mut applied = Applied::default();
+        if self.udp.is_none() {
+            self.udp = Some(Arc::new(self.left_behind()));
+        }
         match self.table.apply(&plan.table, trust) {
             Ok(changed) => applied.changed = changed,
             Err(error) => {
                 // Flows are looked at only under rules that send the next packet to the right place.
                 applied.failed.push(format!("table {TABLE_PROXY}: {}", chain(&error)));
+                self.health.failed();
                 return applied;
             }
         }
@@ -54,12 +79,42 @@ impl Applier for ProxyApplier {
                 Err(error) => applied.failed.push(format!("stale UDP flows: {}", chain(&error))),
             }
         }
+        let known = self.affinity.as_ref().is_some_and(|known| Arc::ptr_eq(known, &plan.affinity));
+        if trust == Trust::Nothing || !known {
+            match self.forget_stale(&plan.affinity) {
+                Ok(0) => self.affinity = Some(plan.affinity.clone()),
+                Ok(forgotten) => {
+                    applied.changed.push(format!("{forgotten} clients' affinity forgotten"));
+                    self.affinity = Some(plan.affinity.clone());
+                }
+                Err(error) => applied.failed.push(format!("clients' affinity: {}", chain(&error))),
+            }
+        }
+        self.health.programmed(plan.health.clone(), Timestamp::now());
         applied.details = details(plan);
+        let taken = self.health_ports.reconcile(&self.health, &plan.health).await;
+        // Nothing but the load balancer's question depends on it, so that the node is no less ready.
+        applied.details.extend(taken.into_iter().map(|line| ("not answered".to_owned(), line)));
         applied
     }
 }
 
 impl ProxyApplier {
+    /// The UDP destinations of the table as it is in the kernel. Without one, or when it cannot be read, there are none: then
+    /// flows of Services deleted meanwhile end by their own timeout.
+    fn left_behind(&mut self) -> UdpTargets {
+        let mut destinations = BTreeMap::new();
+        for scope in [Scope::Vip, Scope::NodePort] {
+            for ipv6 in [false, true] {
+                let elements = self.table.elements(&SetName::Frontends(scope).of(ipv6)).unwrap_or_default();
+                let udp = elements.iter().filter_map(|(key, _)| UdpDestination::of_frontend(key, ipv6));
+                destinations.extend(udp.map(|destination| (destination, BTreeSet::new())));
+            }
+        }
+        let groups = BTreeMap::from([(String::new(), Arc::new(destinations))]);
+        UdpTargets { groups, ..UdpTargets::default() }
+    }
+
     /// Reads the tracked UDP flows once, whatever changed.
     fn delete_stale(&self, now: &UdpTargets) -> Result<usize, ConntrackError> {
         let index = now.index();
@@ -68,12 +123,28 @@ impl ProxyApplier {
     }
 }
 
+impl ProxyApplier {
+    /// Reads what the rules remember and deletes what they must not any more.
+    fn forget_stale(&mut self, now: &AffinityTargets) -> Result<usize, NftError> {
+        let index = now.index();
+        let mut forgotten = 0;
+        for map in [false, true].map(|ipv6| SetName::Affinity.of(ipv6)) {
+            let remembered = self.table.elements(&map)?.into_iter();
+            let stale: Vec<_> =
+                remembered.filter(|(key, data)| index.is_stale(key, data)).map(|(key, _)| key).collect();
+            self.table.remove(&map, &stale)?;
+            forgotten += stale.len();
+        }
+        Ok(forgotten)
+    }
+}
+
 /// For `weft status`: how much is programmed. Counts groups, one a Service, as it runs on every pass.
 fn details(plan: &ProxyPlan) -> Vec<(String, String)> {
     let services = |set: SetName, ipv6| plan.table.sets.get(&set.of(ipv6)).map_or(0, |set| set.groups.len());
     [
-        ("services IPv4", SetName::ServiceIps, false),
-        ("services IPv6", SetName::ServiceIps, true),
+        ("services IPv4", SetName::Frontends(Scope::Vip), false),
+        ("services IPv6", SetName::Frontends(Scope::Vip), true),
         ("without endpoints IPv4", SetName::NoEndpoints, false),
         ("without endpoints IPv6", SetName::NoEndpoints, true),
     ]

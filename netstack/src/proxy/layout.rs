@@ -6,6 +6,10 @@
 //! * Masquerade only where the answer would not come back through this node or would be refused: a pod that was sent
 //!   to itself; into the tunnel with a source outside this node's pod range (peers accept nothing else);
 //!   out of an uplink with a source that is neither this host's nor a pod's of this node.
+//! * Who may come to a load balancer's address is judged in the same chain before that, on the packet as the client sent it.
+//! * A Service with affinity sends a connection to a random endpoint's chain, which remembers that endpoint for the client
+//!   unless one is remembered already, and then goes by what is remembered: one map for all, and nothing that nft cannot
+//!   list (it has no words for a looked-up value in a key or an element).
 //! * Reject and drop look at what DNAT left, in prerouting and output: a ClusterIP needs no route to be refused. Only the
 //!   first packets of connections are looked at, so that nothing is paid for the others.
 
@@ -17,18 +21,17 @@ use ipnet::IpNet;
 use weft_model::constants::{
     MARK_MASQUERADE, POD_LINK_PREFIX, PRIORITY_DNAT, PRIORITY_FILTER, PRIORITY_SNAT, TABLE_PROXY, TUNNEL_LINK,
 };
-use weft_model::objects::Protocol;
 use weft_model::ruleset::{
     Base, Chain, ChainKind, CtState, Datum, ElementData, Elements, Field, Hook, KeyType, Rule, Set, SetData,
     Statement, Table, Verdict,
 };
 
-use super::service::{Claim, Frontend, Holding, Target};
+use super::service::{Claim, Firewall, Frontend, Holding, Reach, Target};
 
 /// What the chains depend on: the same for every Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Site {
-    /// Where NodePorts answer, at most one a family.
+    /// Where NodePorts answer.
     pub node_ips: Vec<IpAddr>,
     /// Pod ranges of this node.
     pub pod_cidrs: Vec<IpNet>,
@@ -37,23 +40,59 @@ pub(super) struct Site {
     pub cluster_dns: Vec<IpAddr>,
 }
 
+/// At what a frontend is looked up, and by whom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Scope {
+    /// An address of the Service's own: vip . proto . port.
+    Vip,
+    NodePort,
+    /// The same for clients inside the cluster, where they are treated differently.
+    InternalVip,
+    InternalNodePort,
+}
+
+impl Scope {
+    const ALL: [Self; 4] = [Self::Vip, Self::NodePort, Self::InternalVip, Self::InternalNodePort];
+
+    fn prefix(self) -> &'static str {
+        match self {
+            Self::Vip | Self::NodePort => "",
+            Self::InternalVip | Self::InternalNodePort => "internal-",
+        }
+    }
+
+    fn is_node_port(self) -> bool {
+        matches!(self, Self::NodePort | Self::InternalNodePort)
+    }
+
+    fn key(self, ipv6: bool) -> Vec<Field> {
+        let ports = [Field::L4Protocol, Field::DestinationPort];
+        if self.is_node_port() { ports.to_vec() } else { [&[destination(ipv6)], &ports[..]].concat() }
+    }
+
+    fn key_types(self, ipv6: bool) -> Vec<KeyType> {
+        let ports = [KeyType::L4Protocol, KeyType::Port];
+        if self.is_node_port() { ports.to_vec() } else { [&[address(ipv6)], &ports[..]].concat() }
+    }
+}
+
 /// The maps and sets of one family. Names are shared with people who read `nft list ruleset`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum SetName {
-    /// vip . proto . port : goto `lb`.
-    ServiceIps,
-    /// vip . proto . port . index : endpoint.
-    Endpoints,
-    /// proto . port : goto `np`.
-    NodePorts,
-    NodePortEndpoints,
-    /// The same for clients inside the cluster, where they are treated differently.
-    InternalNodePorts,
-    InternalNodePortEndpoints,
+    /// [vip .] proto . port : goto `lb` or `np`.
+    Frontends(Scope),
+    /// [vip .] proto . port . index : endpoint.
+    Endpoints(Scope),
+    /// [vip .] proto . port . index : goto `stay`, of Services with affinity.
+    Sticky(Scope),
     /// vip . proto . port : goto reject, or drop.
     NoEndpoints,
     /// proto . port : goto reject, or drop.
     NoNodePortEndpoints,
+    /// vip . proto . port : jump to who may come, of load balancers with source ranges.
+    Firewalls,
+    /// client . address . proto . port : endpoint; the rules add to it.
+    Affinity,
     ClusterIps,
     /// Service addresses that are none of the proxy's business: cluster DNS, other proxies' Services.
     Foreign,
@@ -62,52 +101,64 @@ pub(super) enum SetName {
     Hairpin,
 }
 
+/// How many clients of Services with affinity a node remembers, at most (about 150 bytes each); beyond that, new ones are
+/// spread as without affinity.
+const AFFINITY_SIZE: u32 = 262_144;
+/// Default of the API; each rule that adds an element gives the time of its Service.
+const AFFINITY_MILLIS: u64 = 10_800_000;
+
 impl SetName {
-    pub(super) const ALL: [Self; 12] = [
-        Self::ServiceIps,
-        Self::Endpoints,
-        Self::NodePorts,
-        Self::NodePortEndpoints,
-        Self::InternalNodePorts,
-        Self::InternalNodePortEndpoints,
-        Self::NoEndpoints,
-        Self::NoNodePortEndpoints,
-        Self::ClusterIps,
-        Self::Foreign,
-        Self::NodeIps,
-        Self::Hairpin,
-    ];
+    pub(super) fn all() -> Vec<Self> {
+        let scoped = Scope::ALL
+            .iter()
+            .flat_map(|scope| [Self::Frontends(*scope), Self::Endpoints(*scope), Self::Sticky(*scope)]);
+        let others = [
+            Self::NoEndpoints,
+            Self::NoNodePortEndpoints,
+            Self::Firewalls,
+            Self::Affinity,
+            Self::ClusterIps,
+            Self::Foreign,
+            Self::NodeIps,
+            Self::Hairpin,
+        ];
+        scoped.chain(others).collect()
+    }
 
     pub(super) fn of(self, ipv6: bool) -> String {
-        let stem = match self {
-            Self::ServiceIps => "service-ips",
-            Self::Endpoints => "endpoints",
-            Self::NodePorts => "nodeports",
-            Self::NodePortEndpoints => "nodeport-endpoints",
-            Self::InternalNodePorts => "internal-nodeports",
-            Self::InternalNodePortEndpoints => "internal-nodeport-endpoints",
-            Self::NoEndpoints => "no-endpoints",
-            Self::NoNodePortEndpoints => "no-nodeport-endpoints",
-            Self::ClusterIps => "cluster-ips",
-            Self::Foreign => "foreign-ips",
-            Self::NodeIps => "node-ips",
-            Self::Hairpin => "hairpin",
+        let (prefix, stem) = match self {
+            Self::Frontends(scope) if scope.is_node_port() => (scope.prefix(), "nodeports"),
+            Self::Frontends(scope) => (scope.prefix(), "service-ips"),
+            Self::Endpoints(scope) if scope.is_node_port() => (scope.prefix(), "nodeport-endpoints"),
+            Self::Endpoints(scope) => (scope.prefix(), "endpoints"),
+            Self::Sticky(scope) if scope.is_node_port() => (scope.prefix(), "sticky-nodeport-endpoints"),
+            Self::Sticky(scope) => (scope.prefix(), "sticky-endpoints"),
+            Self::NoEndpoints => ("", "no-endpoints"),
+            Self::NoNodePortEndpoints => ("", "no-nodeport-endpoints"),
+            Self::Firewalls => ("", "firewalls"),
+            Self::Affinity => ("", "affinity"),
+            Self::ClusterIps => ("", "cluster-ips"),
+            Self::Foreign => ("", "foreign-ips"),
+            Self::NodeIps => ("", "node-ips"),
+            Self::Hairpin => ("", "hairpin"),
         };
-        format!("{stem}{}", version(ipv6))
+        format!("{prefix}{stem}{}", version(ipv6))
     }
 
     fn set(self, ipv6: bool) -> Set {
-        let address = if ipv6 { KeyType::Ipv6Address } else { KeyType::Ipv4Address };
+        let address = address(ipv6);
         let endpoint = if ipv6 { SetData::Ipv6AddressAndPort } else { SetData::Ipv4AddressAndPort };
-        let (proto, port, index) = (KeyType::L4Protocol, KeyType::Port, KeyType::Index);
+        let with_index = |scope: Scope| [scope.key_types(ipv6), vec![KeyType::Index]].concat();
         match self {
-            Self::ServiceIps | Self::NoEndpoints => Set::new(vec![address, proto, port], SetData::Verdict),
-            Self::Endpoints => Set::new(vec![address, proto, port, index], endpoint),
-            Self::NodePorts | Self::InternalNodePorts | Self::NoNodePortEndpoints => {
-                Set::new(vec![proto, port], SetData::Verdict)
-            }
-            Self::NodePortEndpoints | Self::InternalNodePortEndpoints => {
-                Set::new(vec![proto, port, index], endpoint)
+            Self::Frontends(scope) => Set::new(scope.key_types(ipv6), SetData::Verdict),
+            Self::Endpoints(scope) => Set::new(with_index(scope), endpoint),
+            Self::Sticky(scope) => Set::new(with_index(scope), SetData::Verdict),
+            Self::NoEndpoints | Self::Firewalls => Set::new(Scope::Vip.key_types(ipv6), SetData::Verdict),
+            Self::NoNodePortEndpoints => Set::new(Scope::NodePort.key_types(ipv6), SetData::Verdict),
+            Self::Affinity => {
+                let key = vec![address, address, KeyType::L4Protocol, KeyType::Port];
+                let (timeout_millis, dynamic_size) = (Some(AFFINITY_MILLIS), Some(AFFINITY_SIZE));
+                Set { timeout_millis, dynamic_size, ..Set::new(key, endpoint) }
             }
             Self::ClusterIps | Self::Foreign | Self::NodeIps => Set::new(vec![address], SetData::None),
             Self::Hairpin => Set::new(vec![address, address], SetData::None),
@@ -119,69 +170,105 @@ fn version(ipv6: bool) -> char {
     if ipv6 { '6' } else { '4' }
 }
 
-/// A chain that spreads connections over `count` endpoints; shared by all Services with that many.
+fn address(ipv6: bool) -> KeyType {
+    if ipv6 { KeyType::Ipv6Address } else { KeyType::Ipv4Address }
+}
+
+/// A chain that Services share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Shared {
+    Spread(Spread),
+    Stay(Stay),
+}
+
+/// Spreads connections over `count` endpoints, for all Services with that many.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Spread {
-    pub scope: Scope,
-    pub ipv6: bool,
-    pub count: u32,
+    scope: Scope,
+    ipv6: bool,
+    count: u32,
+    sticky: bool,
 }
 
+/// Sends a client where it went last, within that time, else to `endpoint`: for all Services that this endpoint is behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Scope {
-    Vip,
-    NodePort,
-    InternalNodePort,
+pub(super) struct Stay {
+    endpoint: SocketAddr,
+    seconds: u32,
 }
 
-impl Spread {
+impl Shared {
     pub(super) fn chain_name(self) -> String {
-        let stem = match self.scope {
-            Scope::Vip => "lb",
-            Scope::NodePort => "np",
-            Scope::InternalNodePort => "internal-np",
-        };
-        format!("{stem}{}-{}", version(self.ipv6), self.count)
+        match self {
+            Self::Spread(spread) => spread.chain_name(),
+            Self::Stay(stay) => stay.chain_name(),
+        }
     }
 
     pub(super) fn chain(self) -> Chain {
-        let mut key = match self.scope {
-            Scope::Vip => service_key(self.ipv6),
-            Scope::NodePort | Scope::InternalNodePort => node_port_key(),
+        let rules = match self {
+            Self::Spread(spread) => vec![Rule::new(spread.statements())],
+            Self::Stay(stay) => stay.rules(),
         };
-        key.push(Field::RandomModulo(self.count));
-        let map = self.scope.endpoints().of(self.ipv6);
-        let rule = Rule::new(vec![
-            Statement::SetMarkBits(MARK_MASQUERADE),
-            Statement::DnatMap { ipv6: self.ipv6, key, map },
-        ]);
-        Chain { base: None, rules: vec![rule] }
+        Chain { base: None, rules }
     }
 }
 
-impl Scope {
-    fn frontends(self) -> SetName {
-        match self {
-            Self::Vip => SetName::ServiceIps,
-            Self::NodePort => SetName::NodePorts,
-            Self::InternalNodePort => SetName::InternalNodePorts,
-        }
+impl Spread {
+    fn chain_name(self) -> String {
+        let Self { scope, ipv6, count, sticky } = self;
+        let stem = if scope.is_node_port() { "np" } else { "lb" };
+        let sticky = if sticky { "sticky-" } else { "" };
+        format!("{}{sticky}{stem}{}-{count}", scope.prefix(), version(ipv6))
     }
 
-    fn endpoints(self) -> SetName {
-        match self {
-            Self::Vip => SetName::Endpoints,
-            Self::NodePort => SetName::NodePortEndpoints,
-            Self::InternalNodePort => SetName::InternalNodePortEndpoints,
+    fn statements(self) -> Vec<Statement> {
+        let Self { scope, ipv6, count, sticky } = self;
+        let key = [scope.key(ipv6), vec![Field::RandomModulo(count)]].concat();
+        if sticky {
+            return vec![Statement::VerdictMap { key, map: SetName::Sticky(scope).of(ipv6) }];
         }
+        let map = SetName::Endpoints(scope).of(ipv6);
+        vec![Statement::SetMarkBits(MARK_MASQUERADE), Statement::DnatMap { ipv6, key, map }]
     }
 }
 
-/// The elements of one Service, by set and family.
+impl Stay {
+    /// nft has no `:` in names.
+    fn chain_name(self) -> String {
+        let Self { endpoint, seconds } = self;
+        let ip = endpoint.ip().to_string().replace(':', ".");
+        format!("stay{}-{ip}-{}-{seconds}s", version(endpoint.is_ipv6()), endpoint.port())
+    }
+
+    /// The look-up comes after the update, so that it finds what was there before or else this endpoint.
+    fn rules(self) -> Vec<Rule> {
+        let Self { endpoint, seconds } = self;
+        let ipv6 = endpoint.is_ipv6();
+        let (ip, port) = (endpoint.ip(), endpoint.port());
+        let map = SetName::Affinity.of(ipv6);
+        let key = [vec![source(ipv6)], Scope::Vip.key(ipv6)].concat();
+        let timeout_millis = u64::from(seconds) * 1000;
+        let update =
+            Statement::Update { map: map.clone(), key: key.clone(), timeout_millis, address: ip, port };
+        vec![
+            Rule::new(vec![Statement::SetMarkBits(MARK_MASQUERADE)]),
+            Rule::new(vec![update]),
+            Rule::new(vec![Statement::DnatMap { ipv6, key, map }]),
+            Rule::new(vec![Statement::Dnat { address: ip, port: Some(port) }])
+                .comment("no more can be remembered"),
+        ]
+    }
+}
+
+/// The elements of one Service, by set and family, and the chains and sets that they lead to.
 #[derive(Default)]
 pub(super) struct Emission {
     pub sets: BTreeMap<(SetName, bool), Elements>,
-    pub spreads: Vec<Spread>,
+    pub shared: Vec<Shared>,
+    /// Of this Service alone.
+    pub own_chains: BTreeMap<String, Chain>,
+    pub own_sets: BTreeMap<String, Set>,
 }
 
 impl Emission {
@@ -190,55 +277,102 @@ impl Emission {
             (Claim::Address(ip), Holding::Foreign) => {
                 self.insert(SetName::Foreign, ip.is_ipv6(), vec![Datum::Ip(*ip)], ElementData::None);
             }
-            (Claim::Address(ip), _) => {
+            (Claim::Address(ip), Holding::Known) => {
                 self.insert(SetName::ClusterIps, ip.is_ipv6(), vec![Datum::Ip(*ip)], ElementData::None);
             }
             (Claim::Vip(ip, protocol, port), Holding::Frontend(frontend)) => {
                 let key = vec![Datum::Ip(*ip), Datum::Protocol(*protocol), Datum::Port(*port)];
-                self.add_frontend(Scope::Vip, ip.is_ipv6(), &key, &frontend.target);
+                self.add_frontend([Scope::Vip, Scope::InternalVip], ip.is_ipv6(), &key, frontend);
             }
             (Claim::NodePort { ipv6, protocol, port }, Holding::Frontend(frontend)) => {
-                self.add_node_port(*ipv6, *protocol, *port, frontend);
+                let key = vec![Datum::Protocol(*protocol), Datum::Port(*port)];
+                self.add_frontend([Scope::NodePort, Scope::InternalNodePort], *ipv6, &key, frontend);
             }
-            (Claim::Vip(..) | Claim::NodePort { .. }, Holding::Known | Holding::Foreign) => {}
+            _ => {}
         }
     }
 
-    fn add_node_port(&mut self, ipv6: bool, protocol: Protocol, port: u16, frontend: &Frontend) {
-        let key = vec![Datum::Protocol(protocol), Datum::Port(port)];
-        self.add_frontend(Scope::NodePort, ipv6, &key, &frontend.target);
-        if let Some(endpoints) = &frontend.internal {
-            self.spread(Scope::InternalNodePort, ipv6, &key, endpoints);
+    /// The frontends of `claims` that only some clients may reach; `group` is the name of their Service.
+    pub(super) fn add_firewall<'a>(
+        &mut self,
+        group: &str,
+        firewall: &Firewall,
+        claims: impl Iterator<Item = (&'a Claim, &'a Holding)>,
+    ) {
+        for (claim, holding) in claims {
+            let (
+                Claim::Vip(ip, protocol, port),
+                Holding::Frontend(Frontend { reach: Reach::External { firewalled: true }, .. }),
+            ) = (claim, holding)
+            else {
+                continue;
+            };
+            let ipv6 = ip.is_ipv6();
+            let chain = format!("firewall{}-{group}", version(ipv6));
+            let key = vec![Datum::Ip(*ip), Datum::Protocol(*protocol), Datum::Port(*port)];
+            let verdict = ElementData::Verdict(Verdict::Jump(chain.clone()));
+            self.insert(SetName::Firewalls, ipv6, key, verdict);
+            let sources = format!("sources{}-{group}", version(ipv6));
+            self.own_chains.insert(chain, firewall_chain(firewall, ipv6, &sources));
+            self.own_sets.insert(sources, sources_set(firewall, ipv6, group));
         }
     }
 
-    fn add_frontend(&mut self, scope: Scope, ipv6: bool, key: &[Datum], target: &Target) {
-        let verdict = match target {
-            Target::Endpoints(endpoints) => return self.spread(scope, ipv6, key, endpoints),
-            Target::Reject => Verdict::Goto(REJECT.to_owned()),
-            Target::Drop => Verdict::Drop,
+    fn add_frontend(
+        &mut self,
+        [outside, inside]: [Scope; 2],
+        ipv6: bool,
+        key: &[Datum],
+        frontend: &Frontend,
+    ) {
+        let verdict = match &frontend.target {
+            Target::Endpoints(endpoints) => {
+                self.spread(outside, ipv6, key, endpoints, frontend.affinity_seconds);
+                None
+            }
+            Target::Reject => Some(Verdict::Goto(REJECT.to_owned())),
+            Target::Drop => Some(Verdict::Drop),
         };
-        let set = if scope == Scope::Vip { SetName::NoEndpoints } else { SetName::NoNodePortEndpoints };
-        self.insert(set, ipv6, key.to_vec(), ElementData::Verdict(verdict));
+        if let Some(verdict) = verdict {
+            let set =
+                if outside.is_node_port() { SetName::NoNodePortEndpoints } else { SetName::NoEndpoints };
+            self.insert(set, ipv6, key.to_vec(), ElementData::Verdict(verdict));
+        }
+        if let Some(endpoints) = &frontend.internal {
+            self.spread(inside, ipv6, key, endpoints, frontend.affinity_seconds);
+        }
     }
 
-    fn spread(&mut self, scope: Scope, ipv6: bool, key: &[Datum], endpoints: &[SocketAddr]) {
+    fn spread(
+        &mut self,
+        scope: Scope,
+        ipv6: bool,
+        key: &[Datum],
+        endpoints: &[SocketAddr],
+        seconds: Option<u32>,
+    ) {
         let mut count = 0;
         for endpoint in endpoints {
             let mut key = key.to_vec();
             key.push(Datum::Index(count));
-            self.insert(
-                scope.endpoints(),
-                ipv6,
-                key,
-                ElementData::AddressAndPort(endpoint.ip(), endpoint.port()),
-            );
+            match seconds {
+                None => {
+                    let data = ElementData::AddressAndPort(endpoint.ip(), endpoint.port());
+                    self.insert(SetName::Endpoints(scope), ipv6, key, data);
+                }
+                Some(seconds) => {
+                    let stay = Shared::Stay(Stay { endpoint: *endpoint, seconds });
+                    let verdict = ElementData::Verdict(Verdict::Goto(stay.chain_name()));
+                    self.insert(SetName::Sticky(scope), ipv6, key, verdict);
+                    self.shared.push(stay);
+                }
+            }
             count += 1;
         }
-        let spread = Spread { scope, ipv6, count };
-        let verdict = Verdict::Goto(spread.chain_name());
-        self.insert(scope.frontends(), ipv6, key.to_vec(), ElementData::Verdict(verdict));
-        self.spreads.push(spread);
+        let spread = Shared::Spread(Spread { scope, ipv6, count, sticky: seconds.is_some() });
+        let verdict = ElementData::Verdict(Verdict::Goto(spread.chain_name()));
+        self.insert(SetName::Frontends(scope), ipv6, key.to_vec(), verdict);
+        self.shared.push(spread);
     }
 
     fn insert(&mut self, set: SetName, ipv6: bool, key: Vec<Datum>, data: ElementData) {
@@ -246,15 +380,37 @@ impl Emission {
     }
 }
 
+/// Returns for whoever may come.
+fn firewall_chain(firewall: &Firewall, ipv6: bool, sources: &str) -> Chain {
+    let back = || Statement::Verdict(Verdict::Return);
+    let listed = Statement::Lookup { key: vec![source(ipv6)], negated: false, set: sources.to_owned() };
+    let mut rules = vec![Rule::new(vec![listed, back()])];
+    if firewall.own.contains(&ipv6) {
+        let own = Statement::SourceIsLocal { negated: false };
+        rules.push(Rule::new(vec![own, back()]).comment("an address of this node is in the list"));
+    }
+    rules.push(Rule::new(vec![Statement::Verdict(Verdict::Drop)]));
+    Chain { base: None, rules }
+}
+
+fn sources_set(firewall: &Firewall, ipv6: bool, group: &str) -> Set {
+    let ranges = firewall.ranges.iter().filter(|range| range.addr().is_ipv6() == ipv6);
+    let elements: Elements = ranges.map(|range| (vec![Datum::Net(*range)], ElementData::None)).collect();
+    let mut set = Set { interval: true, ..Set::new(vec![address(ipv6)], SetData::None) };
+    if !elements.is_empty() {
+        set.groups.insert(group.to_owned(), Arc::new(elements));
+    }
+    set
+}
+
 const REJECT: &str = "reject";
-const SERVICES: &str = "services";
 const UNANSWERED: &str = "unanswered";
 
 /// The table without any Service.
 pub(super) fn skeleton(site: &Site) -> Table {
     let mut table = Table { name: TABLE_PROXY.to_owned(), ..Table::default() };
     for ipv6 in [false, true] {
-        for name in SetName::ALL {
+        for name in SetName::all() {
             table.sets.insert(name.of(ipv6), name.set(ipv6));
         }
     }
@@ -278,7 +434,6 @@ pub(super) fn skeleton(site: &Site) -> Table {
         ("postrouting".to_owned(), nat(Hook::Postrouting, PRIORITY_SNAT, postrouting(site))),
         ("filter-prerouting".to_owned(), filter(Hook::Prerouting)),
         ("filter-output".to_owned(), filter(Hook::Output)),
-        (SERVICES.to_owned(), Chain { base: None, rules: services() }),
         (UNANSWERED.to_owned(), Chain { base: None, rules: unanswered(site) }),
         (REJECT.to_owned(), Chain { base: None, rules: vec![Rule::new(vec![Statement::Reject])] }),
     ]);
@@ -296,42 +451,47 @@ fn filter(hook: Hook) -> Chain {
     Chain { base: Some(base), rules: vec![Rule::new(vec![first_packet, unanswered])] }
 }
 
-fn jump(chain: &str) -> Rule {
-    Rule::new(vec![Statement::Verdict(Verdict::Jump(chain.to_owned()))])
-}
-
 /// Packets of pods and from outside. Those from anywhere in the cluster's pod ranges count as internal.
 fn prerouting(site: &Site) -> Vec<Rule> {
     let internal = site.cluster_cidrs.iter().map(|cidr| {
         let ipv6 = cidr.addr().is_ipv6();
-        let from_pods = matches(source(ipv6), false, Datum::Net(*cidr));
-        Rule::new(vec![from_pods, to_node(ipv6), node_ports(SetName::InternalNodePorts, ipv6)])
+        (ipv6, vec![matches(source(ipv6), false, Datum::Net(*cidr))])
     });
-    internal.chain([jump(SERVICES)]).collect()
+    destinations(&internal.collect::<Vec<_>>())
 }
 
 /// Packets of the host itself: always internal.
 fn output() -> Vec<Rule> {
-    let internal = [false, true]
-        .map(|ipv6| Rule::new(vec![to_node(ipv6), node_ports(SetName::InternalNodePorts, ipv6)]));
-    internal.into_iter().chain([jump(SERVICES)]).collect()
+    destinations(&[(false, Vec::new()), (true, Vec::new())])
 }
 
-fn services() -> Vec<Rule> {
-    let vips = [false, true].map(|ipv6| Rule::new(vec![vips(SetName::ServiceIps, ipv6)]));
-    let ports =
-        [false, true].map(|ipv6| Rule::new(vec![to_node(ipv6), node_ports(SetName::NodePorts, ipv6)]));
-    vips.into_iter().chain(ports).collect()
+/// Who may come, then Services' own addresses, then node ports; `internal` tells clients inside the cluster, by family.
+fn destinations(internal: &[(bool, Vec<Statement>)]) -> Vec<Rule> {
+    let both = [false, true];
+    let inside = |find: &dyn Fn(bool) -> Vec<Statement>| -> Vec<Rule> {
+        let rules = internal.iter().map(|(ipv6, client)| [client.clone(), find(*ipv6)].concat());
+        rules.map(Rule::new).collect()
+    };
+    let node_ports = |scope: Scope| move |ipv6: bool| vec![to_node(ipv6), frontends(scope, ipv6)];
+    let mut rules: Vec<Rule> =
+        both.map(|ipv6| Rule::new(vec![look_up(Scope::Vip, SetName::Firewalls, ipv6)])).into();
+    rules.extend(inside(&|ipv6| vec![frontends(Scope::InternalVip, ipv6)]));
+    rules.extend(both.map(|ipv6| Rule::new(vec![frontends(Scope::Vip, ipv6)])));
+    rules.extend(inside(&node_ports(Scope::InternalNodePort)));
+    rules.extend(both.map(|ipv6| Rule::new(node_ports(Scope::NodePort)(ipv6))));
+    rules
 }
 
 /// What is still addressed to a Service after DNAT.
 fn unanswered(site: &Site) -> Vec<Rule> {
     let both = [false, true];
-    let mut rules: Vec<Rule> =
-        both.map(|ipv6| Rule::new(vec![vips(SetName::NoEndpoints, ipv6)])).into_iter().collect();
-    rules.extend(
-        both.map(|ipv6| Rule::new(vec![to_node(ipv6), node_ports(SetName::NoNodePortEndpoints, ipv6)])),
-    );
+    let sent_on = Statement::MarkIs { mask: MARK_MASQUERADE, value: MARK_MASQUERADE };
+    let back = Statement::Verdict(Verdict::Return);
+    let mut rules = vec![Rule::new(vec![sent_on, back]).comment("sent to an endpoint")];
+    rules.extend(both.map(|ipv6| Rule::new(vec![look_up(Scope::Vip, SetName::NoEndpoints, ipv6)])));
+    rules.extend(both.map(|ipv6| {
+        Rule::new(vec![to_node(ipv6), look_up(Scope::NodePort, SetName::NoNodePortEndpoints, ipv6)])
+    }));
     rules.extend(both.map(|ipv6| {
         Rule::new(vec![to(SetName::Foreign, ipv6), Statement::Verdict(Verdict::Return)])
             .comment("not this proxy's: cluster DNS, other proxies")
@@ -391,14 +551,6 @@ fn destination(ipv6: bool) -> Field {
     if ipv6 { Field::Ip6Destination } else { Field::Ip4Destination }
 }
 
-fn service_key(ipv6: bool) -> Vec<Field> {
-    vec![destination(ipv6), Field::L4Protocol, Field::DestinationPort]
-}
-
-fn node_port_key() -> Vec<Field> {
-    vec![Field::L4Protocol, Field::DestinationPort]
-}
-
 fn to(set: SetName, ipv6: bool) -> Statement {
     Statement::Lookup { key: vec![destination(ipv6)], negated: false, set: set.of(ipv6) }
 }
@@ -407,10 +559,10 @@ fn to_node(ipv6: bool) -> Statement {
     to(SetName::NodeIps, ipv6)
 }
 
-fn vips(map: SetName, ipv6: bool) -> Statement {
-    Statement::VerdictMap { key: service_key(ipv6), map: map.of(ipv6) }
+fn frontends(scope: Scope, ipv6: bool) -> Statement {
+    look_up(scope, SetName::Frontends(scope), ipv6)
 }
 
-fn node_ports(map: SetName, ipv6: bool) -> Statement {
-    Statement::VerdictMap { key: node_port_key(), map: map.of(ipv6) }
+fn look_up(scope: Scope, map: SetName, ipv6: bool) -> Statement {
+    Statement::VerdictMap { key: scope.key(ipv6), map: map.of(ipv6) }
 }

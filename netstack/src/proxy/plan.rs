@@ -14,9 +14,13 @@ use weft_model::ruleset::{Datum, ElementData, Elements, Table};
 use weft_model::snapshot::Objects;
 use weft_model::{NamespacedName, ObjectRef, Planned, Problem, Reason, ServiceKey, Snapshot};
 
+use super::affinity::{AffinityTargets, Sticky};
 use super::contradictions;
-use super::layout::{self, Emission, SetName, Site, Spread};
-use super::service::{self, Claim, Holding, ServicePlan, Target, View};
+use super::endpoints::Here;
+use super::external::Guard;
+use super::health::HealthChecks;
+use super::layout::{self, Emission, SetName, Shared, Site};
+use super::service::{self, Claim, Holding, LocalEndpoints, ServicePlan, Target, View};
 use super::stale::{UdpDestination, UdpTargets};
 use crate::reconcile::Planner;
 
@@ -25,9 +29,14 @@ use crate::reconcile::Planner;
 pub struct ProxyPlan {
     pub table: Arc<Table>,
     pub udp: Arc<UdpTargets>,
+    pub affinity: Arc<AffinityTargets>,
+    pub health: Arc<HealthChecks>,
 }
 
 type SliceKey = NamespacedName;
+
+/// Label of a Node that names its zone.
+const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 
 /// Plans Services and remembers what it planned.
 #[derive(Default)]
@@ -38,10 +47,9 @@ pub struct ProxyPlanner {
     slices: Objects<SliceKey, EndpointSlice>,
     by_service: BTreeMap<ServiceKey, BTreeMap<SliceKey, Arc<EndpointSlice>>>,
     planned: BTreeMap<ServiceKey, ServicePlan>,
-    /// Who wants what, the eldest first.
-    claims: BTreeMap<Claim, BTreeSet<(i64, ServiceKey)>>,
+    claims: BTreeMap<Claim, BTreeSet<Claimant>>,
     emitted: BTreeMap<ServiceKey, Emitted>,
-    spreads: BTreeMap<Spread, usize>,
+    shared: BTreeMap<Shared, usize>,
     hairpins: BTreeMap<IpAddr, usize>,
     problems: BTreeMap<ServiceKey, Vec<Problem>>,
     plan: ProxyPlan,
@@ -58,8 +66,18 @@ struct Common {
 #[derive(Default)]
 struct Emitted {
     sets: BTreeSet<(SetName, bool)>,
-    spreads: Vec<Spread>,
+    shared: Vec<Shared>,
+    own_chains: BTreeSet<String>,
+    own_sets: BTreeSet<String>,
     hairpins: BTreeSet<IpAddr>,
+}
+
+/// Who wants something, in the order in which they get it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Claimant {
+    external: bool,
+    created: i64,
+    key: ServiceKey,
 }
 
 impl Planner for ProxyPlanner {
@@ -69,6 +87,14 @@ impl Planner for ProxyPlanner {
         let common = Common::of(snapshot);
         if self.common.as_ref() != Some(&common) {
             *self = Self::empty(common);
+        }
+        let own_ips = own_ips(snapshot);
+        if self.plan.affinity.own_ips != own_ips {
+            Arc::make_mut(&mut self.plan.affinity).own_ips = own_ips;
+        }
+        let leaving = snapshot.own_node().is_none_or(|node| node.leaving);
+        if self.plan.health.leaving != leaving {
+            Arc::make_mut(&mut self.plan.health).leaving = leaving;
         }
         let dirty = self.dirty(snapshot);
         let affected: BTreeSet<ServiceKey> = dirty.into_iter().flat_map(|key| self.replan(key)).collect();
@@ -86,14 +112,21 @@ impl Common {
         let config = &snapshot.config;
         Self {
             site: Site {
-                node_ips: own.map(|node| node.primary_ips().collect()).unwrap_or_default(),
+                node_ips: node_port_ips(snapshot),
                 pod_cidrs: pod_cidrs.clone(),
                 cluster_cidrs: config.cluster_cidrs.clone(),
                 service_cidrs: config.service_cidrs.clone(),
                 cluster_dns: config.cluster_dns.clone(),
             },
             view: View {
-                node: snapshot.facts.name.clone(),
+                here: Here {
+                    node: snapshot.facts.name.clone(),
+                    zone: own
+                        .and_then(|node| node.labels.get(ZONE_LABEL).cloned())
+                        .filter(|zone| !zone.is_empty()),
+                },
+                node_ips: own.map(|node| node.internal_ips.clone()).unwrap_or_default(),
+                guard: Guard::of(snapshot),
                 pod_cidrs,
                 cluster_dns: config.cluster_dns.clone(),
                 service_cidrs: match contradictions::range_is_wrong(snapshot) {
@@ -106,6 +139,22 @@ impl Common {
     }
 }
 
+/// Every address of this node that is known.
+fn own_ips(snapshot: &Snapshot) -> BTreeSet<IpAddr> {
+    let of_links = snapshot.facts.uplinks.iter().flat_map(|uplink| &uplink.addresses);
+    let of_node = snapshot.own_node().into_iter().flat_map(|own| &own.internal_ips);
+    of_node.chain(of_links).copied().collect()
+}
+
+/// Where NodePorts answer: the Node's first address of each family, or what it has in the ranges of the flag.
+fn node_port_ips(snapshot: &Snapshot) -> Vec<IpAddr> {
+    let ranges = &snapshot.config.proxy.node_port_ranges;
+    if ranges.is_empty() {
+        return snapshot.own_node().map(|own| own.primary_ips().collect()).unwrap_or_default();
+    }
+    own_ips(snapshot).into_iter().filter(|ip| ranges.iter().any(|range| range.contains(ip))).collect()
+}
+
 impl ProxyPlanner {
     fn empty(common: Common) -> Self {
         let table = Arc::new(layout::skeleton(&common.site));
@@ -114,7 +163,14 @@ impl ProxyPlanner {
             service_cidrs: common.site.service_cidrs.clone(),
             ..UdpTargets::default()
         };
-        let plan = ProxyPlan { table, udp: Arc::new(udp) };
+        let affinity = AffinityTargets {
+            node_ips: common.site.node_ips.clone(),
+            cluster_cidrs: common.site.cluster_cidrs.clone(),
+            ..AffinityTargets::default()
+        };
+        let health = HealthChecks { node_ips: common.site.node_ips.clone(), ..HealthChecks::default() };
+        let plan =
+            ProxyPlan { table, udp: Arc::new(udp), affinity: Arc::new(affinity), health: Arc::new(health) };
         Self { common: Some(common), plan, ..Self::default() }
     }
 
@@ -158,15 +214,18 @@ impl ProxyPlanner {
             let Some(plan) = plan else {
                 continue;
             };
-            for claim in plan.holdings.into_keys() {
+            for (claim, holding) in plan.holdings {
                 let claimants = self.claims.entry(claim.clone()).or_default();
-                let claimant = (plan.created, key.clone());
+                let claimant =
+                    Claimant { external: holding.is_external(), created: plan.created, key: key.clone() };
+                // Nobody minds another port of an address outside the cluster.
+                let concerns = holding != Holding::External;
                 if wanted {
                     claimants.insert(claimant);
                 } else {
                     claimants.remove(&claimant);
                 }
-                affected.extend(claimants.iter().map(|(_, key)| key.clone()));
+                affected.extend(claimants.iter().filter(|_| concerns).map(|claimant| claimant.key.clone()));
                 if claimants.is_empty() {
                     self.claims.remove(&claim);
                 }
@@ -181,18 +240,27 @@ impl ProxyPlanner {
         let mut emission = Emission::default();
         let mut problems = Vec::new();
         let mut udp = BTreeMap::new();
+        let mut sticky = BTreeMap::new();
+        let mut checked = None;
         let mut hairpins = BTreeSet::new();
         if let Some(plan) = self.planned.get(key) {
             problems.clone_from(&plan.problems);
             hairpins.clone_from(&plan.hairpins);
+            let mut held = BTreeMap::new();
             for (claim, holding) in &plan.holdings {
-                match self.claims.get(claim).and_then(BTreeSet::first) {
-                    Some((_, winner)) if winner != key => problems.push(conflict(key, claim, winner)),
-                    _ => {
-                        emission.add(claim, holding);
-                        udp.extend(udp_targets(claim, holding));
-                    }
+                match self.rival(key, claim, holding) {
+                    Some(winner) => problems.push(conflict(key, claim, winner)),
+                    None => drop(held.insert(claim, holding)),
                 }
+            }
+            for (claim, holding) in &held {
+                emission.add(claim, holding);
+                udp.extend(udp_targets(claim, holding));
+                sticky.extend(sticky_targets(claim, holding));
+                checked = checked.or(health_check(claim, holding));
+            }
+            if let Some(firewall) = &plan.firewall {
+                emission.add_firewall(&key.to_string(), firewall, held.into_iter());
             }
         }
         if problems.is_empty() {
@@ -201,7 +269,49 @@ impl ProxyPlanner {
             self.problems.insert(key.clone(), problems);
         }
         self.replace_udp(key, udp);
+        self.replace_affinity(key, sticky);
+        self.replace_health(key, checked);
         self.replace_elements(key, emission, hairpins);
+    }
+
+    /// The Service that has what `key` claims.
+    fn rival(&self, key: &ServiceKey, claim: &Claim, holding: &Holding) -> Option<&ServiceKey> {
+        let first = |claim: &Claim| self.claims.get(claim).and_then(BTreeSet::first);
+        let winner = match (claim, holding) {
+            (Claim::Address(ip), Holding::External) | (Claim::Vip(ip, ..), _) if holding.is_external() => {
+                first(&Claim::Address(*ip)).filter(|claimant| !claimant.external).or_else(|| match holding {
+                    Holding::External => None,
+                    _ => first(claim),
+                })
+            }
+            _ => first(claim),
+        };
+        winner.map(|claimant| &claimant.key).filter(|winner| *winner != key)
+    }
+
+    fn replace_health(&mut self, key: &ServiceKey, checked: Option<(u16, LocalEndpoints)>) {
+        if self.plan.health.services.get(key) == checked.as_ref() {
+            return;
+        }
+        let services = &mut Arc::make_mut(&mut self.plan.health).services;
+        match checked {
+            Some(checked) => drop(services.insert(key.clone(), checked)),
+            None => drop(services.remove(key)),
+        }
+    }
+
+    fn replace_affinity(&mut self, key: &ServiceKey, targets: BTreeMap<Claim, Sticky>) {
+        let name = key.to_string();
+        let known = self.plan.affinity.groups.get(&name);
+        if known.map(Arc::as_ref) == Some(&targets) || (known.is_none() && targets.is_empty()) {
+            return;
+        }
+        let affinity = Arc::make_mut(&mut self.plan.affinity);
+        if targets.is_empty() {
+            affinity.groups.remove(&name);
+        } else {
+            affinity.groups.insert(name, Arc::new(targets));
+        }
     }
 
     fn replace_udp(&mut self, key: &ServiceKey, targets: BTreeMap<UdpDestination, BTreeSet<SocketAddr>>) {
@@ -223,8 +333,21 @@ impl ProxyPlanner {
         let old = self.emitted.remove(key).unwrap_or_default();
         let table = Arc::make_mut(&mut self.plan.table);
         let group = key.to_string();
-        let emitted =
-            Emitted { sets: emission.sets.keys().copied().collect(), spreads: emission.spreads, hairpins };
+        let emitted = Emitted {
+            sets: emission.sets.keys().copied().collect(),
+            shared: emission.shared,
+            own_chains: emission.own_chains.keys().cloned().collect(),
+            own_sets: emission.own_sets.keys().cloned().collect(),
+            hairpins,
+        };
+        table.chains.extend(emission.own_chains);
+        table.sets.extend(emission.own_sets);
+        for chain in old.own_chains.difference(&emitted.own_chains) {
+            table.chains.remove(chain);
+        }
+        for set in old.own_sets.difference(&emitted.own_sets) {
+            table.sets.remove(set);
+        }
         for (set, ipv6) in old.sets.difference(&emitted.sets) {
             set_group(table, *set, *ipv6, &group, None);
         }
@@ -232,14 +355,14 @@ impl ProxyPlanner {
             set_group(table, set, ipv6, &group, Some(elements));
         }
         // What is new is counted before what is gone, so that nothing shared is removed and made again.
-        for spread in &emitted.spreads {
-            if count_up(&mut self.spreads, *spread) {
-                table.chains.insert(spread.chain_name(), spread.chain());
+        for shared in &emitted.shared {
+            if count_up(&mut self.shared, *shared) {
+                table.chains.insert(shared.chain_name(), shared.chain());
             }
         }
-        for spread in &old.spreads {
-            if count_down(&mut self.spreads, spread) {
-                table.chains.remove(&spread.chain_name());
+        for shared in &old.shared {
+            if count_down(&mut self.shared, shared) {
+                table.chains.remove(&shared.chain_name());
             }
         }
         for pod in &emitted.hairpins {
@@ -318,11 +441,12 @@ fn conflict(key: &ServiceKey, claim: &Claim, winner: &ServiceKey) -> Problem {
         Claim::NodePort { ipv6, protocol, port } => {
             format!("IPv{} {} nodePort {port}", if *ipv6 { 6 } else { 4 }, protocol.name())
         }
+        Claim::HealthCheck(port) => format!("healthCheckNodePort {port}"),
     };
     Problem::new(
         ObjectRef::new("Service", &key.namespace, &key.name),
         Reason::Conflict,
-        format!("{what} belongs to the older Service {winner}; give one of the two another"),
+        format!("{what} belongs to Service {winner}; give one of the two another"),
     )
 }
 
@@ -344,6 +468,22 @@ fn udp_targets(claim: &Claim, holding: &Holding) -> Option<(UdpDestination, BTre
     };
     let internal = frontend.internal.iter().flatten();
     Some((destination, external.iter().chain(internal).copied().collect()))
+}
+
+/// What a load balancer is told at a health check port.
+fn health_check(claim: &Claim, holding: &Holding) -> Option<(u16, LocalEndpoints)> {
+    match (claim, holding) {
+        (Claim::HealthCheck(port), Holding::Health(counts)) => Some((*port, *counts)),
+        _ => None,
+    }
+}
+
+/// Who may stay with whom; `None` for what has no affinity.
+fn sticky_targets(claim: &Claim, holding: &Holding) -> Option<(Claim, Sticky)> {
+    let Holding::Frontend(frontend) = holding else {
+        return None;
+    };
+    Some((claim.clone(), Sticky::of(frontend)?))
 }
 
 /// A key whose value is not the same: `(key, old, new)`.

@@ -4,12 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
-use weft_model::objects::{
-    Endpoint, EndpointSlice, Protocol, Service, ServiceKind, ServicePort, TrafficPolicy,
-};
-use weft_model::{NodeName, ObjectRef, Problem, Reason};
+use weft_model::objects::{EndpointSlice, Protocol, Service, ServiceKind, ServicePort, TrafficPolicy};
+use weft_model::{ObjectRef, Problem};
 
 use super::contradictions;
+pub(super) use super::endpoints::Target;
+use super::endpoints::{Endpoints, Here};
+use super::external::{External, Guard};
 
 /// A Service with one of these labels is another proxy's (or nobody's) business, whatever their value.
 const FOREIGN_LABELS: [&str; 2] =
@@ -20,11 +21,14 @@ const DNS_PORT: u16 = 53;
 /// What the plan of one Service depends on besides the Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct View {
-    pub node: NodeName,
+    pub here: Here,
     pub pod_cidrs: Vec<IpNet>,
     pub cluster_dns: Vec<IpAddr>,
     /// Where ClusterIPs are to be; empty where the cluster as a whole is elsewhere, which is said once.
     pub service_cidrs: Vec<IpNet>,
+    /// Every address of this node's Node.
+    pub node_ips: Vec<IpAddr>,
+    pub guard: Guard,
 }
 
 /// Something only one Service can have.
@@ -38,6 +42,8 @@ pub(super) enum Claim {
         protocol: Protocol,
         port: u16,
     },
+    /// The port where load balancers ask for the health of a Service.
+    HealthCheck(u16),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,7 +52,10 @@ pub(super) enum Holding {
     Known,
     /// Left to others.
     Foreign,
+    /// Some ports of an address outside the cluster: the others are not ours, and a ClusterIP goes before it.
+    External,
     Frontend(Frontend),
+    Health(LocalEndpoints),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,16 +64,34 @@ pub(super) struct Frontend {
     /// Where clients inside the cluster are sent when that differs: `externalTrafficPolicy: Local` is about clients
     /// outside, so pods and nodes reach every endpoint (KEP-2086; kube-proxy calls it the short circuit).
     pub internal: Option<Vec<SocketAddr>>,
+    /// How long after its last connection a client's next one goes to the same endpoint.
+    pub affinity_seconds: Option<u32>,
+    pub reach: Reach,
 }
 
+/// What kind of address a frontend is at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reach {
+    /// ClusterIP or node port.
+    Cluster,
+    /// Outside the cluster; `firewalled`: only for the Service's source ranges.
+    External { firewalled: bool },
+}
+
+/// Ready endpoints on this node, by family: the count that a load balancer is told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LocalEndpoints {
+    pub ipv4: usize,
+    pub ipv6: usize,
+}
+
+/// Who may reach a Service at the addresses of its load balancer.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Target {
-    /// Not empty, sorted.
-    Endpoints(Vec<SocketAddr>),
-    /// No endpoint anywhere.
-    Reject,
-    /// The policy is Local and every endpoint is elsewhere.
-    Drop,
+pub(super) struct Firewall {
+    /// Without overlaps.
+    pub ranges: Vec<IpNet>,
+    /// Families in which the ranges hold an address of this node, so that every address of its own is let in.
+    pub own: BTreeSet<bool>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -73,6 +100,7 @@ pub(super) struct ServicePlan {
     pub holdings: BTreeMap<Claim, Holding>,
     /// Pods of this node that may meet themselves through the Service.
     pub hairpins: BTreeSet<IpAddr>,
+    pub firewall: Option<Firewall>,
     pub problems: Vec<Problem>,
 }
 
@@ -91,133 +119,97 @@ pub(super) fn plan<'a>(
         return plan;
     }
     plan.problems.extend(contradictions::of_service(service, &view.service_cidrs));
-    if service.session_affinity_seconds.is_some() {
-        plan.problems.push(affinity_problem(service));
+    let families: Vec<bool> = cluster_ips.iter().map(IpAddr::is_ipv6).collect();
+    let externals = view.guard.admit(service, &families, &mut plan.problems);
+    plan.firewall = service.load_balancer_source_ranges.as_ref().map(|ranges| Firewall::of(ranges, view));
+    for external in &externals {
+        plan.holdings.insert(Claim::Address(external.ip), Holding::External);
     }
     for cluster_ip in cluster_ips.iter().filter(|ip| !view.cluster_dns.contains(ip)) {
         plan.holdings.insert(Claim::Address(*cluster_ip), Holding::Known);
     }
+    let mut ready = BTreeSet::new();
     for port in &service.ports {
-        for ipv6 in [false, true] {
-            let endpoints = Endpoints::of(port, ipv6, slices.clone(), view);
-            let cluster_ip = cluster_ips.iter().find(|ip| ip.is_ipv6() == ipv6);
-            plan_port(service, port, ipv6, cluster_ip.copied(), &endpoints, view, &mut plan);
+        for cluster_ip in cluster_ips {
+            let endpoints = Endpoints::of(port, cluster_ip.is_ipv6(), slices.clone(), &view.here);
+            let in_pod_range = |ip: &IpAddr| view.pod_cidrs.iter().any(|cidr| cidr.contains(ip));
+            plan.hairpins.extend(endpoints.local().map(|endpoint| endpoint.ip()).filter(in_pod_range));
+            ready.extend(endpoints.local_ready().map(|endpoint| endpoint.ip()));
+            plan_port(
+                PortOf { service, port, cluster_ip: *cluster_ip },
+                &externals,
+                &endpoints,
+                view,
+                &mut plan,
+            );
         }
+    }
+    if let Some(port) = service.health_check_node_port {
+        let ipv6 = ready.iter().filter(|ip| ip.is_ipv6()).count();
+        let counts = LocalEndpoints { ipv4: ready.len() - ipv6, ipv6 };
+        plan.holdings.insert(Claim::HealthCheck(port), Holding::Health(counts));
     }
     plan
 }
 
-/// The claims of one port in one family; a Service without a ClusterIP of a family does not exist in it.
+/// One port of a Service in the family of one of its ClusterIPs; a Service without a ClusterIP of a family does not exist
+/// in it.
+#[derive(Clone, Copy)]
+struct PortOf<'a> {
+    service: &'a Service,
+    port: &'a ServicePort,
+    cluster_ip: IpAddr,
+}
+
+/// The claims of one port.
 fn plan_port(
-    service: &Service,
-    port: &ServicePort,
-    ipv6: bool,
-    cluster_ip: Option<IpAddr>,
+    PortOf { service, port, cluster_ip }: PortOf<'_>,
+    externals: &[External],
     endpoints: &Endpoints,
     view: &View,
     plan: &mut ServicePlan,
 ) {
-    let Some(cluster_ip) = cluster_ip else {
-        return;
-    };
+    let affinity_seconds = service.session_affinity_seconds;
     if !(port.port == DNS_PORT && view.cluster_dns.contains(&cluster_ip)) {
-        let target = endpoints.target(service.internal_traffic_policy);
+        let target = endpoints.target(service.internal_traffic_policy, &view.here);
+        let frontend = Frontend { target, internal: None, affinity_seconds, reach: Reach::Cluster };
         let claim = Claim::Vip(cluster_ip, port.protocol, port.port);
-        plan.holdings.insert(claim, Holding::Frontend(Frontend { target, internal: None }));
-    }
-    if let Some(node_port) = port.node_port {
-        let policy = service.external_traffic_policy;
-        let cluster = usable(&endpoints.all);
-        let internal = (policy == TrafficPolicy::Local && !cluster.is_empty()).then_some(cluster);
-        let frontend = Frontend { target: endpoints.target(policy), internal };
-        let claim = Claim::NodePort { ipv6, protocol: port.protocol, port: node_port };
         plan.holdings.insert(claim, Holding::Frontend(frontend));
     }
-    let in_pod_range = |ip: &IpAddr| view.pod_cidrs.iter().any(|cidr| cidr.contains(ip));
-    plan.hairpins.extend(endpoints.local.keys().map(SocketAddr::ip).filter(in_pod_range));
-}
-
-/// Endpoints of one port in one family with the best condition that any slice gives them.
-struct Endpoints {
-    all: BTreeMap<SocketAddr, Condition>,
-    local: BTreeMap<SocketAddr, Condition>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Condition {
-    /// Serving until it ends: used only when none is ready (KEP-1669).
-    Draining,
-    Ready,
-}
-
-impl Condition {
-    fn of(endpoint: &Endpoint) -> Option<Self> {
-        if endpoint.ready {
-            Some(Self::Ready)
-        } else if endpoint.serving && endpoint.terminating {
-            Some(Self::Draining)
-        } else {
-            None
+    let policy = service.external_traffic_policy;
+    let anywhere = endpoints.anywhere(&view.here);
+    let internal = (policy == TrafficPolicy::Local && !anywhere.is_empty()).then_some(anywhere);
+    let outside = |reach| {
+        let target = endpoints.target(policy, &view.here);
+        Holding::Frontend(Frontend { target, internal: internal.clone(), affinity_seconds, reach })
+    };
+    if let Some(node_port) = port.node_port {
+        let claim = Claim::NodePort { ipv6: cluster_ip.is_ipv6(), protocol: port.protocol, port: node_port };
+        plan.holdings.insert(claim, outside(Reach::Cluster));
+    }
+    for external in externals.iter().filter(|external| external.ip.is_ipv6() == cluster_ip.is_ipv6()) {
+        if let Some(problem) = view.guard.objection_to_port(service, *external, port) {
+            plan.problems.push(problem);
+            continue;
         }
+        let firewalled = external.of_load_balancer && plan.firewall.is_some();
+        let claim = Claim::Vip(external.ip, port.protocol, port.port);
+        plan.holdings.insert(claim, outside(Reach::External { firewalled }));
     }
 }
 
-impl Endpoints {
-    fn of<'a>(
-        port: &ServicePort,
-        ipv6: bool,
-        slices: impl Iterator<Item = &'a EndpointSlice>,
-        view: &View,
-    ) -> Self {
-        let mut endpoints = Self { all: BTreeMap::new(), local: BTreeMap::new() };
-        for slice in slices.filter(|slice| slice.ipv6 == ipv6) {
-            let ports = slice.ports.iter().filter(|p| p.name == port.name && p.protocol == port.protocol);
-            for target_port in ports {
-                for endpoint in &slice.endpoints {
-                    endpoints.add(endpoint, target_port.port, view);
-                }
-            }
-        }
-        endpoints
-    }
-
-    fn add(&mut self, endpoint: &Endpoint, port: u16, view: &View) {
-        let Some(condition) = Condition::of(endpoint) else {
-            return;
-        };
-        let address = SocketAddr::new(endpoint.address, port);
-        let keep_best = |known: &mut Condition| *known = condition.max(*known);
-        self.all.entry(address).and_modify(keep_best).or_insert(condition);
-        if endpoint.node.as_ref() == Some(&view.node) {
-            self.local.entry(address).and_modify(keep_best).or_insert(condition);
-        }
-    }
-
-    fn target(&self, policy: TrafficPolicy) -> Target {
-        let chosen = match policy {
-            TrafficPolicy::Cluster => usable(&self.all),
-            TrafficPolicy::Local => usable(&self.local),
-        };
-        match (chosen.is_empty(), self.all.is_empty()) {
-            (false, _) => Target::Endpoints(chosen),
-            (true, true) => Target::Reject,
-            (true, false) => Target::Drop,
-        }
+impl Firewall {
+    fn of(ranges: &[IpNet], view: &View) -> Self {
+        let own = view.node_ips.iter().filter(|ip| ranges.iter().any(|range| range.contains(*ip)));
+        Self { ranges: IpNet::aggregate(&ranges.to_vec()), own: own.map(IpAddr::is_ipv6).collect() }
     }
 }
 
-/// The ready ones, else those that drain.
-fn usable(endpoints: &BTreeMap<SocketAddr, Condition>) -> Vec<SocketAddr> {
-    let best = endpoints.values().max();
-    endpoints.iter().filter(|(_, condition)| Some(*condition) == best).map(|(address, _)| *address).collect()
-}
-
-fn affinity_problem(service: &Service) -> Problem {
-    Problem::new(
-        service_ref(service),
-        Reason::NotSupported,
-        "spec.sessionAffinity ClientIP is not supported yet: connections are spread at random; set it to None",
-    )
+impl Holding {
+    /// A ClusterIP goes before addresses outside the cluster, whoever is older.
+    pub(super) fn is_external(&self) -> bool {
+        matches!(self, Self::External | Self::Frontend(Frontend { reach: Reach::External { .. }, .. }))
+    }
 }
 
 pub(super) fn service_ref(service: &Service) -> ObjectRef {

@@ -6,6 +6,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use weft_model::objects::Protocol;
+use weft_model::ruleset::Datum;
 
 /// UDP destinations of all Services and who may answer there, by Service.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -25,14 +27,25 @@ pub enum UdpDestination {
     },
 }
 
-impl UdpTargets {
-    /// What a packet to `address` is addressed to.
-    fn destination(&self, address: SocketAddr) -> UdpDestination {
-        if self.node_ips.contains(&address.ip()) {
-            UdpDestination::NodePort { ipv6: address.is_ipv6(), port: address.port() }
-        } else {
-            UdpDestination::Vip(address)
+impl UdpDestination {
+    /// From the key of a map of frontends; `None` for other protocols.
+    pub(super) fn of_frontend(key: &[Datum], ipv6: bool) -> Option<Self> {
+        match key {
+            [Datum::Ip(ip), Datum::Protocol(Protocol::Udp), Datum::Port(port)] => {
+                Some(Self::Vip(SocketAddr::new(*ip, *port)))
+            }
+            [Datum::Protocol(Protocol::Udp), Datum::Port(port)] => Some(Self::NodePort { ipv6, port: *port }),
+            _ => None,
         }
+    }
+}
+
+impl UdpTargets {
+    /// What a packet to `address` may be addressed to, in the order in which the rules look.
+    fn destinations(&self, address: SocketAddr) -> impl Iterator<Item = UdpDestination> {
+        let node_port = UdpDestination::NodePort { ipv6: address.is_ipv6(), port: address.port() };
+        let of_node = self.node_ips.contains(&address.ip());
+        [UdpDestination::Vip(address)].into_iter().chain(of_node.then_some(node_port))
     }
 
     /// Destinations of `before` that are gone now: flows to them are stale whatever they lead to.
@@ -69,14 +82,14 @@ impl UdpTargets {
         sent_to: SocketAddr,
         answered_by: SocketAddr,
     ) -> bool {
-        let destination = self.destination(sent_to);
-        match index.get(&destination) {
+        match self.destinations(sent_to).find_map(|destination| index.get(&destination)) {
             Some(targets) if targets.is_empty() => sent_to != answered_by,
             Some(targets) => !targets.contains(&answered_by),
             None => {
                 let translated = sent_to != answered_by;
                 let of_service_range = self.service_cidrs.iter().any(|cidr| cidr.contains(&sent_to.ip()));
-                gone.contains(&destination) || (translated && of_service_range)
+                let is_gone = self.destinations(sent_to).any(|destination| gone.contains(&destination));
+                is_gone || (translated && of_service_range)
             }
         }
     }

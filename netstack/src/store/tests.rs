@@ -53,6 +53,7 @@ fn node() -> Node {
         labels: BTreeMap::from([("zone".to_owned(), "a".to_owned())]),
         pod_cidrs: vec!["10.244.1.0/24".parse().unwrap(), "fd00:1::/64".parse().unwrap()],
         internal_ips: vec![address("192.0.2.1"), address("2001:db8::1")],
+        leaving: false,
         public_key: Some(WgPublicKey([7; 32])),
         wireguard_port: Some(51820),
     }
@@ -77,6 +78,8 @@ fn service() -> Service {
         session_affinity_seconds: Some(10800),
         load_balancer_ips: vec![],
         external_ips: vec![],
+        load_balancer_source_ranges: None,
+        health_check_node_port: None,
     }
 }
 
@@ -89,6 +92,7 @@ fn snapshot() -> Snapshot {
             cluster_dns: vec![],
             cluster_domain: "cluster.local".to_owned(),
             wireguard_port: 51820,
+            proxy: weft_model::ProxyConfig::default(),
         }),
         facts: Arc::new(NodeFacts {
             name: "n1".into(),

@@ -222,3 +222,58 @@ async fn kubectl_creates_without_files_too() {
     assert_eq!(kubectl.run("get service plain -o jsonpath={.spec.ports[0].targetPort}", "").await, "8080");
     assert_eq!(kubectl.run("create serviceaccount robot", "").await, "serviceaccount/robot created\n");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_load_balancer_gets_its_address_by_the_status_and_its_endpoints_get_hints() {
+    const BALANCED: &str = "
+apiVersion: v1
+kind: Node
+metadata: {name: node-a, labels: {topology.kubernetes.io/zone: east}}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: web}
+spec:
+  type: LoadBalancer
+  externalTrafficPolicy: Local
+  trafficDistribution: PreferSameNode
+  loadBalancerSourceRanges: [203.0.113.0/24]
+  selector: {app: web}
+  ports: [{port: 80, targetPort: 8080}]
+";
+    let world = World::new().await;
+    let kubectl = Kubectl::new(&world);
+    kubectl.run("create -f -", BALANCED).await;
+    kubectl.run("create -f -", POD).await;
+    let spec = kubectl
+        .run("get service web -o jsonpath={.spec.healthCheckNodePort},{.spec.ports[0].nodePort}", "")
+        .await;
+    let ports: Vec<u16> = spec.split(',').map(|port| port.parse().unwrap()).collect();
+    assert!(ports.iter().all(|port| (30_000..=32_767).contains(port)) && ports[0] != ports[1], "{spec}");
+    let status = r#"{"status":{"loadBalancer":{"ingress":[{"ip":"198.51.100.1"}]}}}"#;
+    kubectl.run(&format!("patch service web --subresource=status --type=merge -p {status}"), "").await;
+    let services = kubectl.run("get services web", "").await;
+    assert_eq!(rows(&services)[1][3], "198.51.100.1");
+    let mode = "get service web -o jsonpath={.status.loadBalancer.ingress[0].ipMode}";
+    assert_eq!(kubectl.run(mode, "").await, "VIP");
+    let refused = kubectl
+        .refused("patch service web --subresource=status --type=merge -p {\"status\":{\"loadBalancer\":{\"ingress\":[{\"ip\":\"198.51.100.1\",\"ipMode\":\"Half\"}]}}}", "")
+        .await;
+    assert!(refused.contains("ipMode"), "{refused}");
+
+    let status = r#"{"status":{"phase":"Running","podIP":"10.244.0.2","podIPs":[{"ip":"10.244.0.2"}],"conditions":[{"type":"Ready","status":"True"}]}}"#;
+    kubectl.run(&format!("patch pod web-1 --subresource=status --type=merge -p {status}"), "").await;
+    let hints = common::eventually("hints of the endpoint", || async {
+        let slices =
+            "get endpointslices -l kubernetes.io/service-name=web -o jsonpath={.items[*].endpoints[*].hints}";
+        let text = kubectl.run(slices, "").await;
+        (!text.is_empty()).then_some(text)
+    })
+    .await;
+    assert_eq!(hints, r#"{"forNodes":[{"name":"node-a"}],"forZones":[{"name":"east"}]}"#);
+
+    let back = r#"{"spec":{"type":"ClusterIP","externalTrafficPolicy":null,"loadBalancerSourceRanges":null,"allocateLoadBalancerNodePorts":null}}"#;
+    kubectl.run(&format!("patch service web --type=merge -p {back}"), "").await;
+    let services = kubectl.run("get services web", "").await;
+    assert_eq!(rows(&services)[1][1..5], ["ClusterIP", rows(&services)[1][2], "<none>", "80/TCP"]);
+}

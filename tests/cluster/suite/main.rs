@@ -15,6 +15,7 @@ mod dns;
 mod identity;
 mod install;
 mod load;
+mod outside;
 mod pods;
 mod refusals;
 mod services;
@@ -36,9 +37,10 @@ const fn case(says: &'static str, check: fn(&Cluster) -> anyhow::Result<()>) -> 
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
-    let areas: [(&str, &[Case]); 7] = [
+    let areas: [(&str, &[Case]); 8] = [
         ("pods", pods::CASES),
         ("services", services::CASES),
+        ("outside", outside::CASES),
         ("dns", dns::CASES),
         ("identity", identity::CASES),
         ("disruption", disruption::CASES),

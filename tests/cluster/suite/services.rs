@@ -30,7 +30,7 @@ pub(crate) const CASES: &[Case] = &[
 ];
 
 /// Names of the pods that answered `count` requests for `url`, asked by `ask`.
-fn answering(
+pub(crate) fn answering(
     url: &str,
     count: u32,
     ask: impl Fn(&str) -> anyhow::Result<String>,
@@ -47,7 +47,7 @@ fn is_refusal(said: &str) -> bool {
     said.contains("Couldn't connect to server")
 }
 
-fn echo_names(cluster: &Cluster) -> anyhow::Result<BTreeSet<String>> {
+pub(crate) fn echo_names(cluster: &Cluster) -> anyhow::Result<BTreeSet<String>> {
     Ok(cluster.pods("echo")?.into_iter().map(|pod| pod.name).collect())
 }
 

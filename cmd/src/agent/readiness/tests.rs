@@ -33,6 +33,7 @@ fn snapshot(from_store: bool) -> Snapshot {
         labels: BTreeMap::new(),
         pod_cidrs: vec!["10.42.0.0/24".parse().unwrap()],
         internal_ips: vec![],
+        leaving: false,
         public_key: None,
         wireguard_port: None,
     };
@@ -42,6 +43,7 @@ fn snapshot(from_store: bool) -> Snapshot {
         cluster_dns: vec![],
         cluster_domain: "cluster.local".to_owned(),
         wireguard_port: 51820,
+        proxy: weft_model::ProxyConfig::default(),
     };
     let facts = NodeFacts {
         name: "n1".into(),

@@ -311,6 +311,7 @@ impl Set {
             && self.data == other.data
             && self.interval == other.interval
             && self.timeout_millis == other.timeout_millis
+            && self.dynamic_size == other.dynamic_size
     }
 }
 
@@ -319,7 +320,7 @@ impl Statement {
     pub fn set_name(&self) -> Option<&str> {
         match self {
             Self::Lookup { set, .. } => Some(set),
-            Self::VerdictMap { map, .. } | Self::DnatMap { map, .. } => Some(map),
+            Self::VerdictMap { map, .. } | Self::DnatMap { map, .. } | Self::Update { map, .. } => Some(map),
             _ => None,
         }
     }

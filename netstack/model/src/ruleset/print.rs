@@ -64,7 +64,7 @@ impl Display for Base {
     }
 }
 
-/// What stands between the braces: type, flags, timeout, elements.
+/// What stands between the braces: type, size, flags, timeout, elements.
 impl Display for Set {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         f.write_str("type ")?;
@@ -75,7 +75,14 @@ impl Display for Set {
             SetData::Ipv4AddressAndPort => writeln!(f, " : ipv4_addr . inet_service")?,
             SetData::Ipv6AddressAndPort => writeln!(f, " : ipv6_addr . inet_service")?,
         }
-        let flags = [(self.interval, "interval"), (self.timeout_millis.is_some(), "timeout")];
+        let flags = [
+            (self.interval, "interval"),
+            (self.dynamic_size.is_some(), "dynamic"),
+            (self.timeout_millis.is_some(), "timeout"),
+        ];
+        if let Some(size) = self.dynamic_size {
+            writeln!(f, "size {size}")?;
+        }
         let flags: Vec<_> = flags.iter().filter(|(on, _)| *on).map(|(_, name)| *name).collect();
         if !flags.is_empty() {
             writeln!(f, "flags {}", flags.join(","))?;
@@ -96,17 +103,23 @@ impl Display for Set {
     }
 }
 
-/// Milliseconds as nft writes them: `10s`, `600ms`, `1s500ms`.
+/// Milliseconds as nft writes them: `10s`, `600ms`, `1s500ms`, `1d2h3m`.
 struct Duration(u64);
 
 impl Display for Duration {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let (seconds, millis) = (self.0 / 1000, self.0 % 1000);
-        match (seconds, millis) {
-            (0, millis) => write!(f, "{millis}ms"),
-            (seconds, 0) => write!(f, "{seconds}s"),
-            (seconds, millis) => write!(f, "{seconds}s{millis}ms"),
+        let Self(all) = *self;
+        if all == 0 {
+            return f.write_str("0ms");
         }
+        let parts = [
+            (all / 86_400_000, "d"),
+            (all / 3_600_000 % 24, "h"),
+            (all / 60_000 % 60, "m"),
+            (all / 1000 % 60, "s"),
+            (all % 1000, "ms"),
+        ];
+        parts.iter().filter(|(count, _)| *count > 0).try_for_each(|(count, unit)| write!(f, "{count}{unit}"))
     }
 }
 
@@ -172,6 +185,11 @@ impl Display for Statement {
                 write!(f, "dnat {} to ", if *ipv6 { "ip6" } else { "ip" })?;
                 joined(f, key, " . ")?;
                 write!(f, " map @{map}")
+            }
+            Self::Update { map, key, timeout_millis, address, port } => {
+                write!(f, "update @{map} {{ ")?;
+                joined(f, key, " . ")?;
+                write!(f, " timeout {} : {address} . {port} }}", Duration(*timeout_millis))
             }
             Self::Dnat { address, port } => nat(f, "dnat", *address, *port),
             Self::Snat { address } => nat(f, "snat", *address, None),

@@ -92,6 +92,7 @@ pub(in crate::cni) fn snapshot(pod_cidrs: &[&str]) -> Snapshot {
         labels: BTreeMap::new(),
         pod_cidrs: pod_cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect(),
         internal_ips: vec!["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()],
+        leaving: false,
         public_key: None,
         wireguard_port: None,
     };
@@ -103,6 +104,7 @@ pub(in crate::cni) fn snapshot(pod_cidrs: &[&str]) -> Snapshot {
             cluster_dns: vec![],
             cluster_domain: "cluster.local".to_owned(),
             wireguard_port: 51820,
+            proxy: weft_model::ProxyConfig::default(),
         }),
         facts: Arc::new(NodeFacts {
             name: name.clone(),

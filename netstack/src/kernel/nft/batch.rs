@@ -262,6 +262,7 @@ fn write_declaration(writer: &mut Writer, set: &Set, id: usize) {
         (set.interval, NFT_SET_INTERVAL),
         (data.is_some(), NFT_SET_MAP),
         (set.timeout_millis.is_some(), NFT_SET_TIMEOUT),
+        (set.dynamic_size.is_some(), NFT_SET_EVAL),
     ];
     writer.be32(NFTA_SET_FLAGS, flags.iter().filter(|(on, _)| *on).map(|(_, flag)| flag).sum());
     writer.be32(NFTA_SET_KEY_TYPE, type_number(&set.key));
@@ -269,6 +270,9 @@ fn write_declaration(writer: &mut Writer, set: &Set, id: usize) {
     if let Some((number, bytes)) = data {
         writer.be32(NFTA_SET_DATA_TYPE, number);
         writer.be32(NFTA_SET_DATA_LEN, u32::try_from(bytes).unwrap_or(0));
+    }
+    if let Some(size) = set.dynamic_size {
+        writer.nest(NFTA_SET_DESC, |writer| writer.be32(NFTA_SET_DESC_SIZE, size));
     }
     // Any number that no other set of the transaction has.
     writer.be32(NFTA_SET_ID, u32::try_from(id + 1).unwrap_or(1));

@@ -37,6 +37,7 @@ const NAT_SNAT: u32 = 0;
 const NAT_DNAT: u32 = 1;
 /// NF_NAT_RANGE_PROTO_RANDOM_FULLY.
 const RANDOM_FULLY: u32 = 0x10;
+const NFT_DYNSET_OP_UPDATE: u32 = 1;
 const REJECT_TCP_RESET: u32 = 1;
 const REJECT_ICMPX: u32 = 2;
 const ICMPX_PORT_UNREACHABLE: u8 = 1;
@@ -115,6 +116,9 @@ impl Encoder<'_> {
                 self.load_key(key);
                 self.lookup(map, Some(REG32_FIRST), false);
                 self.nat(NAT_DNAT, *ipv6, true);
+            }
+            Statement::Update { map, key, timeout_millis, address, port } => {
+                self.update(map, key, *timeout_millis, (*address, *port));
             }
             Statement::Dnat { address, port } => self.nat_to(NAT_DNAT, *address, *port),
             Statement::Snat { address } => self.nat_to(NAT_SNAT, *address, None),
@@ -290,6 +294,21 @@ impl Encoder<'_> {
             if negated {
                 w.be32(5, 1);
             }
+        });
+    }
+
+    /// The key in the first registers, the data in those after it.
+    fn update(&mut self, map: &str, key: &[Field], timeout_millis: u64, (address, port): (IpAddr, u16)) {
+        self.load_key(key);
+        let data = REG32_FIRST + key.iter().map(|field| field_registers(*field)).sum::<u32>();
+        self.immediate(data, Packed::address(address).as_slice());
+        self.immediate(data + if address.is_ipv6() { 4 } else { 1 }, &port.to_be_bytes());
+        self.expression("dynset", |w| {
+            w.string(1, map);
+            w.be32(3, NFT_DYNSET_OP_UPDATE);
+            w.be32(4, REG32_FIRST);
+            w.be32(5, data);
+            w.be64(6, timeout_millis);
         });
     }
 

@@ -192,7 +192,7 @@ fn unplanned_set() -> Set {
 }
 
 fn read_declaration(attributes: Attributes<'_>, flags: u32) -> Option<Set> {
-    if flags & !(NFT_SET_INTERVAL | NFT_SET_MAP | NFT_SET_TIMEOUT) != 0 {
+    if flags & !(NFT_SET_INTERVAL | NFT_SET_MAP | NFT_SET_TIMEOUT | NFT_SET_EVAL) != 0 {
         return None;
     }
     let key = key_types(attributes.find(NFTA_SET_KEY_TYPE)?.be32()?)?;
@@ -208,6 +208,10 @@ fn read_declaration(attributes: Attributes<'_>, flags: u32) -> Option<Set> {
     if flags & NFT_SET_TIMEOUT != 0 {
         // Without a default the elements carry their own: no set of a plan does that.
         set.timeout_millis = Some(attributes.find(NFTA_SET_TIMEOUT).and_then(|t| t.be64()).unwrap_or(0));
+    }
+    if flags & NFT_SET_EVAL != 0 {
+        let size = attributes.find(NFTA_SET_DESC).and_then(|desc| desc.nested().find(NFTA_SET_DESC_SIZE));
+        set.dynamic_size = Some(size.and_then(|size| size.be32()).unwrap_or(0));
     }
     Some(set)
 }

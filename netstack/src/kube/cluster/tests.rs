@@ -33,6 +33,7 @@ fn snapshot(cluster: &Cluster) -> Snapshot {
         cluster_dns: vec![],
         cluster_domain: "cluster.local".to_owned(),
         wireguard_port: 51820,
+        proxy: weft_model::ProxyConfig::default(),
     };
     let facts = NodeFacts {
         name: "n1".into(),

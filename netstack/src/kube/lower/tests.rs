@@ -165,3 +165,67 @@ fn a_load_balancer_address_with_ip_mode_proxy_is_not_taken() {
     assert_eq!(service.kind, ServiceKind::Headless);
     assert_eq!(service.load_balancer_ips, ["198.51.100.2".parse::<IpAddr>().unwrap()]);
 }
+
+#[test]
+fn a_source_range_that_is_none_lets_nobody_in_and_blanks_around_one_are_allowed() {
+    let document = |kind: &str, ranges: &[&str]| json!({"metadata": {"name": "lb"}, "spec": {"type": kind, "clusterIP": "10.96.0.1", "loadBalancerSourceRanges": ranges}});
+    let lowered = service(&document("LoadBalancer", &[" 192.0.2.7/24", "10.0.0.0/99"]));
+    assert_eq!(
+        lowered.value.unwrap().load_balancer_source_ranges,
+        Some(vec!["192.0.2.0/24".parse().unwrap()])
+    );
+    assert_eq!(
+        lowered.problems[0].message,
+        "spec.loadBalancerSourceRanges[1] \"10.0.0.0/99\" is not a CIDR, so it lets nobody in; correct it"
+    );
+    let only_wrong = service(&document("LoadBalancer", &["everybody"]));
+    assert_eq!(only_wrong.value.unwrap().load_balancer_source_ranges, Some(vec![]), "not open to all");
+    for open in [document("LoadBalancer", &[]), document("ClusterIP", &["10.0.0.0/8"])] {
+        assert_eq!(service(&open).value.unwrap().load_balancer_source_ranges, None);
+    }
+}
+
+#[test]
+fn a_health_check_port_belongs_to_load_balancers_with_the_local_policy() {
+    let port = |kind: &str, policy: &str, number: i64| {
+        let spec = json!({"type": kind, "clusterIP": "10.96.0.1", "externalTrafficPolicy": policy, "healthCheckNodePort": number});
+        service(&json!({"metadata": {"name": "lb"}, "spec": spec})).value.unwrap().health_check_node_port
+    };
+    assert_eq!(port("LoadBalancer", "Local", 31_000), Some(31_000));
+    assert_eq!(port("LoadBalancer", "Local", 0), None);
+    assert_eq!(port("LoadBalancer", "Local", 70_000), None);
+    assert_eq!(port("LoadBalancer", "Cluster", 31_000), None);
+    assert_eq!(port("NodePort", "Local", 31_000), None);
+}
+
+#[test]
+fn hints_are_names_of_zones_and_nodes() {
+    let lowered = endpoint_slice(&json!({
+        "metadata": {"name": "s", "namespace": "d", "labels": {"kubernetes.io/service-name": "web"}}, "addressType": "IPv4",
+        "endpoints": [
+            {"addresses": ["10.1.0.1"], "hints": {"forZones": [{"name": "b"}, {"name": "a"}], "forNodes": [{"name": "n1"}]}},
+            {"addresses": ["10.1.0.2"], "hints": {}},
+            {"addresses": ["10.1.0.3"]},
+        ],
+    }));
+    let hints: Vec<(Vec<String>, usize)> = lowered
+        .value
+        .unwrap()
+        .endpoints
+        .into_iter()
+        .map(|endpoint| (endpoint.zone_hints.into_iter().collect(), endpoint.node_hints.len()))
+        .collect();
+    assert_eq!(hints, [(vec!["a".to_owned(), "b".to_owned()], 1), (vec![], 0), (vec![], 0)]);
+}
+
+#[test]
+fn a_node_that_is_deleted_or_tainted_for_removal_is_leaving() {
+    let leaving = |node: serde_json::Value| super::node(&node).value.unwrap().leaving;
+    assert!(!leaving(
+        json!({"metadata": {"name": "n"}, "spec": {"taints": [{"key": "node.kubernetes.io/not-ready"}]}})
+    ));
+    assert!(leaving(json!({"metadata": {"name": "n", "deletionTimestamp": "2026-01-01T00:00:00Z"}})));
+    assert!(leaving(
+        json!({"metadata": {"name": "n"}, "spec": {"taints": [{"key": "ToBeDeletedByClusterAutoscaler"}]}})
+    ));
+}

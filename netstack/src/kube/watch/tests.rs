@@ -177,6 +177,7 @@ fn config() -> ClusterConfig {
         cluster_dns: vec![],
         cluster_domain: "cluster.local".to_owned(),
         wireguard_port: 51820,
+        proxy: weft_model::ProxyConfig::default(),
     }
 }
 

@@ -28,6 +28,7 @@ fn node(number: u8, ipv4: bool, ipv6: bool) -> Node {
         labels: BTreeMap::new(),
         pod_cidrs,
         internal_ips,
+        leaving: false,
         public_key: Some(WgPublicKey([number; 32])),
         wireguard_port: None,
     }
@@ -46,6 +47,7 @@ pub(in crate::overlay) fn snapshot(nodes: Vec<Node>) -> Snapshot {
         cluster_dns: ["10.43.0.10", "fd43::a"].iter().map(|text| text.parse().unwrap()).collect(),
         cluster_domain: "cluster.local".to_owned(),
         wireguard_port: WIREGUARD_PORT,
+        proxy: weft_model::ProxyConfig::default(),
     };
     let addresses = nodes.iter().find(|node| node.name.0 == "node-1").map(|node| node.internal_ips.clone());
     let uplink = Uplink {

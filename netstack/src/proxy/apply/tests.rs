@@ -1,6 +1,9 @@
 //! The whole proxy against the real kernel: from Kubernetes objects to connections, in a node with two pods of its own, a
 //! pod behind `weft0` and a client outside.
 
+mod affinity;
+mod outside;
+
 use std::fs::File;
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -11,7 +14,7 @@ use std::time::Duration;
 use nix::sched::{CloneFlags, setns, unshare};
 use serde_json::{Value, json};
 use weft_model::node_facts::WireguardBackend;
-use weft_model::{ClusterConfig, Generation, NodeFacts, NodeName};
+use weft_model::{ClusterConfig, Generation, NodeFacts, NodeName, ProxyConfig};
 
 use super::*;
 use crate::kube::Cluster;
@@ -209,6 +212,13 @@ impl Rig {
             cluster_dns: vec![],
             cluster_domain: "cluster.local".to_owned(),
             wireguard_port: 51820,
+            proxy: ProxyConfig {
+                external_ip_ranges: vec![
+                    "198.51.100.64/26".parse().unwrap(),
+                    "2001:db8:e::/64".parse().unwrap(),
+                ],
+                node_port_ranges: vec![],
+            },
         };
         let name = NodeName::from("node-a");
         let cluster = Cluster::from_documents([node].into_iter().chain(objects), &name);
@@ -430,6 +440,29 @@ fn a_udp_client_that_never_stops_sending_moves_with_the_endpoints() {
                 format!("b {}", family.pod_a),
                 "what happened while the agent was away"
             );
+        }
+    });
+}
+
+#[test]
+fn a_udp_flow_of_a_node_port_deleted_while_the_agent_was_away_goes() {
+    in_node(|rig| {
+        rig.serve_all();
+        for family in &FAMILIES {
+            rig.apply(everywhere("Local"));
+            let client = rig.within(OUTSIDE, || {
+                let any: IpAddr = if family.ipv6 { "::" } else { "0.0.0.0" }.parse().unwrap();
+                let socket = UdpSocket::bind(SocketAddr::new(any, 0)).unwrap();
+                socket.set_read_timeout(Some(WAIT)).unwrap();
+                socket
+            });
+            let ask = || client.send_to(b"?", at(family.node, 30080)).and_then(|_| client.recv(&mut [0; 64]));
+            ask().unwrap();
+            rig.applier = ProxyApplier::new();
+            rig.planner = ProxyPlanner::default();
+            let applied = rig.apply(vec![]);
+            assert!(applied.changed.iter().any(|line| line.contains("stale UDP")), "{applied:?}");
+            assert!(ask().is_err());
         }
     });
 }

@@ -6,6 +6,7 @@ use weft_model::ruleset::Set;
 use weft_model::{ClusterConfig, Generation, NodeFacts, NodeName};
 
 use super::*;
+use crate::proxy::layout::Scope;
 
 fn key(name: &str) -> ServiceKey {
     ServiceKey::new("default", name)
@@ -25,6 +26,8 @@ fn service(name: &str, vip: &str, node_port: Option<u16>) -> Service {
         session_affinity_seconds: None,
         load_balancer_ips: vec![],
         external_ips: vec![],
+        load_balancer_source_ranges: None,
+        health_check_node_port: None,
     }
 }
 
@@ -37,6 +40,8 @@ fn slice(service: &str, addresses: &[&str]) -> EndpointSlice {
         hostname: None,
         node: Some("node-a".into()),
         zone: None,
+        zone_hints: BTreeSet::new(),
+        node_hints: BTreeSet::new(),
         target_pod: None,
     };
     EndpointSlice {
@@ -56,6 +61,7 @@ fn cluster(services: Vec<Service>, slices: Vec<EndpointSlice>) -> Snapshot {
         labels: BTreeMap::new(),
         pod_cidrs: vec!["10.244.0.0/16".parse().unwrap()],
         internal_ips: vec!["192.0.2.1".parse().unwrap()],
+        leaving: false,
         public_key: None,
         wireguard_port: None,
     };
@@ -65,6 +71,7 @@ fn cluster(services: Vec<Service>, slices: Vec<EndpointSlice>) -> Snapshot {
         cluster_dns: vec![],
         cluster_domain: "cluster.local".to_owned(),
         wireguard_port: 51820,
+        proxy: weft_model::ProxyConfig::default(),
     };
     let facts = NodeFacts {
         name: "node-a".into(),
@@ -104,10 +111,14 @@ fn one_changed_endpoint_touches_one_group_of_one_map() {
     let mut planner = ProxyPlanner::default();
     let before = planner.plan(&first).plan;
     let after = planner.plan(&with_slice(&first, slice("a", &["10.244.0.1", "10.244.0.9"]))).plan;
-    for name in SetName::ALL.into_iter().filter(|name| *name != SetName::Hairpin) {
+    for name in SetName::all().into_iter().filter(|name| *name != SetName::Hairpin) {
         for (group, elements) in &set(&after, name).groups {
             let same = Arc::ptr_eq(elements, &set(&before, name).groups[group]);
-            assert_eq!(same, !(name == SetName::Endpoints && group == "default/a"), "{name:?} {group}");
+            assert_eq!(
+                same,
+                !(name == SetName::Endpoints(Scope::Vip) && group == "default/a"),
+                "{name:?} {group}"
+            );
         }
     }
     assert_eq!(before.table.chains, after.table.chains);
@@ -124,13 +135,20 @@ fn a_plan_nobody_holds_is_edited_in_place() {
 
 #[test]
 fn everything_of_a_deleted_service_goes() {
-    let full = cluster(vec![service("a", "10.96.0.1", Some(30_080))], vec![slice("a", &["10.244.0.1"])]);
+    let service = Service {
+        session_affinity_seconds: Some(10),
+        load_balancer_ips: vec!["198.51.100.1".parse().unwrap()],
+        load_balancer_source_ranges: Some(vec!["203.0.113.0/24".parse().unwrap()]),
+        ..service("a", "10.96.0.1", Some(30_080))
+    };
+    let full = cluster(vec![service], vec![slice("a", &["10.244.0.1"])]);
     let mut planner = ProxyPlanner::default();
-    planner.plan(&full);
+    let planned = planner.plan(&full).plan;
+    assert!(planned.table.sets.contains_key("sources4-default/a") && !planned.affinity.groups.is_empty());
     let empty = cluster(vec![], vec![]);
     assert_eq!(planner.plan(&empty), ProxyPlanner::default().plan(&empty));
     assert!(planner.planned.is_empty() && planner.claims.is_empty() && planner.emitted.is_empty());
-    assert!(planner.spreads.is_empty() && planner.hairpins.is_empty() && planner.by_service.is_empty());
+    assert!(planner.shared.is_empty() && planner.hairpins.is_empty() && planner.by_service.is_empty());
 }
 
 #[test]
@@ -151,8 +169,12 @@ fn a_type_or_label_that_changes_frees_ports_and_rules() {
         (&plain, 1, 0),
     ] {
         let planned = planner.plan(&cluster(vec![service.clone()], slices()));
-        assert_eq!(set(&planned.plan, SetName::ServiceIps).groups.len(), vips, "{service:?}");
-        assert_eq!(set(&planned.plan, SetName::NodePorts).groups.len(), ports, "{service:?}");
+        assert_eq!(set(&planned.plan, SetName::Frontends(Scope::Vip)).groups.len(), vips, "{service:?}");
+        assert_eq!(
+            set(&planned.plan, SetName::Frontends(Scope::NodePort)).groups.len(),
+            ports,
+            "{service:?}"
+        );
     }
 }
 
@@ -163,17 +185,23 @@ fn the_younger_of_two_claimants_takes_over_when_the_older_goes() {
     let slices = || vec![slice("old", &["10.244.0.1"]), slice("young", &["10.244.0.2"])];
     let mut planner = ProxyPlanner::default();
     let both = planner.plan(&cluster(vec![old, young.clone()], slices()));
-    assert_eq!(set(&both.plan, SetName::NodePorts).groups.keys().collect::<Vec<_>>(), ["default/old"]);
+    assert_eq!(
+        set(&both.plan, SetName::Frontends(Scope::NodePort)).groups.keys().collect::<Vec<_>>(),
+        ["default/old"]
+    );
     let named: Vec<String> = both.problems.iter().map(ToString::to_string).collect();
     assert_eq!(
         named,
         [
-            "Service default/young: Conflict: IPv4 tcp nodePort 30080 belongs to the older Service default/old; give one of \
+            "Service default/young: Conflict: IPv4 tcp nodePort 30080 belongs to Service default/old; give one of \
           the two another"
         ]
     );
     let alone = planner.plan(&cluster(vec![young], slices()));
-    assert_eq!(set(&alone.plan, SetName::NodePorts).groups.keys().collect::<Vec<_>>(), ["default/young"]);
+    assert_eq!(
+        set(&alone.plan, SetName::Frontends(Scope::NodePort)).groups.keys().collect::<Vec<_>>(),
+        ["default/young"]
+    );
     assert_eq!(alone.problems, vec![]);
 }
 
@@ -243,4 +271,65 @@ fn a_dns_service_at_another_address_than_the_flag_is_named() {
     assert_eq!(said(&snapshot), [expected]);
     Arc::make_mut(&mut snapshot.config).cluster_dns.push("10.96.0.10".parse().unwrap());
     assert_eq!(said(&snapshot), [""; 0]);
+}
+
+#[test]
+fn a_load_balancer_s_address_that_becomes_a_cluster_ip_is_the_cluster_ip_s_however_young() {
+    let balanced = Service {
+        load_balancer_ips: vec!["198.51.100.1".parse().unwrap()],
+        ..service("balanced", "10.96.0.1", None)
+    };
+    let owner = Service { created: 9, ..service("owner", "198.51.100.1", None) };
+    let slices = || vec![slice("balanced", &["10.244.0.1"])];
+    let elements = |planned: &weft_model::Planned<ProxyPlan>, group: &str| {
+        set(&planned.plan, SetName::Frontends(Scope::Vip)).groups.get(group).map_or(0, |group| group.len())
+    };
+    let mut planner = ProxyPlanner::default();
+    let alone = planner.plan(&cluster(vec![balanced.clone()], slices()));
+    assert_eq!(elements(&alone, "default/balanced"), 2);
+    let both = planner.plan(&cluster(vec![balanced.clone(), owner], slices()));
+    assert_eq!(elements(&both, "default/balanced"), 1, "its ClusterIP is left");
+    let said: Vec<String> = both.problems.iter().map(ToString::to_string).collect();
+    let conflict = "Service default/balanced: Conflict: tcp port 80 of 198.51.100.1 belongs to Service default/owner; give \
+                    one of the two another";
+    assert!(said.contains(&conflict.to_owned()), "{said:?}");
+    assert_eq!(planner.plan(&cluster(vec![balanced], slices())), alone);
+}
+
+#[test]
+fn services_that_share_an_address_outside_are_planned_one_by_one() {
+    let at = |name: &str, vip: &str, port: u16| {
+        let mut service = service(name, vip, None);
+        service.load_balancer_ips = vec!["198.51.100.1".parse().unwrap()];
+        service.ports[0].port = port;
+        service
+    };
+    let services = vec![at("a", "10.96.0.1", 80), at("b", "10.96.0.2", 81)];
+    let slices = vec![slice("a", &["10.244.0.1"]), slice("b", &["10.244.0.2"])];
+    let mut planner = ProxyPlanner::default();
+    let first = cluster(services, slices);
+    let planned = planner.plan(&first);
+    assert_eq!(planned.problems, vec![]);
+    assert_eq!(planner.replan(key("a")), BTreeSet::from([key("a")]));
+}
+
+#[test]
+fn node_ports_answer_on_the_addresses_of_the_flag() {
+    let mut snapshot = cluster(vec![], vec![]);
+    let node_ips = |snapshot: &Snapshot| {
+        let plan = ProxyPlanner::default().plan(snapshot).plan;
+        set(&plan, SetName::NodeIps).elements().map(|(key, _)| key[0].to_string()).collect::<Vec<_>>()
+    };
+    let uplink = |addresses: &[&str]| weft_model::node_facts::Uplink {
+        name: "eth1".to_owned(),
+        index: 3,
+        mtu_bytes: 1500,
+        addresses: addresses.iter().map(|text| text.parse().unwrap()).collect(),
+    };
+    Arc::make_mut(&mut snapshot.facts).uplinks = vec![uplink(&["198.18.0.1", "203.0.113.1"])];
+    assert_eq!(node_ips(&snapshot), ["192.0.2.1"]);
+    Arc::make_mut(&mut snapshot.config).proxy.node_port_ranges = vec!["198.18.0.0/15".parse().unwrap()];
+    assert_eq!(node_ips(&snapshot), ["198.18.0.1"]);
+    Arc::make_mut(&mut snapshot.config).proxy.node_port_ranges = vec!["0.0.0.0/0".parse().unwrap()];
+    assert_eq!(node_ips(&snapshot), ["192.0.2.1", "198.18.0.1", "203.0.113.1"]);
 }

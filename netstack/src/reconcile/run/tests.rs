@@ -47,6 +47,7 @@ fn snapshot(generation: u64) -> Option<Arc<Snapshot>> {
             cluster_dns: Vec::new(),
             cluster_domain: "cluster.local".to_owned(),
             wireguard_port: 51820,
+            proxy: weft_model::ProxyConfig::default(),
         }),
         facts: Arc::new(NodeFacts {
             name: NodeName::from("a"),

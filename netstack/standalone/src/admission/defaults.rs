@@ -58,6 +58,11 @@ fn service(object: &mut Value) {
             object::default(port, &["targetPort"], number);
         }
     });
+    each(object, &["status", "loadBalancer", "ingress"], |ingress| {
+        if !object::text(ingress, &["ip"]).is_empty() {
+            object::default(ingress, &["ipMode"], json!("VIP"));
+        }
+    });
     if kind != "ExternalName" {
         object::default(object, &["spec", "internalTrafficPolicy"], json!("Cluster"));
     }

@@ -43,6 +43,9 @@ pub(super) fn allocate(
     }
     allocation.node_ports(service);
     allocation.health_check_port(service);
+    if object::text(service, &["spec", "type"]) != "LoadBalancer" {
+        object::set(service, &["status"], json!({"loadBalancer": {}}));
+    }
     allocation.causes
 }
 

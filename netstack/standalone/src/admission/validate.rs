@@ -34,6 +34,11 @@ impl Causes {
         self.0.push(Cause { reason: "FieldValueDuplicate", message, field: field.into() });
     }
 
+    pub(super) fn forbidden(&mut self, field: impl Into<String>, message: &str) {
+        let message = format!("Forbidden: {message}");
+        self.0.push(Cause { reason: "FieldValueForbidden", message, field: field.into() });
+    }
+
     /// One of a closed set.
     pub(super) fn one_of(&mut self, field: String, value: &str, allowed: &[&str]) {
         if !allowed.contains(&value) {
@@ -258,6 +263,39 @@ mod tests {
         assert_eq!(
             fields("", "services", &service(base(wrong))),
             ["spec.ports[0].port", "spec.ports[0].protocol", "spec.ports[0].targetPort"]
+        );
+    }
+
+    #[test]
+    fn a_service_for_the_outside_names_what_a_load_balancer_cannot_have() {
+        let with = |kind: &str, more: Value, ingress: Value| {
+            let mut spec = json!({"type": kind, "sessionAffinity": "None", "ports": [{"port": 1, "protocol": "TCP", "targetPort": 1}]});
+            spec.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            let object = json!({"metadata": {"name": "a"}, "spec": spec, "status": {"loadBalancer": {"ingress": ingress}}});
+            fields("", "services", &object)
+        };
+        let ranges = json!({"loadBalancerSourceRanges": [" 10.0.0.0/8 "]});
+        assert_eq!(with("LoadBalancer", ranges.clone(), json!([])), [""; 0]);
+        assert_eq!(with("NodePort", ranges, json!([])), ["spec.loadBalancerSourceRanges"]);
+        let wrong = json!({"loadBalancerSourceRanges": ["10.0.0.0/99"], "trafficDistribution": "PreferFar"});
+        let named = with("LoadBalancer", wrong, json!([]));
+        assert_eq!(named, ["spec.trafficDistribution", "spec.loadBalancerSourceRanges[0]"]);
+        let timeout = |seconds: i64| json!({"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": seconds}}});
+        assert_eq!(with("ClusterIP", timeout(86_400), json!([])), [""; 0]);
+        assert_eq!(
+            with("ClusterIP", timeout(0), json!([])),
+            ["spec.sessionAffinityConfig.clientIP.timeoutSeconds"]
+        );
+        let stray = json!({"sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 5}}});
+        assert_eq!(with("ClusterIP", stray, json!([])), ["spec.sessionAffinityConfig"]);
+        let ingress = json!([{"ip": "198.51.100.1", "ipMode": "VIP"}, {"ip": "x", "ipMode": "Other"}, {"hostname": "h", "ipMode": "VIP"}]);
+        assert_eq!(
+            with("LoadBalancer", json!({}), ingress),
+            [
+                "status.loadBalancer.ingress[1].ip",
+                "status.loadBalancer.ingress[1].ipMode",
+                "status.loadBalancer.ingress[2].ipMode"
+            ]
         );
     }
 

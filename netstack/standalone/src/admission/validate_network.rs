@@ -77,14 +77,44 @@ pub(super) fn service(service: &Value, causes: &mut Causes) {
     for (index, text) in object::texts(service, &["spec", "externalIPs"]).iter().enumerate() {
         address(&format!("spec.externalIPs[{index}]"), text, causes);
     }
-    for (index, text) in object::texts(service, &["spec", "loadBalancerSourceRanges"]).iter().enumerate() {
+    affinity_timeout(service, causes);
+    let distribution = object::text(service, &["spec", "trafficDistribution"]);
+    if !distribution.is_empty() {
+        let all = &["PreferClose", "PreferSameNode", "PreferSameZone"];
+        causes.one_of("spec.trafficDistribution".to_owned(), distribution, all);
+    }
+    let source_ranges = object::texts(service, &["spec", "loadBalancerSourceRanges"]);
+    if kind != "LoadBalancer" && !source_ranges.is_empty() {
+        causes.forbidden("spec.loadBalancerSourceRanges", "may only be used when `type` is 'LoadBalancer'");
+    }
+    for (index, text) in source_ranges.iter().enumerate() {
         range(&format!("spec.loadBalancerSourceRanges[{index}]"), text.trim(), causes);
     }
     for (index, entry) in object::list(service, &["status", "loadBalancer", "ingress"]).iter().enumerate() {
-        let ip = object::text(entry, &["ip"]);
+        let field = format!("status.loadBalancer.ingress[{index}]");
+        let (ip, mode) = (object::text(entry, &["ip"]), object::text(entry, &["ipMode"]));
         if !ip.is_empty() {
-            address(&format!("status.loadBalancer.ingress[{index}].ip"), ip, causes);
+            address(&format!("{field}.ip"), ip, causes);
+            causes.one_of(format!("{field}.ipMode"), mode, &["Proxy", "VIP"]);
+        } else if !mode.is_empty() {
+            causes.forbidden(format!("{field}.ipMode"), "may not be specified when `ip` is not set");
         }
+    }
+}
+
+fn affinity_timeout(service: &Value, causes: &mut Causes) {
+    let timeout = object::at(service, &["spec", "sessionAffinityConfig", "clientIP", "timeoutSeconds"]);
+    let sticky = object::text(service, &["spec", "sessionAffinity"]) == "ClientIP";
+    match timeout.map(|it| it.as_i64().unwrap_or(0)) {
+        Some(_) if !sticky => {
+            causes.forbidden("spec.sessionAffinityConfig", "must not be set when session affinity is None");
+        }
+        Some(seconds) if !(1..=86_400).contains(&seconds) => causes.invalid(
+            "spec.sessionAffinityConfig.clientIP.timeoutSeconds",
+            seconds,
+            "must be greater than 0 and less than or equal to 86400",
+        ),
+        _ => {}
     }
 }
 

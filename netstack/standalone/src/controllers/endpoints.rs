@@ -157,7 +157,26 @@ fn endpoint(service: &Value, pod: &Value, address: &str, zone: Option<&str>) -> 
     if let Some(zone) = zone {
         endpoint["zone"] = json!(zone);
     }
+    if endpoint["conditions"]["ready"] == json!(true) {
+        object::put(&mut endpoint, &["hints"], hints(service, node, zone));
+    }
     endpoint
+}
+
+/// For whom a ready endpoint is the nearest, as `trafficDistribution` asks (KEP-4444, KEP-3015).
+fn hints(service: &Value, node: &str, zone: Option<&str>) -> Option<Value> {
+    let distribution = object::text(service, &["spec", "trafficDistribution"]);
+    if !matches!(distribution, "PreferClose" | "PreferSameZone" | "PreferSameNode") {
+        return None;
+    }
+    let mut hints = json!({});
+    if let Some(zone) = zone {
+        hints["forZones"] = json!([{"name": zone}]);
+    }
+    if distribution == "PreferSameNode" && !node.is_empty() {
+        hints["forNodes"] = json!([{"name": node}]);
+    }
+    (hints != json!({})).then_some(hints)
 }
 
 /// The ports of a Service as this pod has them: numbers as they are, names looked up in its containers.

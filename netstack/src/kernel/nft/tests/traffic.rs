@@ -176,3 +176,74 @@ fn a_family_s_rule_leaves_packets_of_the_other_family_alone() {
         }
     });
 }
+
+/// A table whose rules remember the endpoint of a client and Service, and of two endpoints offer only the one in `offered`.
+fn remembering(offered: &[&str], timeout_millis: u64) -> Table {
+    use KeyType::{Ipv4Address, Ipv6Address, L4Protocol, Port};
+    let mut table = table("weft-proxy");
+    let mut rules = Vec::new();
+    for (ipv6, address, data, from, to) in [
+        (false, Ipv4Address, SetData::Ipv4AddressAndPort, Field::Ip4Source, Field::Ip4Destination),
+        (true, Ipv6Address, SetData::Ipv6AddressAndPort, Field::Ip6Source, Field::Ip6Destination),
+    ] {
+        let map = if ipv6 { "affinity6" } else { "affinity4" };
+        let mut set = Set::new(vec![address, address, L4Protocol, Port], data);
+        set.timeout_millis = Some(10_800_000);
+        set.dynamic_size = Some(1000);
+        table.sets.insert(map.into(), set);
+        let key = vec![from, to, Field::L4Protocol, Field::DestinationPort];
+        for endpoint in offered.iter().map(|text| text.parse::<SocketAddr>().unwrap()) {
+            if endpoint.is_ipv6() == ipv6 {
+                let (address, port) = (endpoint.ip(), endpoint.port());
+                rules.push(Rule::new(vec![
+                    Statement::Match {
+                        field: Field::DestinationPort,
+                        negated: false,
+                        value: Datum::Port(80),
+                    },
+                    Statement::Update { map: map.into(), key: key.clone(), timeout_millis, address, port },
+                ]));
+            }
+        }
+        rules.push(Rule::new(vec![Statement::DnatMap { ipv6, key, map: map.into() }]));
+    }
+    table.chains.insert("output".into(), Chain { base: base(ChainKind::Nat, Hook::Output, -105), rules });
+    table
+}
+
+#[test]
+fn an_element_that_a_rule_made_keeps_its_data_until_its_time_is_over_and_nft_lists_it() {
+    in_namespace(|| {
+        run("ip link set lo up; ip addr add fd01::1/128 dev lo nodad; ip addr add fd01::2/128 dev lo nodad");
+        run("ip route add local 10.96.0.0/16 dev lo; ip route add local fd96::/64 dev lo");
+        await_addresses();
+        serve("127.1.0.1:8080", "one");
+        serve("127.1.0.2:8081", "two");
+        serve("[fd01::1]:8080", "one");
+        serve("[fd01::2]:8081", "two");
+        let mut owner = NftTable::new("weft-proxy");
+        let ask_both = || ["10.96.0.1:80", "[fd96::1]:80"].map(|vip| ask(vip).unwrap());
+        let first = remembering(&["127.1.0.1:8080", "[fd01::1]:8080"], 1500);
+        owner.apply(&first, Trust::Nothing).unwrap();
+        assert_eq!(ask_both(), ["one", "one"]);
+        settles(&mut owner, &first);
+        let second = remembering(&["127.1.0.2:8081", "[fd01::2]:8081"], 1500);
+        owner.apply(&second, Trust::Shadow).unwrap();
+        for _ in 0..4 {
+            std::thread::sleep(Duration::from_millis(500));
+            assert_eq!(ask_both(), ["one", "one"], "each connection begins the time anew");
+        }
+        shows("timeout 1s500ms : 127.1.0.2 . 8081 }");
+        shows("10.96.0.1 . tcp . 80 timeout 1s500ms expires");
+        shows("fd96::1 . tcp . 80 timeout 1s500ms expires");
+        settles(&mut NftTable::new("weft-proxy"), &second);
+        let elements = owner.elements("affinity6").unwrap();
+        let to = ElementData::AddressAndPort("fd01::1".parse().unwrap(), 8080);
+        assert!(matches!(&elements[..], [(key, data)] if key.len() == 4 && *data == to), "{elements:?}");
+        std::thread::sleep(Duration::from_millis(1700));
+        assert_eq!(ask_both(), ["two", "two"]);
+        let keys: Vec<_> = owner.elements("affinity6").unwrap().into_iter().map(|(key, _)| key).collect();
+        owner.remove("affinity6", &keys).unwrap();
+        assert_eq!(owner.elements("affinity6").unwrap(), []);
+    });
+}

@@ -165,3 +165,20 @@ fn a_single_stack_cluster_refuses_what_needs_two_families() {
         world.put("a", &json!({"ipFamilyPolicy": "PreferDualStack", "ports": [{"port": 1}]})).unwrap();
     assert_eq!(prefer["ipFamilies"], json!(["IPv4"]));
 }
+
+#[test]
+fn a_service_that_is_no_load_balancer_any_more_loses_its_addresses() {
+    let world = World::new();
+    let mut asked = json!({"type": "LoadBalancer", "ports": [{"port": 80}]});
+    world.put("a", &asked).unwrap();
+    asked["type"] = json!("ClusterIP");
+    let services = crate::resources::find("", "v1", "services").unwrap();
+    let mut object = json!({"metadata": {"name": "a", "namespace": "default"}, "spec": asked,
+        "status": {"loadBalancer": {"ingress": [{"ip": "198.51.100.1"}]}}});
+    let ambient = admission::Ambient { now: jiff::Timestamp::UNIX_EPOCH, random: 1 };
+    let view = crate::store::View::default();
+    admission::apply_defaults(services, &mut object);
+    assert_eq!(object["status"]["loadBalancer"]["ingress"][0]["ipMode"], "VIP");
+    admission::allocate(services, &mut object, None, &view, &world.policy, &ambient).unwrap();
+    assert_eq!(object["status"], json!({"loadBalancer": {}}));
+}
