@@ -174,6 +174,7 @@ impl<'a, R: Routes> Run<'a, R> {
                     true
                 }
                 Statement::CtState { states, negated } => states.contains(&CtState::New) != *negated,
+                Statement::TcpBegins { negated } => self.packet.protocol == Protocol::Tcp && !negated,
                 Statement::Counter => true,
                 Statement::VerdictMap { key, map } => match self.find(map, key) {
                     Some(ElementData::Verdict(verdict)) => return self.verdict(&verdict),
@@ -245,6 +246,7 @@ impl<'a, R: Routes> Run<'a, R> {
     fn matches(&self, field: Field, value: &Datum) -> bool {
         match (self.load(field), value) {
             (Some(Datum::Ip(ip)), Datum::Net(net)) => net.contains(&ip),
+            (Some(Datum::Port(port)), Datum::PortRange(first, last)) => (*first..=*last).contains(&port),
             (Some(Datum::Name(name)), Datum::NamePrefix(prefix)) => name.starts_with(prefix),
             (Some(loaded), value) => loaded == *value,
             (None, _) => false,

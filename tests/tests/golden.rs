@@ -26,7 +26,7 @@ fn snapshot(cluster: &Path) -> Result<Snapshot> {
         wireguard_port: 51820,
     };
     let name = NodeName::from("node-a");
-    let cluster = Cluster::from_documents(documents, &name);
+    let cluster = Cluster::from_documents(documents);
     let facts = NodeFacts { name, uplinks: vec![], wireguard_backend: WireguardBackend::Userspace };
     Ok(cluster.snapshot(Generation(1), Arc::new(config), Arc::new(facts)))
 }

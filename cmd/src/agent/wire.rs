@@ -10,6 +10,7 @@ use axum::Router;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 use weft_model::constants::{TABLE_CNI, WIREGUARD_OVERHEAD_BYTES};
+use weft_model::snapshot::Attachments;
 use weft_model::{NodeFacts, Snapshot};
 use weft_netstack::admin::{self, Admin, Counters, Read};
 use weft_netstack::cni::apply::PodLinksApplier;
@@ -18,7 +19,7 @@ use weft_netstack::cni::{self, Cni, PodMtu, Readiness, loopback};
 use weft_netstack::kernel::facts;
 use weft_netstack::kernel::netns::Rtnetlink;
 use weft_netstack::kernel::nft::NftTable;
-use weft_netstack::kube::{self, Access, ApiStatus, Identity, Publisher, Watches};
+use weft_netstack::kube::{self, Access, ApiStatus, Here, Identity, Publisher, Watches};
 use weft_netstack::overlay::{self, OverlayApplier, OverlayPlanner, tunnel};
 use weft_netstack::proxy::{ProxyApplier, ProxyPlanner};
 use weft_netstack::reconcile::{Applier, Loop, LoopHandle, Pace, Planner, TaskGroup, chain};
@@ -41,8 +42,10 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     tasks.start("facts", follow_facts);
 
     let initial = durable.as_deref().and_then(last_good);
+    let (attachments_tx, attachments) = watch::channel(cni::attachments(&leases.leases()?));
+    let here = Here { facts: facts_rx.clone(), attachments };
     let Watches { snapshots, status } =
-        kube::start(tasks, access.clone(), config.cluster.clone(), facts_rx.clone(), initial);
+        kube::start(tasks, access.clone(), config.cluster.clone(), here, initial);
 
     let identity = Identity {
         public_key: tunnel::public_key(private_key),
@@ -67,7 +70,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     loops.start("dns", dns.planner, dns.applier, Pace::default());
     loops.start("publish", identity, Publisher::new(access), Pace::default());
     let sources = Sources { snapshots: snapshots.clone(), api: status.clone(), overlay };
-    let cni = open_cni(snapshots.clone(), leases, sources.readiness()).await?;
+    let cni = open_cni(snapshots.clone(), leases, sources.readiness(), attachments_tx).await?;
     loops.start("cni", PodLinksPlanner, PodLinksApplier::new(cni.clone()), Pace::default());
     let handles = loops.handles;
 
@@ -148,13 +151,19 @@ fn obstacle_texts(sources: Sources, found: watch::Receiver<Configurations>) -> R
 }
 
 /// Leases are made true before the first request is served.
-async fn open_cni(snapshots: Snapshots, store: Arc<Store>, readiness: Readiness) -> anyhow::Result<Arc<Cni>> {
+async fn open_cni(
+    snapshots: Snapshots,
+    store: Arc<Store>,
+    readiness: Readiness,
+    attachments: watch::Sender<Attachments>,
+) -> anyhow::Result<Arc<Cni>> {
     let pod_mtu_bytes: PodMtu = Arc::new(|snapshot| {
         let own = snapshot.own_node().map(|node| node.primary_ips().collect::<Vec<_>>()).unwrap_or_default();
         snapshot.facts.underlay_mtu_bytes(&own) - WIREGUARD_OVERHEAD_BYTES
     });
     let source_guard = Box::new(NftTable::new(TABLE_CNI));
-    let inputs = cni::Inputs { snapshots, store, readiness, pod_mtu_bytes, source_guard };
+    let inputs =
+        cni::Inputs { snapshots, store, readiness, pod_mtu_bytes, source_guard, attachments, verdicts: None };
     let cni = Arc::new(Cni::open(inputs).context("open an rtnetlink socket")?);
     let outcome = cni.reconcile().await;
     for failure in &outcome.failed {

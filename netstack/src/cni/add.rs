@@ -31,11 +31,15 @@ impl Cni {
         let pod = netns.connect().map_err(AttachError::from)?;
         refuse_taken_name(&pod, &attachment, &request.netns).await?;
         let addresses = self.reserve(&attachment, request, &node)?;
-        match self.attach(&attachment, &netns, &pod, &addresses, &node).await {
+        let attached = match self.verdicts_are_in_place(&addresses).await {
+            Ok(()) => self.attach(&attachment, &netns, &pod, &addresses, &node).await.map_err(CniError::from),
+            refused => refused,
+        };
+        match attached {
             Ok(()) => Ok(result(&attachment, &request.netns, &addresses, &node)),
             Err(error) => {
                 self.undo(&attachment, &addresses).await;
-                Err(error.into())
+                Err(error)
             }
         }
     }
@@ -67,6 +71,7 @@ impl Cni {
         changes.extend(given.iter().map(|address| (*address, Some(lease(attachment, request)))));
         self.store.write_leases(&changes).map_err(failed)?;
         *cursors = moved;
+        self.tell_attachments(&cursors);
         Ok(given)
     }
 
@@ -101,11 +106,12 @@ impl Cni {
         self.remove_from_kernel(&attachment.link, addresses).await.unwrap_or_else(|error| {
             tracing::warn!(link = attachment.link, error = %error, "undo a failed ADD");
         });
-        let _one_at_a_time = locked(&self.ipam);
+        let one_at_a_time = locked(&self.ipam);
         let changes = addresses.iter().map(|address| (*address, None)).collect();
         if let Err(error) = self.store.write_leases(&changes) {
             tracing::warn!(link = attachment.link, error = %chain(&error), "undo the lease of a failed ADD");
         }
+        self.tell_attachments(&one_at_a_time);
     }
 }
 

@@ -102,6 +102,7 @@ impl Cni {
         if let Err(error) = self.store.write_leases(&changes) {
             done.failed.push(chain(&error));
         }
+        self.tell_attachments(&locked(&self.ipam));
     }
 
     async fn remove_orphan(&self, link: &str, done: &mut Reconciled) {

@@ -53,7 +53,9 @@ fn snapshot(from_store: bool) -> Snapshot {
         namespaces: Arc::default(),
         services: Arc::default(),
         endpoint_slices: Arc::default(),
-        local_pods: Arc::default(),
+        pods: Arc::default(),
+        policies: Arc::default(),
+        attachments: Arc::default(),
         problems: Arc::default(),
         from_store,
     }

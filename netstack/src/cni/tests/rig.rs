@@ -12,7 +12,7 @@ use weft_model::node_facts::{NodeFacts, WireguardBackend};
 use weft_model::objects::Node;
 use weft_model::{ClusterConfig, Generation, NodeName, Snapshot};
 
-use crate::cni::{Attachment, Cni, Inputs, plugin, server};
+use crate::cni::{Attachment, Cni, Inputs, attachments, plugin, server};
 use crate::kernel::nft::NftTable;
 use crate::kernel::testing::NamedNetns;
 use crate::store::tests::open_when_free;
@@ -73,6 +73,8 @@ impl Rig {
             }),
             pod_mtu_bytes: Arc::new(|_| 1420),
             source_guard: Box::new(NftTable::new(TABLE_CNI)),
+            attachments: watch::channel(attachments(&store.leases().unwrap())).0,
+            verdicts: None,
         };
         let cni = Arc::new(Cni::open(inputs).unwrap());
         let reconciled = cni.reconcile().await;
@@ -116,7 +118,9 @@ pub(in crate::cni) fn snapshot(pod_cidrs: &[&str]) -> Snapshot {
         namespaces: Arc::default(),
         services: Arc::default(),
         endpoint_slices: Arc::default(),
-        local_pods: Arc::default(),
+        pods: Arc::default(),
+        policies: Arc::default(),
+        attachments: Arc::default(),
         problems: Arc::default(),
         from_store: false,
     }

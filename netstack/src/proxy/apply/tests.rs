@@ -211,7 +211,7 @@ impl Rig {
             wireguard_port: 51820,
         };
         let name = NodeName::from("node-a");
-        let cluster = Cluster::from_documents([node].into_iter().chain(objects), &name);
+        let cluster = Cluster::from_documents([node].into_iter().chain(objects));
         let facts = NodeFacts { name, uplinks: vec![], wireguard_backend: WireguardBackend::Userspace };
         let snapshot = cluster.snapshot(Generation(1), Arc::new(config), Arc::new(facts));
         assert_eq!(*snapshot.problems, vec![]);
