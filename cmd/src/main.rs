@@ -8,6 +8,7 @@ mod install;
 mod lab;
 mod log;
 mod manifests;
+mod policy;
 mod server;
 mod status;
 mod tunnel;
@@ -49,6 +50,8 @@ enum Command {
     Lab(lab::LabArgs),
     /// Show what this node's agent does
     Status(status::StatusArgs),
+    /// Explain what network policies decide
+    Policy(policy::PolicyArgs),
     /// Remove every rule, link, route and file of Weft from this node
     Cleanup(cleanup::CleanupArgs),
 }
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
         Command::Server(args) => on_runtime(server::run(args)),
         Command::Lab(args) => lab::run(args),
         Command::Status(args) => status::run(&args),
+        Command::Policy(args) => policy::run(&args),
         Command::Cleanup(args) => on_runtime(cleanup::run(args)),
         Command::Manifests(args) => manifests::run(*args),
         Command::Install(args) => install::run(*args),

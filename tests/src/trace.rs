@@ -276,9 +276,15 @@ impl<'a, R: Routes> Run<'a, R> {
         let set: &Set = self.table.sets.get(set).unwrap_or_else(|| panic!("no set {set}"));
         assert_eq!(set.key.len(), key.len(), "key of another shape");
         let key: Vec<Datum> = key.iter().map(|field| self.load(*field)).collect::<Option<_>>()?;
-        let mut found = set.groups.values().filter_map(|group| group.get(&key));
+        let holds = |element: &[Datum]| match (element, key.as_slice()) {
+            ([Datum::Net(net)], [Datum::Ip(address)]) => net.contains(address),
+            _ => false,
+        };
+        let intervals = set.elements().filter(|(element, _)| set.interval && holds(element));
+        let mut found =
+            set.groups.values().filter_map(|group| group.get(&key)).chain(intervals.map(|(_, data)| data));
         let first = found.next().cloned();
-        assert!(found.next().is_none(), "{key:?} stands in two groups");
+        assert!(found.next().is_none(), "{key:?} stands in two groups or intervals");
         first
     }
 }

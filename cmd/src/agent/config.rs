@@ -59,11 +59,20 @@ pub(crate) struct AgentArgs {
     /// Private key and last good snapshot; must survive a reboot
     #[arg(long, default_value = "/var/lib/weft")]
     pub(crate) state_dir: PathBuf,
+    /// Whether NetworkPolicies are enforced; off takes every rule away
+    #[arg(long, value_enum, default_value = "on")]
+    network_policy: Switch,
     /// Where /metrics, /healthz and /readyz are served
     #[arg(long, default_value = "127.0.0.1:9470")]
     pub(crate) observe_address: SocketAddr,
     #[command(flatten)]
     pub(crate) log: LogArgs,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Switch {
+    On,
+    Off,
 }
 
 pub(crate) struct Config {
@@ -76,6 +85,7 @@ pub(crate) struct Config {
     pub(crate) run_dir: PathBuf,
     pub(crate) state_dir: PathBuf,
     pub(crate) observe_address: SocketAddr,
+    pub(crate) network_policy: bool,
 }
 
 impl AgentArgs {
@@ -92,6 +102,7 @@ impl AgentArgs {
             run_dir: self.run_dir,
             state_dir: self.state_dir,
             observe_address: self.observe_address,
+            network_policy: self.network_policy == Switch::On,
         })
     }
 

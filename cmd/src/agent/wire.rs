@@ -11,7 +11,7 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 use weft_model::constants::{TABLE_CNI, WIREGUARD_OVERHEAD_BYTES};
 use weft_model::snapshot::Attachments;
-use weft_model::{NodeFacts, Snapshot};
+use weft_model::{NodeFacts, Report, Snapshot};
 use weft_netstack::admin::{self, Admin, Counters, Read};
 use weft_netstack::cni::apply::PodLinksApplier;
 use weft_netstack::cni::plan::PodLinksPlanner;
@@ -21,6 +21,7 @@ use weft_netstack::kernel::netns::Rtnetlink;
 use weft_netstack::kernel::nft::NftTable;
 use weft_netstack::kube::{self, Access, ApiStatus, Here, Identity, Publisher, Watches};
 use weft_netstack::overlay::{self, OverlayApplier, OverlayPlanner, tunnel};
+use weft_netstack::policy::{self, PolicyApplier, PolicyPlanner};
 use weft_netstack::proxy::{ProxyApplier, ProxyPlanner};
 use weft_netstack::reconcile::{Applier, Loop, LoopHandle, Pace, Planner, TaskGroup, chain};
 use weft_netstack::store::{Opened, SnapshotRead, Store, StoreError, key};
@@ -69,8 +70,11 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     loops.start("proxy", ProxyPlanner::default(), ProxyApplier::new(), Pace::default());
     loops.start("dns", dns.planner, dns.applier, Pace::default());
     loops.start("publish", identity, Publisher::new(access), Pace::default());
-    let sources = Sources { snapshots: snapshots.clone(), api: status.clone(), overlay };
-    let cni = open_cni(snapshots.clone(), leases, sources.readiness(), attachments_tx).await?;
+    let policy = start_policy(&mut loops, config.network_policy, impatient)?;
+    let sources =
+        Sources { snapshots: snapshots.clone(), api: status.clone(), overlay, policy: policy.clone() };
+    let told = Told { attachments: attachments_tx, verdicts: policy.map(|policy| policy.reports()) };
+    let cni = open_cni(snapshots.clone(), leases, sources.readiness(), told).await?;
     loops.start("cni", PodLinksPlanner, PodLinksApplier::new(cni.clone()), Pace::default());
     let handles = loops.handles;
 
@@ -80,10 +84,18 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let mut admin = admin(config, handles, snapshots.clone(), status, facts_rx, dns.stats, obstacles);
     admin.parts.push(("observe", Box::new(move || observe_outcome.borrow().clone().into())));
     let others = found.clone();
+    if !config.network_policy {
+        admin.parts.push((
+            "policy",
+            Box::new(|| "off (--network-policy off): every NetworkPolicy is ignored".into()),
+        ));
+    }
     admin.parts.push(("cni", Box::new(move || others.borrow().note.clone().into())));
     let admin = Arc::new(admin);
     let socket = config.run_dir.join("agent.sock");
-    serve_unix(tasks, &socket, cni::server::router(cni).merge(admin::status_router(admin.clone())))?;
+    let explain = policy::explain::router(snapshots.clone());
+    let router = cni::server::router(cni).merge(admin::status_router(admin.clone())).merge(explain);
+    serve_unix(tasks, &socket, router)?;
     tasks.start("observe", serve_tcp(config.observe_address, admin::observe_router(admin), observed));
 
     install_plugin(&config.cni_bin_dir)?;
@@ -150,20 +162,36 @@ fn obstacle_texts(sources: Sources, found: watch::Receiver<Configurations>) -> R
     })
 }
 
+/// Switched off, it leaves nothing behind of an agent that had it on.
+fn start_policy(loops: &mut Loops<'_>, on: bool, pace: Pace) -> anyhow::Result<Option<LoopHandle>> {
+    if on {
+        return Ok(Some(loops.start("policy", PolicyPlanner::default(), PolicyApplier::new(), pace)));
+    }
+    policy::remove().context("remove the rules of network policies")?;
+    Ok(None)
+}
+
+/// How CNI and the policies hear of each other: addresses given one way, verdicts in the kernel the other.
+struct Told {
+    attachments: watch::Sender<Attachments>,
+    verdicts: Option<watch::Receiver<Report>>,
+}
+
 /// Leases are made true before the first request is served.
 async fn open_cni(
     snapshots: Snapshots,
     store: Arc<Store>,
     readiness: Readiness,
-    attachments: watch::Sender<Attachments>,
+    told: Told,
 ) -> anyhow::Result<Arc<Cni>> {
     let pod_mtu_bytes: PodMtu = Arc::new(|snapshot| {
         let own = snapshot.own_node().map(|node| node.primary_ips().collect::<Vec<_>>()).unwrap_or_default();
         snapshot.facts.underlay_mtu_bytes(&own) - WIREGUARD_OVERHEAD_BYTES
     });
     let source_guard = Box::new(NftTable::new(TABLE_CNI));
+    let Told { attachments, verdicts } = told;
     let inputs =
-        cni::Inputs { snapshots, store, readiness, pod_mtu_bytes, source_guard, attachments, verdicts: None };
+        cni::Inputs { snapshots, store, readiness, pod_mtu_bytes, source_guard, attachments, verdicts };
     let cni = Arc::new(Cni::open(inputs).context("open an rtnetlink socket")?);
     let outcome = cni.reconcile().await;
     for failure in &outcome.failed {
