@@ -16,6 +16,7 @@ mod identity;
 mod install;
 mod load;
 mod pods;
+mod policy;
 mod refusals;
 mod services;
 
@@ -36,10 +37,11 @@ const fn case(says: &'static str, check: fn(&Cluster) -> anyhow::Result<()>) -> 
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
-    let areas: [(&str, &[Case]); 7] = [
+    let areas: [(&str, &[Case]); 8] = [
         ("pods", pods::CASES),
         ("services", services::CASES),
         ("dns", dns::CASES),
+        ("policy", policy::CASES),
         ("identity", identity::CASES),
         ("disruption", disruption::CASES),
         ("refusals", refusals::CASES),
