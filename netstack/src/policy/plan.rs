@@ -255,7 +255,7 @@ fn group(address: IpAddr) -> String {
 fn replace_elements(groups: &mut BTreeMap<String, Arc<Elements>>, address: IpAddr, mut elements: Elements) {
     let name = group(address);
     let of_address = |key: &Vec<Datum>| key.first() == Some(&Datum::Ip(address));
-    let known = groups.get(&name).map(|group| {
+    let known: Option<Elements> = groups.get(&name).map(|group| {
         let from = vec![Datum::Ip(address)];
         group
             .range(from..)
@@ -263,7 +263,7 @@ fn replace_elements(groups: &mut BTreeMap<String, Arc<Elements>>, address: IpAdd
             .map(|(k, d)| (k.clone(), d.clone()))
             .collect()
     });
-    if known.unwrap_or_else(Elements::new) == elements {
+    if known.unwrap_or_default() == elements {
         return;
     }
     let group = Arc::make_mut(groups.entry(name.clone()).or_default());

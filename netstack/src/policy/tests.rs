@@ -640,3 +640,98 @@ fn a_policy_of_a_namespace_that_is_gone_is_named_and_harms_nobody() {
     );
     assert!(planned.plan.judge.allows("10.244.2.5".parse().unwrap(), "10.244.1.6".parse().unwrap(), 6, 80));
 }
+
+/// 1,000 policies in 50 namespaces, 5,000 pods, 110 of them here: a change costs its own elements. Prints what it took; the
+/// limits are those of an unoptimised build on a busy machine.
+#[test]
+fn a_change_in_a_big_cluster_costs_milliseconds() {
+    in_node(|rig| {
+        let mut cluster = Cluster::from_documents(big_cluster());
+        let attachments = || {
+            let attached = (0..110).map(|i| {
+                let pod = AttachedPod { pod: Some(big_key(i)), uid: String::new() };
+                (big_address(i).parse().unwrap(), Arc::new(pod))
+            });
+            Arc::new(attached.collect())
+        };
+        let of = |cluster: &Cluster| {
+            let empty = snapshot(vec![]);
+            let taken = cluster.snapshot(Generation(1), empty.config, empty.facts);
+            Snapshot { attachments: attachments(), ..taken }
+        };
+        let mut step = |what: &str, cluster: &Cluster, rig: &mut Rig| {
+            let snapshot = of(cluster);
+            let started_at = std::time::Instant::now();
+            let planned = rig.planner.plan(&snapshot);
+            let planned_in = started_at.elapsed();
+            let applied = rig.runtime.block_on(rig.applier.apply(&planned.plan, Trust::Shadow));
+            let all_in = started_at.elapsed();
+            assert_eq!(applied.failed, Vec::<String>::new());
+            println!(
+                "{what}: planned in {planned_in:?}, with the kernel {all_in:?}, {} changes",
+                applied.changed.len()
+            );
+            (all_in, applied.changed.len())
+        };
+        step("everything", &cluster, rig);
+        let apply = |cluster: &mut Cluster, kind, document| {
+            cluster.apply(kind, kube::runtime::watcher::Event::Apply(crate::kube::Document::new(document)))
+        };
+        let limit = Duration::from_millis(500);
+        apply(&mut cluster, crate::kube::Kind::Pod, big_pod(5000, "a1"));
+        let (took, changes) = step("one pod added", &cluster, rig);
+        assert!(took < limit && (1..60).contains(&changes), "{took:?}, {changes} changes");
+        apply(&mut cluster, crate::kube::Kind::Pod, big_pod(4999, "a2"));
+        let (took, changes) = step("one label changed", &cluster, rig);
+        assert!(took < limit && (1..60).contains(&changes), "{took:?}, {changes} changes");
+        apply(&mut cluster, crate::kube::Kind::NetworkPolicy, big_policy(1000));
+        let (took, changes) = step("one policy added", &cluster, rig);
+        assert!(took < limit && changes > 0, "{took:?}, {changes} changes");
+        assert_eq!(step("nothing", &cluster, rig).1, 0);
+    });
+}
+
+fn big_key(i: usize) -> PodKey {
+    PodKey::new(format!("ns{}", i % 50), format!("pod{i}"))
+}
+
+fn big_address(i: usize) -> String {
+    // The first 110 are of this node's range.
+    if i < 110 { format!("10.244.1.{}", i + 2) } else { format!("10.244.{}.{}", 2 + i / 200, 2 + i % 200) }
+}
+
+fn big_pod(i: usize, app: &str) -> Value {
+    let key = big_key(i);
+    json!({
+        "kind": "Pod", "metadata": {"namespace": key.namespace, "name": key.name, "labels": {"app": app, "pod-template-hash": "5d9f8c7b6"}},
+        "spec": {"containers": [{"ports": [{"name": "web", "containerPort": 8080}]}]}, "status": {"podIPs": [{"ip": big_address(i)}]},
+    })
+}
+
+fn big_policy(i: usize) -> Value {
+    let labels = |app: usize| json!({"matchLabels": {"app": format!("a{app}")}});
+    let other = json!({"matchLabels": {"kubernetes.io/metadata.name": format!("ns{}", (i + 1) % 50)}});
+    json!({
+        "kind": "NetworkPolicy", "metadata": {"namespace": format!("ns{}", i % 50), "name": format!("p{i}")},
+        "spec": {
+            "podSelector": labels(i / 50 % 10),
+            "policyTypes": ["Ingress", "Egress"],
+            "ingress": [{"from": [{"podSelector": labels((i + 1) % 10)}, {"namespaceSelector": other}], "ports": [{"port": "web"}]}],
+            "egress": [{"to": [{"podSelector": labels((i + 2) % 10), "namespaceSelector": {}}], "ports": [{"port": 8080}]}],
+        },
+    })
+}
+
+fn big_cluster() -> Vec<Value> {
+    let namespaces = (0..50).map(|i| {
+        let name = format!("ns{i}");
+        json!({"kind": "Namespace", "metadata": {"name": name, "labels": {"kubernetes.io/metadata.name": name}}})
+    });
+    let node = json!({
+        "kind": "Node", "metadata": {"name": "node-a"}, "spec": {"podCIDRs": ["10.244.1.0/24"]},
+        "status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.1"}]},
+    });
+    let pods = (0..5000).map(|i| big_pod(i, &format!("a{}", i / 50 % 10)));
+    let policies = (0..1000).map(big_policy);
+    std::iter::once(node).chain(namespaces).chain(pods).chain(policies).collect()
+}
