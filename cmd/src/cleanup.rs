@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
 use clap::Args;
-use weft_model::constants::TABLE_PROXY;
+use weft_model::constants::{TABLE_POLICY, TABLE_PROXY};
 use weft_netstack::cni::{self, conflist, loopback};
 use weft_netstack::kernel::netns::Rtnetlink;
 use weft_netstack::kernel::nft::NftTable;
@@ -90,6 +90,7 @@ async fn remove(args: &CleanupArgs) -> anyhow::Result<Outcome> {
     outcome.removed.extend(pods.changed);
     outcome.failed.extend(pods.failed);
     outcome.note("nft table weft-proxy", NftTable::delete(TABLE_PROXY));
+    outcome.note("nft table weft-policy", NftTable::delete(TABLE_POLICY));
     let overlay = overlay::cleanup(netlink.handle.clone(), &args.run_dir).await;
     outcome.removed.extend(overlay.changed);
     outcome.failed.extend(overlay.failed);

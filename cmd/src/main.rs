@@ -9,6 +9,7 @@ mod ipam;
 mod lab;
 mod log;
 mod manifests;
+mod policy;
 mod server;
 mod status;
 mod tunnel;
@@ -52,6 +53,8 @@ enum Command {
     Status(status::StatusArgs),
     /// Show which pod of this node has which address
     Ipam(ipam::IpamArgs),
+    /// Explain what network policies decide
+    Policy(policy::PolicyArgs),
     /// Remove every rule, link, route and file of Weft from this node
     Cleanup(cleanup::CleanupArgs),
 }
@@ -73,6 +76,7 @@ fn main() -> ExitCode {
         Command::Lab(args) => lab::run(args),
         Command::Status(args) => status::run(&args),
         Command::Ipam(args) => ipam::run(&args),
+        Command::Policy(args) => policy::run(&args),
         Command::Cleanup(args) => on_runtime(cleanup::run(args)),
         Command::Manifests(args) => manifests::run(*args),
         Command::Install(args) => install::run(*args),

@@ -51,17 +51,25 @@ pub(crate) fn ask(run_dir: &Path, path: &str) -> anyhow::Result<String> {
     })
 }
 
-/// Body of `GET path` over a Unix socket; HTTP/1.0, so the answer ends with the connection.
-fn fetch(socket: &Path, path: &str) -> anyhow::Result<String> {
+/// Body of `GET path` over a Unix socket; HTTP/1.0, so the answer ends with the connection. What the agent refuses is an error.
+pub(crate) fn fetch(socket: &Path, path: &str) -> anyhow::Result<String> {
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     write!(stream, "GET {path} HTTP/1.0\r\nHost: weft\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     let (head, body) = answer.split_once("\r\n\r\n").context("not an HTTP answer")?;
-    anyhow::ensure!(head.split(' ').nth(1) == Some("200"), "{}", head.lines().next().unwrap_or_default());
-    Ok(body.to_owned())
+    match head.split(' ').nth(1) {
+        Some("200") => Ok(body.to_owned()),
+        Some("422") => Err(Refused(body.to_owned()).into()),
+        _ => anyhow::bail!("{}", head.lines().next().unwrap_or_default()),
+    }
 }
+
+/// The agent's own sentence about what it was asked.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Refused(String);
 
 pub(crate) fn text(status: &Status) -> String {
     let mut lines = vec![
@@ -91,6 +99,9 @@ pub(crate) fn text(status: &Status) -> String {
     );
     let health = status.parts.get("proxy health").and_then(|part| part.as_str());
     lines.extend(health.map(|text| format!("proxy health: {text}")));
+    lines.extend(
+        status.parts.get("policy").and_then(|part| part.as_str()).map(|text| format!("policy: {text}")),
+    );
     lines.extend(status.parts.get("cni").and_then(|part| part.as_str()).map(|text| format!("cni: {text}")));
     lines.extend(status.parts.get("peers").map(peers));
     lines.join("\n") + "\n"

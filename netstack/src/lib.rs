@@ -1,7 +1,7 @@
 //! The node: watches, Snapshot, loops, appliers and the kernel edge. See ARCHITECTURE.md for the picture.
 //!
 //! ```text
-//!  kube -> Snapshot -> overlay / proxy planners -> reconcile::Loop -> kernel (netlink)
+//!  kube -> Snapshot -> overlay / proxy / policy planners -> reconcile::Loop -> kernel (netlink)
 //!  cni  (request/response) -> store (leases) -> kernel
 //!  Report of every loop -> admin (status, health, metrics)
 //! ```
@@ -11,6 +11,7 @@ pub mod cni;
 pub mod kernel;
 pub mod kube;
 pub mod overlay;
+pub mod policy;
 pub mod proxy;
 pub mod reconcile;
 pub mod store;

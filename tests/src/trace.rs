@@ -182,6 +182,7 @@ impl<'a, R: Routes> Run<'a, R> {
                     true
                 }
                 Statement::CtState { states, negated } => states.contains(&CtState::New) != *negated,
+                Statement::TcpBegins { negated } => self.packet.protocol == Protocol::Tcp && !negated,
                 Statement::Counter => true,
                 Statement::VerdictMap { key, map } => match self.find(map, key) {
                     Some(ElementData::Verdict(verdict)) => return self.verdict(&verdict),
@@ -272,6 +273,7 @@ impl<'a, R: Routes> Run<'a, R> {
     fn matches(&self, field: Field, value: &Datum) -> bool {
         match (self.load(field), value) {
             (Some(Datum::Ip(ip)), Datum::Net(net)) => net.contains(&ip),
+            (Some(Datum::Port(port)), Datum::PortRange(first, last)) => (*first..=*last).contains(&port),
             (Some(Datum::Name(name)), Datum::NamePrefix(prefix)) => name.starts_with(prefix),
             (Some(loaded), value) => loaded == *value,
             (None, _) => false,
@@ -308,13 +310,15 @@ impl<'a, R: Routes> Run<'a, R> {
         if set.dynamic_size.is_some() {
             return self.memory.get(&(name.to_owned(), key)).cloned();
         }
-        if set.interval {
-            let holds = |element: &[Datum]| matches!((element, &key[..]), ([Datum::Net(net)], [Datum::Ip(ip)]) if net.contains(ip));
-            return set.elements().find(|(element, _)| holds(element)).map(|(_, data)| data.clone());
-        }
-        let mut found = set.groups.values().filter_map(|group| group.get(&key));
+        let holds = |element: &[Datum]| match (element, key.as_slice()) {
+            ([Datum::Net(net)], [Datum::Ip(address)]) => net.contains(address),
+            _ => false,
+        };
+        let intervals = set.elements().filter(|(element, _)| set.interval && holds(element));
+        let mut found =
+            set.groups.values().filter_map(|group| group.get(&key)).chain(intervals.map(|(_, data)| data));
         let first = found.next().cloned();
-        assert!(found.next().is_none(), "{key:?} stands in two groups");
+        assert!(found.next().is_none(), "{key:?} stands in two groups or intervals");
         first
     }
 }

@@ -30,7 +30,7 @@ fn snapshot(cluster: &Path) -> Result<Snapshot> {
         },
     };
     let name = NodeName::from("node-a");
-    let cluster = Cluster::from_documents(documents, &name);
+    let cluster = Cluster::from_documents(documents);
     let facts = NodeFacts {
         name,
         uplinks: vec![],

@@ -49,6 +49,7 @@ fn used() -> Access {
         ("", "services"),
         ("", "pods"),
         ("discovery.k8s.io", "endpointslices"),
+        ("networking.k8s.io", "networkpolicies"),
     ];
     let mut access: Access = watched
         .into_iter()

@@ -138,7 +138,9 @@ fn snapshot(services: &[Service], slices: &[EndpointSlice]) -> Snapshot {
         namespaces: Arc::default(),
         services: Arc::new(services.iter().map(|s| (s.key.clone(), Arc::new(s.clone()))).collect()),
         endpoint_slices: Arc::new(slices.iter().map(|s| (s.key.clone(), Arc::new(s.clone()))).collect()),
-        local_pods: Arc::default(),
+        pods: Arc::default(),
+        policies: Arc::default(),
+        attachments: Arc::default(),
         problems: Arc::default(),
         from_store: false,
     }

@@ -68,6 +68,9 @@ pub(crate) struct AgentArgs {
     /// Private key and last good snapshot; must survive a reboot
     #[arg(long, default_value = "/var/lib/weft")]
     pub(crate) state_dir: PathBuf,
+    /// Whether NetworkPolicies are enforced; off takes every rule away
+    #[arg(long, value_enum, default_value = "on")]
+    network_policy: Switch,
     /// Where /metrics, /healthz and /readyz are served
     #[arg(long, default_value = "127.0.0.1:9470")]
     pub(crate) observe_address: SocketAddr,
@@ -76,6 +79,12 @@ pub(crate) struct AgentArgs {
     proxy_health_address: SocketAddr,
     #[command(flatten)]
     pub(crate) log: LogArgs,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Switch {
+    On,
+    Off,
 }
 
 pub(crate) struct Config {
@@ -90,6 +99,7 @@ pub(crate) struct Config {
     pub(crate) state_dir: PathBuf,
     pub(crate) observe_address: SocketAddr,
     pub(crate) proxy_health_address: SocketAddr,
+    pub(crate) network_policy: bool,
 }
 
 impl AgentArgs {
@@ -108,6 +118,7 @@ impl AgentArgs {
             state_dir: self.state_dir,
             observe_address: self.observe_address,
             proxy_health_address: self.proxy_health_address,
+            network_policy: self.network_policy == Switch::On,
         })
     }
 

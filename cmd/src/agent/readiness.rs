@@ -1,5 +1,5 @@
 //! Why pods cannot come to this node, and why the node does not call itself ready. In: Snapshot, the API server's state, the
-//! overlay's report. Out: obstacles, a sentence each. Pure, but for the task that tells the log.
+//! reports of overlay and policy. Out: obstacles, a sentence each. Pure, but for the task that tells the log.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -40,6 +40,8 @@ pub(super) struct Sources {
     pub(super) snapshots: Snapshots,
     pub(super) api: watch::Receiver<ApiStatus>,
     pub(super) overlay: LoopHandle,
+    /// `None` where policies are switched off.
+    pub(super) policy: Option<LoopHandle>,
 }
 
 impl Sources {
@@ -64,7 +66,10 @@ impl Sources {
     }
 
     fn obstacles_to(&self, snapshot: Option<&Snapshot>) -> Vec<Obstacle> {
-        obstacles(snapshot, &self.api.borrow(), &self.overlay.report())
+        let mut found = obstacles(snapshot, &self.api.borrow(), &self.overlay.report());
+        let policy = self.policy.as_ref().filter(|_| snapshot.is_some());
+        found.extend(policy.and_then(|policy| policy_obstacle(&policy.report())));
+        found
     }
 }
 
@@ -100,6 +105,16 @@ fn overlay_obstacle(report: &Report) -> Option<String> {
         Health::Failing => Some(format!("the overlay is not in place: {}", report.failures.join("; "))),
         Health::Ok => None,
     }
+}
+
+/// A node that cannot enforce policies is no place for pods that rely on them.
+fn policy_obstacle(report: &Report) -> Option<Obstacle> {
+    let sentence = match report.health() {
+        Health::Starting => "network policies are not programmed yet".to_owned(),
+        Health::Failing => format!("network policies are not in place: {}", report.failures.join("; ")),
+        Health::Ok => return None,
+    };
+    Some(Obstacle { sentence, kind: Kind::Passing })
 }
 
 /// How often the obstacles are compared with what the log knows.

@@ -11,7 +11,8 @@ use axum::Router;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 use weft_model::constants::WIREGUARD_OVERHEAD_BYTES;
-use weft_model::{NodeFacts, Snapshot};
+use weft_model::snapshot::Attachments;
+use weft_model::{NodeFacts, Report, Snapshot};
 use weft_netstack::admin::{self, Admin, Counters, Read};
 use weft_netstack::cni::apply::PodLinksApplier;
 use weft_netstack::cni::plan::PodLinksPlanner;
@@ -20,8 +21,9 @@ use weft_netstack::kernel::facts;
 use weft_netstack::kernel::netns::Rtnetlink;
 use weft_netstack::kernel::nft::Commits;
 use weft_netstack::kernel::route::losses;
-use weft_netstack::kube::{self, Access, ApiStatus, Identity, Publisher, Watches};
+use weft_netstack::kube::{self, Access, ApiStatus, Here, Identity, Publisher, Watches};
 use weft_netstack::overlay::{self, OverlayApplier, OverlayPlanner, tunnel};
+use weft_netstack::policy::{self, PolicyApplier, PolicyPlanner};
 use weft_netstack::proxy::{ProxyApplier, ProxyHealth, ProxyPlanner};
 use weft_netstack::reconcile::{
     Applier, Loop, LoopHandle, Pace, Planner, TaskGroup, Watchfulness, chain, vigil,
@@ -45,8 +47,10 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     tasks.start("facts", follow_facts);
 
     let initial = durable.as_deref().and_then(last_good);
+    let (attachments_tx, attachments) = watch::channel(cni::attachments(&leases.leases()?));
+    let here = Here { facts: facts_rx.clone(), attachments };
     let Watches { snapshots, status } =
-        kube::start(tasks, access.clone(), config.cluster.clone(), facts_rx.clone(), initial);
+        kube::start(tasks, access.clone(), config.cluster.clone(), here, initial);
 
     let identity = Identity {
         public_key: tunnel::public_key(private_key),
@@ -73,8 +77,15 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     loops.start("proxy", ProxyPlanner::default(), proxy, Pace::default());
     loops.start("dns", dns.planner, dns.applier, Pace::default());
     loops.start("publish", identity, Publisher::new(access), Pace::default());
-    let sources = Sources { snapshots: snapshots.clone(), api: status.clone(), overlay: overlay.clone() };
-    let cni = open_cni(snapshots.clone(), leases, sources.readiness()).await?;
+    let policy = start_policy(&mut loops, config.network_policy, impatient)?;
+    let sources = Sources {
+        snapshots: snapshots.clone(),
+        api: status.clone(),
+        overlay: overlay.clone(),
+        policy: policy.clone(),
+    };
+    let told = Told { attachments: attachments_tx, verdicts: policy.map(|policy| policy.reports()) };
+    let cni = open_cni(snapshots.clone(), leases, sources.readiness(), told).await?;
     let pod_links = loops.start("cni", PodLinksPlanner, PodLinksApplier::new(cni.clone()), Pace::default());
     let handles = loops.handles;
     watch_others(tasks, &handles, [overlay, pod_links])?;
@@ -87,10 +98,18 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     admin.parts.push(("observe", Box::new(move || observe_outcome.borrow().clone().into())));
     admin.parts.push(("proxy health", Box::new(move || health_outcome.borrow().clone().into())));
     let others = found.clone();
+    if !config.network_policy {
+        admin.parts.push((
+            "policy",
+            Box::new(|| "off (--network-policy off): every NetworkPolicy is ignored".into()),
+        ));
+    }
     admin.parts.push(("cni", Box::new(move || others.borrow().note.clone().into())));
     let admin = Arc::new(admin);
     let socket = config.run_dir.join("agent.sock");
-    serve_unix(tasks, &socket, cni::server::router(cni).merge(admin::status_router(admin.clone())))?;
+    let explain = policy::explain::router(snapshots.clone());
+    let router = cni::server::router(cni).merge(admin::status_router(admin.clone())).merge(explain);
+    serve_unix(tasks, &socket, router)?;
     tasks.start("observe", serve_observed(config.observe_address, admin::observe_router(admin), observed));
     tasks.start("proxy-health", serve_proxy_health(config.proxy_health_address, proxy_health, health_tx));
 
@@ -173,13 +192,34 @@ fn obstacle_texts(sources: Sources, found: watch::Receiver<Configurations>) -> R
     })
 }
 
+/// Switched off, it leaves nothing behind of an agent that had it on.
+fn start_policy(loops: &mut Loops<'_>, on: bool, pace: Pace) -> anyhow::Result<Option<LoopHandle>> {
+    if on {
+        return Ok(Some(loops.start("policy", PolicyPlanner::default(), PolicyApplier::new(), pace)));
+    }
+    policy::remove().context("remove the rules of network policies")?;
+    Ok(None)
+}
+
+/// How CNI and the policies hear of each other: addresses given one way, verdicts in the kernel the other.
+struct Told {
+    attachments: watch::Sender<Attachments>,
+    verdicts: Option<watch::Receiver<Report>>,
+}
+
 /// Leases are made true before the first request is served.
-async fn open_cni(snapshots: Snapshots, store: Arc<Store>, readiness: Readiness) -> anyhow::Result<Arc<Cni>> {
+async fn open_cni(
+    snapshots: Snapshots,
+    store: Arc<Store>,
+    readiness: Readiness,
+    told: Told,
+) -> anyhow::Result<Arc<Cni>> {
     let pod_mtu_bytes: PodMtu = Arc::new(|snapshot| {
         let own = snapshot.own_node().map(|node| node.primary_ips().collect::<Vec<_>>()).unwrap_or_default();
         snapshot.facts.underlay_mtu_bytes(&own) - WIREGUARD_OVERHEAD_BYTES
     });
-    let inputs = cni::Inputs { snapshots, store, readiness, pod_mtu_bytes };
+    let Told { attachments, verdicts } = told;
+    let inputs = cni::Inputs { snapshots, store, readiness, pod_mtu_bytes, attachments, verdicts };
     let cni = Arc::new(Cni::open(inputs).context("open an rtnetlink socket")?);
     let outcome = cni.reconcile().await;
     for failure in &outcome.failed {

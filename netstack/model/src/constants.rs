@@ -31,6 +31,7 @@ pub const POD_GATEWAY_MAC: [u8; 6] = [0x02, 0x57, 0x45, 0x46, 0x54, 0x01];
 pub const TABLE_HOST: &str = "weft-host";
 pub const TABLE_PROXY: &str = "weft-proxy";
 pub const TABLE_CNI: &str = "weft-cni";
+pub const TABLE_POLICY: &str = "weft-policy";
 
 /// Base chain priorities. DNAT at -105: before other tools' dstnat (-100), so that leftovers of kube-proxy do not
 /// win; filters on what left DNAT at -5; source NAT at 95, before others' srcnat (100); the last look at the
@@ -50,6 +51,9 @@ pub const MARK_MASQUERADE: u32 = 0x0800_0000;
 /// Node annotations, written by the node's own agent only (decision 15).
 pub const ANNOTATION_PUBLIC_KEY: &str = "weft.network/public-key";
 pub const ANNOTATION_WIREGUARD_PORT: &str = "weft.network/wireguard-port";
+
+/// NetworkPolicy annotation: `keep` lets connections that the policy would deny end by themselves; `cut`, the default, ends them.
+pub const ANNOTATION_ESTABLISHED: &str = "weft.network/established";
 
 /// MTU cost of WireGuard with an IPv6 outer header: 40 + 8 + 16 + 16.
 pub const WIREGUARD_OVERHEAD_BYTES: u32 = 80;

@@ -58,6 +58,8 @@ impl<'de> Deserialize<'de> for NamespacedName {
 
 pub type ServiceKey = NamespacedName;
 pub type PodKey = NamespacedName;
+/// Key of a NetworkPolicy.
+pub type PolicyKey = NamespacedName;
 /// Key of an EndpointSlice.
 pub type SliceKey = NamespacedName;
 

@@ -14,6 +14,7 @@ pub mod constants;
 pub mod ids;
 pub mod node_facts;
 pub mod objects;
+pub mod policy;
 pub mod problem;
 pub mod report;
 pub mod route;
@@ -22,7 +23,7 @@ pub mod snapshot;
 pub mod wireguard;
 
 pub use config::{ClusterConfig, ProxyConfig};
-pub use ids::{Generation, NamespacedName, NodeName, PodKey, ServiceKey, WgPublicKey};
+pub use ids::{Generation, NamespacedName, NodeName, PodKey, PolicyKey, ServiceKey, WgPublicKey};
 pub use node_facts::NodeFacts;
 pub use problem::{ObjectRef, Planned, Problem, Reason};
 pub use report::{Health, Report};

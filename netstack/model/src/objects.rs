@@ -58,6 +58,7 @@ pub struct Namespace {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pod {
     pub key: PodKey,
+    /// As the kubelet tells it to the container runtime: a mirror pod has its static pod's.
     pub uid: String,
     pub labels: Labels,
     pub node: Option<NodeName>,
@@ -67,6 +68,16 @@ pub struct Pod {
     pub subdomain: Option<String>,
     /// `status.phase` is Succeeded or Failed: its address may already belong to another pod.
     pub terminated: bool,
+    /// Ports of its containers that have a name, for policies that speak of names.
+    pub named_ports: Vec<NamedPort>,
+}
+
+/// A named `containerPort`. One name may stand for several, in several containers or protocols.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct NamedPort {
+    pub name: String,
+    pub protocol: Protocol,
+    pub port: u16,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -127,6 +127,10 @@ pub enum Statement {
         states: Vec<CtState>,
         negated: bool,
     },
+    /// `tcp flags syn / fin,syn,rst,ack`: the first packet of a TCP connection; implies `meta l4proto tcp`.
+    TcpBegins {
+        negated: bool,
+    },
     /// `ct status dnat`: this connection's destination was translated.
     CtStatusDnat,
     /// `fib daddr type local`.
@@ -233,6 +237,8 @@ pub enum Datum {
     /// `meta nfproto`: true is IPv6.
     Ipv6(bool),
     Port(u16),
+    /// From the first to the last, both included: in a `Match` only.
+    PortRange(u16, u16),
     /// A whole link name.
     Name(String),
     /// `iifname "weftp*"`.

@@ -2,19 +2,33 @@
 //!
 //! It does not exist until every required watch has listed once, or the Store has given the last good one.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use crate::config::ClusterConfig;
-use crate::ids::{Generation, NodeName, PodKey, ServiceKey, SliceKey};
+use crate::ids::{Generation, NodeName, PodKey, PolicyKey, ServiceKey, SliceKey};
 use crate::node_facts::NodeFacts;
 use crate::objects::{EndpointSlice, Namespace, Node, Pod, Service};
+use crate::policy::NetworkPolicy;
 use crate::problem::Problem;
 
 /// Cluster objects by key. Values are `Arc`s: a planner may memoise by their identity (decision 16).
 pub type Objects<K, V> = Arc<BTreeMap<K, Arc<V>>>;
+
+/// Addresses of this node's pods. Known before the API shows them, and never out of date.
+pub type Attachments = Objects<IpAddr, AttachedPod>;
+
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct AttachedPod {
+    /// `None` where the container runtime did not say, or the lease was rebuilt from the kernel.
+    pub pod: Option<PodKey>,
+    /// Empty where the container runtime did not say.
+    pub uid: String,
+}
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
@@ -25,8 +39,12 @@ pub struct Snapshot {
     pub namespaces: Objects<String, Namespace>,
     pub services: Objects<ServiceKey, Service>,
     pub endpoint_slices: Objects<SliceKey, EndpointSlice>,
-    /// Pods of this node only, until a domain needs others.
-    pub local_pods: Objects<PodKey, Pod>,
+    /// Pods of the whole cluster.
+    pub pods: Objects<PodKey, Pod>,
+    pub policies: Objects<PolicyKey, NetworkPolicy>,
+    /// Which pod of this node bears which address, from the moment CNI gave it; never of an earlier boot, so not stored.
+    #[serde(skip)]
+    pub attachments: Attachments,
     /// Objects that could not be lowered.
     pub problems: Arc<Vec<Problem>>,
     /// The cluster part came from the Store: the API server has not been seen since this process started.
@@ -37,4 +55,35 @@ impl Snapshot {
     pub fn own_node(&self) -> Option<&Arc<Node>> {
         self.nodes.get(&self.facts.name)
     }
+}
+
+/// A key whose value is not the same: `(key, old, new)`.
+pub type Change<'a, K, V> = (&'a K, Option<&'a Arc<V>>, Option<&'a Arc<V>>);
+
+/// Walks both maps once; values are compared by identity first. The same map as before costs nothing.
+pub fn changes<'a, K: Ord, V: PartialEq>(
+    old: &'a Objects<K, V>,
+    new: &'a Objects<K, V>,
+) -> impl Iterator<Item = Change<'a, K, V>> {
+    let (old, new) = if Arc::ptr_eq(old, new) { (None, None) } else { (Some(old), Some(new)) };
+    let mut olds = old.into_iter().flat_map(|old| old.iter()).peekable();
+    let mut news = new.into_iter().flat_map(|new| new.iter()).peekable();
+    std::iter::from_fn(move || {
+        loop {
+            let order = match (olds.peek(), news.peek()) {
+                (None, None) => return None,
+                (Some(_), None) => Ordering::Less,
+                (None, Some(_)) => Ordering::Greater,
+                (Some((old, _)), Some((new, _))) => old.cmp(new),
+            };
+            let left = olds.next_if(|_| order.is_le());
+            let right = news.next_if(|_| order.is_ge());
+            match (left, right) {
+                (Some((_, old)), Some((_, new))) if Arc::ptr_eq(old, new) || old == new => {}
+                (Some((key, old)), right) => return Some((key, Some(old), right.map(|(_, new)| new))),
+                (None, Some((key, new))) => return Some((key, None, Some(new))),
+                (None, None) => return None,
+            }
+        }
+    })
 }

@@ -33,11 +33,16 @@ impl Cni {
         let pod = netns.connect().map_err(AttachError::from)?;
         refuse_taken_name(&pod, &attachment, &request.netns).await?;
         let given = self.reserve(&attachment, request, &host_ports, &node)?;
-        match self.attach(&attachment, &netns, &pod, &given, &node).await {
+        let addresses: Vec<IpAddr> = given.keys().copied().collect();
+        let attached = match self.verdicts_are_in_place(&addresses).await {
+            Ok(()) => self.attach(&attachment, &netns, &pod, &given, &node).await.map_err(CniError::from),
+            Err(refused) => Err(refused),
+        };
+        match attached {
             Ok(addresses) => Ok(result(&attachment, &request.netns, &addresses, &node)),
             Err(error) => {
                 self.undo(&attachment, &given).await;
-                Err(error.into())
+                Err(error)
             }
         }
     }
@@ -78,6 +83,7 @@ impl Cni {
         changes.extend(given.iter().map(|(address, lease)| (*address, Some(lease.clone()))));
         self.store.write_leases(&changes).map_err(failed)?;
         *cursors = moved;
+        self.tell_attachments(&cursors);
         Ok(given)
     }
 
@@ -129,11 +135,12 @@ impl Cni {
         self.remove_from_kernel(&attachment.link, given).await.unwrap_or_else(|error| {
             tracing::warn!(link = attachment.link, error = %error, "undo a failed ADD");
         });
-        let _one_at_a_time = locked(&self.ipam);
+        let one_at_a_time = locked(&self.ipam);
         let changes = given.keys().map(|address| (*address, None)).collect();
         if let Err(error) = self.store.write_leases(&changes) {
             tracing::warn!(link = attachment.link, error = %chain(&error), "undo the lease of a failed ADD");
         }
+        self.tell_attachments(&one_at_a_time);
     }
 }
 

@@ -63,7 +63,7 @@ impl Cni {
     /// keep a pod from being deleted.
     fn release(&self, leases: LeaseRecords) {
         let now = Boottime::now();
-        let _one_at_a_time = locked(&self.ipam);
+        let one_at_a_time = locked(&self.ipam);
         let changes: BTreeMap<_, _> = leases
             .into_iter()
             .map(|(address, mut lease)| {
@@ -74,6 +74,7 @@ impl Cni {
         if let Err(error) = self.store.write_leases(&changes) {
             tracing::warn!(error = %chain(&error), "release leases");
         }
+        self.tell_attachments(&one_at_a_time);
     }
 
     /// The link first: an element without its link lets nobody in.

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!  container runtime --exec--> `weft cni` --HTTP over /run/weft/agent.sock--> server --> Cni
-//!  Cni::add    lease in the Store (flushed) -> veth, addresses, routes -> nft elements -> answer
+//!  Cni::add    lease in the Store (flushed) -> told as attachment, until the pod's verdicts are in the kernel
+//!              -> veth, addresses, routes -> nft elements -> answer
 //!  Cni::del    link -> nft elements -> lease released (quarantine)
 //!  Cni::reconcile  leases <-> links of the kernel, before the first request
 //!  Loop(plan, apply)  the same whenever this Node changes and at every drift check
@@ -19,6 +20,7 @@ mod check;
 pub mod cleanup;
 pub mod conflist;
 mod del;
+mod gate;
 mod hostport;
 pub mod ipam;
 mod lock;
@@ -39,7 +41,8 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
-use weft_model::Snapshot;
+use weft_model::snapshot::Attachments;
+use weft_model::{Report, Snapshot};
 
 use crate::kernel::netns::Rtnetlink;
 use crate::store::Store;
@@ -47,6 +50,7 @@ use lock::AttachmentLocks;
 use rules::PodRules;
 
 pub use attachment::Attachment;
+pub use gate::attachments;
 pub use reconcile::Reconciled;
 
 /// Says why this node cannot carry a pod (yet), on one line with the remedy; `Ok` when the rules of the given Snapshot are in
@@ -62,6 +66,10 @@ pub struct Inputs {
     pub store: Arc<Store>,
     pub readiness: Readiness,
     pub pod_mtu_bytes: PodMtu,
+    /// Where the addresses given are told; begins with [`attachments`] of the leases.
+    pub attachments: watch::Sender<Attachments>,
+    /// Reports of the loop that puts pods' verdicts into the kernel; `None` where policies are switched off.
+    pub verdicts: Option<watch::Receiver<Report>>,
 }
 
 /// The plugin's server half. One per agent; every method may run in parallel with every other.
@@ -75,6 +83,8 @@ pub struct Cni {
     /// One allocation at a time: from reading the leases to the flushed new one.
     ipam: Mutex<ipam::Cursors>,
     rules: Mutex<PodRules>,
+    attachments: watch::Sender<Attachments>,
+    verdicts: Option<watch::Receiver<Report>>,
 }
 
 impl Cni {
@@ -89,6 +99,8 @@ impl Cni {
             locks: AttachmentLocks::default(),
             ipam: Mutex::default(),
             rules: Mutex::new(PodRules::new()),
+            attachments: inputs.attachments,
+            verdicts: inputs.verdicts,
         })
     }
 }

@@ -1,8 +1,10 @@
 //! What the pod links of this node depend on in the Snapshot: a change of it makes them be looked at again.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
+use weft_model::objects::Pod;
 use weft_model::{ObjectRef, Planned, Problem, Reason, Snapshot};
 
 use crate::reconcile::Planner;
@@ -41,7 +43,8 @@ pub fn plan(snapshot: &Snapshot) -> Planned<PodLinks> {
 fn stranded(snapshot: &Snapshot, pod_cidrs: &[IpNet]) -> Vec<Problem> {
     let ranges: Vec<String> = pod_cidrs.iter().map(ToString::to_string).collect();
     let outside = |ip: &&IpAddr| !pod_cidrs.iter().any(|cidr| cidr.contains(*ip));
-    let pods = snapshot.local_pods.values().filter(|pod| !pod.host_network && !pod.terminated);
+    let here = |pod: &&Arc<Pod>| pod.node.as_ref() == Some(&snapshot.facts.name);
+    let pods = snapshot.pods.values().filter(here).filter(|pod| !pod.host_network && !pod.terminated);
     pods.filter_map(|pod| Some((pod, pod.ips.iter().find(outside)?)))
         .map(|(pod, ip)| {
             let message = format!(
@@ -69,10 +72,8 @@ impl Planner for PodLinksPlanner {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
-    use std::sync::Arc;
 
     use weft_model::PodKey;
-    use weft_model::objects::Pod;
 
     use super::*;
     use crate::cni::tests::rig::snapshot;
@@ -82,12 +83,13 @@ mod tests {
             key: PodKey::new("default", name),
             uid: String::new(),
             labels: BTreeMap::new(),
-            node: None,
+            node: Some("n1".into()),
             host_network: false,
             ips: vec![ip.parse().unwrap()],
             hostname: None,
             subdomain: None,
             terminated: false,
+            named_ports: vec![],
         }
     }
 
@@ -98,9 +100,10 @@ mod tests {
             pod("stranded", "10.42.7.5"),
             Pod { host_network: true, ..pod("host", "192.0.2.1") },
             Pod { terminated: true, ..pod("over", "10.42.7.6") },
+            Pod { node: Some("n2".into()), ..pod("elsewhere", "10.42.7.7") },
         ];
         let pods: BTreeMap<_, _> = pods.map(|pod| (pod.key.clone(), Arc::new(pod))).into();
-        let snapshot = Snapshot { local_pods: Arc::new(pods), ..snapshot(&["10.42.1.0/24"]) };
+        let snapshot = Snapshot { pods: Arc::new(pods), ..snapshot(&["10.42.1.0/24"]) };
         let said: Vec<String> = plan(&snapshot).problems.iter().map(ToString::to_string).collect();
         assert_eq!(
             said,

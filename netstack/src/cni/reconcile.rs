@@ -106,6 +106,7 @@ impl Cni {
         if let Err(error) = self.store.write_leases(&changes) {
             done.failed.push(chain(&error));
         }
+        self.tell_attachments(&locked(&self.ipam));
         forget_flows(&ended);
     }
 

@@ -87,10 +87,19 @@ impl std::fmt::Display for Flow {
 /// Deletes the tracked UDP flows, of both families, for which `matches` holds; returns how many. A flow that ends
 /// meanwhile is no error.
 pub fn delete_udp_flows(matches: impl Fn(&Flow) -> bool) -> Result<usize, ConntrackError> {
+    delete_matching(Some(Protocol::Udp.number()), matches)
+}
+
+/// The same for flows of every protocol.
+pub fn delete_flows(matches: impl Fn(&Flow) -> bool) -> Result<usize, ConntrackError> {
+    delete_matching(None, matches)
+}
+
+fn delete_matching(protocol: Option<u8>, matches: impl Fn(&Flow) -> bool) -> Result<usize, ConntrackError> {
     let mut socket = NetfilterSocket::open().map_err(ConntrackError::Open)?;
     let mut found = Vec::new();
     for family in [NFPROTO_IPV4, NFPROTO_IPV6] {
-        let entries = dump(&mut socket, family, Protocol::Udp.number(), &matches);
+        let entries = dump(&mut socket, family, protocol, &matches);
         found.append(&mut entries.map_err(ConntrackError::Read)?);
     }
     let (mut deleted, mut failures) = (0, Vec::new());
@@ -117,7 +126,7 @@ pub fn udp_flows() -> Result<Vec<Flow>, ConntrackError> {
     let mut socket = NetfilterSocket::open().map_err(ConntrackError::Open)?;
     let mut flows = Vec::new();
     for family in [NFPROTO_IPV4, NFPROTO_IPV6] {
-        let entries = dump(&mut socket, family, Protocol::Udp.number(), &|_: &Flow| true);
+        let entries = dump(&mut socket, family, Some(Protocol::Udp.number()), &|_: &Flow| true);
         flows.extend(entries.map_err(ConntrackError::Read)?.iter().map(|entry| entry.flow));
     }
     flows.sort_unstable();
@@ -134,15 +143,17 @@ struct Entry {
 fn dump(
     socket: &mut NetfilterSocket,
     family: u8,
-    protocol: u8,
+    protocol: Option<u8>,
     matches: &impl Fn(&Flow) -> bool,
 ) -> Result<Vec<Entry>, Errno> {
     socket.dump(
         CT_GET,
         family,
-        |writer| write_filter(writer, protocol),
+        |writer| protocol.into_iter().for_each(|protocol| write_filter(writer, protocol)),
         |entries: &mut Vec<Entry>, message| {
-            let flow = read_flow(&message).filter(|flow| flow.protocol == protocol && matches(flow));
+            let wanted =
+                |flow: &Flow| protocol.is_none_or(|protocol| flow.protocol == protocol) && matches(flow);
+            let flow = read_flow(&message).filter(wanted);
             if let Some(flow) = flow {
                 let names = message
                     .attributes()

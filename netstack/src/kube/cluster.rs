@@ -9,9 +9,11 @@ use std::sync::Arc;
 use kube::runtime::watcher::Event;
 use serde_json::Value;
 use weft_model::objects::{EndpointSlice, Namespace, Node, Pod, Service};
-use weft_model::snapshot::Objects;
+use weft_model::policy::NetworkPolicy;
+use weft_model::snapshot::{Attachments, Objects};
 use weft_model::{
-    ClusterConfig, Generation, NamespacedName, NodeFacts, NodeName, PodKey, Problem, ServiceKey, Snapshot,
+    ClusterConfig, Generation, NamespacedName, NodeFacts, NodeName, PodKey, PolicyKey, Problem, ServiceKey,
+    Snapshot,
 };
 
 use super::document::{Document, Kind};
@@ -24,7 +26,8 @@ pub struct Cluster {
     namespaces: Collection<String, Namespace>,
     services: Collection<ServiceKey, Service>,
     endpoint_slices: Collection<NamespacedName, EndpointSlice>,
-    local_pods: Collection<PodKey, Pod>,
+    pods: Collection<PodKey, Pod>,
+    policies: Collection<PolicyKey, NetworkPolicy>,
     problems: Arc<Vec<Problem>>,
 }
 
@@ -37,14 +40,15 @@ impl Cluster {
             namespaces: Collection::from_stored(&stored.namespaces),
             services: Collection::from_stored(&stored.services),
             endpoint_slices: Collection::from_stored(&stored.endpoint_slices),
-            local_pods: Collection::from_stored(&stored.local_pods),
+            pods: Collection::from_stored(&stored.pods),
+            policies: Collection::from_stored(&stored.policies),
             problems: stored.problems.clone(),
         }
     }
 
     /// A whole cluster at once, as if every watch had just listed these objects; kinds that are not watched are
-    /// skipped, and so are Pods of other nodes than `node`.
-    pub fn from_documents(documents: impl IntoIterator<Item = Value>, node: &NodeName) -> Self {
+    /// skipped.
+    pub fn from_documents(documents: impl IntoIterator<Item = Value>) -> Self {
         let mut cluster = Self::default();
         for kind in Kind::ALL {
             cluster.apply(kind, Event::Init);
@@ -53,9 +57,7 @@ impl Cluster {
             let Some(kind) = document["kind"].as_str().and_then(Kind::from_name) else {
                 continue;
             };
-            if kind != Kind::Pod || document["spec"]["nodeName"] == node.0.as_str() {
-                cluster.apply(kind, Event::InitApply(Document::new(document)));
-            }
+            cluster.apply(kind, Event::InitApply(Document::new(document)));
         }
         for kind in Kind::ALL {
             cluster.apply(kind, Event::InitDone);
@@ -70,7 +72,8 @@ impl Cluster {
             Kind::Namespace => self.namespaces.apply(event, lower::namespace),
             Kind::Service => self.services.apply(event, lower::service),
             Kind::EndpointSlice => self.endpoint_slices.apply(event, lower::endpoint_slice),
-            Kind::Pod => self.local_pods.apply(event, lower::pod),
+            Kind::Pod => self.pods.apply(event, lower::pod),
+            Kind::NetworkPolicy => self.policies.apply(event, lower::network_policy),
         };
         if changed.problems {
             self.problems = Arc::new(self.all_problems());
@@ -84,7 +87,8 @@ impl Cluster {
             && self.namespaces.listed
             && self.services.listed
             && self.endpoint_slices.listed
-            && self.local_pods.listed
+            && self.pods.listed
+            && self.policies.listed
     }
 
     pub fn snapshot(
@@ -101,7 +105,9 @@ impl Cluster {
             namespaces: self.namespaces.values.clone(),
             services: self.services.values.clone(),
             endpoint_slices: self.endpoint_slices.values.clone(),
-            local_pods: self.local_pods.values.clone(),
+            pods: self.pods.values.clone(),
+            policies: self.policies.values.clone(),
+            attachments: Attachments::default(),
             problems: self.problems.clone(),
             from_store: false,
         }
@@ -114,7 +120,8 @@ impl Cluster {
             .chain(self.namespaces.problems())
             .chain(self.services.problems())
             .chain(self.endpoint_slices.problems())
-            .chain(self.local_pods.problems())
+            .chain(self.pods.problems())
+            .chain(self.policies.problems())
             .cloned()
             .collect();
         problems.sort();

@@ -16,10 +16,12 @@ pub enum Kind {
     Service,
     EndpointSlice,
     Pod,
+    NetworkPolicy,
 }
 
 impl Kind {
-    pub const ALL: [Self; 5] = [Self::Node, Self::Namespace, Self::Service, Self::EndpointSlice, Self::Pod];
+    pub const ALL: [Self; 6] =
+        [Self::Node, Self::Namespace, Self::Service, Self::EndpointSlice, Self::Pod, Self::NetworkPolicy];
 
     /// `kind` as manifests write it.
     pub fn name(self) -> &'static str {
@@ -29,6 +31,7 @@ impl Kind {
             Self::Service => "Service",
             Self::EndpointSlice => "EndpointSlice",
             Self::Pod => "Pod",
+            Self::NetworkPolicy => "NetworkPolicy",
         }
     }
 
@@ -39,6 +42,7 @@ impl Kind {
     fn group(self) -> &'static str {
         match self {
             Self::EndpointSlice => "discovery.k8s.io",
+            Self::NetworkPolicy => "networking.k8s.io",
             _ => "",
         }
     }
@@ -50,6 +54,7 @@ impl Kind {
             Self::Service => "services",
             Self::EndpointSlice => "endpointslices",
             Self::Pod => "pods",
+            Self::NetworkPolicy => "networkpolicies",
         }
     }
 }
@@ -62,7 +67,8 @@ pub struct Document {
 }
 
 impl Document {
-    pub fn new(value: Value) -> Self {
+    pub fn new(mut value: Value) -> Self {
+        strip(&mut value);
         let field = |name: &str| value["metadata"][name].as_str().map(str::to_owned);
         let meta = ObjectMeta {
             name: field("name"),
@@ -80,6 +86,30 @@ impl Document {
 
     pub fn name(&self) -> &str {
         self.meta.name.as_deref().unwrap_or_default()
+    }
+}
+
+/// Drops at once what takes most of an object's memory and is never read: who wrote which field, and nearly all of a
+/// container. A page of a list holds hundreds of objects.
+fn strip(value: &mut Value) {
+    if let Some(metadata) = value.get_mut("metadata").and_then(Value::as_object_mut) {
+        metadata.remove("managedFields");
+    }
+    let Some(spec) = value.get_mut("spec").and_then(Value::as_object_mut) else { return };
+    if !spec.contains_key("containers") {
+        return;
+    }
+    for list in ["containers", "initContainers"] {
+        let containers = spec.get_mut(list).and_then(Value::as_array_mut).into_iter().flatten();
+        for container in containers.filter_map(Value::as_object_mut) {
+            container.retain(|field, _| matches!(field.as_str(), "ports" | "restartPolicy"));
+        }
+    }
+    for field in ["volumes", "affinity", "tolerations", "topologySpreadConstraints"] {
+        spec.remove(field);
+    }
+    if let Some(status) = value.get_mut("status").and_then(Value::as_object_mut) {
+        status.retain(|field, _| matches!(field.as_str(), "phase" | "podIP" | "podIPs"));
     }
 }
 

@@ -11,15 +11,21 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use weft_model::constants::{ANNOTATION_PUBLIC_KEY, ANNOTATION_WIREGUARD_PORT};
 use weft_model::objects::{
-    Endpoint, EndpointPort, EndpointSlice, Namespace, Node, Pod, Protocol, Service, ServiceKind, ServicePort,
-    TrafficPolicy,
+    Endpoint, EndpointPort, EndpointSlice, NamedPort, Namespace, Node, Pod, Protocol, Service, ServiceKind,
+    ServicePort, TrafficPolicy,
 };
 use weft_model::{NamespacedName, NodeName, ObjectRef, Problem, Reason};
 
 use super::wire;
 
+mod policy;
+
+pub use policy::network_policy;
+
 /// Label of an EndpointSlice that names its Service (discovery.k8s.io/v1).
 const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+/// Annotation that the kubelet gives the mirror of a static pod: the static pod's uid.
+const MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";
 /// Default of `sessionAffinityConfig.clientIP.timeoutSeconds` (core/v1).
 const AFFINITY_SECONDS: u32 = 10_800;
 
@@ -73,10 +79,14 @@ pub fn pod(document: &Value) -> Lowered<Pod> {
         let listed: Vec<String> = status.pod_ips.unwrap_or_default().into_iter().map(|ip| ip.ip).collect();
         let texts = if listed.is_empty() { status.pod_ip.into_iter().collect() } else { listed };
         let non_empty = |text: Option<String>| text.filter(|text| !text.is_empty());
+        let mirrored = wire.metadata.annotations.as_ref().and_then(|all| all.get(MIRROR_ANNOTATION)).cloned();
+        let containers = wire.spec.containers.unwrap_or_default();
+        let init_containers = wire.spec.init_containers.unwrap_or_default();
         Some(Pod {
             key: key(&wire.metadata),
             ips: notes.ips("status.podIPs", &texts),
-            uid: wire.metadata.uid.unwrap_or_default(),
+            uid: mirrored.or(wire.metadata.uid).unwrap_or_default(),
+            named_ports: named_ports(containers, init_containers, notes),
             labels: wire.metadata.labels.unwrap_or_default(),
             node: non_empty(wire.spec.node_name).map(NodeName),
             host_network: wire.spec.host_network.unwrap_or(false),
@@ -85,6 +95,28 @@ pub fn pod(document: &Value) -> Lowered<Pod> {
             terminated: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
         })
     })
+}
+
+/// Of the containers, and of those that start before them and stay (sidecars, KEP-753).
+fn named_ports(
+    containers: Vec<wire::Container>,
+    init_containers: Vec<wire::Container>,
+    notes: &mut Notes,
+) -> Vec<NamedPort> {
+    let sidecar = |container: &wire::Container| container.restart_policy.as_deref() == Some("Always");
+    let all = containers.into_iter().chain(init_containers.into_iter().filter(sidecar));
+    let ports = all.flat_map(|container| container.ports.unwrap_or_default());
+    let mut named: Vec<NamedPort> = ports
+        .filter_map(|port| {
+            let name = port.name.filter(|name| !name.is_empty())?;
+            let field = format!("the container port {name:?}");
+            let protocol = notes.protocol(&field, port.protocol)?;
+            Some(NamedPort { port: notes.port(&field, port.container_port)?, name, protocol })
+        })
+        .collect();
+    named.sort();
+    named.dedup();
+    named
 }
 
 pub fn service(document: &Value) -> Lowered<Service> {

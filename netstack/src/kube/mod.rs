@@ -1,8 +1,8 @@
 //! The API server as an input: watches, lowering, and the one immutable Snapshot per generation.
 //!
 //! ```text
-//!  watch Nodes, Namespaces, Services, EndpointSlices, own Pods --Document--> lower (pure) --+
-//!  NodeFacts (watch channel) ---------------------------------------------------------------+--> Cluster --> Snapshot #g
+//!  watch Nodes, Namespaces, Services, EndpointSlices, Pods, NetworkPolicies --Document--> lower (pure) --+
+//!  NodeFacts, attachments of CNI ---------------------------------------------------------------+--> Cluster --> Snapshot #g
 //!  last good Snapshot from the Store (until every watch has listed once) -------------------+
 //! ```
 //!
@@ -27,4 +27,4 @@ pub use document::{Document, Kind};
 pub use failure::{Address, ApiFailure, Distrust};
 pub use publish::{Identity, Publication, Publisher, publish};
 pub use version::ServerVersion;
-pub use watch::{ApiStatus, Watches, start};
+pub use watch::{ApiStatus, Here, Watches, start};

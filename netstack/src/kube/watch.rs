@@ -16,7 +16,8 @@ use kube::runtime::utils::Backoff;
 use kube::runtime::watcher::{self, Event, watcher};
 use tokio::sync::watch as channel;
 use tokio::time::Instant;
-use weft_model::{ClusterConfig, Generation, NodeFacts, NodeName, Snapshot};
+use weft_model::snapshot::Attachments;
+use weft_model::{ClusterConfig, Generation, NodeFacts, Snapshot};
 
 use super::client::{Access, Current};
 use super::cluster::Cluster;
@@ -31,6 +32,8 @@ const BURST: Duration = Duration::from_millis(2);
 /// How long the server is to keep one watch open, in seconds. A connection that went dead silently is noticed 5 s
 /// after that, and a resumed watch costs next to nothing.
 const WATCH_SECONDS: u32 = 120;
+/// Objects in one answer of a list: a page of Pods, 10 kB each, is in memory as a whole.
+const PAGE_OBJECTS: u32 = 200;
 /// How often a server that could not be reached is asked whether it is back, and how long an answer may take.
 const PROBE: Duration = Duration::from_secs(1);
 /// How long a server whose watches work may take to tell its version: small machines under load are slow.
@@ -68,13 +71,20 @@ impl ApiStatus {
     }
 }
 
-/// Starts the task `kube`. With `initial`, that Snapshot is published at once, marked `from_store`, with the facts and
-/// the configuration of today; it stays until every watch has listed.
+/// What this node itself adds to the cluster's objects.
+pub struct Here {
+    pub facts: channel::Receiver<NodeFacts>,
+    /// What CNI has given; a change is published like that of an object, in the order in which it was made.
+    pub attachments: channel::Receiver<Attachments>,
+}
+
+/// Starts the task `kube`. With `initial`, that Snapshot is published at once, marked `from_store`, with the facts, the
+/// attachments and the configuration of today; it stays until every watch has listed.
 pub fn start(
     tasks: &mut TaskGroup,
     access: Arc<Access>,
     config: ClusterConfig,
-    facts: channel::Receiver<NodeFacts>,
+    here: Here,
     initial: Option<Snapshot>,
 ) -> Watches {
     let (snapshot_tx, snapshots) = channel::channel(None);
@@ -84,7 +94,7 @@ pub fn start(
         generation: initial.as_ref().map(|stored| stored.generation).unwrap_or_default(),
         stored: initial,
         config: Arc::new(config),
-        facts,
+        here,
         snapshot_tx,
     };
     tasks.start("kube", run(assembler, Connection::new(access, status_tx)));
@@ -93,13 +103,10 @@ pub fn start(
 
 type Events = SelectAll<Pin<Box<dyn Stream<Item = (Kind, watcher::Result<Event<Document>>)> + Send>>>;
 
-/// One watch a kind. Every watch is of the whole cluster, except that Pods are those of this node.
-fn watches(access: &Arc<Access>, node: &NodeName) -> Events {
+/// One watch a kind, of the whole cluster.
+fn watches(access: &Arc<Access>) -> Events {
     let watch = |kind: Kind| {
-        let mut config = watcher::Config::default().timeout(WATCH_SECONDS);
-        if kind == Kind::Pod {
-            config = config.fields(&format!("spec.nodeName={node}"));
-        }
+        let config = watcher::Config::default().timeout(WATCH_SECONDS).page_size(PAGE_OBJECTS);
         let access = access.clone();
         stream::repeat_with(move || {
             let used = access.current();
@@ -138,8 +145,7 @@ where
 }
 
 async fn run(mut assembler: Assembler, mut connection: Connection) -> Result<(), String> {
-    let node = assembler.facts.borrow().name.clone();
-    let mut events = watches(&connection.access, &node);
+    let mut events = watches(&connection.access);
     let mut publish_at = None;
     assembler.publish();
     loop {
@@ -154,8 +160,12 @@ async fn run(mut assembler: Assembler, mut connection: Connection) -> Result<(),
                 Some((kind, Err(error))) => connection.fails(kind, &error),
                 None => return Err("every watch ended".to_owned()),
             },
-            changed = assembler.facts.changed() => {
+            changed = assembler.here.facts.changed() => {
                 changed.map_err(|_| "the node facts ended".to_owned())?;
+                publish_at.get_or_insert_with(|| Instant::now() + BURST);
+            }
+            changed = assembler.here.attachments.changed() => {
+                changed.map_err(|_| "the attachments ended".to_owned())?;
                 publish_at.get_or_insert_with(|| Instant::now() + BURST);
             }
             () = sleep_until(publish_at) => {
@@ -181,13 +191,14 @@ struct Assembler {
     /// What the Store gave; gone when every kind has listed.
     stored: Option<Snapshot>,
     config: Arc<ClusterConfig>,
-    facts: channel::Receiver<NodeFacts>,
+    here: Here,
     snapshot_tx: channel::Sender<Option<Arc<Snapshot>>>,
 }
 
 impl Assembler {
     fn publish(&mut self) {
         let facts = self.facts_now();
+        let attachments = self.here.attachments.borrow_and_update().clone();
         let complete = self.cluster.is_complete();
         let generation = self.generation.next();
         let snapshot = match &self.stored {
@@ -195,11 +206,12 @@ impl Assembler {
                 generation,
                 config: self.config.clone(),
                 facts,
+                attachments,
                 from_store: true,
                 ..stored.clone()
             },
             None if !complete => return,
-            _ => self.cluster.snapshot(generation, self.config.clone(), facts),
+            _ => Snapshot { attachments, ..self.cluster.snapshot(generation, self.config.clone(), facts) },
         };
         if complete {
             self.stored = None;
@@ -214,7 +226,7 @@ impl Assembler {
 
     /// The facts, as the same `Arc` as before while they are equal.
     fn facts_now(&mut self) -> Arc<NodeFacts> {
-        let facts = self.facts.borrow_and_update();
+        let facts = self.here.facts.borrow_and_update();
         match &*self.snapshot_tx.borrow() {
             Some(published) if *published.facts == *facts => published.facts.clone(),
             _ => Arc::new(facts.clone()),
@@ -234,7 +246,9 @@ fn same_but_generation(a: &Snapshot, b: &Snapshot) -> bool {
         && same(&a.namespaces, &b.namespaces)
         && same(&a.services, &b.services)
         && same(&a.endpoint_slices, &b.endpoint_slices)
-        && same(&a.local_pods, &b.local_pods)
+        && same(&a.pods, &b.pods)
+        && same(&a.policies, &b.policies)
+        && same(&a.attachments, &b.attachments)
         && same(&a.problems, &b.problems)
 }
 

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
+use serde_json::Value;
 
 pub(super) type Strings = BTreeMap<String, String>;
 
@@ -207,6 +208,23 @@ pub(super) struct PodSpec {
     pub host_network: Option<bool>,
     pub hostname: Option<String>,
     pub subdomain: Option<String>,
+    pub containers: Option<Vec<Container>>,
+    pub init_containers: Option<Vec<Container>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Container {
+    pub ports: Option<Vec<ContainerPort>>,
+    pub restart_policy: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct ContainerPort {
+    pub name: Option<String>,
+    pub protocol: Option<String>,
+    pub container_port: i64,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -223,4 +241,82 @@ pub(super) struct PodStatus {
 #[serde(default)]
 pub(super) struct PodIp {
     pub ip: String,
+}
+
+/// Fields that this version does not know: they may take back what the others say.
+pub(super) type Unknown = BTreeMap<String, Value>;
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct NetworkPolicy {
+    pub metadata: Meta,
+    pub spec: PolicySpec,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct PolicySpec {
+    pub pod_selector: Option<LabelSelector>,
+    pub policy_types: Option<Vec<String>>,
+    pub ingress: Option<Vec<PolicyRule>>,
+    pub egress: Option<Vec<PolicyRule>>,
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct PolicyRule {
+    pub from: Option<Vec<PolicyPeer>>,
+    pub to: Option<Vec<PolicyPeer>>,
+    pub ports: Option<Vec<PolicyPort>>,
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct PolicyPeer {
+    pub pod_selector: Option<LabelSelector>,
+    pub namespace_selector: Option<LabelSelector>,
+    pub ip_block: Option<IpBlock>,
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct IpBlock {
+    pub cidr: String,
+    pub except: Option<Vec<String>>,
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct PolicyPort {
+    pub protocol: Option<String>,
+    /// A number or a name.
+    pub port: Option<Value>,
+    pub end_port: Option<i64>,
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct LabelSelector {
+    pub match_labels: Option<Strings>,
+    pub match_expressions: Option<Vec<LabelRequirement>>,
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct LabelRequirement {
+    pub key: String,
+    pub operator: String,
+    pub values: Option<Vec<String>>,
 }

@@ -4,14 +4,13 @@
 //! time. What it owns is kept as one group an nft set, and the group stays the same `Arc` while its elements are equal, so
 //! the applier looks at nothing else. Of two Services that claim one address or port the older keeps it.
 
-use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use weft_model::objects::{EndpointSlice, Protocol, Service};
 use weft_model::ruleset::{Datum, ElementData, Elements, Table};
-use weft_model::snapshot::Objects;
+use weft_model::snapshot::{Objects, changes};
 use weft_model::{NamespacedName, ObjectRef, Planned, Problem, Reason, ServiceKey, Snapshot};
 
 use super::affinity::{AffinityTargets, Sticky};
@@ -484,37 +483,6 @@ fn sticky_targets(claim: &Claim, holding: &Holding) -> Option<(Claim, Sticky)> {
         return None;
     };
     Some((claim.clone(), Sticky::of(frontend)?))
-}
-
-/// A key whose value is not the same: `(key, old, new)`.
-type Change<'a, K, V> = (&'a K, Option<&'a Arc<V>>, Option<&'a Arc<V>>);
-
-/// Walks both maps once; values are compared by identity first. The same map as before costs nothing.
-fn changes<'a, K: Ord, V: PartialEq>(
-    old: &'a Objects<K, V>,
-    new: &'a Objects<K, V>,
-) -> impl Iterator<Item = Change<'a, K, V>> {
-    let (old, new) = if Arc::ptr_eq(old, new) { (None, None) } else { (Some(old), Some(new)) };
-    let mut olds = old.into_iter().flat_map(|old| old.iter()).peekable();
-    let mut news = new.into_iter().flat_map(|new| new.iter()).peekable();
-    std::iter::from_fn(move || {
-        loop {
-            let order = match (olds.peek(), news.peek()) {
-                (None, None) => return None,
-                (Some(_), None) => Ordering::Less,
-                (None, Some(_)) => Ordering::Greater,
-                (Some((old, _)), Some((new, _))) => old.cmp(new),
-            };
-            let left = olds.next_if(|_| order.is_le());
-            let right = news.next_if(|_| order.is_ge());
-            match (left, right) {
-                (Some((_, old)), Some((_, new))) if Arc::ptr_eq(old, new) || old == new => {}
-                (Some((key, old)), right) => return Some((key, Some(old), right.map(|(_, new)| new))),
-                (None, Some((key, new))) => return Some((key, None, Some(new))),
-                (None, None) => return None,
-            }
-        }
-    })
 }
 
 #[cfg(test)]

@@ -104,7 +104,9 @@ fn snapshot() -> Snapshot {
         namespaces: Arc::default(),
         services: Arc::new(BTreeMap::from([(service().key.clone(), Arc::new(service()))])),
         endpoint_slices: Arc::default(),
-        local_pods: Arc::default(),
+        pods: Arc::default(),
+        policies: Arc::default(),
+        attachments: Arc::default(),
         problems: Arc::default(),
         from_store: false,
     }

@@ -17,6 +17,7 @@ mod install;
 mod load;
 mod outside;
 mod pods;
+mod policy;
 mod refusals;
 mod services;
 
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
         ("services", services::CASES),
         ("outside", outside::CASES),
         ("dns", dns::CASES),
+        ("policy", policy::CASES),
         ("identity", identity::CASES),
         ("disruption", disruption::CASES),
         ("refusals", refusals::CASES),

@@ -59,7 +59,9 @@ fn snapshot(from_store: bool) -> Snapshot {
         namespaces: Arc::default(),
         services: Arc::default(),
         endpoint_slices: Arc::default(),
-        local_pods: Arc::default(),
+        pods: Arc::default(),
+        policies: Arc::default(),
+        attachments: Arc::default(),
         problems: Arc::default(),
         from_store,
     }
@@ -118,4 +120,13 @@ fn a_failing_overlay_passes_and_a_lost_claim_lasts() {
     let quarantined = |node: &str| Report { problems: vec![problem(node)], ..report() };
     assert_eq!(kinds(&obstacles(Some(&snapshot(false)), &api(), &quarantined("n1"))), [Kind::Lasting]);
     assert_eq!(obstacles(Some(&snapshot(false)), &api(), &quarantined("n2")), []);
+}
+
+#[test]
+fn policies_that_are_not_in_the_kernel_keep_pods_away() {
+    let failing = Report { failures: vec!["table weft-policy: refused".to_owned()], ..report() };
+    let said = |report: &Report| policy_obstacle(report).map(|obstacle| obstacle.sentence);
+    assert_eq!(said(&failing).unwrap(), "network policies are not in place: table weft-policy: refused");
+    assert_eq!(said(&Report::default()).unwrap(), "network policies are not programmed yet");
+    assert_eq!(said(&report()), None);
 }

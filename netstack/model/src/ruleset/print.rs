@@ -178,6 +178,7 @@ impl Display for Statement {
                 f.write_str(if *negated { "ct state ! " } else { "ct state " })?;
                 joined(f, states, ",")
             }
+            Self::TcpBegins { negated } => write!(f, "tcp flags {}syn / fin,syn,rst,ack", not(*negated)),
             Self::CtStatusDnat => f.write_str("ct status dnat"),
             Self::DestinationIsLocal { negated } => write!(f, "fib daddr type {}local", not(*negated)),
             Self::SourceIsLocal { negated } => write!(f, "fib saddr type {}local", not(*negated)),
@@ -303,6 +304,7 @@ impl Display for Datum {
             Self::Ipv6(true) => f.write_str("ipv6"),
             Self::Ipv6(false) => f.write_str("ipv4"),
             Self::Port(port) => port.fmt(f),
+            Self::PortRange(first, last) => write!(f, "{first}-{last}"),
             Self::Name(name) => write!(f, "\"{name}\""),
             Self::NamePrefix(prefix) => write!(f, "\"{prefix}*\""),
             Self::Icmp4Type(kind) => match icmp4_name(*kind) {

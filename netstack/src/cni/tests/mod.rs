@@ -3,6 +3,7 @@
 
 mod attach;
 mod faults;
+mod first_packet;
 mod hostport;
 mod reconcile;
 pub(crate) mod rig;

@@ -4,15 +4,19 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use weft_model::node_facts::{NodeFacts, WireguardBackend};
 use weft_model::objects::Node;
-use weft_model::{ClusterConfig, Generation, NodeName, Snapshot};
+use weft_model::snapshot::Attachments;
+use weft_model::{ClusterConfig, Generation, NodeName, Report, Snapshot};
 
 use crate::cni::{Attachment, Cni, Inputs, plugin, server};
 use crate::kernel::testing::NamedNetns;
+use crate::policy::{PolicyApplier, PolicyPlanner};
+use crate::reconcile::{Loop, Pace};
 use crate::store::tests::open_when_free;
 use crate::store::{LeaseRecords, Store};
 
@@ -58,9 +62,41 @@ impl Rig {
     }
 
     pub(super) async fn start_with(&self, snapshot: Snapshot) -> Agent {
+        let told = watch::channel(Attachments::default()).0;
+        self.start_told(watch::channel(Some(Arc::new(snapshot))).0, told, None).await
+    }
+
+    /// With policies, whose loop sees a Snapshot with the attachments of now only after `delay`, as if watch and agent were slow.
+    pub(super) async fn start_under_policies(&self, snapshot: Snapshot, delay: Duration) -> Agent {
+        let (snapshots_tx, snapshots) = watch::channel(Some(Arc::new(snapshot)));
+        let (told_tx, mut told) = watch::channel(Attachments::default());
+        let (planner, applier) = (PolicyPlanner::default(), PolicyApplier::new());
+        let (run, handle) = Loop::new("policy", planner, applier, Pace::default(), snapshots);
+        tokio::spawn(run.run());
+        let publisher = snapshots_tx.clone();
+        tokio::spawn(async move {
+            while told.changed().await.is_ok() {
+                tokio::time::sleep(delay).await;
+                let attachments = told.borrow_and_update().clone();
+                publisher.send_modify(|snapshot| {
+                    let before = snapshot.as_deref().unwrap().clone();
+                    let generation = before.generation.next();
+                    *snapshot = Some(Arc::new(Snapshot { generation, attachments, ..before }));
+                });
+            }
+        });
+        self.start_told(snapshots_tx, told_tx, Some(handle.reports())).await
+    }
+
+    async fn start_told(
+        &self,
+        snapshots: watch::Sender<Option<Arc<Snapshot>>>,
+        told: watch::Sender<Attachments>,
+        verdicts: Option<watch::Receiver<Report>>,
+    ) -> Agent {
         let opened = open_when_free(&self.store_path());
         let store = Arc::new(opened.store);
-        let (snapshots, receiver) = watch::channel(Some(Arc::new(snapshot)));
+        let receiver = snapshots.subscribe();
         let inputs = Inputs {
             snapshots: receiver,
             store: store.clone(),
@@ -70,6 +106,8 @@ impl Rig {
                 Some(_) => Ok(()),
             }),
             pod_mtu_bytes: Arc::new(|_| 1420),
+            attachments: told,
+            verdicts,
         };
         let cni = Arc::new(Cni::open(inputs).unwrap());
         let reconciled = cni.reconcile().await;
@@ -116,7 +154,9 @@ pub(in crate::cni) fn snapshot(pod_cidrs: &[&str]) -> Snapshot {
         namespaces: Arc::default(),
         services: Arc::default(),
         endpoint_slices: Arc::default(),
-        local_pods: Arc::default(),
+        pods: Arc::default(),
+        policies: Arc::default(),
+        attachments: Arc::default(),
         problems: Arc::default(),
         from_store: false,
     }

@@ -53,7 +53,7 @@ impl Packed {
                 self.push(&[*number])
             }
             Datum::Ipv6(ipv6) => self.push(&[if *ipv6 { NFPROTO_IPV6 } else { NFPROTO_IPV4 }]),
-            Datum::Port(port) => self.push(&port.to_be_bytes()),
+            Datum::Port(port) | Datum::PortRange(port, _) => self.push(&port.to_be_bytes()),
             Datum::Name(name) => {
                 let name = name.as_bytes();
                 self.push(&name[..name.len().min(Self::LINK_NAME_BYTES - 1)]);

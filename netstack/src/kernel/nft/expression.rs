@@ -43,6 +43,12 @@ const REJECT_ICMPX: u32 = 2;
 const ICMPX_PORT_UNREACHABLE: u8 = 1;
 const IPPROTO_ICMP: u8 = 1;
 const IPPROTO_ICMPV6: u8 = 58;
+/// RFC 9293 section 3.1.
+const TCP_FLAGS_OFFSET: u32 = 13;
+const TCP_FIN: u8 = 1;
+const TCP_SYN: u8 = 2;
+const TCP_RST: u8 = 4;
+const TCP_ACK: u8 = 16;
 const NETWORK_HEADER: u32 = 1;
 const TRANSPORT_HEADER: u32 = 2;
 
@@ -105,6 +111,12 @@ impl Encoder<'_> {
                 self.ct(CT_STATE);
                 self.any_bit(states.iter().map(|state| state_bit(*state)).sum(), *negated);
             }
+            Statement::TcpBegins { negated } => {
+                self.require_protocol(Protocol::Tcp.number());
+                self.payload(TRANSPORT_HEADER, TCP_FLAGS_OFFSET, 1, REG32_FIRST);
+                self.bitwise(&[TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK], &[0]);
+                self.compare(*negated, &[TCP_SYN]);
+            }
             Statement::CtStatusDnat => {
                 self.ct(CT_STATUS);
                 self.any_bit(CT_STATUS_DNAT, false);
@@ -157,6 +169,7 @@ impl Encoder<'_> {
             (_, Datum::Net(net)) => {
                 self.bitwise(Packed::address(net.netmask()).as_slice(), &[0; 16][..net_bytes(net.addr())]);
             }
+            (_, Datum::PortRange(first, last)) => return self.range(negated, *first, *last),
             (_, Datum::NamePrefix(prefix)) if prefix.is_empty() && !negated => return,
             _ => {}
         }
@@ -265,6 +278,15 @@ impl Encoder<'_> {
             w.be32(1, REG32_FIRST);
             w.be32(2, if negated { CMP_NEQ } else { CMP_EQ });
             value(w, 3, bytes);
+        });
+    }
+
+    fn range(&mut self, negated: bool, first: u16, last: u16) {
+        self.expression("range", |w| {
+            w.be32(1, REG32_FIRST);
+            w.be32(2, if negated { CMP_NEQ } else { CMP_EQ });
+            value(w, 3, &first.to_be_bytes());
+            value(w, 4, &last.to_be_bytes());
         });
     }
 

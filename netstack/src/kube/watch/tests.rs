@@ -10,8 +10,10 @@ use axum::http::{HeaderMap, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
+use weft_model::NamespacedName;
 use weft_model::ServiceKey;
 use weft_model::node_facts::WireguardBackend;
+use weft_model::snapshot::AttachedPod;
 
 use super::*;
 
@@ -37,7 +39,9 @@ type Shared = Arc<Mutex<Server>>;
 
 fn plural(path: &str) -> Option<&'static str> {
     let last = path.rsplit('/').next()?;
-    ["nodes", "namespaces", "services", "endpointslices", "pods"].into_iter().find(|kind| *kind == last)
+    ["nodes", "namespaces", "services", "endpointslices", "pods", "networkpolicies"]
+        .into_iter()
+        .find(|kind| *kind == last)
 }
 
 fn refusal(code: StatusCode, reason: &str, message: &str) -> Response {
@@ -150,6 +154,7 @@ struct Rig {
     serving: TaskGroup,
     _watching: TaskGroup,
     facts_tx: channel::Sender<NodeFacts>,
+    attachments_tx: channel::Sender<Attachments>,
     watches: Watches,
     access: Arc<Access>,
 }
@@ -201,9 +206,11 @@ impl Rig {
         let endpoint = crate::kube::Endpoint::Server { url, token_file, ca_file: None };
         let access = Arc::new(Access::open(endpoint).await.unwrap());
         let (facts_tx, facts_rx) = channel::channel(facts(1500));
+        let (attachments_tx, attachments) = channel::channel(Attachments::default());
         let mut watching = TaskGroup::new();
-        let watches = start(&mut watching, access.clone(), config(), facts_rx, initial);
-        Self { server, address, serving, _watching: watching, facts_tx, watches, access }
+        let here = Here { facts: facts_rx, attachments };
+        let watches = start(&mut watching, access.clone(), config(), here, initial);
+        Self { server, address, serving, _watching: watching, facts_tx, attachments_tx, watches, access }
     }
 
     /// Waits for a Snapshot of which `holds` is true.
@@ -222,7 +229,7 @@ impl Rig {
     }
 
     async fn watching(&self) {
-        self.until_asked("five watches", |server| server.watchers.len() == 5).await;
+        self.until_asked("every watch", |server| server.watchers.len() == Kind::ALL.len()).await;
     }
 
     /// The time in which something that must not happen would have happened.
@@ -243,18 +250,27 @@ fn has(snapshot: &Snapshot, name: &str) -> bool {
 }
 
 #[tokio::test]
-async fn the_first_snapshot_comes_when_every_watch_has_listed_and_asks_only_for_own_pods() {
+async fn the_first_snapshot_comes_when_every_watch_has_listed() {
     let mut rig = Rig::start(None, |server| server.set("services", service("a", "10.96.0.1"))).await;
     let first = rig.until("anything", |_| true).await;
     assert_eq!(first.generation, Generation(1));
     assert!(has(&first, "a") && !first.from_store);
     let server = rig.server.lock().unwrap();
     let lists: Vec<&String> = server.lists().collect();
-    assert_eq!(lists.len(), 5);
-    assert!(
-        lists.iter().any(|list| list.starts_with("/api/v1/pods?") && list.contains("spec.nodeName%3Dn1"))
-    );
+    assert_eq!(lists.len(), Kind::ALL.len());
+    assert!(lists.iter().any(|list| list.starts_with("/apis/networking.k8s.io/v1/networkpolicies?")));
     assert!(lists.iter().any(|list| list.starts_with("/apis/discovery.k8s.io/v1/endpointslices?")));
+}
+
+#[tokio::test]
+async fn an_attachment_is_in_the_next_snapshot_although_no_object_changed() {
+    let mut rig = Rig::start(None, |_| ()).await;
+    let first = rig.until("anything", |_| true).await;
+    let pod = AttachedPod { pod: Some(NamespacedName::new("default", "web")), uid: "42".to_owned() };
+    let attachments: Attachments = Arc::new([("10.244.1.2".parse().unwrap(), Arc::new(pod))].into());
+    rig.attachments_tx.send_replace(attachments.clone());
+    let second = rig.until("the attachment", |s| !s.attachments.is_empty()).await;
+    assert_eq!((second.generation, &second.attachments), (first.generation.next(), &attachments));
 }
 
 #[tokio::test]
@@ -386,7 +402,9 @@ async fn without_an_api_server_the_stored_snapshot_stands_and_follows_the_facts(
     let access = Arc::new(Access::open(endpoint).await.unwrap());
     let (facts_tx, facts_rx) = channel::channel(facts(1500));
     let mut tasks = TaskGroup::new();
-    let mut watches = start(&mut tasks, access, config(), facts_rx, Some((*stored).clone()));
+    let (_attachments_tx, attachments) = channel::channel(Attachments::default());
+    let here = Here { facts: facts_rx, attachments };
+    let mut watches = start(&mut tasks, access, config(), here, Some((*stored).clone()));
     watches.snapshots.wait_for(Option::is_some).await.unwrap();
     facts_tx.send_replace(facts(9000));
     let jumbo = |s: &Option<Arc<Snapshot>>| s.as_ref().unwrap().facts.uplinks[0].mtu_bytes == 9000;

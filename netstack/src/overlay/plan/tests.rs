@@ -70,7 +70,9 @@ pub(in crate::overlay) fn snapshot(nodes: Vec<Node>) -> Snapshot {
         namespaces: Arc::default(),
         services: Arc::default(),
         endpoint_slices: Arc::default(),
-        local_pods: Arc::default(),
+        pods: Arc::default(),
+        policies: Arc::default(),
+        attachments: Arc::default(),
         problems: Arc::default(),
         from_store: false,
     }

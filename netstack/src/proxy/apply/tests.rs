@@ -221,7 +221,7 @@ impl Rig {
             },
         };
         let name = NodeName::from("node-a");
-        let cluster = Cluster::from_documents([node].into_iter().chain(objects), &name);
+        let cluster = Cluster::from_documents([node].into_iter().chain(objects));
         let facts = NodeFacts {
             name,
             uplinks: vec![],

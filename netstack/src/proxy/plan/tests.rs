@@ -87,7 +87,9 @@ fn cluster(services: Vec<Service>, slices: Vec<EndpointSlice>) -> Snapshot {
         namespaces: Arc::default(),
         services: Arc::new(services.into_iter().map(|s| (s.key.clone(), Arc::new(s))).collect()),
         endpoint_slices: Arc::new(slices.into_iter().map(|s| (s.key.clone(), Arc::new(s))).collect()),
-        local_pods: Arc::default(),
+        pods: Arc::default(),
+        policies: Arc::default(),
+        attachments: Arc::default(),
         problems: Arc::default(),
         from_store: false,
     }

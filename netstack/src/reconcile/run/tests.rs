@@ -59,7 +59,9 @@ fn snapshot(generation: u64) -> Option<Arc<Snapshot>> {
         namespaces: Arc::default(),
         services: Arc::default(),
         endpoint_slices: Arc::default(),
-        local_pods: Arc::default(),
+        pods: Arc::default(),
+        policies: Arc::default(),
+        attachments: Arc::default(),
         problems: Arc::default(),
         from_store: false,
     }))

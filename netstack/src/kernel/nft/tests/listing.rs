@@ -19,7 +19,9 @@ type Listed = (Vec<Statement>, &'static str);
 
 #[allow(clippy::too_many_lines)] // a flat list of cases
 fn filter_rules() -> Vec<Listed> {
-    use Statement::{Counter, CtState, CtStatusDnat, DestinationIsLocal, MarkIs, SetMarkBits, SourceIsLocal};
+    use Statement::{
+        Counter, CtState, CtStatusDnat, DestinationIsLocal, MarkIs, SetMarkBits, SourceIsLocal, TcpBegins,
+    };
     let accept = || Statement::Verdict(Verdict::Accept);
     let states = || vec![super::CtState::Established, super::CtState::Related];
     vec![
@@ -74,6 +76,20 @@ fn filter_rules() -> Vec<Listed> {
         (
             vec![CtState { states: vec![super::CtState::New], negated: true }, accept()],
             "ct state ! new accept",
+        ),
+        (vec![TcpBegins { negated: false }, accept()], "tcp flags syn / fin,syn,rst,ack accept"),
+        (vec![TcpBegins { negated: true }, accept()], "tcp flags != syn / fin,syn,rst,ack accept"),
+        (
+            vec![
+                matches(Field::L4Protocol, Datum::Protocol(Protocol::Tcp)),
+                matches(Field::DestinationPort, Datum::PortRange(8000, 8080)),
+                accept(),
+            ],
+            "tcp dport 8000-8080 accept",
+        ),
+        (
+            vec![matches_not(Field::DestinationPort, Datum::PortRange(8000, 8080)), accept()],
+            "th dport != 8000-8080 accept",
         ),
         (vec![CtStatusDnat, accept()], "ct status dnat accept"),
         (vec![DestinationIsLocal { negated: false }, accept()], "fib daddr type local accept"),

@@ -1,0 +1,80 @@
+//! `weft policy`: what network policies decide, from the agent of this node.
+
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use clap::{Args, Subcommand};
+
+use crate::status::{Refused, fetch};
+
+#[derive(Args)]
+pub(crate) struct PolicyArgs {
+    #[command(subcommand)]
+    command: PolicyCommand,
+}
+
+#[derive(Subcommand)]
+enum PolicyCommand {
+    /// Say whether a connection is allowed, rule by rule; of any two pods of the cluster
+    Explain(ExplainArgs),
+}
+
+#[derive(Args)]
+struct ExplainArgs {
+    /// NAMESPACE/POD, a pod of the namespace default, or an address
+    source: String,
+    /// The same; of a Service name one of its pods
+    destination: String,
+    /// Such as 80 or 53/udp
+    port: String,
+    /// Where the agent's socket is
+    #[arg(long, default_value = "/run/weft")]
+    run_dir: PathBuf,
+}
+
+pub(crate) fn run(args: &PolicyArgs) -> anyhow::Result<()> {
+    let PolicyCommand::Explain(question) = &args.command;
+    let socket = question.run_dir.join("agent.sock");
+    let path = path(question);
+    let text = fetch(&socket, &path).map_err(|error| match error.is::<Refused>() {
+        true => error,
+        false => error.context(format!(
+            "no agent answers on {}; is 'weft agent' running on this node?",
+            socket.display()
+        )),
+    });
+    crate::print(&text.context("explain")?)
+}
+
+/// Request path with the question; whatever is no plain character of a name or an address is escaped.
+fn path(question: &ExplainArgs) -> String {
+    let escape = |text: &str| -> String {
+        text.bytes()
+            .map(|byte| match byte {
+                b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'/' | b':' => {
+                    char::from(byte).to_string()
+                }
+                other => format!("%{other:02X}"),
+            })
+            .collect()
+    };
+    let [source, destination, port] =
+        [&question.source, &question.destination, &question.port].map(|text| escape(text));
+    format!("/policy/explain?source={source}&destination={destination}&port={port}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_question_is_escaped_into_one_path() {
+        let question = ExplainArgs {
+            source: "shop/web".to_owned(),
+            destination: "fd00::1".to_owned(),
+            port: "80 &x".to_owned(),
+            run_dir: PathBuf::new(),
+        };
+        assert_eq!(path(&question), "/policy/explain?source=shop/web&destination=fd00::1&port=80%20%26x");
+    }
+}

@@ -1,0 +1,105 @@
+//! First packets: a neighbour floods every address of the node while pods are attached; those under policies get none of it,
+//! however late the policy loop hears of them.
+
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use weft_model::policy::{NetworkPolicy, Selector};
+use weft_model::{PolicyKey, Snapshot};
+
+use super::rig::{Rig, snapshot};
+use crate::kernel::netns::Netns;
+use crate::kernel::testing::{NamedNetns, needs_root};
+
+const PORT: u16 = 9999;
+
+fn deny_all() -> Snapshot {
+    let key = PolicyKey::new("default", "deny-all");
+    let policy = NetworkPolicy {
+        key: key.clone(),
+        subject: Selector::default(),
+        ingress: Some(vec![]),
+        egress: None,
+        keep_established: false,
+    };
+    let policies = BTreeMap::from([(key, Arc::new(policy))]);
+    Snapshot { policies: Arc::new(policies), ..snapshot(&["10.244.1.0/24", "fd00:244:1::/64"]) }
+}
+
+/// Bound before the pod has an interface: whatever ever arrives is counted.
+fn listener(pod: &NamedNetns) -> UdpSocket {
+    let netns = Netns::open(pod.path()).unwrap();
+    let socket = netns.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, PORT)).unwrap()).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    socket
+}
+
+fn received(socket: &UdpSocket) -> usize {
+    std::iter::from_fn(|| socket.recv(&mut [0; 8]).ok()).count()
+}
+
+/// Sends to each address that a pod of this node may get, until told to stop.
+fn flood(from: &NamedNetns, stop: &Arc<AtomicBool>) -> std::thread::JoinHandle<()> {
+    let (path, stop) = (from.path(), stop.clone());
+    std::thread::spawn(move || {
+        let socket = Netns::open(path).unwrap().run(|| UdpSocket::bind("0.0.0.0:0").unwrap()).unwrap();
+        while !stop.load(Ordering::Relaxed) {
+            for last in 2..30u8 {
+                let _ = socket.send_to(b"x", (Ipv4Addr::new(10, 244, 1, last), PORT));
+            }
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    })
+}
+
+/// Attaches pods one by one under a flood; how many datagrams got into them, and how long the first ADD took.
+fn leaked(world: Snapshot, delay: Duration, pods: usize) -> (usize, Duration) {
+    let rig = Rig::new();
+    let neighbour = NamedNetns::new("pod");
+    let pods: Vec<(String, NamedNetns)> =
+        (0..pods).map(|i| (format!("p{i}"), NamedNetns::new("pod"))).collect();
+    rig.node.block_on(async {
+        let agent = rig.start_under_policies(world, delay).await;
+        agent.add("neighbour", &neighbour).await;
+        let stop = Arc::new(AtomicBool::new(false));
+        let flooding = flood(&neighbour, &stop);
+        let (mut leaked, mut first) = (0, Duration::ZERO);
+        for (id, pod) in &pods {
+            let socket = listener(pod);
+            let started_at = Instant::now();
+            agent.add(id, pod).await;
+            first = if first.is_zero() { started_at.elapsed() } else { first };
+            tokio::time::sleep(Duration::from_millis(30)).await;
+            leaked += received(&socket);
+            agent.del(id, &pod.path()).await;
+        }
+        stop.store(true, Ordering::Relaxed);
+        flooding.join().unwrap();
+        (leaked, first)
+    })
+}
+
+#[test]
+fn a_flood_gets_nothing_into_pods_under_policies_from_the_first_instant() {
+    if !needs_root() {
+        return;
+    }
+    let (datagrams, _) = leaked(deny_all(), Duration::ZERO, 20);
+    assert_eq!(datagrams, 0);
+    let without = Snapshot { policies: Arc::default(), ..deny_all() };
+    let (datagrams, _) = leaked(without, Duration::ZERO, 2);
+    assert!(datagrams > 10, "the flood arrives where no policy is: {datagrams}");
+}
+
+#[test]
+fn add_waits_for_a_late_policy_loop() {
+    if !needs_root() {
+        return;
+    }
+    let (datagrams, first) = leaked(deny_all(), Duration::from_secs(2), 2);
+    assert_eq!(datagrams, 0);
+    assert!(first >= Duration::from_secs(2), "ADD took {first:?}");
+}

@@ -1,0 +1,93 @@
+//! The applier: owner of the nft table `weft-policy`, and of established connections that it denies.
+
+use weft_model::constants::TABLE_POLICY;
+
+use super::judge::Judge;
+use super::layout::{PEER_SETS, SubjectSet};
+use super::meaning::Direction;
+use super::plan::PolicyPlan;
+use crate::kernel::conntrack::{ConntrackError, delete_flows};
+use crate::kernel::nft::{NftError, NftTable};
+use crate::reconcile::{Applied, Applier, Trust, chain};
+
+/// Commits the table in one transaction, then ends what it no longer allows.
+pub struct PolicyApplier {
+    table: NftTable,
+    /// Connections that are denied now may still stand: the last look at them failed, or there was none yet.
+    unseen: bool,
+}
+
+impl Default for PolicyApplier {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl PolicyApplier {
+    pub fn new() -> Self {
+        Self { table: NftTable::new(TABLE_POLICY), unseen: true }
+    }
+}
+
+impl Applier for PolicyApplier {
+    type Plan = PolicyPlan;
+
+    async fn apply(&mut self, plan: &PolicyPlan, trust: Trust) -> Applied {
+        let mut applied = Applied::default();
+        match self.table.apply(&plan.table, trust) {
+            Ok(changed) => applied.changed = changed,
+            Err(error) => {
+                // Under the old rules what is cut would come back.
+                applied.failed.push(format!("table {TABLE_POLICY}: {}", chain(&error)));
+                self.unseen = true;
+                return applied;
+            }
+        }
+        self.unseen |= applied.changed.iter().any(|change| !widens(change));
+        if self.unseen {
+            match cut(&plan.judge) {
+                Ok(0) => self.unseen = false,
+                Ok(ended) => {
+                    self.unseen = false;
+                    applied.changed.push(format!("{ended} established connections that are denied now"));
+                }
+                Err(error) => applied.failed.push(format!("established connections: {}", chain(&error))),
+            }
+        }
+        applied.details = details(plan);
+        applied
+    }
+}
+
+/// Only a peer more: nothing that is allowed can be denied by it. Everything else counts as a change that may deny.
+fn widens(change: &str) -> bool {
+    let name = change
+        .strip_prefix("add element ")
+        .or_else(|| change.strip_prefix("add ")?.split_once(" elements of ").map(|(_, name)| name));
+    name.is_some_and(|name| PEER_SETS.iter().any(|prefix| name.starts_with(prefix)))
+}
+
+/// Reads the tracked connections once; with no isolated pod there is nothing to look for.
+fn cut(judge: &Judge) -> Result<usize, ConntrackError> {
+    if judge.subjects.is_empty() {
+        return Ok(0);
+    }
+    delete_flows(|flow| judge.cuts(flow))
+}
+
+/// For `weft status`.
+fn details(plan: &PolicyPlan) -> Vec<(String, String)> {
+    let isolated = |direction, ipv6| {
+        plan.table.sets.get(&SubjectSet::Side(direction).name(ipv6)).map_or(0, |set| set.groups.len())
+    };
+    let line = |direction| format!("{} IPv4, {} IPv6", isolated(direction, false), isolated(direction, true));
+    vec![
+        ("isolated for ingress".to_owned(), line(Direction::Ingress)),
+        ("isolated for egress".to_owned(), line(Direction::Egress)),
+    ]
+}
+
+/// Takes every rule away; true when there were some.
+pub fn remove() -> Result<bool, NftError> {
+    NftTable::delete(TABLE_POLICY)
+}

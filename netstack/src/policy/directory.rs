@@ -1,0 +1,242 @@
+//! Who bears which address: pods as the API shows them, pods of this node as CNI attached them, and this node's resolver.
+//! Pure; kept up to date by [`Directory::update`].
+//!
+//! An address of this node's own range is borne by whom CNI gave it, whatever the API still says, and by nobody before
+//! and after. Of other nodes only the API tells; where two pods claim one address it may just have changed hands, so that a
+//! selector has to select both.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use weft_model::objects::{Labels, NamedPort, Namespace, Pod, Protocol, host_address};
+use weft_model::snapshot::{Attachments, Objects, changes};
+use weft_model::{PodKey, Snapshot};
+
+/// Where the cluster's resolver lives for policies, though this node itself answers (decision 8).
+const RESOLVER_NAMESPACE: &str = "kube-system";
+/// Label that every Namespace has (well-known labels of the API).
+const NAMESPACE_NAME_LABEL: &str = "kubernetes.io/metadata.name";
+
+/// What concerns every address: a change of it makes everything be planned anew.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Place {
+    /// Pod ranges of this node.
+    pub own_cidrs: Vec<IpNet>,
+    /// This host's own addresses: what comes from them is the node itself.
+    pub own_addresses: BTreeSet<IpAddr>,
+    /// Of every node the `host` address of a podCIDR, with the addresses of that node: an ipBlock that covers the node covers
+    /// what the node sends from there.
+    pub hosts: BTreeMap<IpAddr, Vec<IpAddr>>,
+    pub cluster_dns: Vec<IpAddr>,
+}
+
+impl Place {
+    pub(super) fn of(snapshot: &Snapshot) -> Self {
+        let own = snapshot.own_node();
+        let own_cidrs = own.map(|node| node.pod_cidrs.clone()).unwrap_or_default();
+        let mut own_addresses: BTreeSet<IpAddr> =
+            snapshot.facts.uplinks.iter().flat_map(|link| link.addresses.iter().copied()).collect();
+        own_addresses.extend(own.iter().flat_map(|node| node.internal_ips.iter().copied()));
+        own_addresses.extend(own_cidrs.iter().filter_map(host_address));
+        let mut hosts = BTreeMap::new();
+        for node in snapshot.nodes.values() {
+            for host in node.pod_cidrs.iter().filter_map(host_address) {
+                let same_family = node.internal_ips.iter().filter(|ip| ip.is_ipv6() == host.is_ipv6());
+                hosts.insert(host, same_family.copied().collect());
+            }
+        }
+        Self { own_cidrs, own_addresses, hosts, cluster_dns: snapshot.config.cluster_dns.clone() }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Directory {
+    pub(super) place: Place,
+    namespaces: Objects<String, Namespace>,
+    pods: Objects<PodKey, Pod>,
+    attachments: Attachments,
+    /// Pods that the API shows with an address, unless their end or the host's network makes it another's.
+    claims: BTreeMap<IpAddr, BTreeSet<PodKey>>,
+    resolver: Arc<Pod>,
+    /// Its labels where the Namespace is not there.
+    resolver_namespace: Labels,
+}
+
+/// A pod of this node as a subject of policies.
+pub(super) enum Subject<'a> {
+    Known(&'a Arc<Pod>),
+    /// Attached, and the API has not shown this very pod yet; without a namespace where not even that is known.
+    Unknown(Option<&'a str>),
+    /// No pod of this node bears the address.
+    Nobody,
+}
+
+/// What [`Directory::update`] found changed.
+pub(super) struct Dirty {
+    /// Addresses whose bearer, or something about it, is not what it was.
+    pub addresses: BTreeSet<IpAddr>,
+}
+
+impl Directory {
+    pub(super) fn empty(place: Place) -> Self {
+        let resolver = Arc::new(resolver(&place.cluster_dns));
+        let resolver_namespace =
+            Labels::from([(NAMESPACE_NAME_LABEL.to_owned(), RESOLVER_NAMESPACE.to_owned())]);
+        Self {
+            place,
+            namespaces: Objects::default(),
+            pods: Objects::default(),
+            attachments: Attachments::default(),
+            claims: BTreeMap::new(),
+            resolver,
+            resolver_namespace,
+        }
+    }
+
+    pub(super) fn of(snapshot: &Snapshot) -> Self {
+        let mut directory = Self::empty(Place::of(snapshot));
+        directory.update(snapshot);
+        directory
+    }
+
+    /// Takes the Snapshot's pods, namespaces and attachments over.
+    pub(super) fn update(&mut self, snapshot: &Snapshot) -> Dirty {
+        let mut addresses = BTreeSet::new();
+        let pods = std::mem::replace(&mut self.pods, snapshot.pods.clone());
+        let mut changed_pods = BTreeSet::new();
+        for (key, old, new) in changes(&pods, &snapshot.pods) {
+            changed_pods.insert(key);
+            for address in claimed(old) {
+                addresses.insert(address);
+                let claimants = self.claims.entry(address).or_default();
+                claimants.remove(key);
+                if claimants.is_empty() {
+                    self.claims.remove(&address);
+                }
+            }
+            for address in claimed(new) {
+                addresses.insert(address);
+                self.claims.entry(address).or_default().insert(key.clone());
+            }
+        }
+        let attachments = std::mem::replace(&mut self.attachments, snapshot.attachments.clone());
+        addresses.extend(changes(&attachments, &snapshot.attachments).map(|(address, ..)| *address));
+        let namespaces = std::mem::replace(&mut self.namespaces, snapshot.namespaces.clone());
+        let relabelled: BTreeSet<&String> =
+            changes(&namespaces, &snapshot.namespaces).map(|(name, ..)| name).collect();
+        let attached = snapshot.attachments.iter().filter(|(_, attached)| {
+            let pod = attached.pod.as_ref();
+            pod.is_some_and(|pod| changed_pods.contains(pod) || relabelled.contains(&pod.namespace))
+        });
+        addresses.extend(attached.map(|(address, _)| *address));
+        for namespace in relabelled {
+            addresses.extend(self.pods_of(namespace).flat_map(|pod| claimed(Some(pod))));
+            if namespace == RESOLVER_NAMESPACE {
+                addresses.extend(self.place.cluster_dns.iter().copied());
+            }
+        }
+        Dirty { addresses }
+    }
+
+    /// The pods that a selector has to select for this address to be meant; none: no selector means it.
+    pub(super) fn bearers(&self, address: IpAddr) -> Vec<&Arc<Pod>> {
+        if self.place.cluster_dns.contains(&address) {
+            return vec![&self.resolver];
+        }
+        if let Some(attached) = self.attachments.get(&address)
+            && let Some(key) = &attached.pod
+        {
+            return self.attached_pod(key, &attached.uid).into_iter().collect();
+        }
+        let own = self.place.own_cidrs.iter().any(|cidr| cidr.contains(&address));
+        if own && !self.attachments.contains_key(&address) {
+            return Vec::new();
+        }
+        self.claimants(address).collect()
+    }
+
+    pub(super) fn subject(&self, address: IpAddr) -> Subject<'_> {
+        let Some(attached) = self.attachments.get(&address) else { return Subject::Nobody };
+        match &attached.pod {
+            Some(key) => match self.attached_pod(key, &attached.uid) {
+                Some(pod) => Subject::Known(pod),
+                None => Subject::Unknown(Some(&key.namespace)),
+            },
+            None => match self.claimants(address).collect::<Vec<_>>()[..] {
+                [pod] => Subject::Known(pod),
+                _ => Subject::Unknown(None),
+            },
+        }
+    }
+
+    /// Every address that somebody may bear, each once.
+    pub(super) fn addresses(&self) -> BTreeSet<IpAddr> {
+        let claimed = self.claims.keys().chain(self.attachments.keys());
+        claimed.chain(&self.place.cluster_dns).copied().collect()
+    }
+
+    /// Addresses of pods of this node.
+    pub(super) fn attached(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        self.attachments.keys().copied()
+    }
+
+    /// `None` while the Namespace is not known: then no selector of namespaces selects what is in it.
+    pub(super) fn namespace_labels(&self, name: &str) -> Option<&Labels> {
+        let known = self.namespaces.get(name).map(|namespace| &namespace.labels);
+        known.or_else(|| (name == RESOLVER_NAMESPACE).then_some(&self.resolver_namespace))
+    }
+
+    /// Addresses at which the API or CNI shows this pod.
+    pub(super) fn addresses_of(&self, key: &PodKey) -> BTreeSet<IpAddr> {
+        let attached = self.attachments.iter().filter(|(_, attached)| attached.pod.as_ref() == Some(key));
+        let claimed = claimed(self.pods.get(key));
+        attached.map(|(address, _)| *address).chain(claimed).collect()
+    }
+
+    pub(super) fn pod(&self, key: &PodKey) -> Option<&Arc<Pod>> {
+        self.pods.get(key)
+    }
+
+    fn claimants(&self, address: IpAddr) -> impl Iterator<Item = &Arc<Pod>> {
+        self.claims.get(&address).into_iter().flatten().filter_map(|key| self.pods.get(key))
+    }
+
+    /// The attached pod itself, and not another one of the same name.
+    fn attached_pod(&self, key: &PodKey, uid: &str) -> Option<&Arc<Pod>> {
+        self.pods.get(key).filter(|pod| uid.is_empty() || pod.uid.is_empty() || pod.uid == uid)
+    }
+
+    fn pods_of<'a>(&'a self, namespace: &'a str) -> impl Iterator<Item = &'a Arc<Pod>> {
+        let from = PodKey::new(namespace, "");
+        self.pods.range(from..).take_while(move |(key, _)| key.namespace == namespace).map(|(_, pod)| pod)
+    }
+}
+
+/// Addresses that are this pod's: not those of the host, and not those of a pod that has ended.
+fn claimed(pod: Option<&Arc<Pod>>) -> impl Iterator<Item = IpAddr> {
+    let pod = pod.filter(|pod| !pod.host_network && !pod.terminated);
+    pod.into_iter().flat_map(|pod| pod.ips.iter().copied())
+}
+
+/// The node's resolver as CoreDNS would be seen: labels and names of ports of its usual Deployment.
+fn resolver(addresses: &[IpAddr]) -> Pod {
+    let port = |name: &str, protocol, port| NamedPort { name: name.to_owned(), protocol, port };
+    Pod {
+        key: PodKey::new(RESOLVER_NAMESPACE, "kube-dns"),
+        uid: String::new(),
+        labels: Labels::from([("k8s-app".to_owned(), "kube-dns".to_owned())]),
+        node: None,
+        host_network: false,
+        ips: addresses.to_vec(),
+        hostname: None,
+        subdomain: None,
+        terminated: false,
+        named_ports: vec![
+            port("dns", Protocol::Udp, 53),
+            port("dns-tcp", Protocol::Tcp, 53),
+            port("metrics", Protocol::Tcp, 9153),
+        ],
+    }
+}

@@ -1,0 +1,441 @@
+//! The shape of the table `weft-policy`: chains, sets, and how one Side becomes rules. Pure.
+//!
+//! Names of chains and sets come from what they mean, so that the same meaning is the same object whoever needs it and
+//! whatever was there before.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use sha2::{Digest as _, Sha256};
+use weft_model::constants::{POD_LINK_PREFIX, PRIORITY_FILTER, TABLE_POLICY};
+use weft_model::objects::{Pod, Protocol};
+use weft_model::ruleset::{
+    Base, Chain, ChainKind, CtState, Datum, ElementData, Elements, Field, Hook, KeyType, Rule, Set, SetData,
+    Statement, Table, Verdict,
+};
+
+use super::directory::Directory;
+use super::meaning::{Allow, Direction, PeerKey, PortSet, Side, named_numbers};
+
+/// Prefixes of sets of peers: what is added to one of these denies nobody.
+pub(super) const PEER_SETS: [&str; 3] = ["pods", "nets", "named"];
+/// ICMPv6 types of neighbour discovery (RFC 4861 section 4).
+const NEIGHBOUR_DISCOVERY: std::ops::RangeInclusive<u8> = 133..=137;
+/// An nft comment holds at most 128 bytes.
+const LONGEST_COMMENT: usize = 100;
+
+/// What several chains may look addresses or ports up in.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum SetKey {
+    Peer(PeerKey),
+    /// Address, protocol and port, for names of ports that each destination resolves; without peers: of everybody.
+    Named {
+        peers: Option<Vec<PeerKey>>,
+        names: BTreeSet<(Protocol, String)>,
+    },
+    Ports(BTreeSet<(Protocol, u16)>),
+}
+
+impl SetKey {
+    /// Those that a Side's chain refers to.
+    pub(super) fn of_side(side: &Side) -> BTreeSet<Self> {
+        let mut keys = BTreeSet::new();
+        for allow in &side.allows {
+            let unnamed = allow.ports.as_ref().is_none_or(has_unnamed);
+            keys.extend(allow.peers.iter().flatten().filter(|_| unnamed).cloned().map(Self::Peer));
+            if let Some(ports) = &allow.ports {
+                keys.extend((ports.exact.len() > 1).then(|| Self::Ports(ports.exact.clone())));
+                keys.extend(Self::named(allow, ports));
+            }
+        }
+        keys
+    }
+
+    fn named(allow: &Allow, ports: &PortSet) -> Option<Self> {
+        let named = Self::Named { peers: allow.peers.clone(), names: ports.named.clone() };
+        (!ports.named.is_empty()).then_some(named)
+    }
+
+    /// Name and declaration of each nft set of this key, with the elements that never change.
+    pub(super) fn sets(&self, directory: &Directory) -> Vec<(String, Set)> {
+        let exact = |more: &[KeyType]| {
+            [false, true].map(|ipv6| {
+                let key = [&[address_type(ipv6)], more].concat();
+                (self.name(ipv6), Set::new(key, SetData::None))
+            })
+        };
+        match self {
+            Self::Peer(PeerKey::Pods { .. }) => exact(&[]).into(),
+            Self::Named { .. } => exact(&[KeyType::L4Protocol, KeyType::Port]).into(),
+            Self::Peer(PeerKey::Block { cidr, except }) => {
+                let ipv6 = cidr.addr().is_ipv6();
+                let mut set = Set::new(vec![address_type(ipv6)], SetData::None);
+                set.interval = true;
+                let nets = block_nets(*cidr, except, &directory.place.hosts);
+                let elements = nets.into_iter().map(|net| (vec![Datum::Net(net)], ElementData::None));
+                fill(&mut set, "block", elements.collect());
+                vec![(self.name(ipv6), set)]
+            }
+            Self::Ports(ports) => {
+                let mut set = Set::new(vec![KeyType::L4Protocol, KeyType::Port], SetData::None);
+                let elements = ports.iter().map(|(protocol, port)| {
+                    (vec![Datum::Protocol(*protocol), Datum::Port(*port)], ElementData::None)
+                });
+                fill(&mut set, "ports", elements.collect());
+                vec![(self.name(false), set)]
+            }
+        }
+    }
+
+    /// Elements that stand for an address because of who bears it.
+    pub(super) fn elements(&self, address: IpAddr, bearers: &[&Arc<Pod>], directory: &Directory) -> Elements {
+        match self {
+            Self::Peer(peer @ PeerKey::Pods { .. }) if peer.means(address, bearers, directory) => {
+                Elements::from([(vec![Datum::Ip(address)], ElementData::None)])
+            }
+            Self::Named { peers, names } => {
+                let meant = peers
+                    .as_ref()
+                    .is_none_or(|peers| peers.iter().any(|peer| peer.means(address, bearers, directory)));
+                let numbers = if meant { named_numbers(names, bearers) } else { BTreeSet::new() };
+                let key =
+                    |(protocol, port)| vec![Datum::Ip(address), Datum::Protocol(protocol), Datum::Port(port)];
+                numbers.into_iter().map(|number| (key(number), ElementData::None)).collect()
+            }
+            _ => Elements::new(),
+        }
+    }
+
+    /// Name of the set whose elements [`Self::elements`] gives; `None` where there are none.
+    pub(super) fn of_addresses(&self, ipv6: bool) -> Option<String> {
+        match self {
+            Self::Peer(PeerKey::Pods { .. }) | Self::Named { .. } => Some(self.name(ipv6)),
+            Self::Peer(PeerKey::Block { .. }) | Self::Ports(_) => None,
+        }
+    }
+
+    fn name(&self, ipv6: bool) -> String {
+        let hash = hash(self);
+        match self {
+            Self::Peer(PeerKey::Pods { .. }) => format!("pods{}-{hash}", version(ipv6)),
+            Self::Peer(PeerKey::Block { .. }) => format!("nets{}-{hash}", version(ipv6)),
+            Self::Named { .. } => format!("named{}-{hash}", version(ipv6)),
+            Self::Ports(_) => format!("ports-{hash}"),
+        }
+    }
+}
+
+fn has_unnamed(ports: &PortSet) -> bool {
+    !(ports.exact.is_empty() && ports.ranges.is_empty() && ports.protocols.is_empty())
+}
+
+/// Twelve digits: a node has thousands of names, so that two meet by chance once in ten million clusters.
+fn hash(meaning: &impl std::fmt::Debug) -> String {
+    let digest = Sha256::digest(format!("{meaning:?}"));
+    digest[..6].iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn version(ipv6: bool) -> char {
+    if ipv6 { '6' } else { '4' }
+}
+
+fn address_type(ipv6: bool) -> KeyType {
+    if ipv6 { KeyType::Ipv6Address } else { KeyType::Ipv4Address }
+}
+
+fn fill(set: &mut Set, group: &str, elements: Elements) {
+    if !elements.is_empty() {
+        set.groups.insert(group.to_owned(), Arc::new(elements));
+    }
+}
+
+/// The block without its exceptions, and the `host` addresses of nodes that it covers: disjoint.
+fn block_nets(cidr: IpNet, except: &[IpNet], hosts: &BTreeMap<IpAddr, Vec<IpAddr>>) -> Vec<IpNet> {
+    let covers = |ip: &IpAddr| cidr.contains(ip) && !except.iter().any(|net| net.contains(ip));
+    let covered = hosts.iter().filter(|(_, node)| node.iter().any(covers));
+    let mut nets: Vec<IpNet> = covered.map(|(host, _)| IpNet::from(*host)).collect();
+    without(cidr, except, &mut nets);
+    IpNet::aggregate(&nets)
+}
+
+/// Halves the range until each part is either outside of every exception or inside one.
+fn without(net: IpNet, except: &[IpNet], kept: &mut Vec<IpNet>) {
+    let touching: Vec<IpNet> =
+        except.iter().copied().filter(|other| other.contains(&net) || net.contains(other)).collect();
+    if touching.is_empty() {
+        kept.push(net);
+    } else if !touching.iter().any(|other| other.contains(&net)) {
+        let halves = net.subnets(net.prefix_len() + 1);
+        halves.into_iter().flatten().for_each(|half| without(half, &touching, kept));
+    }
+}
+
+pub(super) fn chain_name(direction: Direction, side: &Side) -> String {
+    let stem = match direction {
+        Direction::Ingress => "in",
+        Direction::Egress => "out",
+    };
+    format!("{stem}-{}", hash(side))
+}
+
+/// Returns for what is allowed, drops the rest.
+pub(super) fn chain(direction: Direction, side: &Side) -> Chain {
+    let mut rules: Vec<Rule> = side.allows.iter().flat_map(|allow| allow_rules(direction, allow)).collect();
+    let drop = Rule::new(vec![Statement::Counter, Statement::Verdict(Verdict::Drop)]);
+    let others = side.policies.len() - 1;
+    let more = if others > 0 { format!(" and {others} more") } else { String::new() };
+    let policy = side.policies.first().map(ToString::to_string).unwrap_or_default();
+    rules.push(drop.comment(cut(&format!("isolated by {policy}{more}"))));
+    Chain { base: None, rules }
+}
+
+fn allow_rules(direction: Direction, allow: &Allow) -> Vec<Rule> {
+    let mut matches: Vec<Vec<Statement>> = Vec::new();
+    let addresses = address_tests(direction, allow);
+    for ports in port_tests(allow.ports.as_ref()) {
+        matches.extend(addresses.iter().map(|address| [address.clone(), ports.clone()].concat()));
+    }
+    let named = allow.ports.as_ref().and_then(|ports| SetKey::named(allow, ports));
+    matches.extend(named.iter().flat_map(|key| {
+        [false, true].map(|ipv6| {
+            let field = destination(ipv6);
+            vec![look_up(&[field, Field::L4Protocol, Field::DestinationPort], key.name(ipv6))]
+        })
+    }));
+    let comment = cut(&format!("{} {}[{}]", allow.policy, direction.name(), allow.index));
+    let rule = |mut statements: Vec<Statement>| {
+        statements.push(Statement::Verdict(Verdict::Return));
+        Rule::new(statements).comment(comment.clone())
+    };
+    matches.into_iter().map(rule).collect()
+}
+
+/// One test a set of peers; a single empty one where everybody is meant.
+fn address_tests(direction: Direction, allow: &Allow) -> Vec<Vec<Statement>> {
+    let Some(peers) = &allow.peers else { return vec![Vec::new()] };
+    let mut tests = Vec::new();
+    for peer in peers {
+        let key = SetKey::Peer(peer.clone());
+        let families = match peer {
+            PeerKey::Pods { .. } => vec![false, true],
+            PeerKey::Block { cidr, .. } => vec![cidr.addr().is_ipv6()],
+        };
+        for ipv6 in families {
+            let field = match direction {
+                Direction::Ingress => source(ipv6),
+                Direction::Egress => destination(ipv6),
+            };
+            tests.push(vec![look_up(&[field], key.name(ipv6))]);
+        }
+    }
+    tests
+}
+
+/// One test each of what has to be compared in its own way; a single empty one where every port is meant.
+fn port_tests(ports: Option<&PortSet>) -> Vec<Vec<Statement>> {
+    let Some(ports) = ports else { return vec![Vec::new()] };
+    let protocol = |protocol| equals(Field::L4Protocol, Datum::Protocol(protocol));
+    let exact = match ports.exact.first().filter(|_| ports.exact.len() == 1) {
+        _ if ports.exact.is_empty() => None,
+        Some((p, port)) => Some(vec![protocol(*p), equals(Field::DestinationPort, Datum::Port(*port))]),
+        None => {
+            let name = SetKey::Ports(ports.exact.clone()).name(false);
+            Some(vec![look_up(&[Field::L4Protocol, Field::DestinationPort], name)])
+        }
+    };
+    let ranges = ports.ranges.iter().map(|(p, first, last)| {
+        vec![protocol(*p), equals(Field::DestinationPort, Datum::PortRange(*first, *last))]
+    });
+    let protocols = ports.protocols.iter().map(|p| vec![protocol(*p)]);
+    exact.into_iter().chain(ranges).chain(protocols).collect()
+}
+
+fn cut(text: &str) -> String {
+    text.chars().take(LONGEST_COMMENT).collect()
+}
+
+/// Maps and sets of the isolated pods.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum SubjectSet {
+    /// Address : jump to the chain of its Side.
+    Side(Direction),
+    /// The pair of a pod with itself.
+    Itself,
+    /// Every isolated pod, in whichever direction.
+    Isolated,
+}
+
+impl SubjectSet {
+    pub(super) const ALL: [Self; 4] =
+        [Self::Side(Direction::Ingress), Self::Side(Direction::Egress), Self::Itself, Self::Isolated];
+
+    pub(super) fn name(self, ipv6: bool) -> String {
+        let stem = match self {
+            Self::Side(direction) => direction.name(),
+            Self::Itself => "itself",
+            Self::Isolated => "isolated",
+        };
+        format!("{stem}{}", version(ipv6))
+    }
+
+    fn set(self, ipv6: bool) -> Set {
+        let address = address_type(ipv6);
+        match self {
+            Self::Side(_) => Set::new(vec![address], SetData::Verdict),
+            Self::Itself => Set::new(vec![address, address], SetData::None),
+            Self::Isolated => Set::new(vec![address], SetData::None),
+        }
+    }
+}
+
+const MID_STREAM: &str = "mid-stream";
+
+/// The table without any isolated pod.
+pub(super) fn skeleton() -> Table {
+    let mut table = Table { name: TABLE_POLICY.to_owned(), ..Table::default() };
+    for ipv6 in [false, true] {
+        for set in SubjectSet::ALL {
+            table.sets.insert(set.name(ipv6), set.set(ipv6));
+        }
+    }
+    table.chains = BTreeMap::from([
+        ("forward".to_owned(), base(Hook::Forward, forward())),
+        ("input".to_owned(), base(Hook::Input, input())),
+        ("output".to_owned(), base(Hook::Output, vec![mid_stream()])),
+        (MID_STREAM.to_owned(), Chain { base: None, rules: [false, true].map(picked_up).concat() }),
+    ]);
+    table
+}
+
+fn base(hook: Hook, rules: Vec<Rule>) -> Chain {
+    Chain { base: Some(Base { kind: ChainKind::Filter, hook, priority: PRIORITY_FILTER }), rules }
+}
+
+fn forward() -> Vec<Rule> {
+    let accept = Statement::Verdict(Verdict::Accept);
+    let mut rules = vec![established(), mid_stream()];
+    rules.extend([false, true].map(|ipv6| {
+        let pair = look_up(&[source(ipv6), destination(ipv6)], SubjectSet::Itself.name(ipv6));
+        Rule::new(vec![pair, accept.clone()]).comment("a pod reaches itself")
+    }));
+    rules.extend([false, true].map(|ipv6| side_of(Direction::Egress, source(ipv6), ipv6)));
+    rules.extend([false, true].map(|ipv6| side_of(Direction::Ingress, destination(ipv6), ipv6)));
+    rules
+}
+
+/// What pods send to this node itself. Queries to its resolver are not tracked, so each one is judged.
+fn input() -> Vec<Rule> {
+    let accept = Statement::Verdict(Verdict::Accept);
+    let not_from_pod = Statement::Match {
+        field: Field::InputLink,
+        negated: true,
+        value: Datum::NamePrefix(POD_LINK_PREFIX.to_owned()),
+    };
+    let mut rules = vec![Rule::new(vec![not_from_pod, accept.clone()]), established(), mid_stream()];
+    rules.extend(NEIGHBOUR_DISCOVERY.map(|kind| {
+        Rule::new(vec![equals(Field::Icmp6Type, Datum::Icmp6Type(kind)), accept.clone()])
+            .comment("neighbour discovery")
+    }));
+    rules.extend([false, true].map(|ipv6| side_of(Direction::Egress, source(ipv6), ipv6)));
+    rules
+}
+
+fn established() -> Rule {
+    let states = vec![CtState::Established, CtState::Related];
+    Rule::new(vec![Statement::CtState { states, negated: false }, Statement::Verdict(Verdict::Accept)])
+        .comment("replies, and errors about them")
+}
+
+/// A connection whose tracking was ended is not to be picked up again by a packet from its middle, in either direction.
+fn mid_stream() -> Rule {
+    let new = Statement::CtState { states: vec![CtState::New], negated: false };
+    let jump = Statement::Verdict(Verdict::Jump(MID_STREAM.to_owned()));
+    Rule::new(vec![new, Statement::TcpBegins { negated: true }, jump])
+}
+
+fn picked_up(ipv6: bool) -> [Rule; 2] {
+    [source(ipv6), destination(ipv6)].map(|field| {
+        let isolated = look_up(&[field], SubjectSet::Isolated.name(ipv6));
+        Rule::new(vec![isolated, Statement::Counter, Statement::Verdict(Verdict::Drop)])
+            .comment("not the beginning of a connection")
+    })
+}
+
+fn side_of(direction: Direction, field: Field, ipv6: bool) -> Rule {
+    let map = SubjectSet::Side(direction).name(ipv6);
+    Rule::new(vec![Statement::VerdictMap { key: vec![field], map }])
+}
+
+fn look_up(key: &[Field], set: String) -> Statement {
+    Statement::Lookup { key: key.to_vec(), negated: false, set }
+}
+
+fn equals(field: Field, value: Datum) -> Statement {
+    Statement::Match { field, negated: false, value }
+}
+
+fn source(ipv6: bool) -> Field {
+    if ipv6 { Field::Ip6Source } else { Field::Ip4Source }
+}
+
+fn destination(ipv6: bool) -> Field {
+    if ipv6 { Field::Ip6Destination } else { Field::Ip4Destination }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn net(text: &str) -> IpNet {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn a_block_without_its_exceptions_is_disjoint_and_whole() {
+        let nets =
+            block_nets(net("10.0.0.0/8"), &[net("10.1.0.0/16"), net("10.128.0.0/9")], &BTreeMap::new());
+        let covers =
+            |ip: &str| nets.iter().filter(|net| net.contains(&ip.parse::<IpAddr>().unwrap())).count();
+        for (ip, times) in [
+            ("10.0.0.0", 1),
+            ("10.0.255.255", 1),
+            ("10.1.0.0", 0),
+            ("10.1.255.255", 0),
+            ("10.2.0.0", 1),
+            ("10.127.255.255", 1),
+            ("10.128.0.0", 0),
+            ("11.0.0.0", 0),
+        ] {
+            assert_eq!(covers(ip), times, "{ip} in {nets:?}");
+        }
+        assert_eq!(block_nets(net("0.0.0.0/0"), &[], &BTreeMap::new()), [net("0.0.0.0/0")]);
+        assert_eq!(block_nets(net("fd00::/64"), &[net("fd00::/64")], &BTreeMap::new()), []);
+    }
+
+    #[test]
+    fn a_block_that_covers_a_node_covers_what_it_sends_from_its_pod_range() {
+        let host: IpAddr = "10.244.2.1".parse().unwrap();
+        let hosts = BTreeMap::from([(host, vec!["192.0.2.2".parse().unwrap()])]);
+        let nets = |cidr: &str, except: &[IpNet]| block_nets(net(cidr), except, &hosts);
+        assert!(nets("192.0.2.0/24", &[]).contains(&IpNet::from(host)));
+        assert!(!nets("192.0.2.0/24", &[net("192.0.2.2/32")]).contains(&IpNet::from(host)));
+        assert_eq!(nets("10.244.0.0/16", &[]), [net("10.244.0.0/16")]);
+    }
+
+    #[test]
+    fn the_peer_sets_are_told_by_their_prefix() {
+        let named = SetKey::Named { peers: None, names: BTreeSet::new() };
+        let pods = SetKey::Peer(PeerKey::Pods {
+            namespaces: super::super::meaning::Namespaces::One("a".into()),
+            pods: weft_model::policy::Selector::default(),
+        });
+        let nets = SetKey::Peer(PeerKey::Block { cidr: net("10.0.0.0/8"), except: vec![] });
+        for name in [pods.name(false), nets.name(true), named.name(false)] {
+            assert!(PEER_SETS.iter().any(|prefix| name.starts_with(prefix)), "{name}");
+        }
+        let others = SubjectSet::ALL.map(|set| set.name(false));
+        assert!(others.iter().all(|name| !PEER_SETS.iter().any(|prefix| name.starts_with(prefix))));
+    }
+}

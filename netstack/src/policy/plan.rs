@@ -1,0 +1,289 @@
+//! The planner: a Snapshot in, the table `weft-policy` and the [`Judge`] out. Pure; memoised (decision 16).
+//!
+//! A pod of this node is planned anew when it, its address or a policy of its namespace is another value than last time;
+//! an address is looked at in every set of peers when its bearer is. What several chains need is counted and goes with the
+//! last of them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use weft_model::objects::Pod;
+use weft_model::policy::NetworkPolicy;
+use weft_model::ruleset::{Datum, ElementData, Elements, Table, Verdict};
+use weft_model::snapshot::{Objects, changes};
+use weft_model::{ObjectRef, Planned, PolicyKey, Problem, Reason, Snapshot};
+
+use super::directory::{Directory, Place, Subject};
+use super::judge::{Judge, Sides};
+use super::layout::{self, SetKey, SubjectSet};
+use super::meaning::{Direction, Policies, Side};
+use crate::reconcile::Planner;
+
+/// The whole desired state of the policy engine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PolicyPlan {
+    pub table: Arc<Table>,
+    /// Decides about what is established already.
+    pub judge: Arc<Judge>,
+}
+
+impl PolicyPlan {
+    fn empty(place: Place) -> Self {
+        let judge = Judge { directory: Directory::empty(place), subjects: BTreeMap::new() };
+        Self { table: Arc::new(layout::skeleton()), judge: Arc::new(judge) }
+    }
+}
+
+/// Plans isolated pods and remembers what it planned.
+pub struct PolicyPlanner {
+    plan: PolicyPlan,
+    policies: Objects<PolicyKey, NetworkPolicy>,
+    /// How many pods use each chain, and how many chains each set.
+    chains: BTreeMap<String, usize>,
+    sets: BTreeMap<SetKey, usize>,
+}
+
+impl Default for PolicyPlanner {
+    fn default() -> Self {
+        Self::empty(Place::default())
+    }
+}
+
+impl Planner for PolicyPlanner {
+    type Plan = PolicyPlan;
+
+    fn plan(&mut self, snapshot: &Snapshot) -> Planned<PolicyPlan> {
+        let place = Place::of(snapshot);
+        if self.plan.judge.directory.place != place {
+            *self = Self::empty(place);
+        }
+        let dirty = Arc::make_mut(&mut self.plan.judge).directory.update(snapshot).addresses;
+        let policies = std::mem::replace(&mut self.policies, snapshot.policies.clone());
+        let repoliced: BTreeSet<&str> =
+            changes(&policies, &snapshot.policies).map(|(key, ..)| key.namespace.as_str()).collect();
+        self.refresh_sets(&dirty);
+        for address in self.affected(&dirty, &repoliced) {
+            self.place(address);
+        }
+        Planned::new(self.plan.clone(), problems(snapshot))
+    }
+}
+
+impl PolicyPlanner {
+    fn empty(place: Place) -> Self {
+        Self {
+            plan: PolicyPlan::empty(place),
+            policies: Objects::default(),
+            chains: BTreeMap::new(),
+            sets: BTreeMap::new(),
+        }
+    }
+
+    /// Addresses of pods of this node whose Sides may not be what they were.
+    fn affected(&self, dirty: &BTreeSet<IpAddr>, repoliced: &BTreeSet<&str>) -> BTreeSet<IpAddr> {
+        let Judge { directory, subjects } = self.plan.judge.as_ref();
+        let of_namespace = |address: &IpAddr| match directory.subject(*address) {
+            Subject::Known(pod) => repoliced.contains(pod.key.namespace.as_str()),
+            Subject::Unknown(Some(namespace)) => repoliced.contains(namespace),
+            Subject::Unknown(None) => !repoliced.is_empty(),
+            Subject::Nobody => false,
+        };
+        let attached = directory.attached().filter(|ip| dirty.contains(ip) || of_namespace(ip));
+        attached.chain(subjects.keys().copied().filter(|ip| dirty.contains(ip))).collect()
+    }
+
+    /// Puts what policies say about one pod's address in place of what they said before.
+    fn place(&mut self, address: IpAddr) {
+        let judge = &self.plan.judge;
+        let old = judge.subjects.get(&address).cloned().unwrap_or_default();
+        let subject = judge.directory.subject(address);
+        let policies = Policies(&self.policies);
+        let side = |direction, known: &Option<Arc<Side>>| {
+            let side = Side::of(direction, &subject, &policies).map(Arc::new);
+            if side == *known { known.clone() } else { side }
+        };
+        let new = Sides {
+            ingress: side(Direction::Ingress, &old.ingress),
+            egress: side(Direction::Egress, &old.egress),
+        };
+        if old == new {
+            return;
+        }
+        // What is new is counted before what is gone, so that nothing shared is removed and made again.
+        for direction in Direction::BOTH {
+            let chain = new.side(direction).map(|side| self.use_chain(direction, side));
+            let jump = chain.map(|chain| ElementData::Verdict(Verdict::Jump(chain)));
+            self.set_subject(SubjectSet::Side(direction), address, jump);
+        }
+        for direction in Direction::BOTH {
+            if let Some(side) = old.side(direction) {
+                self.leave_chain(direction, side);
+            }
+        }
+        let isolated = (new != Sides::default()).then_some(ElementData::None);
+        self.set_subject(SubjectSet::Itself, address, isolated.clone());
+        self.set_subject(SubjectSet::Isolated, address, isolated.clone());
+        let subjects = &mut Arc::make_mut(&mut self.plan.judge).subjects;
+        match isolated {
+            Some(_) => drop(subjects.insert(address, new)),
+            None => drop(subjects.remove(&address)),
+        }
+    }
+
+    /// One address in one of the maps of isolated pods.
+    fn set_subject(&mut self, set: SubjectSet, address: IpAddr, data: Option<ElementData>) {
+        let table = Arc::make_mut(&mut self.plan.table);
+        let Some(set_of) = table.sets.get_mut(&set.name(address.is_ipv6())) else { return };
+        let group = address.to_string();
+        let Some(data) = data else {
+            set_of.groups.remove(&group);
+            return;
+        };
+        let key = vec![Datum::Ip(address); set_of.key.len()];
+        let elements = Elements::from([(key, data)]);
+        if set_of.groups.get(&group).map(Arc::as_ref) != Some(&elements) {
+            set_of.groups.insert(group, Arc::new(elements));
+        }
+    }
+
+    fn use_chain(&mut self, direction: Direction, side: &Side) -> String {
+        let name = layout::chain_name(direction, side);
+        let users = self.chains.entry(name.clone()).or_default();
+        *users += 1;
+        if *users == 1 {
+            for key in SetKey::of_side(side) {
+                self.use_set(key);
+            }
+            let table = Arc::make_mut(&mut self.plan.table);
+            table.chains.insert(name.clone(), layout::chain(direction, side));
+        }
+        name
+    }
+
+    fn leave_chain(&mut self, direction: Direction, side: &Side) {
+        let name = layout::chain_name(direction, side);
+        if !left(&mut self.chains, &name) {
+            return;
+        }
+        let table = Arc::make_mut(&mut self.plan.table);
+        table.chains.remove(&name);
+        for key in SetKey::of_side(side) {
+            if left(&mut self.sets, &key) {
+                for (name, _) in key.sets(&self.plan.judge.directory) {
+                    table.sets.remove(&name);
+                }
+            }
+        }
+    }
+
+    /// Makes the sets of a key with all their elements, unless they are there.
+    fn use_set(&mut self, key: SetKey) {
+        let users = self.sets.entry(key.clone()).or_default();
+        *users += 1;
+        if *users > 1 {
+            return;
+        }
+        let directory = &self.plan.judge.directory;
+        let table = Arc::make_mut(&mut self.plan.table);
+        table.sets.extend(key.sets(directory));
+        if key.of_addresses(false).is_none() {
+            return;
+        }
+        let mut groups = BTreeMap::<(bool, String), Elements>::new();
+        for address in directory.addresses() {
+            let mut elements = key.elements(address, &directory.bearers(address), directory);
+            if !elements.is_empty() {
+                groups.entry((address.is_ipv6(), group(address))).or_default().append(&mut elements);
+            }
+        }
+        for ((ipv6, group), elements) in groups {
+            if let Some(set) = key.of_addresses(ipv6).and_then(|name| table.sets.get_mut(&name)) {
+                set.groups.insert(group, Arc::new(elements));
+            }
+        }
+    }
+
+    /// Looks at these addresses in every set of peers.
+    fn refresh_sets(&mut self, dirty: &BTreeSet<IpAddr>) {
+        if dirty.is_empty() {
+            return;
+        }
+        let directory = &self.plan.judge.directory;
+        let table = Arc::make_mut(&mut self.plan.table);
+        let bearers: Vec<(IpAddr, Vec<&Arc<Pod>>)> =
+            dirty.iter().map(|address| (*address, directory.bearers(*address))).collect();
+        for key in self.sets.keys() {
+            let names = [false, true].map(|ipv6| key.of_addresses(ipv6));
+            for (address, bearers) in &bearers {
+                let Some(name) = &names[usize::from(address.is_ipv6())] else { continue };
+                let Some(set) = table.sets.get_mut(name) else { continue };
+                replace_elements(&mut set.groups, *address, key.elements(*address, bearers, directory));
+            }
+        }
+    }
+}
+
+impl Sides {
+    fn side(&self, direction: Direction) -> Option<&Side> {
+        match direction {
+            Direction::Ingress => self.ingress.as_deref(),
+            Direction::Egress => self.egress.as_deref(),
+        }
+    }
+}
+
+/// Counts one user less; true when it was the last.
+fn left<K: Ord>(users: &mut BTreeMap<K, usize>, key: &K) -> bool {
+    let Some(count) = users.get_mut(key) else { return false };
+    *count -= 1;
+    let gone = *count == 0;
+    if gone {
+        users.remove(key);
+    }
+    gone
+}
+
+/// Addresses that stand in one group: few enough for a change to copy them, as many as a node's range mostly holds.
+fn group(address: IpAddr) -> String {
+    let prefix = if address.is_ipv6() { 120 } else { 24 };
+    IpNet::new_assert(address, prefix).trunc().to_string()
+}
+
+/// What stands in a set for one address becomes `elements`; a group in which nothing changes stays the same `Arc`.
+fn replace_elements(groups: &mut BTreeMap<String, Arc<Elements>>, address: IpAddr, mut elements: Elements) {
+    let name = group(address);
+    let of_address = |key: &Vec<Datum>| key.first() == Some(&Datum::Ip(address));
+    let known: Option<Elements> = groups.get(&name).map(|group| {
+        let from = vec![Datum::Ip(address)];
+        group
+            .range(from..)
+            .take_while(|(key, _)| of_address(key))
+            .map(|(k, d)| (k.clone(), d.clone()))
+            .collect()
+    });
+    if known.unwrap_or_default() == elements {
+        return;
+    }
+    let group = Arc::make_mut(groups.entry(name.clone()).or_default());
+    group.retain(|key, _| !of_address(key));
+    group.append(&mut elements);
+    if group.is_empty() {
+        groups.remove(&name);
+    }
+}
+
+/// What lowering cannot see: it looks at one object at a time.
+fn problems(snapshot: &Snapshot) -> Vec<Problem> {
+    let orphaned = |key: &&PolicyKey| !snapshot.namespaces.contains_key(&key.namespace);
+    let problem = |key: &PolicyKey| {
+        let message = format!(
+            "metadata.namespace {} does not exist (any more); the policy selects only pods that are left in it, delete it",
+            key.namespace
+        );
+        let object = ObjectRef::new("NetworkPolicy", &key.namespace, &key.name);
+        Problem::new(object, Reason::Missing, message)
+    };
+    snapshot.policies.keys().filter(orphaned).map(problem).collect()
+}

@@ -1,0 +1,354 @@
+//! NetworkPolicies as the documentation has them (kubernetes.io/docs/concepts/services-networking/network-policies), between
+//! pods of every node, nodes and a client outside, both families.
+//!
+//! Each case makes its pods (`guarded` serves, `walled` asks, one a node each) and its policies, and takes them away again.
+
+use anyhow::{Context as _, ensure};
+use serde_json::{Value, json};
+
+use crate::cluster::{Cluster, NODES, PATIENCE, Pod, ask_by_udp, in_url};
+use crate::{Case, case};
+
+pub(crate) const CASES: &[Case] = &[
+    case("deny-all isolates pods on every node, and not from their own node", deny_all),
+    case("allow-dns lets names resolve, and without it they do not", allow_dns),
+    case("three tiers reach each other in order only, on every pair of nodes", three_tiers),
+    case("an ipBlock means the client outside, through a NodePort too", client_outside),
+    case("a named port means the port that the pod calls so", named_port),
+    case("both sides must allow, through a ClusterIP as well", both_sides),
+    case("a connection that a new policy denies is cut, and no other", established),
+    case("a pod of a denied namespace is isolated from its first packet on", first_packet),
+    case("what a policy says and nobody understands is named in the status, and the rest holds", invalid),
+];
+
+const PODS: &str = "
+apiVersion: apps/v1
+kind: DaemonSet
+metadata: {name: guarded, namespace: suite}
+spec:
+  selector: {matchLabels: {app: guarded}}
+  template:
+    metadata: {labels: {app: guarded}}
+    spec:
+      terminationGracePeriodSeconds: 1
+      tolerations: [{operator: Exists}]
+      containers:
+      - name: guarded
+        image: weft.network/test:1
+        args: [netexec, --http-port=8080, --udp-port=8081]
+        ports: [{name: web, containerPort: 8080}]
+        readinessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1}
+---
+apiVersion: apps/v1
+kind: DaemonSet
+metadata: {name: walled, namespace: suite}
+spec:
+  selector: {matchLabels: {app: walled}}
+  template:
+    metadata: {labels: {app: walled}}
+    spec:
+      terminationGracePeriodSeconds: 1
+      tolerations: [{operator: Exists}]
+      containers: [{name: walled, image: weft.network/test:1, command: [sleep, infinity]}]
+---
+apiVersion: v1
+kind: Service
+metadata: {name: guarded, namespace: suite}
+spec:
+  type: NodePort
+  externalTrafficPolicy: Local
+  ipFamilyPolicy: RequireDualStack
+  selector: {app: guarded}
+  ports: [{port: 80, targetPort: 8080, nodePort: 30090}]
+";
+
+/// Pods and policies, gone when it goes.
+struct Guarded<'a> {
+    cluster: &'a Cluster,
+}
+
+impl Drop for Guarded<'_> {
+    fn drop(&mut self) {
+        let _ = self.cluster.kubectl(&["delete", "networkpolicy", "--all", "--wait=true"]);
+        let _ = self.cluster.delete(PODS);
+    }
+}
+
+impl<'a> Guarded<'a> {
+    fn start(cluster: &'a Cluster) -> anyhow::Result<Self> {
+        let guarded = Self { cluster };
+        cluster.apply(PODS)?;
+        for name in ["daemonset/guarded", "daemonset/walled"] {
+            cluster.kubectl(&["rollout", "status", name, "--timeout=120s"])?;
+        }
+        Ok(guarded)
+    }
+
+    /// Replaces every policy by these.
+    fn policies(&self, policies: &[Value]) -> anyhow::Result<()> {
+        self.cluster.kubectl(&["delete", "networkpolicy", "--all", "--wait=true"])?;
+        for policy in policies {
+            self.cluster.apply(&policy.to_string())?;
+        }
+        Ok(())
+    }
+
+    /// Every pod of `from` gets through to every pod of `to`, or none does, each family.
+    fn all(&self, from: &str, to: &str, port: u16, expected: bool) -> anyhow::Result<()> {
+        for client in self.cluster.pods(from)? {
+            for server in self.cluster.pods(to)? {
+                for address in &server.addresses {
+                    let url = format!("{}:{port}", in_url(address));
+                    self.pod_reaches(&client, &url, expected)
+                        .with_context(|| format!("{from} on {} to {to} on {}", client.node, server.node))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn pod_reaches(&self, client: &Pod, url: &str, expected: bool) -> anyhow::Result<()> {
+        self.becomes(url, expected, || self.cluster.in_pod(&client.name, &curl(url)))
+    }
+
+    /// What is allowed may take a moment; what is denied is denied as soon as a policy is there, but for the watch.
+    fn becomes(
+        &self,
+        what: &str,
+        expected: bool,
+        ask: impl Fn() -> anyhow::Result<String>,
+    ) -> anyhow::Result<()> {
+        let wanted = if expected { "answers" } else { "is denied" };
+        self.cluster.within(PATIENCE / 9, &format!("{what} {wanted}"), || {
+            let said = ask();
+            ensure!(said.is_ok() == expected, "{said:?}");
+            Ok(())
+        })
+    }
+}
+
+fn curl(url: &str) -> String {
+    format!("curl -gsS -m 2 'http://{url}/hostname'")
+}
+
+fn policy(name: &str, app: &str, mut spec: Value) -> Value {
+    spec["podSelector"] = json!({"matchLabels": {"app": app}});
+    json!({
+        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": {"name": name, "namespace": "suite"},
+        "spec": spec,
+    })
+}
+
+fn deny(app: &str) -> Value {
+    policy(&format!("deny-{app}"), app, json!({"policyTypes": ["Ingress", "Egress"]}))
+}
+
+fn peer(app: &str) -> Value {
+    json!([{"podSelector": {"matchLabels": {"app": app}}}])
+}
+
+fn deny_all(cluster: &Cluster) -> anyhow::Result<()> {
+    let guarded = Guarded::start(cluster)?;
+    guarded.all("tools", "guarded", 8080, true)?;
+    guarded.policies(&[deny("guarded"), deny("walled")])?;
+    guarded.all("tools", "guarded", 8080, false)?;
+    guarded.all("walled", "echo", 8080, false)?;
+    for server in cluster.pods("guarded")? {
+        for node in NODES {
+            for address in &server.addresses {
+                let url = format!("{}:8080", in_url(address));
+                guarded
+                    .becomes(&url, node == server.node, || cluster.on(node, &curl(&url)))
+                    .with_context(|| format!("{node} to the pod on {}", server.node))?;
+            }
+        }
+        for address in &server.addresses {
+            guarded.pod_reaches(&server, &format!("{}:8080", in_url(address)), true).context("itself")?;
+        }
+    }
+    // Probes come from the node: nothing became unready.
+    cluster.kubectl(&["rollout", "status", "daemonset/guarded", "--timeout=10s"]).map(drop)
+}
+
+fn allow_dns(cluster: &Cluster) -> anyhow::Result<()> {
+    let guarded = Guarded::start(cluster)?;
+    let ports = json!([{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]);
+    let resolver = json!({
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}},
+        "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}},
+    });
+    let egress = json!([{"to": [resolver], "ports": ports}]);
+    let allowed = policy("allow-dns", "walled", json!({"policyTypes": ["Egress"], "egress": egress}));
+    for (policies, expected) in [(vec![deny("walled")], false), (vec![deny("walled"), allowed], true)] {
+        guarded.policies(&policies)?;
+        for client in cluster.pods("walled")? {
+            let look_up =
+                || cluster.in_pod(&client.name, "timeout 3 getent hosts echo.suite.svc.cluster.local");
+            guarded.becomes("a look-up", expected, look_up)?;
+        }
+    }
+    Ok(())
+}
+
+/// tools -> guarded -> echo, with walled as the stranger.
+fn three_tiers(cluster: &Cluster) -> anyhow::Result<()> {
+    let guarded = Guarded::start(cluster)?;
+    let port = json!([{"port": 8080}]);
+    guarded.policies(&[
+        deny("guarded"),
+        policy(
+            "middle",
+            "guarded",
+            json!({
+                "policyTypes": ["Ingress", "Egress"],
+                "ingress": [{"from": peer("tools"), "ports": port}],
+                "egress": [{"to": peer("echo"), "ports": port}],
+            }),
+        ),
+    ])?;
+    guarded.all("tools", "guarded", 8080, true)?;
+    guarded.all("guarded", "echo", 8080, true)?;
+    guarded.all("walled", "guarded", 8080, false)?;
+    for client in cluster.pods("guarded")? {
+        for node in NODES {
+            for address in Cluster::node_addresses(node) {
+                guarded.pod_reaches(&client, &format!("{}:18080", in_url(&address)), false)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn client_outside(cluster: &Cluster) -> anyhow::Result<()> {
+    let guarded = Guarded::start(cluster)?;
+    let addresses: Vec<String> = cluster
+        .on("client", "ip -o addr show scope global | awk '{print $4}' | cut -d/ -f1")?
+        .split_whitespace()
+        .map(str::to_owned)
+        .collect();
+    let block = |address: &String| {
+        let cidr = format!("{address}/{}", if address.contains(':') { 128 } else { 32 });
+        json!({"ipBlock": {"cidr": cidr}})
+    };
+    let of_client: Vec<Value> = addresses.iter().map(block).collect();
+    for (from, expected) in [(json!(of_client), true), (json!([block(&"198.51.100.1".to_owned())]), false)] {
+        guarded.policies(&[policy("outside", "guarded", json!({"ingress": [{"from": from}]}))])?;
+        for node in NODES {
+            for address in Cluster::node_addresses(node) {
+                let url = format!("{}:30090", in_url(&address));
+                guarded.becomes(&url, expected, || cluster.on("client", &curl(&url)))?;
+            }
+        }
+        guarded.all("tools", "guarded", 8080, false)?;
+    }
+    Ok(())
+}
+
+fn named_port(cluster: &Cluster) -> anyhow::Result<()> {
+    let guarded = Guarded::start(cluster)?;
+    for (name, expected) in [("web", true), ("nothing", false)] {
+        let ports = json!([{"port": name}]);
+        guarded.policies(&[policy(
+            "named",
+            "guarded",
+            json!({"ingress": [{"from": peer("tools"), "ports": ports}]}),
+        )])?;
+        guarded.all("tools", "guarded", 8080, expected)?;
+    }
+    // The datagrams of the same pods have no such name.
+    let (client, server) = (cluster.pod_on("tools", "node1")?, cluster.pod_on("guarded", "node2")?);
+    let said =
+        cluster.in_pod(&client.name, &ask_by_udp(&server.addresses[0], 8081, "hostname")).unwrap_or_default();
+    ensure!(said.is_empty(), "UDP got through: {said}");
+    Ok(())
+}
+
+fn both_sides(cluster: &Cluster) -> anyhow::Result<()> {
+    let guarded = Guarded::start(cluster)?;
+    let out =
+        policy("out", "walled", json!({"policyTypes": ["Egress"], "egress": [{"to": peer("guarded")}]}));
+    let into = policy("into", "guarded", json!({"ingress": [{"from": peer("walled")}]}));
+    for (policies, expected) in [
+        (vec![deny("walled"), deny("guarded"), out.clone()], false),
+        (vec![deny("walled"), deny("guarded"), into.clone()], false),
+        (vec![deny("walled"), deny("guarded"), out, into], true),
+    ] {
+        guarded.policies(&policies)?;
+        guarded.all("walled", "guarded", 8080, expected)?;
+        for client in cluster.pods("walled")? {
+            for ip in cluster.cluster_ips("guarded")? {
+                guarded.pod_reaches(&client, &in_url(&ip), expected)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Two slow answers to two clients; the policy allows one of them.
+fn established(cluster: &Cluster) -> anyhow::Result<()> {
+    let guarded = Guarded::start(cluster)?;
+    let server = cluster.pod_on("guarded", "node2")?;
+    let slow = format!(
+        "(sleep 8; printf 'GET /hostname HTTP/1.0\\r\\n\\r\\n'; sleep 4) | timeout 14 bash -c 'exec 3<>/dev/tcp/{}/8080; cat >&3 & cat <&3'",
+        server.addresses[0]
+    );
+    let clients = [cluster.pod_on("tools", "node1")?, cluster.pod_on("walled", "node3")?];
+    let said = std::thread::scope(|scope| -> anyhow::Result<Vec<String>> {
+        let asking: Vec<_> = clients
+            .iter()
+            .map(|client| scope.spawn(|| cluster.in_pod(&client.name, &slow).unwrap_or_default()))
+            .collect();
+        std::thread::sleep(std::time::Duration::from_secs(3));
+        guarded.policies(&[policy("cut", "guarded", json!({"ingress": [{"from": peer("tools")}]}))])?;
+        Ok(asking.into_iter().map(|asking| asking.join().unwrap_or_default()).collect())
+    })?;
+    ensure!(said[0].contains(&server.name), "the allowed connection was cut: {said:?}");
+    ensure!(!said[1].contains(&server.name), "the denied connection goes on: {said:?}");
+    Ok(())
+}
+
+/// The pod's first act is to ask, and it must never have been answered.
+fn first_packet(cluster: &Cluster) -> anyhow::Result<()> {
+    let guarded = Guarded::start(cluster)?;
+    guarded.policies(&[deny("newborn")])?;
+    let server = cluster.pod_on("echo", "node2")?;
+    for turn in 0..5 {
+        let name = format!("newborn-{turn}");
+        let ask = format!(
+            "curl -gsS -m 1 http://{}:8080/hostname && echo LEAKED; echo done; sleep 1000",
+            server.addresses[0]
+        );
+        let pod = json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {"name": name, "namespace": "suite", "labels": {"app": "newborn"}},
+            "spec": {
+                "nodeName": NODES[turn % NODES.len()], "terminationGracePeriodSeconds": 0, "restartPolicy": "Never",
+                "containers": [{"name": "a", "image": "weft.network/test:1", "command": ["bash", "-c", ask]}],
+            },
+        });
+        cluster.apply(&pod.to_string())?;
+        let said = cluster.within(PATIENCE, "the pod has asked", || {
+            let said = cluster.kubectl(&["logs", &name])?;
+            ensure!(said.contains("done"), "{said}");
+            Ok(said)
+        });
+        cluster.delete(&pod.to_string())?;
+        let said = said?;
+        ensure!(!said.contains("LEAKED"), "pod {turn}: {said}");
+    }
+    Ok(())
+}
+
+fn invalid(cluster: &Cluster) -> anyhow::Result<()> {
+    let guarded = Guarded::start(cluster)?;
+    let mut wrong = policy("wrong", "guarded", json!({"ingress": [{"from": peer("tools")}]}));
+    wrong["metadata"]["annotations"] = json!({"weft.network/established": "perhaps"});
+    guarded.policies(&[wrong])?;
+    cluster.within(PATIENCE / 9, "the status names the policy", || {
+        let problems = cluster.status("node1")?["problems"].to_string();
+        ensure!(problems.contains("NetworkPolicy suite/wrong: InvalidField"), "{problems}");
+        Ok(())
+    })?;
+    guarded.all("tools", "guarded", 8080, true)?;
+    guarded.all("walled", "guarded", 8080, false)
+}
