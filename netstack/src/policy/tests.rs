@@ -659,7 +659,7 @@ fn a_change_in_a_big_cluster_costs_milliseconds() {
             let taken = cluster.snapshot(Generation(1), empty.config, empty.facts);
             Snapshot { attachments: attachments(), ..taken }
         };
-        let mut step = |what: &str, cluster: &Cluster, rig: &mut Rig| {
+        let step = |what: &str, cluster: &Cluster, rig: &mut Rig| {
             let snapshot = of(cluster);
             let started_at = std::time::Instant::now();
             let planned = rig.planner.plan(&snapshot);
