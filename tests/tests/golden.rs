@@ -8,8 +8,10 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use serde::Deserialize;
 use weft_model::node_facts::WireguardBackend;
+use weft_model::snapshot::{AttachedPod, Attachments};
 use weft_model::{ClusterConfig, Generation, NodeFacts, NodeName, Problem, ProxyConfig, Snapshot};
 use weft_netstack::kube::Cluster;
+use weft_netstack::policy::PolicyPlanner;
 use weft_netstack::proxy::ProxyPlanner;
 use weft_netstack::reconcile::Planner;
 
@@ -37,15 +39,31 @@ fn snapshot(cluster: &Path) -> Result<Snapshot> {
         wireguard_backend: WireguardBackend::Userspace,
         foreign_routes: vec![],
     };
-    Ok(cluster.snapshot(Generation(1), Arc::new(config), Arc::new(facts)))
+    let snapshot = cluster.snapshot(Generation(1), Arc::new(config), Arc::new(facts));
+    Ok(Snapshot { attachments: attachments(&snapshot), ..snapshot })
+}
+
+/// CNI has attached every pod of the node where the API shows it.
+fn attachments(snapshot: &Snapshot) -> Attachments {
+    let here = snapshot.pods.values().filter(|pod| pod.node.as_ref() == Some(&snapshot.facts.name));
+    let attached = here.flat_map(|pod| {
+        let attached = Arc::new(AttachedPod { pod: Some(pod.key.clone()), uid: String::new() });
+        pod.ips.iter().map(move |ip| (*ip, attached.clone()))
+    });
+    Arc::new(attached.collect())
 }
 
 /// File name and expected content of everything planned for one story.
 fn plan(snapshot: &Snapshot) -> Vec<(&'static str, String)> {
     let proxy = ProxyPlanner::default().plan(snapshot);
-    let problems: Vec<String> =
-        snapshot.problems.iter().chain(&proxy.problems).map(Problem::to_string).collect();
-    vec![("nft.txt", proxy.plan.table.to_string()), ("problems.txt", lines(&problems))]
+    let policy = PolicyPlanner::default().plan(snapshot);
+    let problems = snapshot.problems.iter().chain(&proxy.problems).chain(&policy.problems);
+    let problems: Vec<String> = problems.map(Problem::to_string).collect();
+    let mut files = vec![("nft.txt", proxy.plan.table.to_string()), ("problems.txt", lines(&problems))];
+    if !snapshot.policies.is_empty() {
+        files.push(("policy.txt", policy.plan.table.to_string()));
+    }
+    files
 }
 
 fn lines(lines: &[String]) -> String {

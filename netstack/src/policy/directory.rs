@@ -171,10 +171,25 @@ impl Directory {
         }
     }
 
-    /// Every address that somebody may bear, each once.
-    pub(super) fn addresses(&self) -> BTreeSet<IpAddr> {
-        let claimed = self.claims.keys().chain(self.attachments.keys());
-        claimed.chain(&self.place.cluster_dns).copied().collect()
+    /// Every address that somebody of these namespaces may bear. Asks once a namespace.
+    pub(super) fn addresses_in(&self, selected: impl Fn(&str) -> bool) -> BTreeSet<IpAddr> {
+        let mut addresses = BTreeSet::new();
+        let mut last: Option<(&str, bool)> = None;
+        for (key, pod) in self.pods.iter() {
+            let known = last.filter(|(name, _)| *name == key.namespace);
+            let (_, is_selected) =
+                *last.insert(known.unwrap_or_else(|| (&key.namespace, selected(&key.namespace))));
+            addresses.extend(claimed(Some(pod)).filter(|_| is_selected));
+        }
+        let attached = self
+            .attachments
+            .iter()
+            .filter(|(_, attached)| attached.pod.as_ref().is_some_and(|pod| selected(&pod.namespace)));
+        addresses.extend(attached.map(|(address, _)| *address));
+        if selected(RESOLVER_NAMESPACE) {
+            addresses.extend(self.place.cluster_dns.iter().copied());
+        }
+        addresses
     }
 
     /// Addresses of pods of this node.

@@ -108,6 +108,17 @@ impl SetKey {
         }
     }
 
+    /// Every address that [`Self::elements`] may give something for.
+    pub(super) fn candidates(&self, directory: &Directory) -> BTreeSet<IpAddr> {
+        match self {
+            Self::Peer(PeerKey::Pods { namespaces, .. }) => {
+                directory.addresses_in(|name| namespaces.select(name, directory))
+            }
+            Self::Named { .. } => directory.addresses_in(|_| true),
+            Self::Peer(PeerKey::Block { .. }) | Self::Ports(_) => BTreeSet::new(),
+        }
+    }
+
     /// Name of the set whose elements [`Self::elements`] gives; `None` where there are none.
     pub(super) fn of_addresses(&self, ipv6: bool) -> Option<String> {
         match self {

@@ -85,7 +85,7 @@ impl PeerKey {
 }
 
 impl Namespaces {
-    fn select(&self, namespace: &str, directory: &Directory) -> bool {
+    pub(super) fn select(&self, namespace: &str, directory: &Directory) -> bool {
         match self {
             Self::One(name) => name == namespace,
             Self::Selected(selector) => {

@@ -42,7 +42,13 @@ pub struct PolicyPlanner {
     policies: Objects<PolicyKey, NetworkPolicy>,
     /// How many pods use each chain, and how many chains each set.
     chains: BTreeMap<String, usize>,
-    sets: BTreeMap<SetKey, usize>,
+    sets: BTreeMap<SetKey, InUse>,
+}
+
+struct InUse {
+    chains: usize,
+    /// Names of its sets of addresses, IPv4 and IPv6, where it has such.
+    names: [Option<String>; 2],
 }
 
 impl Default for PolicyPlanner {
@@ -170,7 +176,10 @@ impl PolicyPlanner {
         let table = Arc::make_mut(&mut self.plan.table);
         table.chains.remove(&name);
         for key in SetKey::of_side(side) {
-            if left(&mut self.sets, &key) {
+            let Some(in_use) = self.sets.get_mut(&key) else { continue };
+            in_use.chains -= 1;
+            if in_use.chains == 0 {
+                self.sets.remove(&key);
                 for (name, _) in key.sets(&self.plan.judge.directory) {
                     table.sets.remove(&name);
                 }
@@ -180,29 +189,27 @@ impl PolicyPlanner {
 
     /// Makes the sets of a key with all their elements, unless they are there.
     fn use_set(&mut self, key: SetKey) {
-        let users = self.sets.entry(key.clone()).or_default();
-        *users += 1;
-        if *users > 1 {
+        if let Some(in_use) = self.sets.get_mut(&key) {
+            in_use.chains += 1;
             return;
         }
+        let names = [false, true].map(|ipv6| key.of_addresses(ipv6));
         let directory = &self.plan.judge.directory;
         let table = Arc::make_mut(&mut self.plan.table);
         table.sets.extend(key.sets(directory));
-        if key.of_addresses(false).is_none() {
-            return;
-        }
         let mut groups = BTreeMap::<(bool, String), Elements>::new();
-        for address in directory.addresses() {
+        for address in key.candidates(directory) {
             let mut elements = key.elements(address, &directory.bearers(address), directory);
             if !elements.is_empty() {
                 groups.entry((address.is_ipv6(), group(address))).or_default().append(&mut elements);
             }
         }
         for ((ipv6, group), elements) in groups {
-            if let Some(set) = key.of_addresses(ipv6).and_then(|name| table.sets.get_mut(&name)) {
+            if let Some(set) = names[usize::from(ipv6)].as_ref().and_then(|name| table.sets.get_mut(name)) {
                 set.groups.insert(group, Arc::new(elements));
             }
         }
+        self.sets.insert(key, InUse { chains: 1, names });
     }
 
     /// Looks at these addresses in every set of peers.
@@ -214,10 +221,9 @@ impl PolicyPlanner {
         let table = Arc::make_mut(&mut self.plan.table);
         let bearers: Vec<(IpAddr, Vec<&Arc<Pod>>)> =
             dirty.iter().map(|address| (*address, directory.bearers(*address))).collect();
-        for key in self.sets.keys() {
-            let names = [false, true].map(|ipv6| key.of_addresses(ipv6));
+        for (key, in_use) in &self.sets {
             for (address, bearers) in &bearers {
-                let Some(name) = &names[usize::from(address.is_ipv6())] else { continue };
+                let Some(name) = &in_use.names[usize::from(address.is_ipv6())] else { continue };
                 let Some(set) = table.sets.get_mut(name) else { continue };
                 replace_elements(&mut set.groups, *address, key.elements(*address, bearers, directory));
             }

@@ -96,7 +96,14 @@ fn verbs(cluster: &Cluster) -> anyhow::Result<()> {
         let part = format!("--subresource={part}");
         cluster.kubectl(&["auth", "can-i", verb, resource, &part, who, "--all-namespaces"]).is_ok()
     };
-    for resource in ["nodes", "namespaces", "pods", "services", "endpointslices.discovery.k8s.io"] {
+    for resource in [
+        "nodes",
+        "namespaces",
+        "pods",
+        "services",
+        "endpointslices.discovery.k8s.io",
+        "networkpolicies.networking.k8s.io",
+    ] {
         ensure!(may("list", resource) && may("watch", resource), "{resource} cannot be watched");
         ensure!(!may("delete", resource) && !may("create", resource), "{resource} can be made or deleted");
     }

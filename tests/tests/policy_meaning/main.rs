@@ -2,11 +2,14 @@
 //! address and both families.
 //!
 //! `expected` is written from the NetworkPolicy documentation and API reference, over the very JSON of the objects and without a
-//! look at the planner: it walks all policies for every packet. The planned rules are followed by the tracer.
+//! look at the planner: it walks all policies for every packet. The planned rules are followed by the tracer, and by the real
+//! kernel for a sample (`kernel`).
 //! `WEFT_MEANING_CASES=100000` runs more clusters than the usual few.
 
 // Helpers of a test are test code; clippy sees that only of functions marked #[test].
 #![allow(clippy::unwrap_used)]
+
+mod kernel;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -391,9 +394,7 @@ fn is_port(entry: &Value, protocol: Protocol, number: u16, destination: &[Somebo
         (Value::Null, _) => true,
         (Value::String(name), _) => {
             !destination.is_empty()
-                && destination
-                    .iter()
-                    .all(|(_, _, ports)| ports.iter().any(|port| *port == (name.as_str(), protocol, number)))
+                && destination.iter().all(|(_, _, ports)| ports.contains(&(name.as_str(), protocol, number)))
         }
         (port, end) => (port.as_u64().unwrap()..=end.or(port.as_u64()).unwrap()).contains(&u64::from(number)),
     }
