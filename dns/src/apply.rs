@@ -30,7 +30,7 @@ impl Applier for DnsApplier {
 
     async fn apply(&mut self, plan: &DnsPlan, trust: Trust) -> Applied {
         if trust == Trust::Nothing {
-            self.listeners.forget_ended().await;
+            self.listeners.forget_ended();
         }
         self.forwarder.set_own(plan.listen.clone());
         let mut changed = std::mem::take(&mut self.early);

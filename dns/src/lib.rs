@@ -1,8 +1,9 @@
 //! DNS answered on the node that asks.
 //!
 //! ```text
-//!  Snapshot --plan--> DnsPlan --apply--> Store (names in memory)  <--answer-- Resolver <-- hickory-server <-- sockets
-//!                                   \--> Listeners (a socket an address)          |
+//!  Snapshot --plan--> DnsPlan --apply--> Store (names in memory)  <--fast----------------- UDP sockets: a thread each
+//!                                   \                             <--serve (hickory-server)-- what fast leaves, TCP
+//!                                    \--> Listeners (sockets)              |
 //!                                              resolv.conf's nameservers <-- Forwarder
 //! ```
 //!
@@ -13,6 +14,7 @@
 mod answer;
 mod apply;
 mod diff;
+mod fast;
 mod forward;
 mod listen;
 mod name;

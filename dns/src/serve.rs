@@ -5,38 +5,46 @@
 //!                                              \--Elsewhere, onward alias-> Forwarder --^
 //! ```
 //!
-//! hickory-server reads and writes the UDP sockets, drops responses (QR=1) and answers what it cannot read with
-//! FORMERR.
+//! [`Resolver::exchange`] is the way from octets to octets that UDP (what `fast` leaves) and TCP share: it drops
+//! responses (QR=1) and answers what cannot be read with FORMERR.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use hickory_proto::op::{Edns, Message, MessageType, Metadata, OpCode, ResponseCode};
 use hickory_proto::rr::rdata::{A, AAAA, CNAME, NS, PTR, SOA, SRV, TXT};
 use hickory_proto::rr::{DNSClass, Name as WireName, RData, Record, RecordType};
 use hickory_proto::serialize::binary::BinEncoder;
-use hickory_server::net::runtime::Time;
+use hickory_server::net::NetError;
+use hickory_server::net::runtime::{Time, TokioTime};
 use hickory_server::net::xfer::Protocol;
 use hickory_server::server::{Request, RequestHandler, ResponseHandler, ResponseInfo};
-use hickory_server::zone_handler::MessageResponseBuilder;
+use hickory_server::zone_handler::{MessageResponse, MessageResponseBuilder};
 use tokio::sync::Semaphore;
 use weft_netstack::reconcile::chain;
 
 use crate::answer::{Answer, Local, Question, Soa, SoaPlace};
 use crate::forward::{ForwardError, Forwarder, Outside};
 use crate::name::Name;
-use crate::stats::Stats;
+use crate::stats::{Dropped, Stats};
 use crate::store::Store;
 use crate::zone::{Data, TTL_SECONDS};
 
 /// Largest UDP answer, whatever the client would take (DNS flag day 2020).
-const UDP_PAYLOAD_BYTES: u16 = 1232;
+pub(crate) const UDP_PAYLOAD_BYTES: u16 = 1232;
 /// Largest answer to a client without EDNS (RFC 1035 section 4.2.1).
-const PLAIN_UDP_BYTES: u16 = 512;
+pub(crate) const PLAIN_UDP_BYTES: u16 = 512;
 /// An OPT record without options (RFC 6891 section 6.1.2).
-const OPT_BYTES: usize = 11;
+pub(crate) const OPT_BYTES: usize = 11;
+
+/// Octets of a message's header (RFC 1035 section 4.1.1).
+const HEADER_BYTES: usize = 12;
+/// Of the header's third octet: that it is a response, the operation, "recursion desired".
+const QR: u8 = 0b1000_0000;
+const OPCODE: u8 = 0b0111_1000;
+const RD: u8 = 0b0000_0001;
 
 /// How long a question for a name of the cluster waits for the first plan, as after a restart: short enough to be answered
 /// before the client asks again (glibc: 5 s).
@@ -103,12 +111,50 @@ impl Resolver {
         Self { store, forwarder, stats, turn: AtomicUsize::new(0), holding: Semaphore::new(MOST_HELD) }
     }
 
+    /// What the records of the next answer are rotated by.
+    pub(crate) fn next_turn(&self) -> usize {
+        self.turn.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The names to read in batches.
+    pub(crate) fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Where answers and what is dropped are counted.
+    pub(crate) fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    /// The encoded answer to one encoded message; `None` when it deserves none.
+    pub(crate) async fn exchange(
+        &self,
+        bytes: Vec<u8>,
+        client: SocketAddr,
+        protocol: Protocol,
+    ) -> Option<Vec<u8>> {
+        if let Some(reason) = undeserving(&bytes, client) {
+            self.stats.count_dropped(reason);
+            return None;
+        }
+        let (bare, code) = bare_refusal(&bytes);
+        let readable = has_one_question(&bytes).then(|| Request::from_bytes(bytes, client, protocol).ok());
+        let Some(request) = readable.flatten() else {
+            self.stats.count_response(code);
+            return Some(bare.into());
+        };
+        let answer = Encoded { protocol, bytes: Arc::default() };
+        self.handle_request::<_, TokioTime>(&request, answer.clone()).await;
+        let bytes = std::mem::take(&mut *answer.bytes.lock().unwrap_or_else(PoisonError::into_inner));
+        (!bytes.is_empty()).then_some(bytes)
+    }
+
     async fn reply(&self, request: &Request) -> Reply {
         let (question, outside) = match admit(request) {
             Ok(admitted) => admitted,
             Err(code) => return Reply::failed(&request.metadata, code),
         };
-        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        let turn = self.next_turn();
         let mut answer = self.store.answer(&question, turn);
         if matches!(answer, Answer::NotReady) && self.became_ready().await {
             answer = self.store.answer(&question, turn);
@@ -183,8 +229,8 @@ fn render(request: &Metadata, local: Local, asked: &WireName) -> Reply {
     reply.answers = local.records.into_iter().map(record).collect();
     reply.additionals = local.additionals.into_iter().map(record).collect();
     match local.soa {
-        Some((SoaPlace::Answer, soa)) => reply.answers.push(soa_record(&soa)),
-        Some((SoaPlace::Authority, soa)) => reply.authorities.push(soa_record(&soa)),
+        Some((SoaPlace::Answer, soa)) => reply.answers.push(soa_record(owner(&soa.apex), &soa)),
+        Some((SoaPlace::Authority, soa)) => reply.authorities.push(soa_record(owner(&soa.apex), &soa)),
         None => {}
     }
     reply
@@ -202,7 +248,7 @@ fn rdata(data: Data) -> RData {
     }
 }
 
-fn soa_record(soa: &Soa) -> Record {
+fn soa_record(owner: WireName, soa: &Soa) -> Record {
     let data = SOA::new(
         soa.server.to_hickory(),
         soa.mailbox.to_hickory(),
@@ -212,7 +258,7 @@ fn soa_record(soa: &Soa) -> Record {
         Soa::EXPIRE_SECONDS,
         Soa::MINIMUM_SECONDS,
     );
-    Record::from_rdata(soa.apex.to_hickory(), TTL_SECONDS, RData::SOA(data))
+    Record::from_rdata(owner, TTL_SECONDS, RData::SOA(data))
 }
 
 /// The OPT record of the answer: there is one when the request had one (RFC 6891 section 6.1.1), with DO as asked.
@@ -251,7 +297,6 @@ fn fit(reply: &mut Reply, request: &Request, limit: usize, has_edns: bool) {
 /// Size without any name compression and with the largest data of the types that we answer ourselves; other types
 /// count as too large, so that they are tried.
 fn at_most_bytes(reply: &Reply, request: &Request) -> usize {
-    const HEADER_BYTES: usize = 12;
     const RECORD_BYTES: usize = 10;
     let sections = [&reply.answers, &reply.authorities, &reply.additionals];
     let records = sections.into_iter().flatten().map(|record| {
@@ -298,6 +343,63 @@ fn limit_bytes(protocol: Protocol, edns: Option<&Edns>) -> usize {
     }
 }
 
+/// Why a message gets no answer at all: an answer to an answer could go round for ever.
+pub(crate) fn undeserving(bytes: &[u8], client: SocketAddr) -> Option<Dropped> {
+    match bytes.get(2) {
+        _ if bytes.len() < HEADER_BYTES => Some(Dropped::Short),
+        Some(flags) if flags & QR != 0 => Some(Dropped::Response),
+        _ if !is_answerable(client) => Some(Dropped::Source),
+        _ => None,
+    }
+}
+
+/// "A DNS message with OPCODE = 0 MUST NOT include a QDCOUNT value greater than 1" (RFC 9619), and without a question there
+/// is nothing to answer. The others would only be read to be repeated.
+fn has_one_question(bytes: &[u8]) -> bool {
+    matches!(bytes, [_, _, _, _, 0, 1, ..])
+}
+
+/// The answer to a message of which only the header can be read or matters: FORMERR, or NOTIMP for another operation than
+/// a query.
+fn bare_refusal(bytes: &[u8]) -> ([u8; HEADER_BYTES], ResponseCode) {
+    let mut header = [0; HEADER_BYTES];
+    let &[id0, id1, flags, ..] = bytes else { return (header, ResponseCode::FormErr) };
+    let is_query = flags & OPCODE == 0;
+    let code = if is_query { ResponseCode::FormErr } else { ResponseCode::NotImp };
+    header[..4].copy_from_slice(&[id0, id1, QR | flags & (OPCODE | RD), code.low()]);
+    (header, code)
+}
+
+/// Takes the one answer to a request, encoded.
+#[derive(Clone)]
+struct Encoded {
+    protocol: Protocol,
+    bytes: Arc<Mutex<Vec<u8>>>,
+}
+
+#[async_trait::async_trait]
+impl ResponseHandler for Encoded {
+    async fn send_response<'a>(
+        &mut self,
+        response: MessageResponse<
+            '_,
+            'a,
+            impl Iterator<Item = &'a Record> + Send + 'a,
+            impl Iterator<Item = &'a Record> + Send + 'a,
+            impl Iterator<Item = &'a Record> + Send + 'a,
+            impl Iterator<Item = &'a Record> + Send + 'a,
+        >,
+    ) -> Result<ResponseInfo, NetError> {
+        let mut bytes = Vec::with_capacity(usize::from(PLAIN_UDP_BYTES));
+        let mut encoder = BinEncoder::new(&mut bytes);
+        let limit = limit_bytes(self.protocol, response.edns());
+        encoder.set_max_size(u16::try_from(limit).unwrap_or(u16::MAX));
+        let info = response.destructive_emit(&mut encoder)?;
+        *self.bytes.lock().unwrap_or_else(PoisonError::into_inner) = bytes;
+        Ok(info)
+    }
+}
+
 /// No answer goes to an address that many hosts may listen on.
 fn is_answerable(source: SocketAddr) -> bool {
     let ip = source.ip().to_canonical();
@@ -312,11 +414,7 @@ impl RequestHandler for Resolver {
         request: &Request,
         mut response_handle: R,
     ) -> ResponseInfo {
-        let mut reply = if is_answerable(request.src()) {
-            self.reply(request).await
-        } else {
-            return silent(request);
-        };
+        let mut reply = self.reply(request).await;
         let edns = reply_edns(request);
         fit(&mut reply, request, limit_bytes(request.protocol(), edns.as_ref()), edns.is_some());
         self.stats.count_response(reply.metadata.response_code);
@@ -347,5 +445,7 @@ fn silent(request: &Request) -> ResponseInfo {
     })
 }
 
+#[cfg(test)]
+mod both_paths;
 #[cfg(test)]
 mod tests;

@@ -14,12 +14,47 @@ pub struct Stats {
     notimp: AtomicU64,
     refused: AtomicU64,
     other: AtomicU64,
+    dropped: [AtomicU64; Dropped::NAMES.len()],
     pub(crate) forwarded: AtomicU64,
     pub(crate) cache_hits: AtomicU64,
     pub(crate) upstream_failures: AtomicU64,
 }
 
+/// Why a datagram got no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Dropped {
+    /// Shorter than a header.
+    Short,
+    /// A response sent as a query.
+    Response,
+    /// From an address that many hosts may have, or from port 0.
+    Source,
+    /// Too many questions of one client, or of all, wait for an answer that is not at hand.
+    Busy,
+    /// The kernel did not take the reply.
+    Unsent,
+}
+
+impl Dropped {
+    const NAMES: [&str; 5] = ["short", "response", "source", "busy", "unsent"];
+}
+
 impl Stats {
+    pub(crate) fn count_dropped(&self, reason: Dropped) {
+        self.count_many_dropped(reason, 1);
+    }
+
+    pub(crate) fn count_many_dropped(&self, reason: Dropped, count: usize) {
+        let count = u64::try_from(count).unwrap_or(u64::MAX);
+        self.dropped[reason as usize].fetch_add(count, Ordering::Relaxed);
+    }
+
+    /// Datagrams without an answer, by reason, in a fixed order.
+    pub fn dropped(&self) -> Vec<(&'static str, u64)> {
+        let counts = self.dropped.iter().map(|counter| counter.load(Ordering::Relaxed));
+        Dropped::NAMES.into_iter().zip(counts).collect()
+    }
+
     pub(crate) fn count_response(&self, code: ResponseCode) {
         let counter = match code {
             ResponseCode::NoError => &self.noerror,

@@ -404,6 +404,52 @@ fn garbage_on_the_sockets_does_not_end_them() {
 }
 
 #[test]
+fn a_burst_is_answered_whole_from_the_address_that_was_asked() {
+    in_namespace(|place| {
+        place.serve(&zoo());
+        for server in ["10.43.0.10:53", "[fd00:43::a]:53"] {
+            let any = if server.starts_with('[') { "[::]:0" } else { "0.0.0.0:0" };
+            let socket = UdpSocket::bind(any).unwrap();
+            socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+            for id in 0..200_u16 {
+                let mut query = Message::query();
+                query.metadata.id = id;
+                // Every fourth takes the long way: an alias that is followed.
+                let name = if id % 4 == 0 { "alias" } else { "web" };
+                let name = format!("{name}.default.svc.cluster.local.").parse().unwrap();
+                query.add_query(Query::query(name, RecordType::A));
+                socket.send_to(&query.to_vec().unwrap(), server).unwrap();
+            }
+            let mut ids = std::collections::BTreeSet::new();
+            let mut buffer = [0; 512];
+            while ids.len() < 200 {
+                let (length, from) = socket.recv_from(&mut buffer).unwrap();
+                assert_eq!(from, server.parse().unwrap());
+                let answer = Message::from_vec(&buffer[..length]).unwrap();
+                let last = answer.answers.last().unwrap();
+                assert_eq!(last.data, RData::A(A::new(10, 43, 0, 80)));
+                ids.insert(answer.metadata.id);
+            }
+        }
+    });
+}
+
+#[test]
+fn what_gets_no_answer_is_counted_by_its_reason() {
+    in_namespace(|place| {
+        place.serve(&zoo());
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let response = [0, 1, 0x81, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1];
+        for bytes in [&response[..], &response, &response[..11]] {
+            socket.send_to(bytes, "10.43.0.10:53").unwrap();
+        }
+        eventually("three are counted", || place.stats.dropped()[..2] == [("short", 1), ("response", 2)]);
+        socket.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        assert!(socket.recv(&mut [0; 512]).is_err(), "no answer to an answer");
+    });
+}
+
+#[test]
 fn a_client_that_holds_many_connections_takes_none_from_others() {
     in_namespace(|place| {
         use std::io::Read as _;

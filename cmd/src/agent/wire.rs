@@ -187,13 +187,26 @@ fn admin(
                 Err(error) => chain(&error).into(),
             }),
         )],
-        counters: vec![Counters {
+        counters: dns_counters(dns),
+    }
+}
+
+fn dns_counters(dns: Arc<weft_dns::Stats>) -> Vec<Counters> {
+    let again = dns.clone();
+    vec![
+        Counters {
             name: "dns_responses",
             help: "DNS answers sent, by response code",
             label: "rcode",
             read: Box::new(move || dns.responses().to_vec()),
-        }],
-    }
+        },
+        Counters {
+            name: "dns_dropped",
+            help: "DNS messages without an answer, by reason",
+            label: "reason",
+            read: Box::new(move || again.dropped()),
+        },
+    ]
 }
 
 fn api_text(status: &ApiStatus) -> String {
