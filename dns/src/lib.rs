@@ -32,6 +32,7 @@ use std::sync::Arc;
 
 pub use answer::{Answer, Local, Question, Soa, SoaPlace};
 pub use apply::DnsApplier;
+pub use listen::Handover;
 pub use name::{InvalidName, Name};
 pub use plan::{DnsPlanner, plan_service};
 pub use stats::Stats;
@@ -72,10 +73,11 @@ pub struct Dns {
 
 /// Opens the sockets on the configuration's cluster DNS addresses and answers at once: what is asked for a name of
 /// the cluster waits for the first plan, three seconds at most (then SERVFAIL), everything else comes from the host's resolvers. An address that cannot be
-/// opened is logged here and tried again, and reported, with every failing pass of the loop.
+/// opened is logged here and tried again, and reported, with every failing pass of the loop. What `handover` brings is used
+/// instead of a new socket.
 ///
 /// Needs a tokio runtime: the sockets' tasks end when the applier is dropped.
-pub fn start(config: &ClusterConfig, options: Options) -> Dns {
+pub fn start(config: &ClusterConfig, options: Options, handover: Handover) -> Dns {
     let stats = Arc::new(Stats::default());
     let store = Arc::new(Store::new(Zones::new(config).ok()));
     let forwarder =
@@ -83,7 +85,7 @@ pub fn start(config: &ClusterConfig, options: Options) -> Dns {
     let listen: std::collections::BTreeSet<IpAddr> = config.cluster_dns.iter().copied().collect();
     forwarder.set_own(listen.clone());
     let resolver = Arc::new(serve::Resolver::new(store.clone(), forwarder.clone(), stats.clone()));
-    let mut listeners = listen::Listeners::new(resolver, options.port);
+    let mut listeners = listen::Listeners::new(resolver, options.port, handover);
     let (early, failed) = listeners.ensure(&listen);
     for error in &failed {
         tracing::warn!(reason = chain(error), "DNS does not listen yet");

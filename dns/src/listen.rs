@@ -2,6 +2,7 @@
 //!
 //! One socket an address, so that an answer leaves from the address that was asked without IP_PKTINFO. Bound with IP_FREEBIND: the route that makes the address local may come later.
 
+mod handover;
 mod tcp;
 mod udp;
 
@@ -18,6 +19,8 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
 use crate::serve::Resolver;
+
+pub use handover::Handover;
 
 /// Questions that came while the thread was away from the CPU wait here: some two thousand.
 const RECEIVE_BUFFER_BYTES: usize = 1 << 20;
@@ -62,12 +65,13 @@ pub(crate) enum ListenError {
 pub(crate) struct Listeners {
     resolver: Arc<Resolver>,
     port: u16,
+    handover: Handover,
     servers: BTreeMap<(IpAddr, Transport), Serving>,
 }
 
 impl Listeners {
-    pub(crate) fn new(resolver: Arc<Resolver>, port: u16) -> Self {
-        Self { resolver, port, servers: BTreeMap::new() }
+    pub(crate) fn new(resolver: Arc<Resolver>, port: u16, handover: Handover) -> Self {
+        Self { resolver, port, handover, servers: BTreeMap::new() }
     }
 
     pub(crate) fn addresses(&self) -> BTreeSet<IpAddr> {
@@ -82,6 +86,7 @@ impl Listeners {
         self.servers.retain(|(address, transport), _| {
             let keep = wanted.contains(address);
             if !keep {
+                self.handover.forget(SocketAddr::new(*address, self.port), *transport);
                 changed.push(format!("closed {address}/{}", transport.name()));
             }
             keep
@@ -100,6 +105,7 @@ impl Listeners {
                 }
             }
         }
+        self.handover.drop_rest();
         (changed, failed)
     }
 
@@ -108,19 +114,28 @@ impl Listeners {
         self.servers.retain(|_, server| !server.has_ended());
     }
 
-    fn open(&self, address: IpAddr, transport: Transport) -> Result<Serving, ListenError> {
+    fn open(&mut self, address: IpAddr, transport: Transport) -> Result<Serving, ListenError> {
         let address = SocketAddr::new(address, self.port);
         let opened = match transport {
-            Transport::Udp => {
-                open_udp(address).and_then(|s| udp::Server::start(s, self.resolver.clone())).map(Serving::Udp)
-            }
-            Transport::Tcp => open_tcp(address).map(|listener| {
-                let mut task = JoinSet::new();
-                task.spawn(tcp::serve(listener, self.resolver.clone()));
-                Serving::Tcp(task)
-            }),
+            Transport::Udp => self.udp(address).map(Serving::Udp),
+            Transport::Tcp => self.tcp(address).map(Serving::Tcp),
         };
         opened.map_err(|source| named(address, transport.name(), source))
+    }
+
+    fn udp(&mut self, address: SocketAddr) -> io::Result<udp::Server> {
+        let socket = self.handover.take_udp(address).map_or_else(|| open_udp(address), Ok)?;
+        self.handover.keep(address, Transport::Udp, &socket);
+        udp::Server::start(socket, self.resolver.clone())
+    }
+
+    fn tcp(&mut self, address: SocketAddr) -> io::Result<JoinSet<()>> {
+        let socket = self.handover.take_tcp(address).map_or_else(|| open_tcp(address), Ok)?;
+        self.handover.keep(address, Transport::Tcp, &socket);
+        socket.set_nonblocking(true)?;
+        let mut task = JoinSet::new();
+        task.spawn(tcp::serve(TcpListener::from_std(socket)?, self.resolver.clone()));
+        Ok(task)
     }
 }
 
@@ -154,10 +169,10 @@ fn open_udp(address: SocketAddr) -> io::Result<std::net::UdpSocket> {
     Ok(std::net::UdpSocket::from(socket))
 }
 
-fn open_tcp(address: SocketAddr) -> io::Result<TcpListener> {
+fn open_tcp(address: SocketAddr) -> io::Result<std::net::TcpListener> {
     let socket = bound(address, SockType::Stream)?;
     listen(&socket, Backlog::new(1024)?)?;
-    TcpListener::from_std(std::net::TcpListener::from(socket))
+    Ok(std::net::TcpListener::from(socket))
 }
 
 /// A non-blocking socket bound to an address that need not be local yet. IP_FREEBIND holds for IPv6 sockets too

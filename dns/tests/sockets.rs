@@ -6,7 +6,7 @@ mod common;
 #[path = "common/place.rs"]
 mod place;
 
-use std::net::{TcpStream, UdpSocket};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -345,6 +345,55 @@ fn a_second_pass_changes_nothing_and_the_end_closes_the_sockets() {
         place.start();
         place.apply(&zoo());
         assert_eq!(dig_short("web.default.svc.cluster.local"), ["10.43.0.80"]);
+    });
+}
+
+#[test]
+fn what_is_asked_between_two_agents_waits_in_the_kept_sockets() {
+    in_namespace(|place| {
+        place.route_cluster_dns();
+        run("ip address add fd00:43::a/128 dev lo nodad");
+        // What the service manager holds: copies of the sockets of an agent that is gone.
+        let sockets = ["10.43.0.10:53", "[fd00:43::a]:53"];
+        place.handover.udp = sockets.map(|address| UdpSocket::bind(address).unwrap()).into();
+        place.handover.tcp = sockets.map(|address| TcpListener::bind(address).unwrap()).into();
+        // And one of an address that is none of ours any more.
+        place.handover.udp.push(UdpSocket::bind("127.0.0.9:53").unwrap());
+        let asked: Vec<_> =
+            ["+notcp @10.43.0.10", "+notcp @fd00:43::a", "+tcp @10.43.0.10", "+tcp @fd00:43::a"]
+                .map(|how| format!("dig {how} +tries=1 +time=5 +short web.default.svc.cluster.local"))
+                .map(|command| std::thread::spawn(move || run(&command)))
+                .into();
+        std::thread::sleep(Duration::from_millis(300));
+        place.start();
+        let applied = place.apply(&zoo());
+        assert_eq!(applied.failed, Vec::<String>::new());
+        for answer in asked {
+            assert_eq!(answer.join().unwrap(), "10.43.0.80\n");
+        }
+        assert!(UdpSocket::bind("127.0.0.9:53").is_ok(), "the address that is not wanted is free again");
+        assert!(UdpSocket::bind("10.43.0.10:53").is_err());
+    });
+}
+
+#[test]
+fn the_service_manager_is_given_every_socket_under_a_name() {
+    in_namespace(|place| {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("notify");
+        let manager = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+        manager.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+        place.handover.store =
+            Some(weft_netstack::kernel::descriptor_store::DescriptorStore::open(path.as_os_str()).unwrap());
+        place.route_cluster_dns();
+        place.start();
+        let names = ["dns-udp-10.43.0.10", "dns-tcp-10.43.0.10", "dns-udp-fd00_43__a", "dns-tcp-fd00_43__a"];
+        for name in names {
+            let mut buffer = [0; 256];
+            let length = manager.recv(&mut buffer).unwrap();
+            let said = String::from_utf8_lossy(&buffer[..length]).into_owned();
+            assert_eq!(said, format!("FDSTORE=1\nFDPOLL=0\nFDNAME={name}"));
+        }
     });
 }
 

@@ -25,6 +25,7 @@ use weft_netstack::reconcile::{Applier, Loop, LoopHandle, Pace, Planner, TaskGro
 use weft_netstack::store::{Opened, SnapshotRead, Store, StoreError, key};
 
 use super::config::Config;
+use super::handover;
 use super::keep::{Configurations, Conflist, Saver};
 use super::readiness::{self, Sources};
 use crate::files;
@@ -51,6 +52,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let dns = weft_dns::start(
         &config.cluster,
         weft_dns::Options { resolv_conf: config.resolv_conf.clone(), ..weft_dns::Options::default() },
+        handover::from_environment(),
     );
     let netlink = Rtnetlink::connect().context("open an rtnetlink socket")?;
     let overlay =

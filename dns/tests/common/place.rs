@@ -59,6 +59,8 @@ pub(crate) struct Place {
     pub(crate) planner: DnsPlanner,
     pub(crate) applier: Option<DnsApplier>,
     pub(crate) stats: Arc<weft_dns::Stats>,
+    /// For the next start.
+    pub(crate) handover: weft_dns::Handover,
 }
 
 impl Place {
@@ -73,6 +75,7 @@ impl Place {
             planner: DnsPlanner::default(),
             applier: None,
             stats: Arc::default(),
+            handover: weft_dns::Handover::default(),
         }
     }
 
@@ -109,7 +112,7 @@ impl Place {
     pub(crate) fn start(&mut self) {
         let _inside = self.runtime.enter();
         let options = Options { resolv_conf: self.upstream_conf(), ..Options::default() };
-        let dns = weft_dns::start(&super::config(), options);
+        let dns = weft_dns::start(&super::config(), options, std::mem::take(&mut self.handover));
         (self.planner, self.applier, self.stats) = (dns.planner, Some(dns.applier), dns.stats);
     }
 

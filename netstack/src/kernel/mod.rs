@@ -3,6 +3,7 @@
 
 pub mod conntrack;
 pub mod datagram;
+pub mod descriptor_store;
 pub mod facts;
 pub mod link;
 pub mod netns;
