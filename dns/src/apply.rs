@@ -55,6 +55,7 @@ impl DnsApplier {
             ("names".to_owned(), self.store.len().to_string()),
             ("listening".to_owned(), list(listening)),
             ("upstreams".to_owned(), list(upstreams)),
+            ("cached".to_owned(), self.forwarder.cached().to_string()),
             ("queries".to_owned(), self.stats.queries().to_string()),
         ]
     }

@@ -19,7 +19,7 @@ use crate::store::{Found, Reading, Records};
 use crate::zone::{Data, TTL_SECONDS};
 
 /// Octets of a message's header (RFC 1035 section 4.1.1), where the question begins.
-const HEADER_BYTES: usize = 12;
+pub(crate) const HEADER_BYTES: usize = 12;
 /// Type, class: what follows the question's name.
 const QUESTION_TAIL_BYTES: usize = 4;
 /// Class IN.
@@ -34,6 +34,8 @@ const MAX_NAME_OCTETS: usize = 255;
 pub(crate) enum Outcome {
     /// The reply is written.
     Answered(ResponseCode),
+    /// In no zone of ours; nothing is written.
+    Elsewhere,
     /// Not for this path; nothing is written.
     Other,
 }
@@ -99,6 +101,48 @@ impl<'a> Asked<'a> {
         &self.name[..self.name_len]
     }
 
+    /// Name, type and class as sent.
+    pub(crate) fn question(&self) -> &[u8] {
+        self.question
+    }
+
+    pub(crate) fn id(&self) -> [u8; 2] {
+        self.id
+    }
+
+    /// EDNS flag DO (RFC 3225).
+    pub(crate) fn dnssec_ok(&self) -> bool {
+        self.edns.is_some_and(|edns| edns.dnssec_ok)
+    }
+
+    /// Header flag CD (RFC 4035).
+    pub(crate) fn checking_disabled(&self) -> bool {
+        self.checking_disabled
+    }
+
+    /// Third and fourth octet of a response that is not authoritative, without a code: QR, RD as asked; RA, CD as asked.
+    pub(crate) fn response_flags(&self) -> [u8; 2] {
+        [0b1000_0000 | u8::from(self.recursion_desired), 0b1000_0000 | u8::from(self.checking_disabled) << 4]
+    }
+
+    /// Most octets of a reply before its OPT record.
+    pub(crate) fn room(&self) -> usize {
+        self.limit() - if self.edns.is_some() { OPT_BYTES } else { 0 }
+    }
+
+    /// Ends a reply whose counts stand already: an OPT record when there was one in the question (RFC 6891 section
+    /// 6.1.1), with DO as asked.
+    pub(crate) fn put_opt(&self, reply: &mut Vec<u8>) {
+        let Some(edns) = self.edns else { return };
+        let [payload0, payload1] = edns.payload_bytes.clamp(PLAIN_UDP_BYTES, UDP_PAYLOAD_BYTES).to_be_bytes();
+        let [type0, type1] = TYPE_OPT.to_be_bytes();
+        let flags = if edns.dnssec_ok { 0b1000_0000 } else { 0 };
+        reply.extend_from_slice(&[0, type0, type1, payload0, payload1, 0, 0, flags, 0, 0, 0]);
+        if let Some(count) = reply.get_mut(10..12).and_then(|count| count.first_chunk_mut::<2>()) {
+            *count = u16::from_be_bytes(*count).saturating_add(1).to_be_bytes();
+        }
+    }
+
     /// Largest reply, its OPT record included.
     fn limit(&self) -> usize {
         usize::from(
@@ -161,7 +205,11 @@ pub(crate) fn answer(asked: &Asked<'_>, reading: &Reading<'_>, turn: usize, repl
             writer.code = ResponseCode::NXDomain;
             writer.soa(SoaPlace::Authority, soa, asked)
         }
-        Found::Elsewhere | Found::NotReady | Found::Alias(_) => None,
+        Found::Elsewhere => {
+            reply.clear();
+            return Outcome::Elsewhere;
+        }
+        Found::NotReady | Found::Alias(_) => None,
     };
     if written.is_some() {
         let code = writer.code;
@@ -188,10 +236,9 @@ impl<'a> Writer<'a> {
     fn begin(asked: &Asked<'_>, reply: &'a mut Vec<u8>) -> Self {
         reply.extend_from_slice(&[0; HEADER_BYTES]);
         reply.extend_from_slice(asked.question);
-        let room = asked.limit() - if asked.edns.is_some() { OPT_BYTES } else { 0 };
         Self {
             reply,
-            room,
+            room: asked.room(),
             code: ResponseCode::NoError,
             truncated: false,
             answers: 0,
@@ -286,21 +333,17 @@ impl<'a> Writer<'a> {
     }
 
     fn end(self, asked: &Asked<'_>) {
-        if let Some(edns) = asked.edns {
-            let payload = edns.payload_bytes.clamp(PLAIN_UDP_BYTES, UDP_PAYLOAD_BYTES).to_be_bytes();
-            let flags = if edns.dnssec_ok { 0b1000_0000 } else { 0 };
-            self.reply.extend_from_slice(&[0, 0, 41, payload[0], payload[1], 0, 0, flags, 0, 0, 0]);
-        }
-        let additionals = self.additionals + u16::from(asked.edns.is_some());
+        const AUTHORITATIVE: u8 = 0b0000_0100;
+        let [flags, more_flags] = asked.response_flags();
         let mut header = [0; HEADER_BYTES];
         header[..2].copy_from_slice(&asked.id);
-        // QR and AA, TC, RD as asked; RA, CD as asked.
-        header[2] = 0b1000_0100 | u8::from(self.truncated) << 1 | u8::from(asked.recursion_desired);
-        header[3] = 0b1000_0000 | u8::from(asked.checking_disabled) << 4 | self.code.low();
-        for (at, count) in [(4, 1), (6, self.answers), (8, self.authorities), (10, additionals)] {
+        header[2] = flags | AUTHORITATIVE | u8::from(self.truncated) << 1;
+        header[3] = more_flags | self.code.low();
+        for (at, count) in [(4, 1), (6, self.answers), (8, self.authorities), (10, self.additionals)] {
             header[at..at + 2].copy_from_slice(&count.to_be_bytes());
         }
         self.reply[..HEADER_BYTES].copy_from_slice(&header);
+        asked.put_opt(self.reply);
     }
 }
 

@@ -121,6 +121,11 @@ impl Resolver {
         &self.store
     }
 
+    /// The answers of upstreams that are at hand.
+    pub(crate) fn forwarder(&self) -> &Forwarder {
+        &self.forwarder
+    }
+
     /// Where answers and what is dropped are counted.
     pub(crate) fn stats(&self) -> &Stats {
         &self.stats
@@ -203,10 +208,7 @@ fn unresolved(request: &Metadata, outside: &Outside, error: &ForwardError) -> Re
 
 /// A forwarded answer under the client's id, its owner names in the client's case.
 fn relay(request: &Metadata, message: Message, asked: &WireName) -> Reply {
-    // An extended code speaks about our own EDNS (RFC 6891 section 6.1.3), not about the client's.
-    let code = message.metadata.response_code;
-    let code = if code.high() > 0 { ResponseCode::ServFail } else { code };
-    let mut reply = Reply::failed(request, code);
+    let mut reply = Reply::failed(request, message.metadata.response_code);
     reply.metadata.truncation = message.metadata.truncation;
     reply.metadata.authentic_data = message.metadata.authentic_data;
     reply.answers = message.answers;
@@ -214,7 +216,6 @@ fn relay(request: &Metadata, message: Message, asked: &WireName) -> Reply {
         record.name = asked.clone();
     }
     reply.authorities = message.authorities;
-    reply.additionals = message.additionals;
     reply
 }
 

@@ -18,6 +18,8 @@ pub struct Stats {
     pub(crate) forwarded: AtomicU64,
     pub(crate) cache_hits: AtomicU64,
     pub(crate) upstream_failures: AtomicU64,
+    pub(crate) served_stale: AtomicU64,
+    pub(crate) prefetched: AtomicU64,
 }
 
 /// Why a datagram got no answer.
@@ -97,7 +99,17 @@ impl Stats {
         self.cache_hits.load(Ordering::Relaxed)
     }
 
-    /// Tries that a resolver of the host did not answer.
+    /// Questions answered with an answer whose time is over, because no upstream gave a new one.
+    pub fn served_stale(&self) -> u64 {
+        self.served_stale.load(Ordering::Relaxed)
+    }
+
+    /// Answers fetched anew before they ended.
+    pub fn prefetched(&self) -> u64 {
+        self.prefetched.load(Ordering::Relaxed)
+    }
+
+    /// Tries that an upstream did not answer.
     pub fn upstream_failures(&self) -> u64 {
         self.upstream_failures.load(Ordering::Relaxed)
     }

@@ -1,7 +1,7 @@
 //! One UDP socket and the thread that serves it: whole batches in and out, nothing else on its way.
 //!
 //! ```text
-//!  recvmmsg -> each: fast::answer under one read lock -> sendmmsg
+//!  recvmmsg -> each: fast::answer under one read lock, or a kept answer of an upstream -> sendmmsg
 //!                    what it leaves -> a task of its own on the runtime: Resolver::exchange -> sendto
 //! ```
 //!
@@ -14,7 +14,7 @@ use std::os::fd::AsRawFd as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hickory_server::net::xfer::Protocol;
 use nix::sys::socket::{MsgFlags, SockaddrStorage, sendto};
@@ -26,6 +26,7 @@ use crate::fast::{self, Asked, Outcome};
 use crate::quota::Quota;
 use crate::serve::{Resolver, undeserving};
 use crate::stats::Dropped;
+use crate::store::Reading;
 
 /// How often a thread without datagrams looks whether it is to end.
 const LOOK: Duration = Duration::from_millis(100);
@@ -100,11 +101,12 @@ impl Serving {
     }
 
     fn answer(&mut self, batch: &mut Batch) {
+        let now = Instant::now();
         let mut left = Vec::new();
         {
             let reading = self.resolver.store().read();
             for datagram in batch.datagrams() {
-                if let Some(other) = answer_one(&self.resolver, &reading, datagram) {
+                if let Some(other) = answer_one(&self.resolver, &reading, now, datagram) {
                     left.push(other);
                 }
             }
@@ -140,7 +142,8 @@ impl Serving {
 /// Answers into the datagram's reply what is asked all the time; returns a copy of anything else.
 fn answer_one(
     resolver: &Resolver,
-    reading: &crate::store::Reading<'_>,
+    reading: &Reading<'_>,
+    now: Instant,
     datagram: Datagram<'_>,
 ) -> Option<(Vec<u8>, SocketAddr)> {
     let client = datagram.from?;
@@ -149,12 +152,15 @@ fn answer_one(
         return None;
     }
     let asked = if datagram.cut { None } else { Asked::read(datagram.bytes) };
-    let outcome = asked.map(|asked| fast::answer(&asked, reading, resolver.next_turn(), datagram.reply));
-    if let Some(Outcome::Answered(code)) = outcome {
-        resolver.stats().count_response(code);
-        return None;
-    }
-    Some((datagram.bytes.to_vec(), client))
+    let code =
+        asked.and_then(|asked| match fast::answer(&asked, reading, resolver.next_turn(), datagram.reply) {
+            Outcome::Answered(code) => Some(code),
+            Outcome::Elsewhere => resolver.forwarder().answer_cached(&asked, now, datagram.reply),
+            Outcome::Other => None,
+        });
+    let Some(code) = code else { return Some((datagram.bytes.to_vec(), client)) };
+    resolver.stats().count_response(code);
+    None
 }
 
 /// The network said that an earlier reply did not arrive: the client is gone.

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use hickory_proto::op::{Message, MessageType};
-use hickory_proto::rr::{Record, RecordType};
+use hickory_proto::rr::{RData, Record, RecordType};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use weft_dns::{DnsApplier, DnsPlanner, Options};
@@ -171,6 +171,12 @@ pub(crate) enum Manner {
     Fail,
     /// FORMERR to whatever has an OPT record.
     NoEdns,
+    /// The question comes back in lower case.
+    LowerCase,
+    /// Records that nobody asked for stand in every section.
+    Stuffed,
+    /// The answer comes after a quarter of a second.
+    Slow,
 }
 
 /// A resolver of the host with the names it was given.
@@ -269,6 +275,15 @@ impl Serving {
             Manner::Fail => reply.metadata.response_code = ServFail,
             Manner::NoEdns if query.edns.is_some() => reply.metadata.response_code = FormErr,
             Manner::NoEdns => {}
+            Manner::LowerCase => reply.queries[0].name = reply.queries[0].name.to_lowercase(),
+            Manner::Stuffed => {
+                let lie = hickory_proto::rr::rdata::A::new(203, 0, 113, 66);
+                let lie = Record::from_rdata("bank.example.".parse().unwrap(), 60, RData::A(lie));
+                reply.answers.push(lie.clone());
+                reply.authorities.push(lie.clone());
+                reply.additionals.push(lie);
+            }
+            Manner::Slow => std::thread::sleep(Duration::from_millis(250)),
         }
         vec![reply.to_vec().unwrap()]
     }
