@@ -32,10 +32,10 @@ use crate::name::Name;
 use crate::quota::Quota;
 use crate::resolv_conf::ResolvConf;
 use crate::stats::{Stats, count};
-use cache::{Cache, CacheKey, KeyBytes, Lookup, lifetime_seconds};
+use cache::{Cache, CacheKey, KeyBytes, Limits, Lookup, lifetime_seconds};
 use exchange::Said;
 use packet::{Age, Packet};
-use upstreams::{Upstream, Upstreams};
+use upstreams::{Routes, Upstream, Upstreams};
 
 /// Questions under way at one time; more are refused at once, so that nobody can hold all memory and ports.
 const MAX_UNDER_WAY: usize = 512;
@@ -122,6 +122,21 @@ impl Forwarder {
     /// Tells which addresses are ours: never asked, that would be a loop.
     pub(crate) fn set_own(&self, own: BTreeSet<IpAddr>) {
         lock(&self.sky.upstreams).set_own(own);
+    }
+
+    /// Tells whom to ask for which names, and how long answers may be kept (positive and negative ones, in seconds).
+    pub(crate) fn configure(&self, routes: Routes, (positive, negative): (Option<u32>, Option<u32>)) {
+        let limits = Limits::default();
+        let limits = Limits {
+            positive_seconds: positive.unwrap_or(limits.positive_seconds),
+            negative_seconds: negative.unwrap_or(limits.negative_seconds),
+        };
+        let rerouted = lock(&self.sky.upstreams).set_routes(routes);
+        let mut cache = self.sky.write_cache();
+        if rerouted || cache.limits() != limits {
+            cache.clear();
+        }
+        cache.set_limits(limits);
     }
 
     /// The host's nameservers that would be asked now, in order.

@@ -13,6 +13,7 @@
 
 mod answer;
 mod apply;
+mod custom;
 mod diff;
 mod fast;
 mod forward;
@@ -32,6 +33,7 @@ use std::sync::Arc;
 
 pub use answer::{Answer, Local, Question, Soa, SoaPlace};
 pub use apply::DnsApplier;
+pub use custom::{Block, Blocks, Part, Parts};
 pub use listen::Handover;
 pub use name::{InvalidName, Name};
 pub use plan::{DnsPlanner, plan_service};
@@ -85,12 +87,20 @@ pub fn start(config: &ClusterConfig, options: Options, handover: Handover) -> Dn
     let listen: std::collections::BTreeSet<IpAddr> = config.cluster_dns.iter().copied().collect();
     forwarder.set_own(listen.clone());
     let resolver = Arc::new(serve::Resolver::new(store.clone(), forwarder.clone(), stats.clone()));
-    let mut listeners = listen::Listeners::new(resolver, options.port, handover);
+    let mut listeners = listen::Listeners::new(resolver.clone(), options.port, handover);
     let (early, failed) = listeners.ensure(&listen);
     for error in &failed {
         tracing::warn!(reason = chain(error), "DNS does not listen yet");
     }
-    let applier =
-        DnsApplier { store, forwarder, listeners, stats: stats.clone(), written: Groups::new(), early };
+    let applier = DnsApplier {
+        store,
+        forwarder,
+        resolver: resolver.clone(),
+        listeners,
+        stats: stats.clone(),
+        written: Groups::new(),
+        parts: Parts::new(),
+        early,
+    };
     Dns { planner: DnsPlanner::default(), applier, stats }
 }

@@ -11,8 +11,9 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwap;
 use hickory_proto::op::{Edns, Message, MessageType, Metadata, OpCode, ResponseCode};
 use hickory_proto::rr::rdata::{A, AAAA, CNAME, NS, PTR, SOA, SRV, TXT};
 use hickory_proto::rr::{DNSClass, Name as WireName, RData, Record, RecordType};
@@ -26,6 +27,7 @@ use tokio::sync::Semaphore;
 use weft_netstack::reconcile::chain;
 
 use crate::answer::{Answer, Local, Question, Soa, SoaPlace};
+use crate::custom::{Custom, Rewritten, Verdict};
 use crate::forward::{ForwardError, Forwarder, Outside};
 use crate::name::Name;
 use crate::stats::{Dropped, Stats};
@@ -59,6 +61,8 @@ pub(crate) struct Resolver {
     stats: Arc<Stats>,
     turn: AtomicUsize,
     holding: Semaphore,
+    /// What users add.
+    custom: ArcSwap<Custom>,
 }
 
 /// Sections of an answer, before they are cut to the client's size.
@@ -108,7 +112,23 @@ fn admit(request: &Request) -> Result<(Question, Outside), ResponseCode> {
 
 impl Resolver {
     pub(crate) fn new(store: Arc<Store>, forwarder: Arc<Forwarder>, stats: Arc<Stats>) -> Self {
-        Self { store, forwarder, stats, turn: AtomicUsize::new(0), holding: Semaphore::new(MOST_HELD) }
+        let (turn, holding) = (AtomicUsize::new(0), Semaphore::new(MOST_HELD));
+        Self { store, forwarder, stats, turn, holding, custom: ArcSwap::default() }
+    }
+
+    /// True when it says something else than before.
+    pub(crate) fn set_custom(&self, custom: Custom) -> bool {
+        let before = self.custom.load();
+        let changed = !before.says_the_same(&custom);
+        if **before != custom {
+            self.custom.store(Arc::new(custom));
+        }
+        changed
+    }
+
+    /// What users add, for a batch.
+    pub(crate) fn custom(&self) -> Arc<Custom> {
+        self.custom.load_full()
     }
 
     /// What the records of the next answer are rotated by.
@@ -159,6 +179,77 @@ impl Resolver {
             Ok(admitted) => admitted,
             Err(code) => return Reply::failed(&request.metadata, code),
         };
+        let custom = self.custom();
+        let logged = custom.logs(&question.name).then(|| (Instant::now(), outside.clone()));
+        let reply = match custom.rewrite(&question.name) {
+            None => self.look_up(request, &custom, question, outside).await,
+            Some(Rewritten(name)) => {
+                let (asked, instead) = (outside.name.clone(), name.to_hickory());
+                let question = Question { name, ..question };
+                let outside = Outside { name: instead.clone(), ..outside };
+                let mut reply = self.look_up(request, &custom, question, outside).await;
+                let renamed = reply.answers.iter_mut().filter(|record| record.name == instead);
+                renamed.for_each(|record| record.name = asked.clone());
+                reply
+            }
+        };
+        if let Some((since, asked)) = logged {
+            log(&asked, &reply, since.elapsed());
+        }
+        reply
+    }
+
+    /// What users say about the name, else what the cluster has, else what upstreams say.
+    async fn look_up(
+        &self,
+        request: &Request,
+        custom: &Custom,
+        question: Question,
+        outside: Outside,
+    ) -> Reply {
+        match custom.answer(&question.name, question.record_type) {
+            Verdict::Passed { cluster: true } => self.of_cluster(request, question, outside).await,
+            Verdict::Passed { cluster: false } => self.forwarded(request, &outside).await,
+            Verdict::Hosts { data, ttl_seconds } => {
+                let mut reply = Reply::failed(&request.metadata, ResponseCode::NoError);
+                reply.metadata.authoritative = true;
+                let record = |data| Record::from_rdata(outside.name.clone(), ttl_seconds, rdata(data));
+                reply.answers = data.into_iter().map(record).collect();
+                reply
+            }
+            Verdict::Records { code, answers, authorities, onward } => {
+                let mut reply = Reply::failed(&request.metadata, code);
+                reply.metadata.authoritative = true;
+                (reply.answers, reply.authorities) = (answers, authorities);
+                let same = reply.answers.iter_mut().filter(|record| record.name == outside.name);
+                same.for_each(|record| record.name = outside.name.clone());
+                match onward {
+                    Some(target) => self.go_on(request, reply, question.record_type, target, outside).await,
+                    None => reply,
+                }
+            }
+        }
+    }
+
+    /// Adds what the name that an alias leads to has.
+    async fn go_on(
+        &self,
+        request: &Request,
+        mut reply: Reply,
+        record_type: RecordType,
+        target: WireName,
+        outside: Outside,
+    ) -> Reply {
+        let Some(name) = Name::from_hickory(&target) else { return reply };
+        let outside = Outside { name: target, ..outside };
+        let rest = self.of_cluster(request, Question { name, record_type }, outside).await;
+        reply.metadata.response_code = rest.metadata.response_code;
+        reply.answers.extend(rest.answers);
+        reply.authorities.extend(rest.authorities);
+        reply
+    }
+
+    async fn of_cluster(&self, request: &Request, question: Question, outside: Outside) -> Reply {
         let turn = self.next_turn();
         let mut answer = self.store.answer(&question, turn);
         if matches!(answer, Answer::NotReady) && self.became_ready().await {
@@ -199,6 +290,19 @@ impl Resolver {
             Err(error) => unresolved(&request.metadata, outside, &error),
         }
     }
+}
+
+/// One line of the query log.
+fn log(asked: &Outside, reply: &Reply, took: Duration) {
+    tracing::info!(
+        client = %asked.client,
+        name = %asked.name,
+        record_type = %asked.record_type,
+        rcode = %reply.metadata.response_code,
+        answers = reply.answers.len(),
+        took_us = took.as_micros(),
+        "DNS query"
+    );
 }
 
 fn unresolved(request: &Metadata, outside: &Outside, error: &ForwardError) -> Reply {

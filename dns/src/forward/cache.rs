@@ -226,6 +226,11 @@ impl Cache {
         self.limits
     }
 
+    /// Of answers that come from now on.
+    pub(crate) fn set_limits(&mut self, limits: Limits) {
+        self.limits = limits;
+    }
+
     pub(crate) fn clear(&mut self) {
         *self = Self { limits: self.limits, ..Self::default() };
     }

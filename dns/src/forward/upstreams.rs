@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use hickory_proto::rr::Name as WireName;
 
+use crate::custom::Target;
 use crate::name::Name;
 use crate::resolv_conf::ResolvConf;
 
@@ -16,7 +17,7 @@ const CONF_CHECK: Duration = Duration::from_secs(1);
 
 /// Resolvers by domain; a name is asked of the longest domain that it is in, and of the host's resolvers when it is in
 /// none. Of an empty list nobody is asked.
-pub(crate) type Routes = BTreeMap<Name, Vec<SocketAddr>>;
+pub(crate) type Routes = BTreeMap<Name, Target>;
 
 /// One server to ask now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +71,6 @@ impl Upstreams {
     }
 
     /// True when they are others than before.
-    #[cfg(test)]
     pub(super) fn set_routes(&mut self, routes: Routes) -> bool {
         let changed = self.routes != routes;
         self.routes = routes;
@@ -91,7 +91,12 @@ impl Upstreams {
         let routed = Name::from_hickory(name).and_then(|name| {
             let mut of_domains = self.routes.iter().filter(|(domain, _)| name.is_in(domain));
             let longest = of_domains.by_ref().max_by_key(|(domain, _)| domain.wire().len())?;
-            Some(longest.1.iter().filter(|server| !self.own.contains(&server.ip())).copied().collect())
+            match longest.1 {
+                Target::Host => None,
+                Target::Servers(servers) => {
+                    Some(servers.iter().filter(|server| !self.own.contains(&server.ip())).copied().collect())
+                }
+            }
         });
         let servers: Vec<SocketAddr> = routed.unwrap_or_else(|| self.of_host());
         let health = |server: &SocketAddr| self.health.get(server);
@@ -154,14 +159,18 @@ mod tests {
     fn the_longest_domain_decides_and_our_own_address_is_never_asked() {
         let (_folder, mut upstreams) = upstreams("nameserver 192.0.2.1\n");
         let now = Instant::now();
-        let servers = |list: &[&str]| list.iter().map(|server| server.parse().unwrap()).collect();
+        let servers = |list: &[&str]| Target::Servers(list.iter().map(|s| s.parse().unwrap()).collect());
         upstreams.set_own(["10.43.0.10".parse().unwrap()].into());
         upstreams.set_routes(Routes::from([
             (Name::parse("lan").unwrap(), servers(&["192.0.2.7:5353"])),
+            (Name::parse("host.lan").unwrap(), Target::Host),
+            (Name::parse("nobody.lan").unwrap(), servers(&[])),
             (Name::parse("deep.lan").unwrap(), servers(&["[2001:db8::1]:53", "10.43.0.10:53"])),
         ]));
         assert_eq!(asked(&upstreams, "printer.LAN.", now), ["192.0.2.7:5353"]);
         assert_eq!(asked(&upstreams, "a.deep.lan.", now), ["[2001:db8::1]:53"]);
         assert_eq!(asked(&upstreams, "plan.", now), ["192.0.2.1:53"]);
+        assert_eq!(asked(&upstreams, "a.host.lan.", now), ["192.0.2.1:53"]);
+        assert_eq!(asked(&upstreams, "a.nobody.lan.", now), [""; 0]);
     }
 }

@@ -22,6 +22,7 @@ use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 use weft_netstack::kernel::datagram::{Batch, Datagram};
 
+use crate::custom::Custom;
 use crate::fast::{self, Asked, Outcome};
 use crate::quota::Quota;
 use crate::serve::{Resolver, undeserving};
@@ -104,9 +105,10 @@ impl Serving {
         let now = Instant::now();
         let mut left = Vec::new();
         {
+            let custom = self.resolver.custom();
             let reading = self.resolver.store().read();
             for datagram in batch.datagrams() {
-                if let Some(other) = answer_one(&self.resolver, &reading, now, datagram) {
+                if let Some(other) = answer_one(&self.resolver, &custom, &reading, now, datagram) {
                     left.push(other);
                 }
             }
@@ -142,6 +144,7 @@ impl Serving {
 /// Answers into the datagram's reply what is asked all the time; returns a copy of anything else.
 fn answer_one(
     resolver: &Resolver,
+    custom: &Custom,
     reading: &Reading<'_>,
     now: Instant,
     datagram: Datagram<'_>,
@@ -152,6 +155,7 @@ fn answer_one(
         return None;
     }
     let asked = if datagram.cut { None } else { Asked::read(datagram.bytes) };
+    let asked = asked.filter(|asked| !custom.concerns(asked.name()));
     let code =
         asked.and_then(|asked| match fast::answer(&asked, reading, resolver.next_turn(), datagram.reply) {
             Outcome::Answered(code) => Some(code),

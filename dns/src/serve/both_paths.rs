@@ -54,7 +54,16 @@ fn everything() -> Resolver {
         (Arc::new(namespace), Arc::new(empty)),
     ]);
     let store = Store::default();
-    store.write(&Groups::new(), &DnsPlan { zones: Some(zones), groups, listen: Default::default() });
+    store.write(
+        &Groups::new(),
+        &DnsPlan {
+            zones: Some(zones),
+            groups,
+            listen: Default::default(),
+            custom: Default::default(),
+            nodes: Default::default(),
+        },
+    );
     resolver_of(store)
 }
 

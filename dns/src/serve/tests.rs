@@ -23,6 +23,8 @@ pub(super) fn resolver(endpoints: u8) -> Resolver {
         zones: Some(Zones { domain, reverse: Default::default() }),
         groups: Groups::from([(Arc::new(GroupKey::Zone), Arc::new(group))]),
         listen: Default::default(),
+        custom: Default::default(),
+        nodes: Default::default(),
     };
     store.write(&Groups::new(), &plan);
     resolver_of(store)

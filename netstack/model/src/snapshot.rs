@@ -8,9 +8,9 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::config::ClusterConfig;
-use crate::ids::{Generation, NodeName, PodKey, ServiceKey, SliceKey};
+use crate::ids::{Generation, NamespacedName, NodeName, PodKey, ServiceKey, SliceKey};
 use crate::node_facts::NodeFacts;
-use crate::objects::{EndpointSlice, Namespace, Node, Pod, Service};
+use crate::objects::{ConfigMap, EndpointSlice, Namespace, Node, Pod, Service};
 use crate::problem::Problem;
 
 /// Cluster objects by key. Values are `Arc`s: a planner may memoise by their identity (decision 16).
@@ -22,6 +22,9 @@ pub struct Snapshot {
     pub config: Arc<ClusterConfig>,
     pub facts: Arc<NodeFacts>,
     pub nodes: Objects<NodeName, Node>,
+    /// `kube-system/coredns-custom`, where there is one.
+    #[serde(default)]
+    pub config_maps: Objects<NamespacedName, ConfigMap>,
     pub namespaces: Objects<String, Namespace>,
     pub services: Objects<ServiceKey, Service>,
     pub endpoint_slices: Objects<SliceKey, EndpointSlice>,

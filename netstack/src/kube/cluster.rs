@@ -8,19 +8,20 @@ use std::sync::Arc;
 
 use kube::runtime::watcher::Event;
 use serde_json::Value;
-use weft_model::objects::{EndpointSlice, Namespace, Node, Pod, Service};
+use weft_model::objects::{ConfigMap, EndpointSlice, Namespace, Node, Pod, Service};
 use weft_model::snapshot::Objects;
 use weft_model::{
     ClusterConfig, Generation, NamespacedName, NodeFacts, NodeName, PodKey, Problem, ServiceKey, Snapshot,
 };
 
-use super::document::{Document, Kind};
+use super::document::{CONFIG_MAP, Document, Kind};
 use super::lower::{self, Lowered};
 
 /// Everything lowered so far.
 #[derive(Debug, Default)]
 pub struct Cluster {
     nodes: Collection<NodeName, Node>,
+    config_maps: Collection<NamespacedName, ConfigMap>,
     namespaces: Collection<String, Namespace>,
     services: Collection<ServiceKey, Service>,
     endpoint_slices: Collection<NamespacedName, EndpointSlice>,
@@ -34,6 +35,7 @@ impl Cluster {
     pub fn from_stored(stored: &Snapshot) -> Self {
         Self {
             nodes: Collection::from_stored(&stored.nodes),
+            config_maps: Collection::from_stored(&stored.config_maps),
             namespaces: Collection::from_stored(&stored.namespaces),
             services: Collection::from_stored(&stored.services),
             endpoint_slices: Collection::from_stored(&stored.endpoint_slices),
@@ -43,7 +45,7 @@ impl Cluster {
     }
 
     /// A whole cluster at once, as if every watch had just listed these objects; kinds that are not watched are
-    /// skipped, and so are Pods of other nodes than `node`.
+    /// skipped, and so are Pods of other nodes than `node` and ConfigMaps that nobody reads.
     pub fn from_documents(documents: impl IntoIterator<Item = Value>, node: &NodeName) -> Self {
         let mut cluster = Self::default();
         for kind in Kind::ALL {
@@ -53,8 +55,14 @@ impl Cluster {
             let Some(kind) = document["kind"].as_str().and_then(Kind::from_name) else {
                 continue;
             };
-            if kind != Kind::Pod || document["spec"]["nodeName"] == node.0.as_str() {
-                cluster.apply(kind, Event::InitApply(Document::new(document)));
+            let document = Document::new(document);
+            let wanted = match kind {
+                Kind::Pod => document.value["spec"]["nodeName"] == node.0.as_str(),
+                Kind::ConfigMap => (document.namespace(), document.name()) == CONFIG_MAP,
+                _ => true,
+            };
+            if wanted {
+                cluster.apply(kind, Event::InitApply(document));
             }
         }
         for kind in Kind::ALL {
@@ -67,6 +75,7 @@ impl Cluster {
     pub fn apply(&mut self, kind: Kind, event: Event<Document>) -> bool {
         let changed = match kind {
             Kind::Node => self.nodes.apply(event, lower::node),
+            Kind::ConfigMap => self.config_maps.apply(event, lower::config_map),
             Kind::Namespace => self.namespaces.apply(event, lower::namespace),
             Kind::Service => self.services.apply(event, lower::service),
             Kind::EndpointSlice => self.endpoint_slices.apply(event, lower::endpoint_slice),
@@ -81,6 +90,7 @@ impl Cluster {
     /// Every kind has listed at least once.
     pub fn is_complete(&self) -> bool {
         self.nodes.listed
+            && self.config_maps.listed
             && self.namespaces.listed
             && self.services.listed
             && self.endpoint_slices.listed
@@ -98,6 +108,7 @@ impl Cluster {
             config,
             facts,
             nodes: self.nodes.values.clone(),
+            config_maps: self.config_maps.values.clone(),
             namespaces: self.namespaces.values.clone(),
             services: self.services.values.clone(),
             endpoint_slices: self.endpoint_slices.values.clone(),
@@ -111,6 +122,7 @@ impl Cluster {
         let mut problems: Vec<Problem> = self
             .nodes
             .problems()
+            .chain(self.config_maps.problems())
             .chain(self.namespaces.problems())
             .chain(self.services.problems())
             .chain(self.endpoint_slices.problems())

@@ -20,7 +20,7 @@ use weft_model::{ClusterConfig, Generation, NodeFacts, NodeName, Snapshot};
 
 use super::client::{Access, Current};
 use super::cluster::Cluster;
-use super::document::{Document, Kind};
+use super::document::{CONFIG_MAP, Document, Kind};
 use super::failure::{Address, ApiFailure};
 use super::version::ServerVersion;
 use crate::reconcile::{TaskGroup, chain};
@@ -93,17 +93,25 @@ pub fn start(
 
 type Events = SelectAll<Pin<Box<dyn Stream<Item = (Kind, watcher::Result<Event<Document>>)> + Send>>>;
 
-/// One watch a kind. Every watch is of the whole cluster, except that Pods are those of this node.
+/// One watch a kind. Every watch is of the whole cluster, except that Pods are those of this node, and of ConfigMaps
+/// it is one.
 fn watches(access: &Arc<Access>, node: &NodeName) -> Events {
     let watch = |kind: Kind| {
         let mut config = watcher::Config::default().timeout(WATCH_SECONDS);
         if kind == Kind::Pod {
             config = config.fields(&format!("spec.nodeName={node}"));
         }
+        let (namespace, name) = CONFIG_MAP;
+        if kind == Kind::ConfigMap {
+            config = config.fields(&format!("metadata.name={name}"));
+        }
         let access = access.clone();
         stream::repeat_with(move || {
             let used = access.current();
-            let api: Api<Document> = Api::all_with(used.client.clone(), &kind);
+            let api: Api<Document> = match kind {
+                Kind::ConfigMap => Api::namespaced_with(used.client.clone(), namespace, &kind),
+                _ => Api::all_with(used.client.clone(), &kind),
+            };
             until_gone(watcher(api, config.clone()), access.clone(), used)
         })
         .flatten()
@@ -231,6 +239,7 @@ fn same_but_generation(a: &Snapshot, b: &Snapshot) -> bool {
         && same(&a.config, &b.config)
         && same(&a.facts, &b.facts)
         && same(&a.nodes, &b.nodes)
+        && same(&a.config_maps, &b.config_maps)
         && same(&a.namespaces, &b.namespaces)
         && same(&a.services, &b.services)
         && same(&a.endpoint_slices, &b.endpoint_slices)

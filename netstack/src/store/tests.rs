@@ -95,6 +95,7 @@ fn snapshot() -> Snapshot {
             wireguard_backend: WireguardBackend::Userspace,
         }),
         nodes: Arc::new(BTreeMap::from([("n1".into(), Arc::new(node()))])),
+        config_maps: Default::default(),
         namespaces: Arc::default(),
         services: Arc::new(BTreeMap::from([(service().key.clone(), Arc::new(service()))])),
         endpoint_slices: Arc::default(),

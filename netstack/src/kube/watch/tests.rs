@@ -37,7 +37,9 @@ type Shared = Arc<Mutex<Server>>;
 
 fn plural(path: &str) -> Option<&'static str> {
     let last = path.rsplit('/').next()?;
-    ["nodes", "namespaces", "services", "endpointslices", "pods"].into_iter().find(|kind| *kind == last)
+    ["nodes", "configmaps", "namespaces", "services", "endpointslices", "pods"]
+        .into_iter()
+        .find(|kind| *kind == last)
 }
 
 fn refusal(code: StatusCode, reason: &str, message: &str) -> Response {
@@ -216,7 +218,7 @@ impl Rig {
     }
 
     async fn watching(&self) {
-        self.until_asked("five watches", |server| server.watchers.len() == 5).await;
+        self.until_asked("six watches", |server| server.watchers.len() == 6).await;
     }
 
     /// The time in which something that must not happen would have happened.
@@ -244,7 +246,13 @@ async fn the_first_snapshot_comes_when_every_watch_has_listed_and_asks_only_for_
     assert!(has(&first, "a") && !first.from_store);
     let server = rig.server.lock().unwrap();
     let lists: Vec<&String> = server.lists().collect();
-    assert_eq!(lists.len(), 5);
+    assert_eq!(lists.len(), 6);
+    let of_config_map = "/api/v1/namespaces/kube-system/configmaps?";
+    assert!(
+        lists
+            .iter()
+            .any(|list| list.starts_with(of_config_map) && list.contains("metadata.name%3Dcoredns-custom"))
+    );
     assert!(
         lists.iter().any(|list| list.starts_with("/api/v1/pods?") && list.contains("spec.nodeName%3Dn1"))
     );

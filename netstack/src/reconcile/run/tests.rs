@@ -54,6 +54,7 @@ fn snapshot(generation: u64) -> Option<Arc<Snapshot>> {
             wireguard_backend: WireguardBackend::Kernel,
         }),
         nodes: Arc::default(),
+        config_maps: Default::default(),
         namespaces: Arc::default(),
         services: Arc::default(),
         endpoint_slices: Arc::default(),
