@@ -3,6 +3,7 @@
 mod agent;
 mod cleanup;
 mod cni;
+mod dns;
 mod files;
 mod install;
 mod lab;
@@ -49,6 +50,8 @@ enum Command {
     Lab(lab::LabArgs),
     /// Show what this node's agent does
     Status(status::StatusArgs),
+    /// Ask this node's agent about names
+    Dns(dns::DnsArgs),
     /// Remove every rule, link, route and file of Weft from this node
     Cleanup(cleanup::CleanupArgs),
 }
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
         Command::Server(args) => on_runtime(server::run(args)),
         Command::Lab(args) => lab::run(args),
         Command::Status(args) => status::run(&args),
+        Command::Dns(args) => dns::run(&args),
         Command::Cleanup(args) => on_runtime(cleanup::run(args)),
         Command::Manifests(args) => manifests::run(*args),
         Command::Install(args) => install::run(*args),

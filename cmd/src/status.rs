@@ -12,6 +12,9 @@ use weft_model::wireguard::PeerStatus;
 use weft_model::{Health, Report};
 use weft_netstack::admin::Status;
 
+/// How long the agent may take to say what it does.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 #[derive(Args)]
 pub(crate) struct StatusArgs {
     /// Where the agent's socket is
@@ -41,20 +44,22 @@ pub(crate) fn read(run_dir: &Path) -> anyhow::Result<Status> {
 
 fn answer(run_dir: &Path) -> anyhow::Result<String> {
     let socket = run_dir.join("agent.sock");
-    fetch(&socket, "/status").with_context(|| {
+    fetch(&socket, "/status", PATIENCE).with_context(|| {
         format!("no agent answers on {}; is 'weft agent' running on this node?", socket.display())
     })
 }
 
 /// Body of `GET path` over a Unix socket; HTTP/1.0, so the answer ends with the connection.
-fn fetch(socket: &Path, path: &str) -> anyhow::Result<String> {
+pub(crate) fn fetch(socket: &Path, path: &str, patience: Duration) -> anyhow::Result<String> {
     let mut stream = UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    stream.set_read_timeout(Some(patience))?;
     write!(stream, "GET {path} HTTP/1.0\r\nHost: weft\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     let (head, body) = answer.split_once("\r\n\r\n").context("not an HTTP answer")?;
-    anyhow::ensure!(head.split(' ').nth(1) == Some("200"), "{}", head.lines().next().unwrap_or_default());
+    let code = head.split(' ').nth(1);
+    anyhow::ensure!(!matches!(code, Some("400" | "404")) || body.is_empty(), "{body}");
+    anyhow::ensure!(code == Some("200"), "{}", head.lines().next().unwrap_or_default());
     Ok(body.to_owned())
 }
 

@@ -145,6 +145,17 @@ impl Forwarder {
         lock(&self.sky.upstreams).of_host()
     }
 
+    /// Whom a question for the name would be asked of now, in order.
+    pub(crate) fn servers_for(&self, name: &WireName) -> Vec<SocketAddr> {
+        let upstreams = lock(&self.sky.upstreams).for_name(name, Instant::now());
+        upstreams.iter().map(|upstream| upstream.server).collect()
+    }
+
+    /// The host's search path.
+    pub(crate) fn search(&self) -> Vec<Name> {
+        lock(&self.sky.upstreams).search()
+    }
+
     /// Answers that are kept now.
     pub(crate) fn cached(&self) -> usize {
         self.sky.read_cache().len()

@@ -13,8 +13,10 @@
 
 mod answer;
 mod apply;
+mod autopath;
 mod custom;
 mod diff;
+mod explain;
 mod fast;
 mod forward;
 mod listen;
@@ -34,6 +36,7 @@ use std::sync::Arc;
 pub use answer::{Answer, Local, Question, Soa, SoaPlace};
 pub use apply::DnsApplier;
 pub use custom::{Block, Blocks, Part, Parts};
+pub use explain::Explainer;
 pub use listen::Handover;
 pub use name::{InvalidName, Name};
 pub use plan::{DnsPlanner, plan_service};
@@ -45,6 +48,9 @@ pub use zone::{Data, DnsPlan, Group, GroupKey, Groups, SPECIFICATION_VERSION, Sr
 
 /// The port of the DNS (RFC 1035 section 4.2).
 pub const DNS_PORT: u16 = 53;
+
+/// The namespace of the pod that has an address on this node now, told by who gives the addresses out.
+pub type Namespaces = Arc<dyn Fn(IpAddr) -> Option<String> + Send + Sync>;
 
 /// Where the DNS room listens and whom it asks.
 #[derive(Clone, Debug)]
@@ -71,6 +77,8 @@ pub struct Dns {
     pub applier: DnsApplier,
     /// For metrics.
     pub stats: Arc<Stats>,
+    /// For people.
+    pub explainer: Explainer,
 }
 
 /// Opens the sockets on the configuration's cluster DNS addresses and answers at once: what is asked for a name of
@@ -79,14 +87,15 @@ pub struct Dns {
 /// instead of a new socket.
 ///
 /// Needs a tokio runtime: the sockets' tasks end when the applier is dropped.
-pub fn start(config: &ClusterConfig, options: Options, handover: Handover) -> Dns {
+pub fn start(config: &ClusterConfig, options: Options, handover: Handover, namespaces: Namespaces) -> Dns {
     let stats = Arc::new(Stats::default());
     let store = Arc::new(Store::new(Zones::new(config).ok()));
     let forwarder =
         Arc::new(forward::Forwarder::new(options.resolv_conf, options.upstream_port, stats.clone()));
     let listen: std::collections::BTreeSet<IpAddr> = config.cluster_dns.iter().copied().collect();
     forwarder.set_own(listen.clone());
-    let resolver = Arc::new(serve::Resolver::new(store.clone(), forwarder.clone(), stats.clone()));
+    let resolver =
+        Arc::new(serve::Resolver::new(store.clone(), forwarder.clone(), stats.clone(), namespaces));
     let mut listeners = listen::Listeners::new(resolver.clone(), options.port, handover);
     let (early, failed) = listeners.ensure(&listen);
     for error in &failed {
@@ -102,5 +111,5 @@ pub fn start(config: &ClusterConfig, options: Options, handover: Handover) -> Dn
         parts: Parts::new(),
         early,
     };
-    Dns { planner: DnsPlanner::default(), applier, stats }
+    Dns { planner: DnsPlanner::default(), applier, stats, explainer: Explainer(resolver) }
 }

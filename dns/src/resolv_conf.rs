@@ -1,6 +1,6 @@
 //! The host's resolvers: the `nameserver` lines of a resolv.conf(5), read again when the file changes.
 //!
-//! `search` and `options` are for stub resolvers; a server that forwards whole names has no use for them. Where the file
+//! `search` is what the kubelet gives to pods too; `options` are for stub resolvers only. Where the file
 //! names only the stub of systemd-resolved, the resolvers behind it are asked, as the kubelet's own default does: the stub would
 //! answer single-label names by other means, and could lead back to us.
 
@@ -8,6 +8,8 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+
+use crate::name::Name;
 
 /// A file that is looked at again whenever somebody asks.
 #[derive(Debug)]
@@ -17,6 +19,8 @@ pub(crate) struct ResolvConf {
     behind_stub: PathBuf,
     seen: Option<(Option<Stamp>, Option<Stamp>)>,
     pub(crate) nameservers: Vec<SocketAddr>,
+    /// Domains that the host's search path has, which the kubelet gives to pods too.
+    pub(crate) search: Vec<Name>,
 }
 
 /// What changes when a file is replaced or written: device, inode, length, modification time.
@@ -34,7 +38,7 @@ impl ResolvConf {
     }
 
     fn with_stub(path: PathBuf, behind_stub: PathBuf) -> Self {
-        Self { path, behind_stub, seen: None, nameservers: Vec::new() }
+        Self { path, behind_stub, seen: None, nameservers: Vec::new(), search: Vec::new() }
     }
 
     /// Reads the files if they are not the ones that were read last. A file that is gone has no nameservers.
@@ -45,7 +49,10 @@ impl ResolvConf {
             return false;
         }
         let mut nameservers = match std::fs::read_to_string(&self.path) {
-            Ok(text) => parse(&text),
+            Ok(text) => {
+                self.search = search(&text);
+                parse(&text)
+            }
             Err(error) => {
                 if self.seen.is_some_and(|(own, _)| own.is_some()) {
                     tracing::warn!(path = %self.path.display(), %error, "cannot read the host's resolvers");
@@ -87,6 +94,14 @@ pub(crate) fn parse(text: &str) -> Vec<SocketAddr> {
         .collect()
 }
 
+/// Of several `search` lines the last holds; what is no name is left out.
+fn search(text: &str) -> Vec<Name> {
+    let mut lines = text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let last = lines.rfind(|words| words.first() == Some(&"search")).unwrap_or_default();
+    let named = last.into_iter().skip(1).filter_map(|word| Name::parse(word).ok());
+    named.filter(|name| *name != Name::root()).collect()
+}
+
 /// An address, an IPv6 one with an optional zone: the link's name or number (RFC 4007 section 11).
 fn nameserver(word: &str) -> Option<SocketAddr> {
     let Some((address, zone)) = word.split_once('%') else {
@@ -108,6 +123,13 @@ mod tests {
         let expected: Vec<SocketAddr> =
             ["127.0.0.53:53", "[2001:db8::1]:53", "[fe80::1%1]:53"].map(|a| a.parse().unwrap()).into();
         assert_eq!(parse(text), expected);
+    }
+
+    #[test]
+    fn the_last_search_line_holds() {
+        let found = search("search a.example\nnameserver 192.0.2.1\nsearch lan . b.example\n");
+        assert_eq!(found, ["lan", "b.example"].map(|name| Name::parse(name).unwrap()));
+        assert_eq!(search("nameserver 192.0.2.1\n"), []);
     }
 
     #[test]

@@ -26,7 +26,9 @@ use hickory_server::zone_handler::{MessageResponse, MessageResponseBuilder};
 use tokio::sync::Semaphore;
 use weft_netstack::reconcile::chain;
 
+use crate::Namespaces;
 use crate::answer::{Answer, Local, Question, Soa, SoaPlace};
+use crate::autopath::rest_of_path;
 use crate::custom::{Custom, Rewritten, Verdict};
 use crate::forward::{ForwardError, Forwarder, Outside};
 use crate::name::Name;
@@ -63,6 +65,7 @@ pub(crate) struct Resolver {
     holding: Semaphore,
     /// What users add.
     custom: ArcSwap<Custom>,
+    namespaces: Namespaces,
 }
 
 /// Sections of an answer, before they are cut to the client's size.
@@ -111,9 +114,14 @@ fn admit(request: &Request) -> Result<(Question, Outside), ResponseCode> {
 }
 
 impl Resolver {
-    pub(crate) fn new(store: Arc<Store>, forwarder: Arc<Forwarder>, stats: Arc<Stats>) -> Self {
+    pub(crate) fn new(
+        store: Arc<Store>,
+        forwarder: Arc<Forwarder>,
+        stats: Arc<Stats>,
+        namespaces: Namespaces,
+    ) -> Self {
         let (turn, holding) = (AtomicUsize::new(0), Semaphore::new(MOST_HELD));
-        Self { store, forwarder, stats, turn, holding, custom: ArcSwap::default() }
+        Self { store, forwarder, stats, turn, holding, custom: ArcSwap::default(), namespaces }
     }
 
     /// True when it says something else than before.
@@ -207,25 +215,44 @@ impl Resolver {
         question: Question,
         outside: Outside,
     ) -> Reply {
+        match self.of_users(request, custom, &question, &outside).await {
+            Some(reply) => reply,
+            None => self.of_cluster(request, custom, question, outside).await,
+        }
+    }
+
+    /// `None` for what users leave to the cluster.
+    async fn of_users(
+        &self,
+        request: &Request,
+        custom: &Custom,
+        question: &Question,
+        outside: &Outside,
+    ) -> Option<Reply> {
+        let answered = |code| {
+            let mut reply = Reply::failed(&request.metadata, code);
+            reply.metadata.authoritative = true;
+            reply
+        };
         match custom.answer(&question.name, question.record_type) {
-            Verdict::Passed { cluster: true } => self.of_cluster(request, question, outside).await,
-            Verdict::Passed { cluster: false } => self.forwarded(request, &outside).await,
+            Verdict::Passed { cluster: true } => None,
+            Verdict::Passed { cluster: false } => Some(self.forwarded(request, outside).await),
             Verdict::Hosts { data, ttl_seconds } => {
-                let mut reply = Reply::failed(&request.metadata, ResponseCode::NoError);
-                reply.metadata.authoritative = true;
+                let mut reply = answered(ResponseCode::NoError);
                 let record = |data| Record::from_rdata(outside.name.clone(), ttl_seconds, rdata(data));
                 reply.answers = data.into_iter().map(record).collect();
-                reply
+                Some(reply)
             }
             Verdict::Records { code, answers, authorities, onward } => {
-                let mut reply = Reply::failed(&request.metadata, code);
-                reply.metadata.authoritative = true;
+                let mut reply = answered(code);
                 (reply.answers, reply.authorities) = (answers, authorities);
                 let same = reply.answers.iter_mut().filter(|record| record.name == outside.name);
                 same.for_each(|record| record.name = outside.name.clone());
                 match onward {
-                    Some(target) => self.go_on(request, reply, question.record_type, target, outside).await,
-                    None => reply,
+                    Some(target) => {
+                        Some(self.go_on(request, reply, question.record_type, target, outside).await)
+                    }
+                    None => Some(reply),
                 }
             }
         }
@@ -238,28 +265,81 @@ impl Resolver {
         mut reply: Reply,
         record_type: RecordType,
         target: WireName,
-        outside: Outside,
+        outside: &Outside,
     ) -> Reply {
         let Some(name) = Name::from_hickory(&target) else { return reply };
-        let outside = Outside { name: target, ..outside };
-        let rest = self.of_cluster(request, Question { name, record_type }, outside).await;
+        let outside = Outside { name: target, ..outside.clone() };
+        let rest = match self.store.answer(&Question { name, record_type }, self.next_turn()) {
+            Answer::Local(local) => self.local(request, local, outside).await,
+            Answer::Elsewhere => self.forwarded(request, &outside).await,
+            Answer::NotReady | Answer::AliasLoop => Reply::failed(&request.metadata, ResponseCode::ServFail),
+        };
         reply.metadata.response_code = rest.metadata.response_code;
         reply.answers.extend(rest.answers);
         reply.authorities.extend(rest.authorities);
         reply
     }
 
-    async fn of_cluster(&self, request: &Request, question: Question, outside: Outside) -> Reply {
+    async fn of_cluster(
+        &self,
+        request: &Request,
+        custom: &Custom,
+        question: Question,
+        outside: Outside,
+    ) -> Reply {
         let turn = self.next_turn();
         let mut answer = self.store.answer(&question, turn);
         if matches!(answer, Answer::NotReady) && self.became_ready().await {
             answer = self.store.answer(&question, turn);
         }
         match answer {
+            Answer::Local(local) if local.name_error && custom.walks_paths() => {
+                let walked = self.walk_path(request, custom, &question, &outside).await;
+                match walked {
+                    Some(reply) => reply,
+                    None => self.local(request, local, outside).await,
+                }
+            }
             Answer::Local(local) => self.local(request, local, outside).await,
             Answer::Elsewhere => self.forwarded(request, &outside).await,
             Answer::NotReady | Answer::AliasLoop => Reply::failed(&request.metadata, ResponseCode::ServFail),
         }
+    }
+
+    /// The answer at the end of the pod's search path, when the question was its beginning: an alias to the first name that
+    /// exists. `None` when there is none, or it cannot be told: the pod then goes on by itself.
+    async fn walk_path(
+        &self,
+        request: &Request,
+        custom: &Custom,
+        question: &Question,
+        outside: &Outside,
+    ) -> Option<Reply> {
+        if !matches!(question.record_type, RecordType::A | RecordType::AAAA) {
+            return None;
+        }
+        let namespace = (self.namespaces)(outside.client.to_canonical())?;
+        let domain = self.store.domain()?;
+        let path = rest_of_path(&question.name, &namespace, &domain, &self.forwarder.search())?;
+        for name in path {
+            let target = name.to_hickory();
+            let question = Question { name, record_type: question.record_type };
+            let inner = Outside { name: target.clone(), ..outside.clone() };
+            let found = match self.of_users(request, custom, &question, &inner).await {
+                Some(reply) => reply,
+                None => match self.store.answer(&question, self.next_turn()) {
+                    Answer::Local(local) => self.local(request, local, inner).await,
+                    Answer::Elsewhere => self.forwarded(request, &inner).await,
+                    Answer::NotReady | Answer::AliasLoop => return None,
+                },
+            };
+            match found.metadata.response_code {
+                ResponseCode::NXDomain => {}
+                ResponseCode::NoError => return Some(led_to(found, &outside.name, target)),
+                _ => return None,
+            }
+        }
+        None
     }
 
     /// Waits for the first plan; false when it did not come in time, or too many wait.
@@ -290,6 +370,15 @@ impl Resolver {
             Err(error) => unresolved(&request.metadata, outside, &error),
         }
     }
+}
+
+/// The reply for `target` as one for `asked`, an alias of it.
+fn led_to(mut reply: Reply, asked: &WireName, target: WireName) -> Reply {
+    let ttl = reply.answers.iter().map(|record| record.ttl).min().unwrap_or(TTL_SECONDS);
+    let alias = Record::from_rdata(asked.clone(), ttl, RData::CNAME(CNAME(target)));
+    reply.answers.insert(0, alias);
+    reply.metadata.authoritative = false;
+    reply
 }
 
 /// One line of the query log.

@@ -66,6 +66,22 @@ impl Store {
         self.table.write().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The cluster domain, when it is one.
+    pub(crate) fn domain(&self) -> Option<Name> {
+        self.read_lock().zones.as_ref().map(|zones| zones.domain.clone())
+    }
+
+    /// The objects that a name of the cluster comes from; `None` for a name in no zone of ours.
+    pub(crate) fn sources(&self, name: &Name) -> Option<String> {
+        let table = self.read_lock();
+        table.zone_of(name.wire())?;
+        let Some(entry) = table.names.get(name.wire()) else {
+            return Some("names of the cluster".to_owned());
+        };
+        let keys: Vec<String> = entry.contributions.iter().map(|(key, _)| key.to_string()).collect();
+        Some(if keys.is_empty() { "names of the cluster".to_owned() } else { keys.join(", ") })
+    }
+
     /// Names that exist, empty non-terminals included.
     pub fn len(&self) -> usize {
         self.read_lock().names.len()

@@ -107,6 +107,107 @@ fn a_rewritten_name_is_answered_under_the_name_that_was_asked_for() {
 }
 
 #[test]
+fn a_pods_search_path_is_walked_for_it_when_autopath_is_on() {
+    in_namespace(|place| {
+        let upstream = Upstream::start(
+            "127.0.0.2",
+            Manner::Plain,
+            vec![host("www.example.com.", 80), host("intra.lan.", 81)],
+        );
+        std::fs::write(place.upstream_conf(), "search lan\nnameserver 127.0.0.2\n").unwrap();
+        place.serve(&zoo());
+        // The pod of 127.0.0.1 is in the Namespace default.
+        let ask = |what: &str| dig(&format!("-b 127.0.0.1 {what}"));
+        assert!(
+            ask("www.example.com.default.svc.cluster.local").contains("status: NXDOMAIN"),
+            "switched off"
+        );
+        place.apply(&with_custom(&zoo(), &[("a.override", "autopath @kubernetes\n")]));
+        for _ in 0..2 {
+            let text = ask("Www.example.com.default.svc.cluster.local");
+            assert!(
+                text.contains("Www.example.com.default.svc.cluster.local. 60 IN CNAME www.example.com.")
+                    && text.contains("www.example.com. 60 IN A 192.0.2.80"),
+                "{text}"
+            );
+        }
+        let text = ask("www.example.com.default.svc.cluster.local AAAA");
+        assert!(text.contains("status: NOERROR") && text.contains("CNAME www.example.com."), "{text}");
+        assert!(
+            ask("+short web.default.default.svc.cluster.local").ends_with("10.43.0.80"),
+            "further down the path"
+        );
+        assert!(
+            ask("+short intra.default.svc.cluster.local").ends_with("192.0.2.81"),
+            "the host's search path"
+        );
+        let users = "autopath @kubernetes\nhosts {\n 192.0.2.8 www.outside.example\n fallthrough\n}\n";
+        place.apply(&with_custom(&zoo(), &[("a.override", users)]));
+        assert!(
+            ask("+short www.outside.example.default.svc.cluster.local").ends_with("192.0.2.8"),
+            "what users say"
+        );
+        let before = upstream.asked();
+        assert!(ask("absent.example.com.default.svc.cluster.local").contains("status: NXDOMAIN"));
+        assert_eq!(upstream.asked(), before + 2, "below the host's domain, and as it stands");
+        assert!(
+            ask("www.example.com.empty.svc.cluster.local").contains("status: NXDOMAIN"),
+            "another's path"
+        );
+        assert!(
+            dig("-b 127.0.0.1 www.example.com.default.svc.cluster.local MX").contains("status: NXDOMAIN")
+        );
+        // Who is no pod of this node.
+        assert!(dig("www.example.com.default.svc.cluster.local").contains("status: NXDOMAIN"));
+    });
+}
+
+#[test]
+fn an_explanation_shows_the_search_path_each_answer_and_its_source() {
+    in_namespace(|place| {
+        let _upstream = Upstream::start("127.0.0.2", Manner::Plain, vec![host("www.example.com.", 80)]);
+        place.nameservers(&["127.0.0.2"]);
+        place.serve(&with_custom(
+            &zoo(),
+            &[("a.override", "rewrite name mine.example web.default.svc.cluster.local\n")],
+        ));
+        let explain = |place: &Place, name: &str| {
+            let explainer = place.explainer.clone().unwrap();
+            let text = place.runtime.block_on(explainer.explain(ip("127.0.0.1"), "default", name)).unwrap();
+            let words = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
+            text.lines().map(words).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            explain(place, "web"),
+            [
+                "web.default.svc.cluster.local.",
+                "A 10.43.0.80 (5 s) Service default/web",
+                "AAAA fd00:43::80 (5 s) Service default/web",
+                "the resolver stops here, 3 names before the end of its search path",
+            ]
+        );
+        let text = explain(place, "www.example.com");
+        assert_eq!(
+            text[..2],
+            ["www.example.com.default.svc.cluster.local.", "A no such name names of the cluster"]
+        );
+        assert_eq!(
+            text[9..],
+            [
+                "www.example.com.",
+                "A 192.0.2.80 (60 s) upstream 127.0.0.2:53",
+                "AAAA no such record upstream 127.0.0.2:53"
+            ]
+        );
+        let text = explain(place, "mine.example.");
+        assert_eq!(
+            text[1],
+            "A 10.43.0.80 (5 s) rewritten to web.default.svc.cluster.local. by coredns-custom; Service default/web"
+        );
+    });
+}
+
+#[test]
 fn templates_and_zone_files_answer() {
     in_namespace(|place| {
         let zone = "$TTL 300\n@ IN SOA ns admin 1 2 3 4 60\n@ IN NS ns\nns IN A 192.0.2.1\nwww IN A 192.0.2.80\n\

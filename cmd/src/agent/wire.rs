@@ -53,6 +53,10 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
         &config.cluster,
         weft_dns::Options { resolv_conf: config.resolv_conf.clone(), ..weft_dns::Options::default() },
         handover::from_environment(),
+        Arc::new({
+            let leases = leases.clone();
+            move |address| leases.pod_of(address).map(|pod| pod.namespace)
+        }),
     );
     let netlink = Rtnetlink::connect().context("open an rtnetlink socket")?;
     let overlay =
@@ -82,7 +86,11 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     admin.parts.push(("cni", Box::new(move || others.borrow().note.clone().into())));
     let admin = Arc::new(admin);
     let socket = config.run_dir.join("agent.sock");
-    serve_unix(tasks, &socket, cni::server::router(cni).merge(admin::status_router(admin.clone())))?;
+    let explaining = crate::dns::Explaining { explainer: dns.explainer, snapshots: snapshots.clone() };
+    let router = cni::server::router(cni)
+        .merge(admin::status_router(admin.clone()))
+        .merge(crate::dns::router(explaining));
+    serve_unix(tasks, &socket, router)?;
     tasks.start("observe", serve_tcp(config.observe_address, admin::observe_router(admin), observed));
 
     install_plugin(&config.cni_bin_dir)?;

@@ -59,6 +59,8 @@ pub struct Block {
     pub(crate) cache_seconds: (Option<u32>, Option<u32>),
     /// Every question is logged.
     pub(crate) log: bool,
+    /// A pod's search path is walked for it; of the default block only.
+    pub(crate) autopath: bool,
 }
 
 /// Where names are forwarded to.
@@ -180,6 +182,11 @@ impl Custom {
         routes
     }
 
+    /// The search path of pods is walked for them.
+    pub(crate) fn walks_paths(&self) -> bool {
+        self.blocks.get(&Name::root()).is_some_and(|block| block.autopath)
+    }
+
     /// Longest times that answers are kept, as the default block says.
     pub(crate) fn cache_seconds(&self) -> (Option<u32>, Option<u32>) {
         self.blocks.get(&Name::root()).map(|block| block.cache_seconds).unwrap_or_default()
@@ -194,6 +201,7 @@ impl Block {
         self.files.extend(other.files.iter().cloned());
         self.kubernetes |= other.kubernetes;
         self.log |= other.log;
+        self.autopath |= other.autopath;
         for (from, target) in &other.forwards {
             self.forwards.entry(from.clone()).or_insert_with(|| target.clone());
         }

@@ -163,6 +163,8 @@ impl Reader<'_> {
                 self.kubernetes(line);
             }
             "log" => block.log = true,
+            "autopath" if *zone == Name::root() => block.autopath = true,
+            "autopath" => self.left_out(line, "autopath is of the default block; put it into an .override"),
             built_in if BUILT_IN.contains(&built_in) => {}
             "import" => self.left_out(line, "import leads to files that are not there; write its lines here"),
             other => self.left_out(line, format!("plugin {other} is not there; this line is left out")),

@@ -86,6 +86,11 @@ impl Upstreams {
         usable.map(|server| if self.port.is_some() { with_port(server) } else { *server }).collect()
     }
 
+    /// The host's search path.
+    pub(super) fn search(&self) -> Vec<Name> {
+        self.conf.search.clone()
+    }
+
     /// Whom to ask for the name, the best first.
     pub(super) fn for_name(&self, name: &WireName, now: Instant) -> Vec<Upstream> {
         let routed = Name::from_hickory(name).and_then(|name| {

@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use hickory_proto::op::ResponseCode;
 use hickory_server::net::xfer::Protocol;
 use nix::sys::socket::{MsgFlags, SockaddrStorage, sendto};
 use tokio::runtime::Handle;
@@ -158,6 +159,11 @@ fn answer_one(
     let asked = asked.filter(|asked| !custom.concerns(asked.name()));
     let code =
         asked.and_then(|asked| match fast::answer(&asked, reading, resolver.next_turn(), datagram.reply) {
+            // A search path may lead on from here.
+            Outcome::Answered(ResponseCode::NXDomain) if custom.walks_paths() => {
+                datagram.reply.clear();
+                None
+            }
             Outcome::Answered(code) => Some(code),
             Outcome::Elsewhere => resolver.forwarder().answer_cached(&asked, now, datagram.reply),
             Outcome::Other => None,

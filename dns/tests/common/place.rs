@@ -59,6 +59,7 @@ pub(crate) struct Place {
     pub(crate) planner: DnsPlanner,
     pub(crate) applier: Option<DnsApplier>,
     pub(crate) stats: Arc<weft_dns::Stats>,
+    pub(crate) explainer: Option<weft_dns::Explainer>,
     /// For the next start.
     pub(crate) handover: weft_dns::Handover,
 }
@@ -75,6 +76,7 @@ impl Place {
             planner: DnsPlanner::default(),
             applier: None,
             stats: Arc::default(),
+            explainer: None,
             handover: weft_dns::Handover::default(),
         }
     }
@@ -112,8 +114,12 @@ impl Place {
     pub(crate) fn start(&mut self) {
         let _inside = self.runtime.enter();
         let options = Options { resolv_conf: self.upstream_conf(), ..Options::default() };
-        let dns = weft_dns::start(&super::config(), options, std::mem::take(&mut self.handover));
+        // Who asks from loopback is a pod of `default`.
+        let namespaces = Arc::new(|ip: std::net::IpAddr| ip.is_loopback().then(|| "default".to_owned()));
+        let handover = std::mem::take(&mut self.handover);
+        let dns = weft_dns::start(&super::config(), options, handover, namespaces);
         (self.planner, self.applier, self.stats) = (dns.planner, Some(dns.applier), dns.stats);
+        self.explainer = Some(dns.explainer);
     }
 
     pub(crate) fn apply(&mut self, snapshot: &Snapshot) -> Applied {

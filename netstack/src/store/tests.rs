@@ -134,6 +134,22 @@ fn leases_survive_a_restart() {
     assert_eq!(leases, [(address("10.244.1.2"), lease("a")), (address("fd00::2"), lease("a"))].into());
 }
 
+#[test]
+fn an_address_is_its_pods_from_add_to_del() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(folder.path().join("store")).unwrap().store;
+    let pod = |text: &str| store.pod_of(address(text));
+    assert_eq!(pod("10.244.1.2"), None);
+    write(&store, "10.244.1.2", Some(lease("a")));
+    write(&store, "fd00::2", Some(lease("a")));
+    assert_eq!((pod("10.244.1.2"), pod("fd00::2")), (lease("a").pod, lease("a").pod));
+    write(&store, "10.244.1.2", Some(Lease { released: Some(Boottime::now()), ..lease("a") }));
+    assert_eq!(pod("10.244.1.2"), None, "released");
+    let other = Lease { pod: Some(PodKey::new("shop", "cart-0")), ..lease("b") };
+    write(&store, "10.244.1.2", Some(other.clone()));
+    assert_eq!(pod("10.244.1.2"), other.pod, "given out again");
+}
+
 /// The files as they are right after the call returned are what a crash would leave.
 #[test]
 fn a_lease_is_in_the_files_when_the_write_returns() {

@@ -162,14 +162,14 @@ fn a_zone_file_stands_in_another_key() {
 
 #[test]
 fn what_is_not_there_is_named_by_its_line_and_the_rest_is_used() {
-    let text = "errors\nautopath @kubernetes\nhosts {\n 192.0.2.7 a.lan\n fallthrough\n}\nrewrite ttl example.org 30\n\
+    let text = "errors\ndns64\nhosts {\n 192.0.2.7 a.lan\n fallthrough\n}\nrewrite ttl example.org 30\n\
         forward lan tls://192.0.2.1 192.0.2.2 {\n force_tcp\n}\n";
     let (parts, found) = plan(&config_map(&[("a.override", text), ("b.server", "tls://example.org {\n}\n")]));
     let lines: Vec<String> = found.iter().map(|problem| problem.message.clone()).collect();
     assert_eq!(
         lines,
         [
-            "data[a.override] line 2: plugin autopath is not there; this line is left out",
+            "data[a.override] line 2: plugin dns64 is not there; this line is left out",
             "data[a.override] line 7: rewrite ttl: only names are rewritten; this line is left out",
             "data[a.override] line 8: forward to tls://192.0.2.1: only plain DNS is spoken; this server is left out",
             "data[a.override] line 9: forward: force_tcp is not there; this line is left out",
