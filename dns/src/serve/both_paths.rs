@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::tests::{exchange, resolver, resolver_of};
 use super::*;
 use crate::fast::{self, Asked, Outcome};
-use crate::zone::{DnsPlan, Group, GroupKey, Groups, Srv, Zones};
+use crate::zone::{Data, DnsPlan, Group, GroupKey, Groups, Srv, Zones};
 
 const DOMAIN: &str = "cluster.local";
 

@@ -4,7 +4,7 @@ use hickory_proto::op::{Edns, Message, Query};
 use proptest::prelude::*;
 
 use super::*;
-use crate::zone::{DnsPlan, Group, GroupKey, Groups, Srv, Zones};
+use crate::zone::{Data, DnsPlan, Group, GroupKey, Groups, Srv, Zones};
 
 /// A cluster with one headless Service of `endpoints` endpoints: `big.default.svc.cluster.local`.
 pub(super) fn resolver(endpoints: u8) -> Resolver {
