@@ -89,6 +89,17 @@ impl Stats {
         self.responses().iter().map(|(_, count)| count).sum()
     }
 
+    /// What became of questions for names outside the cluster, and of the upstreams that were asked, in a fixed order.
+    pub fn outside(&self) -> [(&'static str, u64); 5] {
+        [
+            ("forwarded", self.forwarded()),
+            ("cached", self.cache_hits()),
+            ("stale", self.served_stale()),
+            ("prefetched", self.prefetched()),
+            ("upstream_failed", self.upstream_failures()),
+        ]
+    }
+
     /// Questions sent to a resolver of the host.
     pub fn forwarded(&self) -> u64 {
         self.forwarded.load(Ordering::Relaxed)

@@ -281,7 +281,11 @@ impl Table {
         let entry = self.names.entry(wire.clone()).or_default();
         match entry.contributions.binary_search_by(|(other, _)| other.cmp(key)) {
             Ok(at) => entry.contributions[at].1 = records.clone(),
-            Err(at) => entry.contributions.insert(at, (key.clone(), records.clone())),
+            Err(at) => {
+                // Almost always the only one: no room for others is kept.
+                entry.contributions.reserve_exact(1);
+                entry.contributions.insert(at, (key.clone(), records.clone()));
+            }
         }
     }
 

@@ -202,7 +202,7 @@ fn admin(
 }
 
 fn dns_counters(dns: Arc<weft_dns::Stats>) -> Vec<Counters> {
-    let again = dns.clone();
+    let (again, once_more) = (dns.clone(), dns.clone());
     vec![
         Counters {
             name: "dns_responses",
@@ -215,6 +215,12 @@ fn dns_counters(dns: Arc<weft_dns::Stats>) -> Vec<Counters> {
             help: "DNS messages without an answer, by reason",
             label: "reason",
             read: Box::new(move || again.dropped()),
+        },
+        Counters {
+            name: "dns_outside",
+            help: "DNS names outside the cluster, by what became of the question or of an upstream",
+            label: "event",
+            read: Box::new(move || once_more.outside().to_vec()),
         },
     ]
 }

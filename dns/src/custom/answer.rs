@@ -40,6 +40,9 @@ impl Custom {
         if self.hosts.contains(wire) {
             return true;
         }
+        if self.only_hosts {
+            return false;
+        }
         let Some((zone, block)) = self.block_of(wire) else { return false };
         if block.log || block.may_answer_any(wire) || self.takes_from_cluster(zone, block) {
             return true;

@@ -130,6 +130,8 @@ pub(crate) struct Custom {
     own: Vec<Name>,
     /// Every name and reverse name of the blocks' hosts, as wire names.
     hosts: HashSet<Arc<[u8]>>,
+    /// Only those names are concerned, as with names of Nodes alone.
+    only_hosts: bool,
 }
 
 impl Custom {
@@ -157,7 +159,8 @@ impl Custom {
         let all = blocks.values().flat_map(|block| &block.hosts);
         let named = all.flat_map(|hosts| hosts.addresses.keys().chain(hosts.names.keys()));
         let hosts = named.map(|name| name.wire().clone()).collect();
-        Self { blocks, own, hosts }
+        let only_hosts = blocks.iter().all(|(zone, block)| *zone == Name::root() && block.says_only_hosts());
+        Self { blocks, own, hosts, only_hosts }
     }
 
     pub(crate) fn says_the_same(&self, other: &Self) -> bool {
@@ -194,6 +197,23 @@ impl Custom {
 }
 
 impl Block {
+    /// Nothing about names that are not among its hosts, but where and how they are forwarded.
+    fn says_only_hosts(&self) -> bool {
+        let Self {
+            rewrites,
+            hosts,
+            templates,
+            kubernetes: _,
+            files,
+            forwards: _,
+            cache_seconds: _,
+            log,
+            autopath: _,
+        } = self;
+        let falls_through = hosts.iter().all(|hosts| hosts.falls_through);
+        falls_through && rewrites.is_empty() && templates.is_empty() && files.is_empty() && !log
+    }
+
     fn add(&mut self, other: &Self) {
         self.rewrites.extend(other.rewrites.iter().cloned());
         self.hosts.extend(other.hosts.iter().cloned());

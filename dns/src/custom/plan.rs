@@ -54,7 +54,7 @@ pub(crate) fn plan(config_map: &ConfigMap) -> (Parts, Vec<Problem>) {
         if !is_server && !key.ends_with(".override") {
             continue;
         }
-        let mut reader = Reader { data: &config_map.data, missing: Vec::new() };
+        let mut reader = Reader { data: &config_map.data, missing: Vec::new(), excepted: Vec::new() };
         let read = parse(text).and_then(|lines| {
             if is_server { reader.server_blocks(&lines) } else { reader.overrides(&lines) }
         });
@@ -83,6 +83,8 @@ struct Reader<'a> {
     data: &'a BTreeMap<String, String>,
     /// Lines that are left out.
     missing: Vec<(usize, String)>,
+    /// Names that a `forward` of the block being read leaves out.
+    excepted: Vec<Name>,
 }
 
 impl Reader<'_> {
@@ -143,6 +145,10 @@ impl Reader<'_> {
         for line in lines {
             self.plugin(zone, line, &mut block)?;
         }
+        // A forward that names them says where they go.
+        for name in self.excepted.drain(..) {
+            block.forwards.entry(name).or_insert(Target::Servers(Vec::new()));
+        }
         Ok(block)
     }
 
@@ -152,7 +158,7 @@ impl Reader<'_> {
             "rewrite" => block.rewrites.extend(self.rewrite(line)?),
             "template" => block.templates.extend(self.template(zone, line)?),
             "forward" => {
-                if let Some((from, target)) = self.forward(line, block)? {
+                if let Some((from, target)) = self.forward(line)? {
                     block.forwards.entry(from).or_insert(target);
                 }
             }
@@ -175,6 +181,7 @@ impl Reader<'_> {
     /// `hosts [FILE] [ZONES...] { ADDRESS NAMES... }`.
     fn hosts(&mut self, zone: &Name, line: &Line) -> Result<Hosts, Fault> {
         let mut hosts = Hosts { ttl_seconds: HOSTS_TTL_SECONDS, ..Hosts::default() };
+        let mut reverse = true;
         let mut arguments = &line.words[1..];
         if let [file, rest @ ..] = arguments
             && file.starts_with('/')
@@ -190,7 +197,7 @@ impl Reader<'_> {
         hosts.zones = zones_or(arguments, zone).map_err(|what| Fault::new(line.number, what))?;
         for line in line.block.iter().flatten() {
             match line.words.as_slice() {
-                [word] if word == "no_reverse" => hosts.names.clear(),
+                [word] if word == "no_reverse" => reverse = false,
                 [word, ..] if word == "fallthrough" => hosts.falls_through = true,
                 [word, ttl] if word == "ttl" => hosts.ttl_seconds = number(line, ttl)?,
                 [word, _] if word == "reload" => {}
@@ -207,6 +214,9 @@ impl Reader<'_> {
                 }
                 [] => {}
             }
+        }
+        if !reverse {
+            hosts.names.clear();
         }
         if *zone == Name::root() && !hosts.falls_through {
             hosts.falls_through = true;
@@ -320,7 +330,7 @@ impl Reader<'_> {
     }
 
     /// `forward FROM TO... { except NAMES... }`.
-    fn forward(&mut self, line: &Line, block: &mut Block) -> Result<Option<(Name, Target)>, Fault> {
+    fn forward(&mut self, line: &Line) -> Result<Option<(Name, Target)>, Fault> {
         let [_, from, to @ ..] = line.words.as_slice() else {
             return Err(Fault::new(line.number, "forward needs a zone and servers: forward . 192.0.2.53"));
         };
@@ -350,7 +360,7 @@ impl Reader<'_> {
             match option.words.as_slice() {
                 [word, names @ ..] if word == "except" => {
                     for name in names {
-                        block.forwards.insert(named(option, name)?, Target::Servers(Vec::new()));
+                        self.excepted.push(named(option, name)?);
                     }
                 }
                 [word, ..] if FORWARD_OPTIONS.contains(&word.as_str()) => {}

@@ -58,6 +58,13 @@ fn hosts_answer_names_and_addresses_and_pass_the_rest_on() {
 }
 
 #[test]
+fn hosts_without_reverse_names_have_none_wherever_it_stands() {
+    let custom = custom(&[("a.override", "hosts {\n no_reverse\n 192.0.2.7 a.lan\n fallthrough\n}\n")]);
+    assert_eq!(said(&custom, "a.lan", RecordType::A), "3600 A 192.0.2.7");
+    assert_eq!(said(&custom, "7.2.0.192.in-addr.arpa", RecordType::PTR), "cluster");
+}
+
+#[test]
 fn hosts_without_fallthrough_end_the_look_up_in_their_own_block_only() {
     let block = "example.org {\n hosts {\n  192.0.2.7 www.example.org\n }\n}\n";
     let own = custom(&[("a.server", block)]);
@@ -137,6 +144,19 @@ fn forwards_are_by_zone_and_a_block_without_any_asks_nobody() {
 }
 
 #[test]
+fn an_exception_of_one_forward_is_left_to_another_in_either_order() {
+    let general = "forward . 192.0.2.1 {\n except corp.example lost.example\n}\n";
+    let corp = "forward corp.example 192.0.2.2\n";
+    for text in [[general, corp].concat(), [corp, general].concat()] {
+        let routes = custom(&[("a.override", &text)]).routes();
+        let servers = |list: &[&str]| Target::Servers(list.iter().map(|s| s.parse().unwrap()).collect());
+        assert_eq!(routes[&name("corp.example")], servers(&["192.0.2.2:53"]));
+        assert_eq!(routes[&name("lost.example")], servers(&[]));
+        assert_eq!(routes[&Name::root()], servers(&["192.0.2.1:53"]));
+    }
+}
+
+#[test]
 fn a_block_takes_its_names_from_the_cluster_unless_it_says_kubernetes() {
     let custom = custom(&[
         ("a.server", "stub.cluster.local {\n forward . 192.0.2.1\n}\n"),
@@ -213,6 +233,11 @@ fn names_of_nodes_are_known_and_users_go_before() {
     assert_eq!(said(&none, "node1", RecordType::A), "30 A 192.0.2.11");
     assert_eq!(said(&none, "node1", RecordType::AAAA), "30 AAAA 2001:db8::11");
     assert_eq!(said(&none, "node2", RecordType::A), "cluster");
+    assert!(
+        none.concerns(name("node1").wire())
+            && none.concerns(Name::reverse("192.0.2.11".parse().unwrap()).wire())
+    );
+    assert!(!none.concerns(name("web.default.svc.cluster.local").wire()));
     let parts = plan(&config_map(&[("a.override", "hosts {\n 192.0.2.99 node1\n fallthrough\n}\n")])).0;
     assert_eq!(said(&Custom::new(&parts, &nodes, Vec::new()), "node1", RecordType::A), "3600 A 192.0.2.99");
 }
