@@ -8,7 +8,7 @@ use clap::{Args, Subcommand};
 use comfy_table::{Table, presets};
 use weft_netstack::cni::account::{Account, AddressUse, RangeUse};
 
-use crate::status::{Output, ask};
+use crate::status::{Output, PATIENCE, ask};
 
 #[derive(Args)]
 pub(crate) struct IpamArgs {
@@ -32,9 +32,11 @@ enum IpamCommand {
 
 pub(crate) fn run(args: &IpamArgs) -> anyhow::Result<()> {
     match args.command {
-        IpamCommand::Explain { address } => crate::print(&ask(&args.run_dir, &format!("/ipam/{address}"))?),
+        IpamCommand::Explain { address } => {
+            crate::print(&ask(&args.run_dir, &format!("/ipam/{address}"), PATIENCE)?)
+        }
         IpamCommand::Show { output } => {
-            let answer = ask(&args.run_dir, "/ipam")?;
+            let answer = ask(&args.run_dir, "/ipam", PATIENCE)?;
             if output == Output::Json {
                 return crate::print(&(answer + "\n"));
             }

@@ -3,6 +3,7 @@
 mod agent;
 mod cleanup;
 mod cni;
+mod dns;
 mod files;
 mod install;
 mod ipam;
@@ -55,6 +56,8 @@ enum Command {
     Ipam(ipam::IpamArgs),
     /// Explain what network policies decide
     Policy(policy::PolicyArgs),
+    /// Ask this node's agent about names
+    Dns(dns::DnsArgs),
     /// Remove every rule, link, route and file of Weft from this node
     Cleanup(cleanup::CleanupArgs),
 }
@@ -77,6 +80,7 @@ fn main() -> ExitCode {
         Command::Status(args) => status::run(&args),
         Command::Ipam(args) => ipam::run(&args),
         Command::Policy(args) => policy::run(&args),
+        Command::Dns(args) => dns::run(&args),
         Command::Cleanup(args) => on_runtime(cleanup::run(args)),
         Command::Manifests(args) => manifests::run(*args),
         Command::Install(args) => install::run(*args),

@@ -2,10 +2,9 @@
 
 use std::path::PathBuf;
 
-use anyhow::Context as _;
 use clap::{Args, Subcommand};
 
-use crate::status::{Refused, fetch};
+use crate::status::{PATIENCE, ask};
 
 #[derive(Args)]
 pub(crate) struct PolicyArgs {
@@ -34,16 +33,7 @@ struct ExplainArgs {
 
 pub(crate) fn run(args: &PolicyArgs) -> anyhow::Result<()> {
     let PolicyCommand::Explain(question) = &args.command;
-    let socket = question.run_dir.join("agent.sock");
-    let path = path(question);
-    let text = fetch(&socket, &path).map_err(|error| match error.is::<Refused>() {
-        true => error,
-        false => error.context(format!(
-            "no agent answers on {}; is 'weft agent' running on this node?",
-            socket.display()
-        )),
-    });
-    crate::print(&text.context("explain")?)
+    crate::print(&ask(&question.run_dir, &path(question), PATIENCE)?)
 }
 
 /// Request path with the question; whatever is no plain character of a name or an address is escaped.

@@ -12,6 +12,9 @@ use weft_model::wireguard::PeerStatus;
 use weft_model::{Health, Report};
 use weft_netstack::admin::Status;
 
+/// How long the agent may take to say what it does.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
+
 #[derive(Args)]
 pub(crate) struct StatusArgs {
     /// Where the agent's socket is
@@ -40,28 +43,32 @@ pub(crate) fn read(run_dir: &Path) -> anyhow::Result<Status> {
 }
 
 fn answer(run_dir: &Path) -> anyhow::Result<String> {
-    ask(run_dir, "/status")
+    ask(run_dir, "/status", PATIENCE)
 }
 
 /// What the agent whose socket is in `run_dir` answers to `GET path`.
-pub(crate) fn ask(run_dir: &Path, path: &str) -> anyhow::Result<String> {
+pub(crate) fn ask(run_dir: &Path, path: &str, patience: Duration) -> anyhow::Result<String> {
     let socket = run_dir.join("agent.sock");
-    fetch(&socket, path).with_context(|| {
-        format!("no agent answers on {}; is 'weft agent' running on this node?", socket.display())
+    fetch(&socket, path, patience).map_err(|error| match error.is::<Refused>() {
+        true => error,
+        false => error.context(format!(
+            "no agent answers on {}; is 'weft agent' running on this node?",
+            socket.display()
+        )),
     })
 }
 
 /// Body of `GET path` over a Unix socket; HTTP/1.0, so the answer ends with the connection. What the agent refuses is an error.
-pub(crate) fn fetch(socket: &Path, path: &str) -> anyhow::Result<String> {
+fn fetch(socket: &Path, path: &str, patience: Duration) -> anyhow::Result<String> {
     let mut stream = UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    stream.set_read_timeout(Some(patience))?;
     write!(stream, "GET {path} HTTP/1.0\r\nHost: weft\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     let (head, body) = answer.split_once("\r\n\r\n").context("not an HTTP answer")?;
     match head.split(' ').nth(1) {
         Some("200") => Ok(body.to_owned()),
-        Some("422") => Err(Refused(body.to_owned()).into()),
+        Some("400" | "404" | "422") if !body.is_empty() => Err(Refused(body.trim_end().to_owned()).into()),
         _ => anyhow::bail!("{}", head.lines().next().unwrap_or_default()),
     }
 }

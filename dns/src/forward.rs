@@ -1,49 +1,54 @@
-//! What is in no zone of ours goes to the host's resolvers: bounded in all and for each client, with time limits,
-//! and kept for a while.
+//! What is in no zone of ours goes to upstream resolvers: bounded in all and for each client, with time limits, and kept
+//! for a while.
 //!
 //! ```text
-//!  Outside question -> cache -> resolv.conf's nameservers, the healthy ones first: UDP, TCP when truncated
+//!  question -> Cache -- fresh ------------------------------------------------------------------> answer
+//!                   \- stale, missing -> one flight a question: race of the upstreams, the healthy first -> Cache
 //! ```
 //!
-//! One exchange has its own socket with a random port and a random id; a datagram that is not from the server asked,
-//! not for that id or not for that question is ignored (RFC 5452 section 9).
+//! `upstreams` knows whom to ask, `exchange` asks one, `bailiwick` throws away what is not about the question, `packet` is
+//! the answer as octets, `cache` keeps it. One flight a question also ends loops: a question that comes back to us waits for
+//! itself, and then for nobody.
 
+mod bailiwick;
 mod cache;
+mod exchange;
+mod packet;
+mod upstreams;
 
-use std::collections::BTreeMap;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwap;
-use hickory_proto::op::{Edns, Message, MessageType, Query, ResponseCode};
+use hickory_proto::op::{Message, MessageType, OpCode, Query, ResponseCode};
 use hickory_proto::rr::{Name as WireName, RecordType};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpStream, UdpSocket};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
 
+use crate::fast::Asked;
 use crate::name::Name;
 use crate::quota::Quota;
 use crate::resolv_conf::ResolvConf;
 use crate::stats::{Stats, count};
-use cache::{Cache, CacheKey};
+use cache::{Cache, CacheKey, KeyBytes, Limits, Lookup, lifetime_seconds};
+use exchange::Said;
+use packet::{Age, Packet};
+use upstreams::{Routes, Upstream, Upstreams};
 
-/// Questions under way at one time; more are refused at once, so that one pod cannot hold memory and ports.
-const MAX_UNDER_WAY: usize = 256;
-/// Questions of one client under way at one time.
+/// Questions under way at one time; more are refused at once, so that nobody can hold all memory and ports.
+const MAX_UNDER_WAY: usize = 512;
+/// Questions that one client waits for at one time.
 const MAX_UNDER_WAY_PER_CLIENT: usize = 64;
-/// One try with one server. glibc's own patience is 5 s.
-const TRY_TIMEOUT: Duration = Duration::from_millis(1500);
+/// A server that has said nothing for this long is not waited for alone.
+const HEDGE: Duration = Duration::from_millis(400);
+/// The same when all have been asked once.
+const HEDGE_AGAIN: Duration = Duration::from_millis(1000);
 /// All tries of one question: below glibc's 5 s, so that it hears SERVFAIL before it gives up.
 const QUESTION_TIMEOUT: Duration = Duration::from_millis(4500);
-/// A server that did not answer is asked last for this long.
-const PENALTY: Duration = Duration::from_secs(10);
-/// The resolv.conf is looked at this often at most.
-const CONF_CHECK: Duration = Duration::from_secs(1);
-/// UDP payload we ask for: DNS flag day 2020, fits every path without fragments.
-const UDP_PAYLOAD_BYTES: u16 = 1232;
+/// How long a client waits when there is a stale answer: "a recommended value of 1.8 seconds" (RFC 8767 section 5).
+const STALE_PATIENCE: Duration = Duration::from_millis(1800);
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ForwardError {
@@ -55,6 +60,10 @@ pub(crate) enum ForwardError {
     ClientBusy,
     #[error("no nameserver answered in {QUESTION_TIMEOUT:?}")]
     Timeout,
+    #[error("the name is too long")]
+    Name,
+    #[error("the answer is too large to be given on")]
+    TooLarge,
     #[error("asking {server}")]
     Exchange {
         server: SocketAddr,
@@ -76,226 +85,338 @@ pub(crate) struct Outside {
     pub(crate) checking_disabled: bool,
 }
 
-/// Asks the resolvers of the host.
+/// How a flight ended. Shared by all who waited for it, an answer with TTL 0 too: they asked while it was under way.
+type Landed = Result<Arc<Packet>, Arc<ForwardError>>;
+type Waiting = watch::Receiver<Option<Landed>>;
+
+/// Asks upstream resolvers.
 pub(crate) struct Forwarder {
-    upstreams: Mutex<Upstreams>,
-    cache: Mutex<Cache>,
-    permits: Semaphore,
+    sky: Arc<Sky>,
     quota: Quota,
-    /// Addresses we answer on: never asked, that would be a loop.
-    own: ArcSwap<BTreeSet<IpAddr>>,
-    port: Option<u16>,
-    stats: Arc<Stats>,
+    /// Flights end with the forwarder, not with who waits for them.
+    tasks: Mutex<JoinSet<()>>,
 }
 
-struct Upstreams {
-    conf: ResolvConf,
-    checked_at: Option<Instant>,
-    failed_at: BTreeMap<SocketAddr, Instant>,
+/// What flights share.
+struct Sky {
+    upstreams: Mutex<Upstreams>,
+    cache: RwLock<Cache>,
+    flights: Mutex<HashMap<CacheKey, Waiting>>,
+    permits: Arc<Semaphore>,
+    stats: Arc<Stats>,
 }
 
 impl Forwarder {
     /// `port` replaces port 53 of the nameservers (a resolv.conf cannot name one).
     pub(crate) fn new(resolv_conf: PathBuf, port: Option<u16>, stats: Arc<Stats>) -> Self {
-        let conf = ResolvConf::new(resolv_conf);
-        Self {
-            upstreams: Mutex::new(Upstreams { conf, checked_at: None, failed_at: BTreeMap::new() }),
-            cache: Mutex::default(),
-            permits: Semaphore::new(MAX_UNDER_WAY),
-            quota: Quota::new(MAX_UNDER_WAY_PER_CLIENT),
-            own: ArcSwap::default(),
-            port,
+        let sky = Sky {
+            upstreams: Mutex::new(Upstreams::new(ResolvConf::new(resolv_conf), port)),
+            cache: RwLock::default(),
+            flights: Mutex::default(),
+            permits: Arc::new(Semaphore::new(MAX_UNDER_WAY)),
             stats,
+        };
+        Self { sky: Arc::new(sky), quota: Quota::new(MAX_UNDER_WAY_PER_CLIENT), tasks: Mutex::default() }
+    }
+
+    /// Tells which addresses are ours: never asked, that would be a loop.
+    pub(crate) fn set_own(&self, own: BTreeSet<IpAddr>) {
+        lock(&self.sky.upstreams).set_own(own);
+    }
+
+    /// Tells whom to ask for which names, and how long answers may be kept (positive and negative ones, in seconds).
+    pub(crate) fn configure(&self, routes: Routes, (positive, negative): (Option<u32>, Option<u32>)) {
+        let limits = Limits::default();
+        let limits = Limits {
+            positive_seconds: positive.unwrap_or(limits.positive_seconds),
+            negative_seconds: negative.unwrap_or(limits.negative_seconds),
+        };
+        let rerouted = lock(&self.sky.upstreams).set_routes(routes);
+        let mut cache = self.sky.write_cache();
+        if rerouted || cache.limits() != limits {
+            cache.clear();
+        }
+        cache.set_limits(limits);
+    }
+
+    /// The host's nameservers that would be asked now, in order.
+    pub(crate) fn nameservers(&self) -> Vec<SocketAddr> {
+        self.sky.refresh(Instant::now());
+        lock(&self.sky.upstreams).of_host()
+    }
+
+    /// Whom a question for the name would be asked of now, in order.
+    pub(crate) fn servers_for(&self, name: &WireName) -> Vec<SocketAddr> {
+        let upstreams = lock(&self.sky.upstreams).for_name(name, Instant::now());
+        upstreams.iter().map(|upstream| upstream.server).collect()
+    }
+
+    /// The host's search path.
+    pub(crate) fn search(&self) -> Vec<Name> {
+        lock(&self.sky.upstreams).search()
+    }
+
+    /// Answers that are kept now.
+    pub(crate) fn cached(&self) -> usize {
+        self.sky.read_cache().len()
+    }
+
+    /// Writes an answer that is at hand into `reply`, which is empty; `None`, and nothing written, when there is none,
+    /// it does not fit, or something is to be done beside.
+    pub(crate) fn answer_cached(
+        &self,
+        asked: &Asked<'_>,
+        now: Instant,
+        reply: &mut Vec<u8>,
+    ) -> Option<ResponseCode> {
+        let key =
+            KeyBytes::new(asked.name(), asked.record_type, asked.dnssec_ok(), asked.checking_disabled())?;
+        let (packet, age) = self.sky.read_cache().at_hand(&key, now)?;
+        let code = packet.write(asked, age, reply)?;
+        count(&self.sky.stats.cache_hits);
+        Some(code)
+    }
+
+    /// The answer of the upstreams, whatever its response code, or why there is none (SERVFAIL then).
+    pub(crate) async fn resolve(&self, question: &Outside) -> Result<Message, Arc<ForwardError>> {
+        let now = Instant::now();
+        self.sky.refresh(now);
+        let name = Name::from_hickory(&question.name).ok_or(ForwardError::Name)?;
+        let record_type = u16::from(question.record_type);
+        let key = KeyBytes::new(name.wire(), record_type, question.dnssec_ok, question.checking_disabled)
+            .ok_or(ForwardError::Name)?;
+        let found = self.sky.read_cache().look_up(&key, now);
+        let (packet, age) = match found {
+            Lookup::Fresh { packet, age, refresh } => {
+                if refresh && self.flight(key.to_key(), question).is_ok() {
+                    count(&self.sky.stats.prefetched);
+                }
+                count(&self.sky.stats.cache_hits);
+                (packet, age)
+            }
+            Lookup::Stale { packet, retry } => {
+                self.resolve_stale(key.to_key(), question, packet, retry).await
+            }
+            Lookup::Missing => {
+                let _share = self.quota.take(question.client).ok_or(ForwardError::ClientBusy)?;
+                (landed(self.flight(key.to_key(), question)?).await?, Age::Fresh(0))
+            }
+        };
+        Ok(packet.message(age).ok_or(ForwardError::TooLarge)?)
+    }
+
+    /// A new answer if one comes soon, else the old one.
+    async fn resolve_stale(
+        &self,
+        key: CacheKey,
+        question: &Outside,
+        stale: Arc<Packet>,
+        retry: bool,
+    ) -> (Arc<Packet>, Age) {
+        if retry
+            && let Some(_share) = self.quota.take(question.client)
+            && let Ok(waiting) = self.flight(key, question)
+            && let Ok(Ok(packet)) = tokio::time::timeout(STALE_PATIENCE, landed(waiting)).await
+            && packet.is_helpful()
+        {
+            return (packet, Age::Fresh(0));
+        }
+        count(&self.sky.stats.served_stale);
+        (stale, Age::Stale)
+    }
+
+    /// The flight of this question: one that is under way, else a new one.
+    fn flight(&self, key: CacheKey, question: &Outside) -> Result<Waiting, ForwardError> {
+        let mut flights = lock(&self.sky.flights);
+        if let Some(waiting) = flights.get(&key) {
+            return Ok(waiting.clone());
+        }
+        let permit = self.sky.permits.clone().try_acquire_owned().map_err(|_| ForwardError::Busy)?;
+        let (tell, waiting) = watch::channel(None);
+        flights.insert(key.clone(), waiting.clone());
+        drop(flights);
+        let (sky, question) = (self.sky.clone(), question.clone());
+        let mut tasks = lock(&self.tasks);
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn(async move {
+            let _permit = permit;
+            let outcome = sky.fly(&key, &question).await;
+            lock(&sky.flights).remove(&key);
+            tell.send_replace(Some(outcome));
+        });
+        Ok(waiting)
+    }
+}
+
+async fn landed(mut waiting: Waiting) -> Landed {
+    match waiting.wait_for(Option::is_some).await {
+        Ok(outcome) => outcome.clone().unwrap_or_else(|| Err(Arc::new(ForwardError::Timeout))),
+        // The forwarder ends.
+        Err(_) => Err(Arc::new(ForwardError::Timeout)),
+    }
+}
+
+impl Sky {
+    fn read_cache(&self) -> std::sync::RwLockReadGuard<'_, Cache> {
+        self.cache.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write_cache(&self) -> std::sync::RwLockWriteGuard<'_, Cache> {
+        self.cache.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn refresh(&self, now: Instant) {
+        if lock(&self.upstreams).refresh(now) {
+            self.write_cache().clear();
         }
     }
 
-    /// Tells which addresses are ours.
-    pub(crate) fn set_own(&self, own: BTreeSet<IpAddr>) {
-        self.own.store(Arc::new(own));
-    }
-
-    /// The nameservers that would be asked now, in order.
-    pub(crate) fn nameservers(&self) -> Vec<SocketAddr> {
+    /// Asks, throws away what is not about the question, keeps the rest.
+    async fn fly(&self, key: &CacheKey, question: &Outside) -> Landed {
+        let upstreams = lock(&self.upstreams).for_name(&question.name, Instant::now());
+        if upstreams.is_empty() {
+            return Err(Arc::new(ForwardError::NoNameserver));
+        }
+        count(&self.stats.forwarded);
+        let asked = tokio::time::timeout(QUESTION_TIMEOUT, self.race(&upstreams, question)).await;
         let now = Instant::now();
-        let own = self.own.load();
-        let mut upstreams = lock(&self.upstreams);
-        if upstreams.checked_at.is_none_or(|at| now.duration_since(at) >= CONF_CHECK) {
-            upstreams.checked_at = Some(now);
-            if upstreams.conf.refresh() {
-                tracing::info!(nameservers = ?upstreams.conf.nameservers, "resolvers of the host");
-                upstreams.failed_at.clear();
-                // Another network may see other names.
-                lock(&self.cache).clear();
+        match asked.unwrap_or(Err(ForwardError::Timeout)) {
+            Ok(message) => {
+                let message = bailiwick::within(message, &question.name);
+                let limits = self.read_cache().limits();
+                let lifetime = lifetime_seconds(&message, limits);
+                let failed = !is_helpful(message.metadata.response_code);
+                let packet = Packet::new(message, &question.name).ok_or(ForwardError::TooLarge)?;
+                let packet = Arc::new(packet);
+                if failed {
+                    self.note_failure(key, question, now);
+                } else {
+                    self.write_cache().keep(key.clone(), packet.clone(), lifetime, now);
+                }
+                Ok(packet)
+            }
+            Err(error) => {
+                self.note_failure(key, question, now);
+                Err(Arc::new(error))
             }
         }
-        let mut servers: Vec<SocketAddr> =
-            upstreams.conf.nameservers.iter().filter(|server| !own.contains(&server.ip())).copied().collect();
-        let failed_at = &upstreams.failed_at;
-        servers
-            .sort_by_key(|server| failed_at.get(server).is_some_and(|at| now.duration_since(*at) < PENALTY));
-        if let Some(port) = self.port {
-            servers.iter_mut().for_each(|server| server.set_port(port));
-        }
-        servers
     }
 
-    /// The answer of the host's resolvers, whatever its response code, or why there is none (SERVFAIL then).
-    pub(crate) async fn resolve(&self, question: &Outside) -> Result<Message, ForwardError> {
-        let servers = self.nameservers();
-        let key = Name::from_hickory(&question.name).map(|name| CacheKey {
-            name,
-            record_type: question.record_type,
-            dnssec_ok: question.dnssec_ok,
-            checking_disabled: question.checking_disabled,
-        });
-        if let Some(key) = &key
-            && let Some(message) = lock(&self.cache).find(key, Instant::now())
-        {
-            count(&self.stats.cache_hits);
-            return Ok(message);
-        }
-        if servers.is_empty() {
-            return Err(ForwardError::NoNameserver);
-        }
-        let _share = self.quota.take(question.client).ok_or(ForwardError::ClientBusy)?;
-        let _permit = self.permits.try_acquire().map_err(|_| ForwardError::Busy)?;
-        count(&self.stats.forwarded);
-        let asked = tokio::time::timeout(QUESTION_TIMEOUT, self.ask_all(&servers, question)).await;
-        let message = asked.unwrap_or(Err(ForwardError::Timeout))?;
-        if let Some(key) = key {
-            lock(&self.cache).keep(key, &message, Instant::now());
-        }
-        Ok(message)
+    fn note_failure(&self, key: &CacheKey, question: &Outside, now: Instant) {
+        let failure = || {
+            let mut message = Message::new(0, MessageType::Response, OpCode::Query);
+            message.metadata.response_code = ResponseCode::ServFail;
+            message.add_query(Query::query(question.name.clone(), question.record_type));
+            Packet::new(message, &question.name)
+        };
+        self.write_cache().note_failure(key.clone(), failure, now);
     }
 
-    /// Every server once, then once more; an answer that says "not me" counts only when nobody says better.
-    async fn ask_all(&self, servers: &[SocketAddr], question: &Outside) -> Result<Message, ForwardError> {
+    /// Every server once, then once more, each beside those that have not answered yet; the first helpful answer wins. One
+    /// that says "not me" counts only when nobody says better.
+    async fn race(&self, upstreams: &[Upstream], question: &Outside) -> Result<Message, ForwardError> {
+        let mut race = Race::new(upstreams, question);
         let mut unhelpful = None;
         let mut failure = ForwardError::NoNameserver;
-        for round in 0..2 {
-            for &server in servers {
-                match ask(server, question).await {
-                    Ok(message) if is_helpful(message.metadata.response_code) => {
-                        self.note(server, None);
+        loop {
+            race.start_due();
+            let Some((server, outcome)) = race.next().await else {
+                return unhelpful.ok_or(failure);
+            };
+            match outcome {
+                Some(Ok(Said { message, loses_case })) => {
+                    lock(&self.upstreams).note_answered(server, loses_case);
+                    if is_helpful(message.metadata.response_code) {
+                        self.note_silent(&race);
                         return Ok(message);
                     }
-                    Ok(message) => unhelpful = Some(message),
-                    Err(source) => {
-                        tracing::debug!(%server, %source, round, "a resolver of the host did not answer");
-                        count(&self.stats.upstream_failures);
-                        self.note(server, Some(Instant::now()));
-                        failure = ForwardError::Exchange { server, source };
-                    }
+                    race.leave_out(server);
+                    unhelpful = Some(message);
                 }
-            }
-            if let Some(message) = unhelpful {
-                return Ok(message);
+                Some(Err(source)) => {
+                    tracing::debug!(%server, %source, "an upstream did not answer");
+                    count(&self.stats.upstream_failures);
+                    lock(&self.upstreams).note_failed(server, Instant::now());
+                    failure = ForwardError::Exchange { server, source };
+                }
+                // Only time has passed.
+                None => {}
             }
         }
-        Err(failure)
     }
 
-    fn note(&self, server: SocketAddr, failed_at: Option<Instant>) {
-        let mut upstreams = lock(&self.upstreams);
-        let listed = upstreams.conf.nameservers.iter().find(|listed| listed.ip() == server.ip()).copied();
-        match (listed, failed_at) {
-            (Some(listed), Some(at)) => drop(upstreams.failed_at.insert(listed, at)),
-            (Some(listed), None) => drop(upstreams.failed_at.remove(&listed)),
-            (None, _) => {}
+    /// Those that others had to be asked for are asked last for a while.
+    fn note_silent(&self, race: &Race<'_>) {
+        let now = Instant::now();
+        let silent = race.under_way.iter().filter(|(_, since)| now.duration_since(*since) >= HEDGE);
+        for (server, _) in silent {
+            count(&self.stats.upstream_failures);
+            lock(&self.upstreams).note_failed(*server, now);
         }
+    }
+}
+
+/// Tries of one question that are under way, and those to come.
+struct Race<'a> {
+    question: &'a Outside,
+    /// Each with how long it is waited for alone.
+    to_come: VecDeque<(Upstream, Duration)>,
+    next_at: Instant,
+    under_way: Vec<(SocketAddr, Instant)>,
+    tries: JoinSet<(SocketAddr, std::io::Result<Said>)>,
+}
+
+impl<'a> Race<'a> {
+    fn new(upstreams: &[Upstream], question: &'a Outside) -> Self {
+        let rounds = [HEDGE, HEDGE_AGAIN].into_iter();
+        let to_come = rounds.flat_map(|patience| upstreams.iter().map(move |upstream| (*upstream, patience)));
+        Self {
+            question,
+            to_come: to_come.collect(),
+            next_at: Instant::now(),
+            under_way: Vec::new(),
+            tries: JoinSet::new(),
+        }
+    }
+
+    /// Asks the next server if it is time, or if nobody else is being asked.
+    fn start_due(&mut self) {
+        let now = Instant::now();
+        if now < self.next_at && !self.tries.is_empty() {
+            return;
+        }
+        let Some((Upstream { server, keeps_case }, patience)) = self.to_come.pop_front() else { return };
+        let question = self.question.clone();
+        self.tries.spawn(async move { (server, exchange::ask(server, &question, keeps_case).await) });
+        self.under_way.push((server, now));
+        self.next_at = now + patience;
+    }
+
+    /// How the next try ended, or nothing when it is time for another; `None` when all have ended.
+    async fn next(&mut self) -> Option<(SocketAddr, Option<std::io::Result<Said>>)> {
+        let due = tokio::time::sleep_until(self.next_at.into());
+        tokio::select! {
+            biased;
+            Some(ended) = self.tries.join_next() => {
+                // A try neither panics nor is aborted while the race lasts.
+                let (server, outcome) = ended.ok()?;
+                self.under_way.retain(|(other, _)| *other != server);
+                self.next_at = Instant::now();
+                Some((server, Some(outcome)))
+            }
+            () = due, if !self.to_come.is_empty() => Some((self.to_come[0].0.server, None)),
+            else => None,
+        }
+    }
+
+    /// It said that it does not know.
+    fn leave_out(&mut self, server: SocketAddr) {
+        self.to_come.retain(|(upstream, _)| upstream.server != server);
     }
 }
 
 fn is_helpful(code: ResponseCode) -> bool {
     matches!(code, ResponseCode::NoError | ResponseCode::NXDomain)
-}
-
-/// One server: with EDNS, without it when the server does not know EDNS, by TCP when the answer was cut.
-async fn ask(server: SocketAddr, question: &Outside) -> std::io::Result<Message> {
-    let mut message = ask_udp(server, &query(question, true)).await?;
-    let mut edns = true;
-    if matches!(message.metadata.response_code, ResponseCode::FormErr | ResponseCode::NotImp) {
-        edns = false;
-        message = ask_udp(server, &query(question, false)).await?;
-    }
-    if message.metadata.truncation {
-        match ask_tcp(server, &query(question, edns)).await {
-            Ok(whole) => return Ok(whole),
-            // The client hears that it was cut and may try TCP itself.
-            Err(error) => tracing::debug!(%server, %error, "no TCP answer after a truncated one"),
-        }
-    }
-    Ok(message)
-}
-
-/// A new message with a random id.
-fn query(question: &Outside, edns: bool) -> Message {
-    let mut message = Message::query();
-    message.metadata.recursion_desired = true;
-    message.metadata.checking_disabled = question.checking_disabled;
-    message.add_query(Query::query(question.name.clone(), question.record_type));
-    if edns {
-        let mut options = Edns::new();
-        options.set_max_payload(UDP_PAYLOAD_BYTES).set_version(0).set_dnssec_ok(question.dnssec_ok);
-        message.set_edns(options);
-    }
-    message
-}
-
-async fn ask_udp(server: SocketAddr, query: &Message) -> std::io::Result<Message> {
-    let any: SocketAddr = match server {
-        SocketAddr::V4(_) => (std::net::Ipv4Addr::UNSPECIFIED, 0).into(),
-        SocketAddr::V6(_) => (std::net::Ipv6Addr::UNSPECIFIED, 0).into(),
-    };
-    within(TRY_TIMEOUT, async {
-        let socket = UdpSocket::bind(any).await?;
-        socket.connect(server).await?;
-        socket.send(&encode(query)?).await?;
-        let mut buffer = vec![0; usize::from(u16::MAX)];
-        loop {
-            let length = socket.recv(&mut buffer).await?;
-            if let Some(message) = decode(&buffer[..length]).filter(|message| is_reply(message, query)) {
-                return Ok(message);
-            }
-        }
-    })
-    .await
-}
-
-async fn ask_tcp(server: SocketAddr, query: &Message) -> std::io::Result<Message> {
-    within(TRY_TIMEOUT, async {
-        let mut stream = TcpStream::connect(server).await?;
-        let bytes = encode(query)?;
-        let length = u16::try_from(bytes.len()).map_err(std::io::Error::other)?;
-        stream.write_all(&[&length.to_be_bytes()[..], &bytes].concat()).await?;
-        let length = stream.read_u16().await?;
-        let mut buffer = vec![0; usize::from(length)];
-        stream.read_exact(&mut buffer).await?;
-        decode(&buffer)
-            .filter(|message| is_reply(message, query))
-            .ok_or_else(|| std::io::Error::other("the TCP answer is for another question"))
-    })
-    .await
-}
-
-async fn within<T>(limit: Duration, work: impl Future<Output = std::io::Result<T>>) -> std::io::Result<T> {
-    let timed_out = || std::io::Error::new(std::io::ErrorKind::TimedOut, format!("no answer in {limit:?}"));
-    tokio::time::timeout(limit, work).await.unwrap_or_else(|_| Err(timed_out()))
-}
-
-fn encode(message: &Message) -> std::io::Result<Vec<u8>> {
-    message.to_vec().map_err(std::io::Error::other)
-}
-
-fn decode(bytes: &[u8]) -> Option<Message> {
-    Message::from_vec(bytes).ok()
-}
-
-/// Same id, a response, and for our question (names compare without case).
-fn is_reply(message: &Message, query: &Message) -> bool {
-    message.metadata.message_type == MessageType::Response
-        && message.metadata.id == query.metadata.id
-        && message.queries == query.queries
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

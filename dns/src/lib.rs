@@ -1,8 +1,9 @@
 //! DNS answered on the node that asks.
 //!
 //! ```text
-//!  Snapshot --plan--> DnsPlan --apply--> Store (names in memory)  <--answer-- Resolver <-- hickory-server <-- sockets
-//!                                   \--> Listeners (a socket an address)          |
+//!  Snapshot --plan--> DnsPlan --apply--> Store (names in memory)  <--fast----------------- UDP sockets: a thread each
+//!                                   \                             <--serve (hickory-server)-- what fast leaves, TCP
+//!                                    \--> Listeners (sockets)              |
 //!                                              resolv.conf's nameservers <-- Forwarder
 //! ```
 //!
@@ -12,7 +13,11 @@
 
 mod answer;
 mod apply;
+mod autopath;
+mod custom;
 mod diff;
+mod explain;
+mod fast;
 mod forward;
 mod listen;
 mod name;
@@ -30,6 +35,9 @@ use std::sync::Arc;
 
 pub use answer::{Answer, Local, Question, Soa, SoaPlace};
 pub use apply::DnsApplier;
+pub use custom::{Block, Blocks, Part, Parts};
+pub use explain::Explainer;
+pub use listen::Handover;
 pub use name::{InvalidName, Name};
 pub use plan::{DnsPlanner, plan_service};
 pub use stats::Stats;
@@ -40,6 +48,9 @@ pub use zone::{Data, DnsPlan, Group, GroupKey, Groups, SPECIFICATION_VERSION, Sr
 
 /// The port of the DNS (RFC 1035 section 4.2).
 pub const DNS_PORT: u16 = 53;
+
+/// The namespace of the pod that has an address on this node now, told by who gives the addresses out.
+pub type Namespaces = Arc<dyn Fn(IpAddr) -> Option<String> + Send + Sync>;
 
 /// Where the DNS room listens and whom it asks.
 #[derive(Clone, Debug)]
@@ -66,27 +77,39 @@ pub struct Dns {
     pub applier: DnsApplier,
     /// For metrics.
     pub stats: Arc<Stats>,
+    /// For people.
+    pub explainer: Explainer,
 }
 
 /// Opens the sockets on the configuration's cluster DNS addresses and answers at once: what is asked for a name of
 /// the cluster waits for the first plan, three seconds at most (then SERVFAIL), everything else comes from the host's resolvers. An address that cannot be
-/// opened is logged here and tried again, and reported, with every failing pass of the loop.
+/// opened is logged here and tried again, and reported, with every failing pass of the loop. What `handover` brings is used
+/// instead of a new socket.
 ///
 /// Needs a tokio runtime: the sockets' tasks end when the applier is dropped.
-pub fn start(config: &ClusterConfig, options: Options) -> Dns {
+pub fn start(config: &ClusterConfig, options: Options, handover: Handover, namespaces: Namespaces) -> Dns {
     let stats = Arc::new(Stats::default());
     let store = Arc::new(Store::new(Zones::new(config).ok()));
     let forwarder =
         Arc::new(forward::Forwarder::new(options.resolv_conf, options.upstream_port, stats.clone()));
     let listen: std::collections::BTreeSet<IpAddr> = config.cluster_dns.iter().copied().collect();
     forwarder.set_own(listen.clone());
-    let resolver = Arc::new(serve::Resolver::new(store.clone(), forwarder.clone(), stats.clone()));
-    let mut listeners = listen::Listeners::new(resolver, options.port);
+    let resolver =
+        Arc::new(serve::Resolver::new(store.clone(), forwarder.clone(), stats.clone(), namespaces));
+    let mut listeners = listen::Listeners::new(resolver.clone(), options.port, handover);
     let (early, failed) = listeners.ensure(&listen);
     for error in &failed {
         tracing::warn!(reason = chain(error), "DNS does not listen yet");
     }
-    let applier =
-        DnsApplier { store, forwarder, listeners, stats: stats.clone(), written: Groups::new(), early };
-    Dns { planner: DnsPlanner::default(), applier, stats }
+    let applier = DnsApplier {
+        store,
+        forwarder,
+        resolver: resolver.clone(),
+        listeners,
+        stats: stats.clone(),
+        written: Groups::new(),
+        parts: Parts::new(),
+        early,
+    };
+    Dns { planner: DnsPlanner::default(), applier, stats, explainer: Explainer(resolver) }
 }

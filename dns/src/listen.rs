@@ -1,26 +1,29 @@
-//! The sockets: one UDP socket with its own hickory-server, and one TCP socket (`tcp`), for each address.
+//! The sockets: one UDP socket (`udp`) and one TCP socket (`tcp`) for each address.
 //!
-//! One socket an address, because a wildcard socket would answer from another address than it was asked at (hickory
-//! does not use IP_PKTINFO). Bound with IP_FREEBIND: the route that makes the address local may come later.
+//! One socket an address, so that an answer leaves from the address that was asked without IP_PKTINFO. Bound with IP_FREEBIND: the route that makes the address local may come later.
 
+mod handover;
 mod tcp;
+mod udp;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
 
-use hickory_server::Server;
-use hickory_server::server::{Request, RequestHandler, ResponseHandler, ResponseInfo};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, listen, setsockopt, socket, sockopt,
 };
-use tokio::net::{TcpListener, UdpSocket};
+use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
 use crate::serve::Resolver;
+
+pub use handover::Handover;
+
+/// Questions that came while the thread was away from the CPU wait here: some two thousand.
+const RECEIVE_BUFFER_BYTES: usize = 1 << 20;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Transport {
@@ -62,12 +65,13 @@ pub(crate) enum ListenError {
 pub(crate) struct Listeners {
     resolver: Arc<Resolver>,
     port: u16,
+    handover: Handover,
     servers: BTreeMap<(IpAddr, Transport), Serving>,
 }
 
 impl Listeners {
-    pub(crate) fn new(resolver: Arc<Resolver>, port: u16) -> Self {
-        Self { resolver, port, servers: BTreeMap::new() }
+    pub(crate) fn new(resolver: Arc<Resolver>, port: u16, handover: Handover) -> Self {
+        Self { resolver, port, handover, servers: BTreeMap::new() }
     }
 
     pub(crate) fn addresses(&self) -> BTreeSet<IpAddr> {
@@ -82,6 +86,7 @@ impl Listeners {
         self.servers.retain(|(address, transport), _| {
             let keep = wanted.contains(address);
             if !keep {
+                self.handover.forget(SocketAddr::new(*address, self.port), *transport);
                 changed.push(format!("closed {address}/{}", transport.name()));
             }
             keep
@@ -100,52 +105,50 @@ impl Listeners {
                 }
             }
         }
+        self.handover.drop_rest();
         (changed, failed)
     }
 
     /// Forgets sockets whose server has ended, so that `ensure` opens them again.
-    pub(crate) async fn forget_ended(&mut self) {
-        let mut ended = Vec::new();
-        for (key, server) in &mut self.servers {
-            if server.has_ended().await {
-                ended.push(*key);
-            }
-        }
-        for key in ended {
-            self.servers.remove(&key);
-        }
+    pub(crate) fn forget_ended(&mut self) {
+        self.servers.retain(|_, server| !server.has_ended());
     }
 
-    fn open(&self, address: IpAddr, transport: Transport) -> Result<Serving, ListenError> {
+    fn open(&mut self, address: IpAddr, transport: Transport) -> Result<Serving, ListenError> {
         let address = SocketAddr::new(address, self.port);
         let opened = match transport {
-            Transport::Udp => open_udp(address).map(|socket| {
-                let mut server = Server::new(Shared(self.resolver.clone()));
-                server.register_socket(socket);
-                Serving::Udp(server)
-            }),
-            Transport::Tcp => open_tcp(address).map(|listener| {
-                let mut task = JoinSet::new();
-                task.spawn(tcp::serve(listener, self.resolver.clone()));
-                Serving::Tcp(task)
-            }),
+            Transport::Udp => self.udp(address).map(Serving::Udp),
+            Transport::Tcp => self.tcp(address).map(Serving::Tcp),
         };
         opened.map_err(|source| named(address, transport.name(), source))
+    }
+
+    fn udp(&mut self, address: SocketAddr) -> io::Result<udp::Server> {
+        let socket = self.handover.take_udp(address).map_or_else(|| open_udp(address), Ok)?;
+        self.handover.keep(address, Transport::Udp, &socket);
+        udp::Server::start(socket, self.resolver.clone())
+    }
+
+    fn tcp(&mut self, address: SocketAddr) -> io::Result<JoinSet<()>> {
+        let socket = self.handover.take_tcp(address).map_or_else(|| open_tcp(address), Ok)?;
+        self.handover.keep(address, Transport::Tcp, &socket);
+        socket.set_nonblocking(true)?;
+        let mut task = JoinSet::new();
+        task.spawn(tcp::serve(TcpListener::from_std(socket)?, self.resolver.clone()));
+        Ok(task)
     }
 }
 
 /// The task behind one socket; ends when dropped.
 enum Serving {
-    Udp(Server<Shared>),
+    Udp(udp::Server),
     Tcp(JoinSet<()>),
 }
 
 impl Serving {
-    async fn has_ended(&mut self) -> bool {
+    fn has_ended(&mut self) -> bool {
         match self {
-            Self::Udp(server) => {
-                tokio::time::timeout(Duration::ZERO, server.block_until_done()).await.is_ok()
-            }
+            Self::Udp(server) => server.has_ended(),
             Self::Tcp(task) => task.try_join_next().is_some(),
         }
     }
@@ -159,15 +162,17 @@ fn named(address: SocketAddr, transport: &'static str, source: io::Error) -> Lis
     }
 }
 
-fn open_udp(address: SocketAddr) -> io::Result<UdpSocket> {
-    let socket = std::net::UdpSocket::from(bound(address, SockType::Datagram)?);
-    UdpSocket::from_std(socket)
+fn open_udp(address: SocketAddr) -> io::Result<std::net::UdpSocket> {
+    let socket = bound(address, SockType::Datagram)?;
+    // Only a help: without the privilege the host's limit stays.
+    let _ = setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER_BYTES);
+    Ok(std::net::UdpSocket::from(socket))
 }
 
-fn open_tcp(address: SocketAddr) -> io::Result<TcpListener> {
+fn open_tcp(address: SocketAddr) -> io::Result<std::net::TcpListener> {
     let socket = bound(address, SockType::Stream)?;
     listen(&socket, Backlog::new(1024)?)?;
-    TcpListener::from_std(std::net::TcpListener::from(socket))
+    Ok(std::net::TcpListener::from(socket))
 }
 
 /// A non-blocking socket bound to an address that need not be local yet. IP_FREEBIND holds for IPv6 sockets too
@@ -185,18 +190,4 @@ fn bound(address: SocketAddr, kind: SockType) -> io::Result<OwnedFd> {
     }
     bind(std::os::fd::AsRawFd::as_raw_fd(&socket), &SockaddrStorage::from(address))?;
     Ok(socket)
-}
-
-/// One resolver behind many servers.
-struct Shared(Arc<Resolver>);
-
-#[async_trait::async_trait]
-impl RequestHandler for Shared {
-    async fn handle_request<R: ResponseHandler, T: hickory_server::net::runtime::Time>(
-        &self,
-        request: &Request,
-        response_handle: R,
-    ) -> ResponseInfo {
-        self.0.handle_request::<R, T>(request, response_handle).await
-    }
 }

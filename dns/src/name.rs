@@ -59,6 +59,23 @@ impl Name {
         Self::from_labels(text.split('.').map(str::as_bytes))
     }
 
+    /// The root itself.
+    pub fn root() -> Self {
+        Self(Arc::from([0]))
+    }
+
+    /// From lower-case wire format; `None` when the octets are none.
+    pub(crate) fn from_wire(wire: &[u8]) -> Option<Self> {
+        Self::from_labels(suffixes(wire).map_while(first_label))
+            .ok()
+            .filter(|name| name.0.len() == wire.len())
+    }
+
+    /// The name without its first label; `None` for the root.
+    pub(crate) fn parent(&self) -> Option<Self> {
+        parent(&self.0).map(|wire| Self(wire.into()))
+    }
+
     /// `label` in front of this name; the label may hold anything but has at most 63 octets.
     pub fn child(&self, label: &str) -> Result<Self, InvalidName> {
         Self::from_labels(std::iter::once(label.as_bytes()).chain(self.labels()))

@@ -8,10 +8,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use weft_model::objects::{Endpoint, EndpointSlice, Service, ServiceKind};
+use weft_model::objects::{ConfigMap, Endpoint, EndpointSlice, Service, ServiceKind};
 use weft_model::{ClusterConfig, ObjectRef, Planned, Problem, Reason, ServiceKey, Snapshot};
 use weft_netstack::reconcile::Planner;
 
+use crate::custom::{self, Parts};
 use crate::name::{InvalidName, Name};
 use crate::zone::{Data, DnsPlan, Group, GroupKey, Groups, SPECIFICATION_VERSION, Srv, Zones};
 
@@ -28,6 +29,12 @@ pub struct DnsPlanner {
     namespaces: BTreeMap<String, (Arc<GroupKey>, Planned<Arc<Group>>)>,
     /// Ordered by key, as the Snapshot's Services are.
     services: Vec<ServiceMemo>,
+    custom: Option<CustomMemo>,
+}
+
+struct CustomMemo {
+    config_map: Arc<ConfigMap>,
+    planned: (Parts, Vec<Problem>),
 }
 
 struct ServiceMemo {
@@ -80,15 +87,17 @@ impl Planner for DnsPlanner {
             *self = Self { config: Some(config.clone()), ..Self::default() };
         }
         let listen = config.cluster_dns.iter().copied().collect();
+        let (custom, mut problems) = self.plan_custom(snapshot);
+        let nodes = node_names(snapshot);
         let zones = match Zones::new(config) {
             Ok(zones) => zones,
             Err(error) => {
-                let problem = bad_domain(config, &error);
-                return Planned::new(DnsPlan { zones: None, groups: Groups::new(), listen }, vec![problem]);
+                problems.push(bad_domain(config, &error));
+                let plan = DnsPlan { zones: None, groups: Groups::new(), listen, custom, nodes };
+                return Planned::new(plan, problems);
             }
         };
         let mut groups = Vec::with_capacity(1 + snapshot.namespaces.len() + snapshot.services.len());
-        let mut problems = Vec::new();
         match zone_group(&zones.domain, &config.cluster_dns) {
             Ok(group) => groups.push((Arc::new(GroupKey::Zone), Arc::new(group))),
             Err(error) => problems.push(bad_domain(config, &error)),
@@ -97,11 +106,25 @@ impl Planner for DnsPlanner {
         self.plan_services(snapshot, &zones.domain, &mut groups, &mut problems);
         // Already in the order of their keys, so this only builds the map.
         let groups = groups.into_iter().collect();
-        Planned::new(DnsPlan { zones: Some(zones), groups, listen }, problems)
+        Planned::new(DnsPlan { zones: Some(zones), groups, listen, custom, nodes }, problems)
     }
 }
 
 impl DnsPlanner {
+    /// Reads the ConfigMap only when it is another one.
+    fn plan_custom(&mut self, snapshot: &Snapshot) -> (Parts, Vec<Problem>) {
+        let Some(config_map) = snapshot.config_maps.values().next() else {
+            self.custom = None;
+            return (Parts::new(), Vec::new());
+        };
+        let memo = self.custom.take().filter(|memo| Arc::ptr_eq(&memo.config_map, config_map));
+        let memo = memo.unwrap_or_else(|| CustomMemo {
+            config_map: config_map.clone(),
+            planned: custom::plan(config_map),
+        });
+        self.custom.insert(memo).planned.clone()
+    }
+
     fn plan_namespaces(
         &mut self,
         snapshot: &Snapshot,
@@ -145,6 +168,18 @@ impl DnsPlanner {
             self.services.push(memo);
         }
     }
+}
+
+/// Nodes by their names, as k3s and others let pods find them. A name that is no domain name is left out: it was valid to
+/// Kubernetes, and nobody could ask for it.
+fn node_names(snapshot: &Snapshot) -> BTreeMap<Name, BTreeSet<IpAddr>> {
+    let named = snapshot.nodes.values().filter(|node| !node.internal_ips.is_empty());
+    named
+        .filter_map(|node| {
+            let name = Name::parse(&node.name.0).ok()?;
+            Some((name, node.internal_ips.iter().copied().collect()))
+        })
+        .collect()
 }
 
 /// Only looked up in, never iterated.

@@ -2,41 +2,46 @@
 //!
 //! ```text
 //!  Request -> admit -> Question -> Store::answer --Local-----------------> Reply -> fit to the client -> wire
-//!                                              \--Elsewhere, onward alias-> Forwarder --^
+//!                    \--Custom::answer-------\--Elsewhere, onward alias-> Forwarder --^
 //! ```
 //!
-//! hickory-server reads and writes the UDP sockets, drops responses (QR=1) and answers what it cannot read with
-//! FORMERR.
+//! [`Resolver::exchange`] is the way from octets to octets that UDP (what `fast` leaves) and TCP share: it drops
+//! responses (QR=1) and answers what cannot be read with FORMERR.
+
+mod reply;
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
 
-use hickory_proto::op::{Edns, Message, MessageType, Metadata, OpCode, ResponseCode};
-use hickory_proto::rr::rdata::{A, AAAA, CNAME, NS, PTR, SOA, SRV, TXT};
-use hickory_proto::rr::{DNSClass, Name as WireName, RData, Record, RecordType};
-use hickory_proto::serialize::binary::BinEncoder;
-use hickory_server::net::runtime::Time;
+use arc_swap::ArcSwap;
+use hickory_proto::op::{MessageType, Metadata, OpCode, ResponseCode};
+use hickory_proto::rr::{DNSClass, Name as WireName, Record, RecordType};
+use hickory_server::net::runtime::{Time, TokioTime};
 use hickory_server::net::xfer::Protocol;
 use hickory_server::server::{Request, RequestHandler, ResponseHandler, ResponseInfo};
 use hickory_server::zone_handler::MessageResponseBuilder;
 use tokio::sync::Semaphore;
 use weft_netstack::reconcile::chain;
 
-use crate::answer::{Answer, Local, Question, Soa, SoaPlace};
+use crate::Namespaces;
+use crate::answer::{Answer, Local, Question};
+use crate::autopath::rest_of_path;
+use crate::custom::{Custom, Rewritten, Verdict};
 use crate::forward::{ForwardError, Forwarder, Outside};
 use crate::name::Name;
-use crate::stats::Stats;
+use crate::stats::{Dropped, Stats};
 use crate::store::Store;
-use crate::zone::{Data, TTL_SECONDS};
+use reply::{Encoded, Reply, fit, led_to, limit_bytes, rdata, relay, render, reply_edns};
+pub(crate) use reply::{OPT_BYTES, PLAIN_UDP_BYTES, UDP_PAYLOAD_BYTES};
 
-/// Largest UDP answer, whatever the client would take (DNS flag day 2020).
-const UDP_PAYLOAD_BYTES: u16 = 1232;
-/// Largest answer to a client without EDNS (RFC 1035 section 4.2.1).
-const PLAIN_UDP_BYTES: u16 = 512;
-/// An OPT record without options (RFC 6891 section 6.1.2).
-const OPT_BYTES: usize = 11;
+/// Octets of a message's header (RFC 1035 section 4.1.1).
+const HEADER_BYTES: usize = 12;
+/// Of the header's third octet: that it is a response, the operation, "recursion desired".
+const QR: u8 = 0b1000_0000;
+const OPCODE: u8 = 0b0111_1000;
+const RD: u8 = 0b0000_0001;
 
 /// How long a question for a name of the cluster waits for the first plan, as after a restart: short enough to be answered
 /// before the client asks again (glibc: 5 s).
@@ -51,24 +56,9 @@ pub(crate) struct Resolver {
     stats: Arc<Stats>,
     turn: AtomicUsize,
     holding: Semaphore,
-}
-
-/// Sections of an answer, before they are cut to the client's size.
-#[derive(Debug)]
-struct Reply {
-    metadata: Metadata,
-    answers: Vec<Record>,
-    authorities: Vec<Record>,
-    additionals: Vec<Record>,
-}
-
-impl Reply {
-    fn failed(request: &Metadata, code: ResponseCode) -> Self {
-        let mut metadata = Metadata::response_from_request(request);
-        metadata.recursion_available = true;
-        metadata.response_code = code;
-        Self { metadata, answers: Vec::new(), authorities: Vec::new(), additionals: Vec::new() }
-    }
+    /// What users add.
+    custom: ArcSwap<Custom>,
+    namespaces: Namespaces,
 }
 
 /// The question, or the code that a request without a proper one deserves.
@@ -99,8 +89,72 @@ fn admit(request: &Request) -> Result<(Question, Outside), ResponseCode> {
 }
 
 impl Resolver {
-    pub(crate) fn new(store: Arc<Store>, forwarder: Arc<Forwarder>, stats: Arc<Stats>) -> Self {
-        Self { store, forwarder, stats, turn: AtomicUsize::new(0), holding: Semaphore::new(MOST_HELD) }
+    pub(crate) fn new(
+        store: Arc<Store>,
+        forwarder: Arc<Forwarder>,
+        stats: Arc<Stats>,
+        namespaces: Namespaces,
+    ) -> Self {
+        let (turn, holding) = (AtomicUsize::new(0), Semaphore::new(MOST_HELD));
+        Self { store, forwarder, stats, turn, holding, custom: ArcSwap::default(), namespaces }
+    }
+
+    /// True when it says something else than before.
+    pub(crate) fn set_custom(&self, custom: Custom) -> bool {
+        let before = self.custom.load();
+        let changed = !before.says_the_same(&custom);
+        if **before != custom {
+            self.custom.store(Arc::new(custom));
+        }
+        changed
+    }
+
+    /// What users add, for a batch.
+    pub(crate) fn custom(&self) -> Arc<Custom> {
+        self.custom.load_full()
+    }
+
+    /// What the records of the next answer are rotated by.
+    pub(crate) fn next_turn(&self) -> usize {
+        self.turn.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The names to read in batches.
+    pub(crate) fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// The answers of upstreams that are at hand.
+    pub(crate) fn forwarder(&self) -> &Forwarder {
+        &self.forwarder
+    }
+
+    /// Where answers and what is dropped are counted.
+    pub(crate) fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    /// The encoded answer to one encoded message; `None` when it deserves none.
+    pub(crate) async fn exchange(
+        &self,
+        bytes: Vec<u8>,
+        client: SocketAddr,
+        protocol: Protocol,
+    ) -> Option<Vec<u8>> {
+        if let Some(reason) = undeserving(&bytes, client) {
+            self.stats.count_dropped(reason);
+            return None;
+        }
+        let (bare, code) = bare_refusal(&bytes);
+        let readable = has_one_question(&bytes).then(|| Request::from_bytes(bytes, client, protocol).ok());
+        let Some(request) = readable.flatten() else {
+            self.stats.count_response(code);
+            return Some(bare.into());
+        };
+        let answer = Encoded { protocol, bytes: Arc::default() };
+        self.handle_request::<_, TokioTime>(&request, answer.clone()).await;
+        let bytes = std::mem::take(&mut *answer.bytes.lock().unwrap_or_else(PoisonError::into_inner));
+        (!bytes.is_empty()).then_some(bytes)
     }
 
     async fn reply(&self, request: &Request) -> Reply {
@@ -108,16 +162,159 @@ impl Resolver {
             Ok(admitted) => admitted,
             Err(code) => return Reply::failed(&request.metadata, code),
         };
-        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        let custom = self.custom();
+        let logged = custom.logs(&question.name).then(|| (Instant::now(), outside.clone()));
+        let reply = match custom.rewrite(&question.name) {
+            None => self.look_up(request, &custom, question, outside).await,
+            Some(Rewritten(name)) => {
+                let (asked, instead) = (outside.name.clone(), name.to_hickory());
+                let question = Question { name, ..question };
+                let outside = Outside { name: instead.clone(), ..outside };
+                let mut reply = self.look_up(request, &custom, question, outside).await;
+                let renamed = reply.answers.iter_mut().filter(|record| record.name == instead);
+                renamed.for_each(|record| record.name = asked.clone());
+                reply
+            }
+        };
+        if let Some((since, asked)) = logged {
+            log(&asked, &reply, since.elapsed());
+        }
+        reply
+    }
+
+    /// What users say about the name, else what the cluster has, else what upstreams say.
+    async fn look_up(
+        &self,
+        request: &Request,
+        custom: &Custom,
+        question: Question,
+        outside: Outside,
+    ) -> Reply {
+        match self.of_users(request, custom, &question, &outside).await {
+            Some(reply) => reply,
+            None => self.of_cluster(request, custom, question, outside).await,
+        }
+    }
+
+    /// `None` for what users leave to the cluster.
+    async fn of_users(
+        &self,
+        request: &Request,
+        custom: &Custom,
+        question: &Question,
+        outside: &Outside,
+    ) -> Option<Reply> {
+        let answered = |code| {
+            let mut reply = Reply::failed(&request.metadata, code);
+            reply.metadata.authoritative = true;
+            reply
+        };
+        match custom.answer(&question.name, question.record_type) {
+            Verdict::Passed { cluster: true } => None,
+            Verdict::Passed { cluster: false } => Some(self.forwarded(request, outside).await),
+            Verdict::Hosts { data, ttl_seconds } => {
+                let mut reply = answered(ResponseCode::NoError);
+                let record = |data| Record::from_rdata(outside.name.clone(), ttl_seconds, rdata(data));
+                reply.answers = data.into_iter().map(record).collect();
+                Some(reply)
+            }
+            Verdict::Records { code, answers, authorities, onward } => {
+                let mut reply = answered(code);
+                (reply.answers, reply.authorities) = (answers, authorities);
+                let same = reply.answers.iter_mut().filter(|record| record.name == outside.name);
+                same.for_each(|record| record.name = outside.name.clone());
+                match onward {
+                    Some(target) => {
+                        Some(self.go_on(request, reply, question.record_type, target, outside).await)
+                    }
+                    None => Some(reply),
+                }
+            }
+        }
+    }
+
+    /// Adds what the name that an alias leads to has.
+    async fn go_on(
+        &self,
+        request: &Request,
+        mut reply: Reply,
+        record_type: RecordType,
+        target: WireName,
+        outside: &Outside,
+    ) -> Reply {
+        let Some(name) = Name::from_hickory(&target) else { return reply };
+        let outside = Outside { name: target, ..outside.clone() };
+        let rest = match self.store.answer(&Question { name, record_type }, self.next_turn()) {
+            Answer::Local(local) => self.local(request, local, outside).await,
+            Answer::Elsewhere => self.forwarded(request, &outside).await,
+            Answer::NotReady | Answer::AliasLoop => Reply::failed(&request.metadata, ResponseCode::ServFail),
+        };
+        reply.metadata.response_code = rest.metadata.response_code;
+        reply.answers.extend(rest.answers);
+        reply.authorities.extend(rest.authorities);
+        reply
+    }
+
+    async fn of_cluster(
+        &self,
+        request: &Request,
+        custom: &Custom,
+        question: Question,
+        outside: Outside,
+    ) -> Reply {
+        let turn = self.next_turn();
         let mut answer = self.store.answer(&question, turn);
         if matches!(answer, Answer::NotReady) && self.became_ready().await {
             answer = self.store.answer(&question, turn);
         }
         match answer {
+            Answer::Local(local) if local.name_error && custom.walks_paths() => {
+                let walked = self.walk_path(request, custom, &question, &outside).await;
+                match walked {
+                    Some(reply) => reply,
+                    None => self.local(request, local, outside).await,
+                }
+            }
             Answer::Local(local) => self.local(request, local, outside).await,
             Answer::Elsewhere => self.forwarded(request, &outside).await,
             Answer::NotReady | Answer::AliasLoop => Reply::failed(&request.metadata, ResponseCode::ServFail),
         }
+    }
+
+    /// The answer at the end of the pod's search path, when the question was its beginning: an alias to the first name that
+    /// exists. `None` when there is none, or it cannot be told: the pod then goes on by itself.
+    async fn walk_path(
+        &self,
+        request: &Request,
+        custom: &Custom,
+        question: &Question,
+        outside: &Outside,
+    ) -> Option<Reply> {
+        if !matches!(question.record_type, RecordType::A | RecordType::AAAA) {
+            return None;
+        }
+        let namespace = (self.namespaces)(outside.client.to_canonical())?;
+        let domain = self.store.domain()?;
+        let path = rest_of_path(&question.name, &namespace, &domain, &self.forwarder.search())?;
+        for name in path {
+            let target = name.to_hickory();
+            let question = Question { name, record_type: question.record_type };
+            let inner = Outside { name: target.clone(), ..outside.clone() };
+            let found = match self.of_users(request, custom, &question, &inner).await {
+                Some(reply) => reply,
+                None => match self.store.answer(&question, self.next_turn()) {
+                    Answer::Local(local) => self.local(request, local, inner).await,
+                    Answer::Elsewhere => self.forwarded(request, &inner).await,
+                    Answer::NotReady | Answer::AliasLoop => return None,
+                },
+            };
+            match found.metadata.response_code {
+                ResponseCode::NXDomain => {}
+                ResponseCode::NoError => return Some(led_to(found, &outside.name, target)),
+                _ => return None,
+            }
+        }
+        None
     }
 
     /// Waits for the first plan; false when it did not come in time, or too many wait.
@@ -150,152 +347,49 @@ impl Resolver {
     }
 }
 
+/// One line of the query log.
+fn log(asked: &Outside, reply: &Reply, took: Duration) {
+    tracing::info!(
+        client = %asked.client,
+        name = %asked.name,
+        record_type = %asked.record_type,
+        rcode = %reply.metadata.response_code,
+        answers = reply.answers.len(),
+        took_us = took.as_micros(),
+        "DNS query"
+    );
+}
+
 fn unresolved(request: &Metadata, outside: &Outside, error: &ForwardError) -> Reply {
     tracing::debug!(name = %outside.name, reason = chain(error), "not forwarded");
     Reply::failed(request, ResponseCode::ServFail)
 }
 
-/// A forwarded answer under the client's id, its owner names in the client's case.
-fn relay(request: &Metadata, message: Message, asked: &WireName) -> Reply {
-    // An extended code speaks about our own EDNS (RFC 6891 section 6.1.3), not about the client's.
-    let code = message.metadata.response_code;
-    let code = if code.high() > 0 { ResponseCode::ServFail } else { code };
-    let mut reply = Reply::failed(request, code);
-    reply.metadata.truncation = message.metadata.truncation;
-    reply.metadata.authentic_data = message.metadata.authentic_data;
-    reply.answers = message.answers;
-    for record in reply.answers.iter_mut().filter(|record| record.name == *asked) {
-        record.name = asked.clone();
-    }
-    reply.authorities = message.authorities;
-    reply.additionals = message.additionals;
-    reply
-}
-
-/// Our own answer: authoritative, the first owner name in the question's case.
-fn render(request: &Metadata, local: Local, asked: &WireName) -> Reply {
-    let code = if local.name_error { ResponseCode::NXDomain } else { ResponseCode::NoError };
-    let mut reply = Reply::failed(request, code);
-    reply.metadata.authoritative = true;
-    let first = Name::from_hickory(asked);
-    let owner = |name: &Name| if first.as_ref() == Some(name) { asked.clone() } else { name.to_hickory() };
-    let record = |(name, data): (Name, Data)| Record::from_rdata(owner(&name), TTL_SECONDS, rdata(data));
-    reply.answers = local.records.into_iter().map(record).collect();
-    reply.additionals = local.additionals.into_iter().map(record).collect();
-    match local.soa {
-        Some((SoaPlace::Answer, soa)) => reply.answers.push(soa_record(&soa)),
-        Some((SoaPlace::Authority, soa)) => reply.authorities.push(soa_record(&soa)),
-        None => {}
-    }
-    reply
-}
-
-fn rdata(data: Data) -> RData {
-    match data {
-        Data::A(address) => RData::A(A(address)),
-        Data::Aaaa(address) => RData::AAAA(AAAA(address)),
-        Data::Cname(name) => RData::CNAME(CNAME(name.to_hickory())),
-        Data::Ns(name) => RData::NS(NS(name.to_hickory())),
-        Data::Ptr(name) => RData::PTR(PTR(name.to_hickory())),
-        Data::Srv(srv) => RData::SRV(SRV::new(srv.priority, srv.weight, srv.port, srv.target.to_hickory())),
-        Data::Txt(text) => RData::TXT(TXT::new(vec![text])),
+/// Why a message gets no answer at all: an answer to an answer could go round for ever.
+pub(crate) fn undeserving(bytes: &[u8], client: SocketAddr) -> Option<Dropped> {
+    match bytes.get(2) {
+        _ if bytes.len() < HEADER_BYTES => Some(Dropped::Short),
+        Some(flags) if flags & QR != 0 => Some(Dropped::Response),
+        _ if !is_answerable(client) => Some(Dropped::Source),
+        _ => None,
     }
 }
 
-fn soa_record(soa: &Soa) -> Record {
-    let data = SOA::new(
-        soa.server.to_hickory(),
-        soa.mailbox.to_hickory(),
-        Soa::SERIAL,
-        Soa::REFRESH_SECONDS,
-        Soa::RETRY_SECONDS,
-        Soa::EXPIRE_SECONDS,
-        Soa::MINIMUM_SECONDS,
-    );
-    Record::from_rdata(soa.apex.to_hickory(), TTL_SECONDS, RData::SOA(data))
+/// "A DNS message with OPCODE = 0 MUST NOT include a QDCOUNT value greater than 1" (RFC 9619), and without a question there
+/// is nothing to answer. The others would only be read to be repeated.
+fn has_one_question(bytes: &[u8]) -> bool {
+    matches!(bytes, [_, _, _, _, 0, 1, ..])
 }
 
-/// The OPT record of the answer: there is one when the request had one (RFC 6891 section 6.1.1), with DO as asked.
-/// Its size is what hickory's encoder holds the answer to, so it is the client's, at most ours.
-fn reply_edns(request: &Request) -> Option<Edns> {
-    let asked = request.edns.as_ref()?;
-    let mut edns = Edns::new();
-    edns.set_max_payload(asked.max_payload().clamp(PLAIN_UDP_BYTES, UDP_PAYLOAD_BYTES))
-        .set_version(0)
-        .set_dnssec_ok(asked.flags().dnssec_ok);
-    Some(edns)
-}
-
-/// Cuts the sections to `limit` octets: additional records go silently, a cut of the rest sets TC. Whole records
-/// only, as many as fit; room for the OPT record is kept.
-fn fit(reply: &mut Reply, request: &Request, limit: usize, has_edns: bool) {
-    let room = if has_edns { limit.saturating_sub(OPT_BYTES) } else { limit };
-    if at_most_bytes(reply, request) <= room {
-        return;
-    }
-    if !trial(reply, request, room).is_some_and(|counts| counts.truncated) {
-        return;
-    }
-    reply.additionals.clear();
-    match trial(reply, request, room) {
-        Some(counts) if !counts.truncated => {}
-        Some(counts) => {
-            reply.answers.truncate(usize::from(counts.answers));
-            reply.authorities.truncate(usize::from(counts.authorities));
-            reply.metadata.truncation = true;
-        }
-        None => *reply = Reply::failed(&request.metadata, ResponseCode::ServFail),
-    }
-}
-
-/// Size without any name compression and with the largest data of the types that we answer ourselves; other types
-/// count as too large, so that they are tried.
-fn at_most_bytes(reply: &Reply, request: &Request) -> usize {
-    const HEADER_BYTES: usize = 12;
-    const RECORD_BYTES: usize = 10;
-    let sections = [&reply.answers, &reply.authorities, &reply.additionals];
-    let records = sections.into_iter().flatten().map(|record| {
-        let data = match &record.data {
-            RData::A(_) => 4,
-            RData::AAAA(_) => 16,
-            _ => 600,
-        };
-        record.name.len() + 1 + RECORD_BYTES + data
-    });
-    HEADER_BYTES + request.queries.as_bytes().len() + records.sum::<usize>()
-}
-
-struct Counts {
-    answers: u16,
-    authorities: u16,
-    truncated: bool,
-}
-
-/// How many records hickory's encoder gets into `room` octets.
-fn trial(reply: &Reply, request: &Request, room: usize) -> Option<Counts> {
-    let mut bytes = Vec::with_capacity(room);
-    let mut encoder = BinEncoder::new(&mut bytes);
-    encoder.set_max_size(u16::try_from(room).unwrap_or(u16::MAX));
-    let mut metadata = reply.metadata;
-    metadata.truncation = false;
-    let none = std::iter::empty::<&Record>;
-    let response = MessageResponseBuilder::new(&request.queries, None).build(
-        metadata,
-        &reply.answers,
-        &reply.authorities,
-        none(),
-        &reply.additionals,
-    );
-    let info = response.destructive_emit(&mut encoder).ok()?;
-    let counts = info.counts();
-    Some(Counts { answers: counts.answers, authorities: counts.authorities, truncated: info.truncation })
-}
-
-fn limit_bytes(protocol: Protocol, edns: Option<&Edns>) -> usize {
-    match protocol {
-        Protocol::Udp => usize::from(edns.map_or(PLAIN_UDP_BYTES, Edns::max_payload)),
-        _ => usize::from(u16::MAX),
-    }
+/// The answer to a message of which only the header can be read or matters: FORMERR, or NOTIMP for another operation than
+/// a query.
+fn bare_refusal(bytes: &[u8]) -> ([u8; HEADER_BYTES], ResponseCode) {
+    let mut header = [0; HEADER_BYTES];
+    let &[id0, id1, flags, ..] = bytes else { return (header, ResponseCode::FormErr) };
+    let is_query = flags & OPCODE == 0;
+    let code = if is_query { ResponseCode::FormErr } else { ResponseCode::NotImp };
+    header[..4].copy_from_slice(&[id0, id1, QR | flags & (OPCODE | RD), code.low()]);
+    (header, code)
 }
 
 /// No answer goes to an address that many hosts may listen on.
@@ -312,11 +406,7 @@ impl RequestHandler for Resolver {
         request: &Request,
         mut response_handle: R,
     ) -> ResponseInfo {
-        let mut reply = if is_answerable(request.src()) {
-            self.reply(request).await
-        } else {
-            return silent(request);
-        };
+        let mut reply = self.reply(request).await;
         let edns = reply_edns(request);
         fit(&mut reply, request, limit_bytes(request.protocol(), edns.as_ref()), edns.is_some());
         self.stats.count_response(reply.metadata.response_code);
@@ -347,5 +437,7 @@ fn silent(request: &Request) -> ResponseInfo {
     })
 }
 
+#[cfg(test)]
+mod both_paths;
 #[cfg(test)]
 mod tests;

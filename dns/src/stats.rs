@@ -14,12 +14,49 @@ pub struct Stats {
     notimp: AtomicU64,
     refused: AtomicU64,
     other: AtomicU64,
+    dropped: [AtomicU64; Dropped::NAMES.len()],
     pub(crate) forwarded: AtomicU64,
     pub(crate) cache_hits: AtomicU64,
     pub(crate) upstream_failures: AtomicU64,
+    pub(crate) served_stale: AtomicU64,
+    pub(crate) prefetched: AtomicU64,
+}
+
+/// Why a datagram got no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Dropped {
+    /// Shorter than a header.
+    Short,
+    /// A response sent as a query.
+    Response,
+    /// From an address that many hosts may have, or from port 0.
+    Source,
+    /// Too many questions of one client, or of all, wait for an answer that is not at hand.
+    Busy,
+    /// The kernel did not take the reply.
+    Unsent,
+}
+
+impl Dropped {
+    const NAMES: [&str; 5] = ["short", "response", "source", "busy", "unsent"];
 }
 
 impl Stats {
+    pub(crate) fn count_dropped(&self, reason: Dropped) {
+        self.count_many_dropped(reason, 1);
+    }
+
+    pub(crate) fn count_many_dropped(&self, reason: Dropped, count: usize) {
+        let count = u64::try_from(count).unwrap_or(u64::MAX);
+        self.dropped[reason as usize].fetch_add(count, Ordering::Relaxed);
+    }
+
+    /// Datagrams without an answer, by reason, in a fixed order.
+    pub fn dropped(&self) -> Vec<(&'static str, u64)> {
+        let counts = self.dropped.iter().map(|counter| counter.load(Ordering::Relaxed));
+        Dropped::NAMES.into_iter().zip(counts).collect()
+    }
+
     pub(crate) fn count_response(&self, code: ResponseCode) {
         let counter = match code {
             ResponseCode::NoError => &self.noerror,
@@ -52,6 +89,17 @@ impl Stats {
         self.responses().iter().map(|(_, count)| count).sum()
     }
 
+    /// What became of questions for names outside the cluster, and of the upstreams that were asked, in a fixed order.
+    pub fn outside(&self) -> [(&'static str, u64); 5] {
+        [
+            ("forwarded", self.forwarded()),
+            ("cached", self.cache_hits()),
+            ("stale", self.served_stale()),
+            ("prefetched", self.prefetched()),
+            ("upstream_failed", self.upstream_failures()),
+        ]
+    }
+
     /// Questions sent to a resolver of the host.
     pub fn forwarded(&self) -> u64 {
         self.forwarded.load(Ordering::Relaxed)
@@ -62,7 +110,17 @@ impl Stats {
         self.cache_hits.load(Ordering::Relaxed)
     }
 
-    /// Tries that a resolver of the host did not answer.
+    /// Questions answered with an answer whose time is over, because no upstream gave a new one.
+    pub fn served_stale(&self) -> u64 {
+        self.served_stale.load(Ordering::Relaxed)
+    }
+
+    /// Answers fetched anew before they ended.
+    pub fn prefetched(&self) -> u64 {
+        self.prefetched.load(Ordering::Relaxed)
+    }
+
+    /// Tries that an upstream did not answer.
     pub fn upstream_failures(&self) -> u64 {
         self.upstream_failures.load(Ordering::Relaxed)
     }

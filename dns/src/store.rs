@@ -1,9 +1,10 @@
-//! The name store: a table from wire names to records, read-locked for one answer, written in place for one name at
-//! a time.
+//! The name store: a table from wire names to records, read-locked for one answer or a batch of them, written in place
+//! for one name at a time.
 //!
 //! ```text
 //!  DnsPlan --write--> names whose records changed, each under its own short write lock
-//!  Question --answer--> Answer, from what is there now
+//!  Question --answer--> Answer, from what is there now      (owned: `serve`)
+//!  wire name --read, find--> Found, borrowed from the table  (`fast`)
 //! ```
 //!
 //! A name exists when a group says so or when a name below it exists (an empty non-terminal, RFC 4592 section
@@ -39,8 +40,9 @@ struct Table {
     names: HashMap<Arc<[u8]>, Entry>,
 }
 
+/// What is known of one name.
 #[derive(Default)]
-struct Entry {
+pub(crate) struct Entry {
     /// Records by the group they come from, ordered by group; almost always one.
     contributions: Vec<(Arc<GroupKey>, Arc<[Data]>)>,
     /// Entries directly below.
@@ -62,6 +64,22 @@ impl Store {
 
     fn write_lock(&self) -> RwLockWriteGuard<'_, Table> {
         self.table.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The cluster domain, when it is one.
+    pub(crate) fn domain(&self) -> Option<Name> {
+        self.read_lock().zones.as_ref().map(|zones| zones.domain.clone())
+    }
+
+    /// The objects that a name of the cluster comes from; `None` for a name in no zone of ours.
+    pub(crate) fn sources(&self, name: &Name) -> Option<String> {
+        let table = self.read_lock();
+        table.zone_of(name.wire())?;
+        let Some(entry) = table.names.get(name.wire()) else {
+            return Some("names of the cluster".to_owned());
+        };
+        let keys: Vec<String> = entry.contributions.iter().map(|(key, _)| key.to_string()).collect();
+        Some(if keys.is_empty() { "names of the cluster".to_owned() } else { keys.join(", ") })
     }
 
     /// Names that exist, empty non-terminals included.
@@ -135,14 +153,19 @@ impl Store {
         count
     }
 
+    /// The table as it is now: writers wait until it is dropped.
+    pub(crate) fn read(&self) -> Reading<'_> {
+        let table = self.read_lock();
+        Reading { ready: self.is_ready(), table }
+    }
+
     /// Answers from the table. `turn` rotates the records of a set: the caller counts it up.
     pub fn answer(&self, question: &Question, turn: usize) -> Answer {
-        let table = self.read_lock();
-        let ready = self.is_ready();
+        let reading = self.read();
         let mut local = Local::default();
         let mut name = question.name.clone();
         for _ in 0..=MAX_ALIASES {
-            match table.find(&name, question.record_type, ready) {
+            match reading.find(name.wire(), question.record_type) {
                 Found::Elsewhere if local.records.is_empty() => return Answer::Elsewhere,
                 Found::Elsewhere => {
                     local.onward = Some(name);
@@ -151,20 +174,21 @@ impl Store {
                 Found::NotReady => return Answer::NotReady,
                 Found::Alias(target) => {
                     local.records.push((name, Data::Cname(target.clone())));
-                    name = target;
+                    name = target.clone();
                 }
                 Found::Records(records) => {
-                    table.add_targets(&records, &mut local.additionals);
-                    local.records.extend(rotated(records, turn).map(|data| (name.clone(), data)));
+                    let targets = reading.targets(&records).into_iter();
+                    local.additionals.extend(targets.map(|(target, data)| (target.clone(), data.clone())));
+                    local.records.extend(records.rotated(turn).map(|data| (name.clone(), data.clone())));
                     return Answer::Local(local);
                 }
                 Found::Soa(place, soa) => {
-                    local.soa = Some((place, soa));
+                    local.soa = Some((place, soa.clone()));
                     return Answer::Local(local);
                 }
                 Found::NoName(soa) => {
                     local.name_error = true;
-                    local.soa = Some((SoaPlace::Authority, soa));
+                    local.soa = Some((SoaPlace::Authority, soa.clone()));
                     return Answer::Local(local);
                 }
             }
@@ -173,16 +197,57 @@ impl Store {
     }
 }
 
+/// The table, locked for reading.
+pub(crate) struct Reading<'a> {
+    table: RwLockReadGuard<'a, Table>,
+    ready: bool,
+}
+
+impl Reading<'_> {
+    /// What there is for one lower-case wire name and type; aliases are not followed.
+    pub(crate) fn find(&self, wire: &[u8], record_type: RecordType) -> Found<'_> {
+        self.table.find(wire, record_type, self.ready)
+    }
+
+    /// The addresses of SRV targets that are ours, for the additional section (RFC 2782).
+    pub(crate) fn targets<'a>(&'a self, records: &'a Records<'_>) -> Vec<(&'a Name, &'a Data)> {
+        self.table.targets(records)
+    }
+}
+
 /// What the table has for one name and type.
-enum Found {
+pub(crate) enum Found<'a> {
     Elsewhere,
     NotReady,
-    Alias(Name),
+    Alias(&'a Name),
     /// Never empty.
-    Records(Vec<Data>),
+    Records(Records<'a>),
     /// The SOA itself, or that the name exists without such records.
-    Soa(SoaPlace, Soa),
-    NoName(Soa),
+    Soa(SoaPlace, &'a Soa),
+    NoName(&'a Soa),
+}
+
+/// The records of one name and type.
+pub(crate) enum Records<'a> {
+    Listed(&'a Entry, RecordType),
+    /// Worked out from the name of a pod.
+    Pod(Data),
+}
+
+impl Records<'_> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Data> {
+        let (listed, pod) = match self {
+            Self::Listed(entry, record_type) => (Some(entry.of_type(*record_type)), None),
+            Self::Pod(data) => (None, Some(data)),
+        };
+        listed.into_iter().flatten().chain(pod)
+    }
+
+    /// Beginning at another one with every turn, so that clients that take the first spread.
+    pub(crate) fn rotated(&self, turn: usize) -> impl Iterator<Item = &Data> {
+        let first = turn % self.iter().count().max(1);
+        self.iter().skip(first).chain(self.iter().take(first))
+    }
 }
 
 impl Table {
@@ -202,6 +267,10 @@ impl Table {
 
     /// The zone of ours that the name is in.
     fn zone_of(&self, wire: &[u8]) -> Option<&Soa> {
+        let domain = self.zones.as_ref()?.domain.wire();
+        if suffixes(wire).any(|suffix| suffix == domain.as_ref()) {
+            return self.apexes.get(domain);
+        }
         suffixes(wire).find_map(|suffix| self.apexes.get(suffix))
     }
 
@@ -212,7 +281,11 @@ impl Table {
         let entry = self.names.entry(wire.clone()).or_default();
         match entry.contributions.binary_search_by(|(other, _)| other.cmp(key)) {
             Ok(at) => entry.contributions[at].1 = records.clone(),
-            Err(at) => entry.contributions.insert(at, (key.clone(), records.clone())),
+            Err(at) => {
+                // Almost always the only one: no room for others is kept.
+                entry.contributions.reserve_exact(1);
+                entry.contributions.insert(at, (key.clone(), records.clone()));
+            }
         }
     }
 
@@ -250,38 +323,32 @@ impl Table {
         }
     }
 
-    fn find(&self, name: &Name, record_type: RecordType, ready: bool) -> Found {
-        let wire: &[u8] = name.wire();
+    fn find(&self, wire: &[u8], record_type: RecordType, ready: bool) -> Found<'_> {
         let zone = self.zone_of(wire);
         if !ready && zone.is_some() {
             return Found::NotReady;
         }
         let entry = self.names.get(wire);
-        let Some(soa) = zone else {
-            let records = entry.map(|entry| entry.of_type(record_type)).unwrap_or_default();
-            return if records.is_empty() { Found::Elsewhere } else { Found::Records(records) };
-        };
+        let of_type = |entry: &&Entry| entry.of_type(record_type).next().is_some();
+        let listed = entry.filter(of_type).map(|entry| Records::Listed(entry, record_type));
+        let Some(soa) = zone else { return listed.map_or(Found::Elsewhere, Found::Records) };
         let records = match entry {
             Some(entry) => match entry.alias() {
                 Some(target) if !matches!(record_type, RecordType::CNAME | RecordType::ANY) => {
-                    return Found::Alias(target.clone());
+                    return Found::Alias(target);
                 }
-                _ => entry.of_type(record_type),
+                _ => listed,
             },
-            None => match self.pod_address(wire) {
-                Some(address) => {
-                    let data = Data::from(address);
-                    let asked = asks_for(record_type, &data);
-                    if asked { vec![data] } else { Vec::new() }
-                }
-                None => return Found::NoName(soa.clone()),
+            None => match self.pod_address(wire).map(Data::from) {
+                Some(data) => asks_for(record_type, &data).then_some(Records::Pod(data)),
+                None => return Found::NoName(soa),
             },
         };
-        match (records.is_empty(), record_type) {
-            (false, _) => Found::Records(records),
-            (true, RecordType::SOA) if soa.apex == *name => Found::Soa(SoaPlace::Answer, soa.clone()),
-            (true, _) => Found::Soa(SoaPlace::Authority, soa.clone()),
+        if let Some(records) = records {
+            return Found::Records(records);
         }
+        let of_apex = record_type == RecordType::SOA && soa.apex.wire().as_ref() == wire;
+        Found::Soa(if of_apex { SoaPlace::Answer } else { SoaPlace::Authority }, soa)
     }
 
     /// `1-2-3-4.<ns>.pod.<zone>` of an existing Namespace, any address, as CoreDNS's `pods insecure`.
@@ -299,17 +366,17 @@ impl Table {
         dashed_address(std::str::from_utf8(first_label(wire)?).ok()?)
     }
 
-    /// The addresses of SRV targets that are ours, for the additional section (RFC 2782).
-    fn add_targets(&self, records: &[Data], additionals: &mut Vec<(Name, Data)>) {
+    fn targets<'a>(&'a self, records: &'a Records<'_>) -> Vec<(&'a Name, &'a Data)> {
         let targets: BTreeSet<&Name> = records
             .iter()
             .filter_map(|data| if let Data::Srv(srv) = data { Some(&srv.target) } else { None })
             .collect();
-        for target in targets {
-            let Some(entry) = self.names.get(target.wire()) else { continue };
-            let addresses = entry.of_type(RecordType::A).into_iter().chain(entry.of_type(RecordType::AAAA));
-            additionals.extend(addresses.map(|data| (target.clone(), data)));
-        }
+        let known = targets.into_iter().filter_map(|target| Some((target, self.names.get(target.wire())?)));
+        let addresses = known.flat_map(|(target, entry)| {
+            let of_both = entry.of_type(RecordType::A).chain(entry.of_type(RecordType::AAAA));
+            of_both.map(move |data| (target, data))
+        });
+        addresses.collect()
     }
 }
 
@@ -326,8 +393,8 @@ impl Entry {
         self.records().find_map(|data| if let Data::Cname(target) = data { Some(target) } else { None })
     }
 
-    fn of_type(&self, record_type: RecordType) -> Vec<Data> {
-        self.records().filter(|data| asks_for(record_type, data)).cloned().collect()
+    fn of_type(&self, record_type: RecordType) -> impl Iterator<Item = &Data> {
+        self.records().filter(move |data| asks_for(record_type, data))
     }
 }
 
@@ -341,11 +408,4 @@ fn dashed_address(label: &str) -> Option<IpAddr> {
         return label.replace('-', ".").parse::<Ipv4Addr>().ok().map(IpAddr::V4);
     }
     label.replace('-', ":").parse::<Ipv6Addr>().ok().map(IpAddr::V6)
-}
-
-/// The records of one set, beginning at another one with every turn, so that clients that take the first spread.
-fn rotated(mut records: Vec<Data>, turn: usize) -> impl Iterator<Item = Data> {
-    let count = records.len().max(1);
-    records.rotate_left(turn % count);
-    records.into_iter()
 }

@@ -11,6 +11,7 @@ use hickory_proto::rr::RecordType;
 use ipnet::IpNet;
 use weft_model::{ClusterConfig, ServiceKey};
 
+use crate::custom::{Part, Parts};
 use crate::name::{InvalidName, Name};
 
 /// TTL of every record of ours, and of our negative answers, in seconds. A pod that asks just before its Service
@@ -162,7 +163,7 @@ impl Zones {
 }
 
 /// Reverse zones are cut at octets (IPv4) or hexadecimal digits (IPv6); a range between two cuts is several zones.
-fn reverse_zones(range: IpNet) -> Vec<Name> {
+pub(crate) fn reverse_zones(range: IpNet) -> Vec<Name> {
     let bits_per_label = if range.addr().is_ipv4() { 8 } else { 4 };
     let cut = range.prefix_len().div_ceil(bits_per_label) * bits_per_label;
     let Ok(parts) = range.subnets(cut) else { return Vec::new() };
@@ -183,6 +184,10 @@ pub struct DnsPlan {
     pub groups: Groups,
     /// Addresses to answer on, UDP and TCP.
     pub listen: BTreeSet<IpAddr>,
+    /// What users add, by key of their ConfigMap.
+    pub custom: Parts,
+    /// Addresses of the Nodes by name.
+    pub nodes: BTreeMap<Name, BTreeSet<IpAddr>>,
 }
 
 impl fmt::Display for DnsPlan {
@@ -193,6 +198,19 @@ impl fmt::Display for DnsPlan {
         }
         for apex in self.zones.iter().flat_map(Zones::apexes) {
             writeln!(f, "; zone {apex}")?;
+        }
+        for (key, part) in &self.custom {
+            match part {
+                Part::Read(blocks) => {
+                    let zones: Vec<String> = blocks.keys().map(Name::to_string).collect();
+                    writeln!(f, "; {key}: {}", zones.join(" "))?;
+                }
+                Part::Unreadable => writeln!(f, "; {key}: as before")?,
+            }
+        }
+        for (name, addresses) in &self.nodes {
+            let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+            writeln!(f, "; node {name} {}", addresses.join(" "))?;
         }
         writeln!(f, "$TTL {TTL_SECONDS}")?;
         let mut names: BTreeMap<&Name, Vec<(&GroupKey, &[Data])>> = BTreeMap::new();

@@ -6,7 +6,7 @@ mod common;
 #[path = "common/place.rs"]
 mod place;
 
-use std::net::{TcpStream, UdpSocket};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -251,6 +251,140 @@ fn an_upstream_without_edns_is_asked_plainly() {
 }
 
 #[test]
+fn names_are_spelled_at_random_and_the_client_gets_its_own_spelling() {
+    in_namespace(|place| {
+        let upstream = Upstream::start("127.0.0.2", Manner::Plain, example());
+        place.nameservers(&["127.0.0.2"]);
+        place.serve(&zoo());
+        let spelled =
+            |upstream: &Upstream| upstream.last.lock().unwrap().as_ref().unwrap().queries[0].name.to_ascii();
+        let mut spellings = std::collections::BTreeSet::new();
+        for number in 0..8 {
+            dig(&format!("n{number}.some-long-name-of-many-letters.example.com"));
+            spellings.insert(spelled(&upstream)[2..].to_owned());
+        }
+        assert!(spellings.len() > 1, "always spelled alike: {spellings:?}");
+        for _ in 0..2 {
+            let text = dig("wWw.Example.COM");
+            assert!(text.contains("wWw.Example.COM. 60 IN A 192.0.2.80"), "{text}");
+        }
+        assert_eq!(place.stats.cache_hits(), 1);
+    });
+}
+
+#[test]
+fn an_upstream_that_changes_the_spelling_is_asked_by_tcp_and_then_plainly() {
+    in_namespace(|place| {
+        let upstream = Upstream::start("127.0.0.2", Manner::LowerCase, example());
+        place.nameservers(&["127.0.0.2"]);
+        place.serve(&zoo());
+        // Thirteen letters: once in eight thousand times the random spelling is the lower one.
+        assert_eq!(dig_short("www.example.com"), ["192.0.2.80"]);
+        assert_eq!(upstream.asked(), 2, "by UDP, then by TCP");
+        assert_eq!(dig_short("-x 192.0.2.7"), ["seven.example.com."]);
+        assert_eq!(upstream.asked(), 3);
+    });
+}
+
+#[test]
+fn records_that_nobody_asked_for_are_not_given_on() {
+    in_namespace(|place| {
+        let _upstream = Upstream::start("127.0.0.2", Manner::Stuffed, example());
+        place.nameservers(&["127.0.0.2"]);
+        place.serve(&zoo());
+        for _ in 0..2 {
+            let text = dig("www.example.com");
+            assert!(text.contains("192.0.2.80") && !text.contains("bank.example"), "{text}");
+        }
+    });
+}
+
+#[test]
+fn many_who_ask_the_same_at_one_time_cost_one_question() {
+    in_namespace(|place| {
+        let upstream = Upstream::start("127.0.0.2", Manner::Slow, example());
+        place.nameservers(&["127.0.0.2"]);
+        place.serve(&zoo());
+        let asking: Vec<_> = (0..8).map(|_| std::thread::spawn(|| dig_short("www.example.com"))).collect();
+        for asked in asking {
+            assert_eq!(asked.join().unwrap(), ["192.0.2.80"]);
+        }
+        assert_eq!(upstream.asked(), 1);
+        dig_short("zero.example.com");
+        assert_eq!(upstream.asked(), 2);
+    });
+}
+
+#[test]
+fn an_answer_whose_time_is_over_is_given_while_no_upstream_answers() {
+    in_namespace(|place| {
+        let short =
+            Record::from_rdata("brief.example.com.".parse().unwrap(), 1, RData::A(A::new(192, 0, 2, 81)));
+        let upstream = Upstream::start("127.0.0.2", Manner::Plain, vec![short.clone()]);
+        place.nameservers(&["127.0.0.2"]);
+        place.serve(&zoo());
+        assert_eq!(dig_short("brief.example.com"), ["192.0.2.81"]);
+        drop(upstream);
+        std::thread::sleep(Duration::from_millis(1100));
+        let text = dig("brief.example.com");
+        assert!(text.contains("brief.example.com. 30 IN A 192.0.2.81"), "{text}");
+        assert_eq!(place.stats.served_stale(), 1);
+        let since = Instant::now();
+        assert_eq!(dig_short("+tcp brief.example.com"), ["192.0.2.81"]);
+        assert!(since.elapsed() < Duration::from_millis(900), "a failure is not tried again at once");
+        assert!(dig("never-asked.example.com").contains("status: SERVFAIL"));
+        let changed = Record::from_rdata(short.name.clone(), 60, RData::A(A::new(192, 0, 2, 82)));
+        let _back = Upstream::start("127.0.0.2", Manner::Plain, vec![changed]);
+        // A failure is remembered for five seconds.
+        let until = Instant::now() + Duration::from_secs(8);
+        while dig_short("brief.example.com") != ["192.0.2.82"] {
+            assert!(Instant::now() < until, "the upstream is not asked again");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    });
+}
+
+#[test]
+fn a_failure_is_remembered_for_five_seconds() {
+    in_namespace(|place| {
+        let failing = Upstream::start("127.0.0.2", Manner::Fail, example());
+        place.nameservers(&["127.0.0.2"]);
+        place.serve(&zoo());
+        for _ in 0..3 {
+            assert!(dig("www.example.com").contains("status: SERVFAIL"));
+        }
+        assert_eq!(failing.asked(), 1);
+    });
+}
+
+#[test]
+fn a_question_that_comes_back_to_us_is_asked_once() {
+    in_namespace(|place| {
+        // A forwarder on the host whose own upstream is the cluster DNS.
+        let relay = UdpSocket::bind("127.0.0.2:53").unwrap();
+        relay.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        place.nameservers(&["127.0.0.2"]);
+        place.serve(&zoo());
+        let relaying = std::thread::spawn(move || {
+            let (mut buffer, mut relayed, until) = ([0; 512], 0, Instant::now() + Duration::from_secs(5));
+            while Instant::now() < until {
+                if let Ok((length, from)) = relay.recv_from(&mut buffer)
+                    && from.port() != 53
+                {
+                    relay.send_to(&buffer[..length], "10.43.0.10:53").unwrap();
+                    relayed += 1;
+                }
+            }
+            relayed
+        });
+        assert!(dig("www.example.com").contains("status: SERVFAIL"));
+        let relayed = relaying.join().unwrap();
+        assert!(relayed <= 2, "{relayed} questions went round");
+        assert_eq!(dig_short("web.default.svc.cluster.local"), ["10.43.0.80"]);
+    });
+}
+
+#[test]
 fn the_next_upstream_helps_when_one_fails_or_is_dead() {
     in_namespace(|place| {
         let failing = Upstream::start("127.0.0.2", Manner::Fail, example());
@@ -348,6 +482,55 @@ fn a_second_pass_changes_nothing_and_the_end_closes_the_sockets() {
     });
 }
 
+#[test]
+fn what_is_asked_between_two_agents_waits_in_the_kept_sockets() {
+    in_namespace(|place| {
+        place.route_cluster_dns();
+        run("ip address add fd00:43::a/128 dev lo nodad");
+        // What the service manager holds: copies of the sockets of an agent that is gone.
+        let sockets = ["10.43.0.10:53", "[fd00:43::a]:53"];
+        place.handover.udp = sockets.map(|address| UdpSocket::bind(address).unwrap()).into();
+        place.handover.tcp = sockets.map(|address| TcpListener::bind(address).unwrap()).into();
+        // And one of an address that is none of ours any more.
+        place.handover.udp.push(UdpSocket::bind("127.0.0.9:53").unwrap());
+        let asked: Vec<_> =
+            ["+notcp @10.43.0.10", "+notcp @fd00:43::a", "+tcp @10.43.0.10", "+tcp @fd00:43::a"]
+                .map(|how| format!("dig {how} +tries=1 +time=5 +short web.default.svc.cluster.local"))
+                .map(|command| std::thread::spawn(move || run(&command)))
+                .into();
+        std::thread::sleep(Duration::from_millis(300));
+        place.start();
+        let applied = place.apply(&zoo());
+        assert_eq!(applied.failed, Vec::<String>::new());
+        for answer in asked {
+            assert_eq!(answer.join().unwrap(), "10.43.0.80\n");
+        }
+        assert!(UdpSocket::bind("127.0.0.9:53").is_ok(), "the address that is not wanted is free again");
+        assert!(UdpSocket::bind("10.43.0.10:53").is_err());
+    });
+}
+
+#[test]
+fn the_service_manager_is_given_every_socket_under_a_name() {
+    in_namespace(|place| {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("notify");
+        let manager = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+        manager.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+        place.handover.store =
+            Some(weft_netstack::kernel::descriptor_store::DescriptorStore::open(path.as_os_str()).unwrap());
+        place.route_cluster_dns();
+        place.start();
+        let names = ["dns-udp-10.43.0.10", "dns-tcp-10.43.0.10", "dns-udp-fd00_43__a", "dns-tcp-fd00_43__a"];
+        for name in names {
+            let mut buffer = [0; 256];
+            let length = manager.recv(&mut buffer).unwrap();
+            let said = String::from_utf8_lossy(&buffer[..length]).into_owned();
+            assert_eq!(said, format!("FDSTORE=1\nFDPOLL=0\nFDNAME={name}"));
+        }
+    });
+}
+
 const POD: &str = "search default.svc.cluster.local svc.cluster.local cluster.local\nnameserver 10.43.0.10\noptions ndots:5\n";
 
 #[test]
@@ -400,6 +583,52 @@ fn garbage_on_the_sockets_does_not_end_them() {
         }
         assert_eq!(dig_short("+notcp web.default.svc.cluster.local"), ["10.43.0.80"]);
         assert_eq!(dig_short("+tcp web.default.svc.cluster.local"), ["10.43.0.80"]);
+    });
+}
+
+#[test]
+fn a_burst_is_answered_whole_from_the_address_that_was_asked() {
+    in_namespace(|place| {
+        place.serve(&zoo());
+        for server in ["10.43.0.10:53", "[fd00:43::a]:53"] {
+            let any = if server.starts_with('[') { "[::]:0" } else { "0.0.0.0:0" };
+            let socket = UdpSocket::bind(any).unwrap();
+            socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+            for id in 0..200_u16 {
+                let mut query = Message::query();
+                query.metadata.id = id;
+                // Every fourth takes the long way: an alias that is followed.
+                let name = if id % 4 == 0 { "alias" } else { "web" };
+                let name = format!("{name}.default.svc.cluster.local.").parse().unwrap();
+                query.add_query(Query::query(name, RecordType::A));
+                socket.send_to(&query.to_vec().unwrap(), server).unwrap();
+            }
+            let mut ids = std::collections::BTreeSet::new();
+            let mut buffer = [0; 512];
+            while ids.len() < 200 {
+                let (length, from) = socket.recv_from(&mut buffer).unwrap();
+                assert_eq!(from, server.parse().unwrap());
+                let answer = Message::from_vec(&buffer[..length]).unwrap();
+                let last = answer.answers.last().unwrap();
+                assert_eq!(last.data, RData::A(A::new(10, 43, 0, 80)));
+                ids.insert(answer.metadata.id);
+            }
+        }
+    });
+}
+
+#[test]
+fn what_gets_no_answer_is_counted_by_its_reason() {
+    in_namespace(|place| {
+        place.serve(&zoo());
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let response = [0, 1, 0x81, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1];
+        for bytes in [&response[..], &response, &response[..11]] {
+            socket.send_to(bytes, "10.43.0.10:53").unwrap();
+        }
+        eventually("three are counted", || place.stats.dropped()[..2] == [("short", 1), ("response", 2)]);
+        socket.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        assert!(socket.recv(&mut [0; 512]).is_err(), "no answer to an answer");
     });
 }
 

@@ -23,7 +23,7 @@ fn granted() -> Access {
     let mut access = Access::new();
     for document in serde_yaml_ng::Deserializer::from_str(weft_manifests::RBAC) {
         let object = Value::deserialize(document).unwrap();
-        if object.get("kind").and_then(|kind| kind.as_str()) != Some("ClusterRole") {
+        if !matches!(object.get("kind").and_then(|kind| kind.as_str()), Some("ClusterRole" | "Role")) {
             continue;
         }
         let rules: Vec<Rule> = serde_yaml_ng::from_value(object.get("rules").unwrap().clone()).unwrap();
@@ -45,6 +45,7 @@ fn granted() -> Access {
 fn used() -> Access {
     let watched = [
         ("", "nodes"),
+        ("", "configmaps"),
         ("", "namespaces"),
         ("", "services"),
         ("", "pods"),
@@ -90,6 +91,8 @@ fn every_document_is_an_object_and_comes_after_what_it_needs() {
             "ServiceAccount",
             "ClusterRole",
             "ClusterRoleBinding",
+            "Role",
+            "RoleBinding",
             "ValidatingAdmissionPolicy",
             "ValidatingAdmissionPolicyBinding",
             "DaemonSet",

@@ -135,6 +135,7 @@ fn snapshot(services: &[Service], slices: &[EndpointSlice]) -> Snapshot {
         config: Arc::new(config()),
         facts: Arc::new(facts),
         nodes: Arc::new(nodes.into_iter().collect()),
+        config_maps: Default::default(),
         namespaces: Arc::default(),
         services: Arc::new(services.iter().map(|s| (s.key.clone(), Arc::new(s.clone()))).collect()),
         endpoint_slices: Arc::new(slices.iter().map(|s| (s.key.clone(), Arc::new(s.clone()))).collect()),

@@ -4,6 +4,7 @@
 
 mod config;
 mod given;
+mod handover;
 mod keep;
 mod readiness;
 pub(crate) mod start;

@@ -31,6 +31,7 @@ use weft_netstack::reconcile::{
 use weft_netstack::store::{Opened, SnapshotRead, Store, StoreError, key};
 
 use super::config::Config;
+use super::handover;
 use super::keep::{Configurations, Conflist, Saver};
 use super::readiness::{self, Sources};
 use crate::files;
@@ -59,6 +60,11 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let dns = weft_dns::start(
         &config.cluster,
         weft_dns::Options { resolv_conf: config.resolv_conf.clone(), ..weft_dns::Options::default() },
+        handover::from_environment(),
+        Arc::new({
+            let leases = leases.clone();
+            move |address| leases.pod_of(address).map(|pod| pod.namespace)
+        }),
     );
     let netlink = Rtnetlink::connect().context("open an rtnetlink socket")?;
     let overlay =
@@ -107,8 +113,11 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     admin.parts.push(("cni", Box::new(move || others.borrow().note.clone().into())));
     let admin = Arc::new(admin);
     let socket = config.run_dir.join("agent.sock");
-    let explain = policy::explain::router(snapshots.clone());
-    let router = cni::server::router(cni).merge(admin::status_router(admin.clone())).merge(explain);
+    let explaining = crate::dns::Explaining { explainer: dns.explainer, snapshots: snapshots.clone() };
+    let router = cni::server::router(cni)
+        .merge(admin::status_router(admin.clone()))
+        .merge(policy::explain::router(snapshots.clone()))
+        .merge(crate::dns::router(explaining));
     serve_unix(tasks, &socket, router)?;
     tasks.start("observe", serve_observed(config.observe_address, admin::observe_router(admin), observed));
     tasks.start("proxy-health", serve_proxy_health(config.proxy_health_address, proxy_health, health_tx));
@@ -252,13 +261,32 @@ fn admin(
                 Err(error) => chain(&error).into(),
             }),
         )],
-        counters: vec![Counters {
+        counters: dns_counters(dns),
+    }
+}
+
+fn dns_counters(dns: Arc<weft_dns::Stats>) -> Vec<Counters> {
+    let (again, once_more) = (dns.clone(), dns.clone());
+    vec![
+        Counters {
             name: "dns_responses",
             help: "DNS answers sent, by response code",
             label: "rcode",
             read: Box::new(move || dns.responses().to_vec()),
-        }],
-    }
+        },
+        Counters {
+            name: "dns_dropped",
+            help: "DNS messages without an answer, by reason",
+            label: "reason",
+            read: Box::new(move || again.dropped()),
+        },
+        Counters {
+            name: "dns_outside",
+            help: "DNS names outside the cluster, by what became of the question or of an upstream",
+            label: "event",
+            read: Box::new(move || once_more.outside().to_vec()),
+        },
+    ]
 }
 
 fn api_text(status: &ApiStatus) -> String {

@@ -1,91 +1,268 @@
-//! Answers of the host's resolvers, kept for as long as their TTLs allow. Small, first in first out.
+//! Answers of upstream resolvers, kept as long as their TTLs allow and, for when no upstream answers, for a day more.
+//!
+//! Bounded by the memory that the answers take. What goes first came first and was not asked for since (second chance).
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use hickory_proto::op::{Message, ResponseCode};
-use hickory_proto::rr::{RData, Record, RecordType};
+use hickory_proto::rr::{RData, Record};
 
-use crate::name::Name;
+use super::packet::{Age, Packet};
 
-/// What makes two forwarded questions the same. The client's "DNSSEC OK" and "checking disabled" change the answer.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct CacheKey {
-    pub(crate) name: Name,
-    pub(crate) record_type: RecordType,
-    pub(crate) dnssec_ok: bool,
-    pub(crate) checking_disabled: bool,
+/// Memory of all answers together, about.
+const CAPACITY_BYTES: usize = 8 << 20;
+/// What an entry takes beside its packet and its key, about.
+const ENTRY_BYTES: usize = 160;
+/// A failure is remembered this long (RFC 9520 section 3.2: at least one second, at most five minutes).
+pub(crate) const FAILURE_TTL: Duration = Duration::from_secs(5);
+/// "A suggested maximum stale timer is between 1 and 3 days" (RFC 8767 section 5).
+const STALE: Duration = Duration::from_secs(86_400);
+/// An answer asked for this often is fetched anew before it ends.
+const PREFETCH_HITS: u32 = 2;
+/// When a tenth of its lifetime is left.
+const PREFETCH_PART: u32 = 10;
+
+/// Longest times that answers are kept, in seconds, whatever their TTLs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Limits {
+    pub(crate) positive_seconds: u32,
+    pub(crate) negative_seconds: u32,
 }
 
-/// Most answers kept: about 2 MiB of them.
-const CAPACITY: usize = 2048;
-/// Longest time an answer is kept, whatever its TTL: the node's caching resolver upstream may keep it longer.
-const MAX_TTL_SECONDS: u32 = 300;
-/// Longest time a negative answer is kept.
-const MAX_NEGATIVE_TTL_SECONDS: u32 = 30;
+impl Default for Limits {
+    /// Five minutes, because a resolver upstream that caches too costs little; half a minute for what is not there yet.
+    fn default() -> Self {
+        Self { positive_seconds: 300, negative_seconds: 30 }
+    }
+}
+
+/// What makes two forwarded questions the same: lower-case wire name, type, and the flags DO and CD, which change the
+/// answer.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct CacheKey(Arc<[u8]>);
+
+/// The same, without memory of its own.
+pub(crate) struct KeyBytes {
+    bytes: [u8; 258],
+    len: usize,
+}
+
+impl KeyBytes {
+    /// `name` in lower-case wire format.
+    pub(crate) fn new(
+        name: &[u8],
+        record_type: u16,
+        dnssec_ok: bool,
+        checking_disabled: bool,
+    ) -> Option<Self> {
+        let mut bytes = [0; 258];
+        bytes.get_mut(..name.len())?.copy_from_slice(name);
+        let [a, b] = record_type.to_be_bytes();
+        let flags = u8::from(dnssec_ok) | u8::from(checking_disabled) << 1;
+        bytes.get_mut(name.len()..name.len() + 3)?.copy_from_slice(&[a, b, flags]);
+        Some(Self { bytes, len: name.len() + 3 })
+    }
+
+    fn as_slice(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
+
+    pub(crate) fn to_key(&self) -> CacheKey {
+        CacheKey(self.as_slice().into())
+    }
+}
+
+impl std::borrow::Borrow<[u8]> for CacheKey {
+    fn borrow(&self) -> &[u8] {
+        &self.0
+    }
+}
 
 struct Kept {
-    message: Message,
+    packet: Arc<Packet>,
     since: Instant,
-    until: Instant,
+    lifetime_seconds: u32,
+    /// A failure is no answer to give when it is over.
+    may_be_stale: bool,
+    /// Asked for, since it came or since it was spared last.
+    hits: AtomicU32,
+    /// Somebody is fetching it anew.
+    refreshing: AtomicBool,
+    /// When fetching it anew failed last.
+    failed_at: Option<Instant>,
+}
+
+/// What the cache has for a question.
+#[derive(Debug)]
+pub(crate) enum Lookup {
+    /// `refresh`: it is asked for often and ends soon; told to one asker only.
+    Fresh {
+        packet: Arc<Packet>,
+        age: Age,
+        refresh: bool,
+    },
+    /// Its time is over; good when no upstream answers. `retry`: they may be asked again.
+    Stale {
+        packet: Arc<Packet>,
+        retry: bool,
+    },
+    Missing,
 }
 
 #[derive(Default)]
 pub(crate) struct Cache {
+    limits: Limits,
     answers: HashMap<CacheKey, Kept>,
     /// Keys in the order they came; a key stands here exactly once while it is in `answers`.
     order: VecDeque<CacheKey>,
+    used_bytes: usize,
 }
 
 impl Cache {
-    /// The answer with its TTLs lowered by its age.
-    pub(crate) fn find(&self, key: &CacheKey, now: Instant) -> Option<Message> {
-        let kept = self.answers.get(key).filter(|kept| now < kept.until)?;
-        let age = u32::try_from(now.duration_since(kept.since).as_secs()).unwrap_or(u32::MAX);
-        let mut message = kept.message.clone();
-        for section in [&mut message.answers, &mut message.authorities, &mut message.additionals] {
-            for record in section {
-                record.decrement_ttl(age);
-            }
+    /// Counts as asked for.
+    pub(crate) fn look_up(&self, key: &KeyBytes, now: Instant) -> Lookup {
+        let Some(kept) = self.answers.get(key.as_slice()) else { return Lookup::Missing };
+        let age = now.saturating_duration_since(kept.since);
+        let age_seconds = u32::try_from(age.as_secs()).unwrap_or(u32::MAX);
+        let packet = kept.packet.clone();
+        if age_seconds < kept.lifetime_seconds {
+            let hits = kept.hits.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+            let left = kept.lifetime_seconds - age_seconds;
+            let wanted = hits > PREFETCH_HITS && left <= kept.lifetime_seconds / PREFETCH_PART;
+            let refresh = wanted && kept.may_be_stale && !kept.refreshing.swap(true, Ordering::Relaxed);
+            return Lookup::Fresh { packet, age: Age::Fresh(age_seconds), refresh };
         }
-        Some(message)
+        if !kept.may_be_stale || age > STALE {
+            return Lookup::Missing;
+        }
+        let failed_lately = |at: Instant| now.saturating_duration_since(at) < FAILURE_TTL;
+        Lookup::Stale { packet, retry: !kept.failed_at.is_some_and(failed_lately) }
     }
 
-    pub(crate) fn keep(&mut self, key: CacheKey, message: &Message, now: Instant) {
-        let Some(ttl) = lifetime_seconds(message) else { return };
-        let until = now + Duration::from_secs(u64::from(ttl));
-        let kept = Kept { message: message.clone(), since: now, until };
-        if self.answers.insert(key.clone(), kept).is_none() {
-            self.order.push_back(key);
+    /// The answer if it can be given as it is, with nothing to do beside: for the path that does nothing beside.
+    pub(crate) fn at_hand(&self, key: &KeyBytes, now: Instant) -> Option<(Arc<Packet>, Age)> {
+        let kept = self.answers.get(key.as_slice())?;
+        let age = u32::try_from(now.saturating_duration_since(kept.since).as_secs()).unwrap_or(u32::MAX);
+        let left = kept.lifetime_seconds.checked_sub(age).filter(|&left| left > 0)?;
+        let ends_soon = left <= kept.lifetime_seconds / PREFETCH_PART;
+        if ends_soon && kept.may_be_stale && !kept.refreshing.load(Ordering::Relaxed) {
+            return None;
         }
-        while self.answers.len() > CAPACITY {
-            let Some(oldest) = self.order.pop_front() else { return };
-            self.answers.remove(&oldest);
+        kept.hits.fetch_add(1, Ordering::Relaxed);
+        Some((kept.packet.clone(), Age::Fresh(age)))
+    }
+
+    /// Keeps the answer for `lifetime_seconds`, zero being not at all.
+    pub(crate) fn keep(&mut self, key: CacheKey, packet: Arc<Packet>, lifetime_seconds: u32, now: Instant) {
+        self.insert(key, packet, lifetime_seconds, true, now);
+    }
+
+    /// No upstream answered. An answer from before stays as it is and may be given meanwhile; without one the failure
+    /// itself is kept for a while.
+    pub(crate) fn note_failure(
+        &mut self,
+        key: CacheKey,
+        failure: impl FnOnce() -> Option<Packet>,
+        now: Instant,
+    ) {
+        if let Some(kept) = self.answers.get_mut(&key).filter(|kept| kept.may_be_stale) {
+            kept.failed_at = Some(now);
+            kept.refreshing.store(false, Ordering::Relaxed);
+        } else if let Some(packet) = failure() {
+            let seconds = u32::try_from(FAILURE_TTL.as_secs()).unwrap_or(u32::MAX);
+            self.insert(key, Arc::new(packet), seconds, false, now);
         }
+    }
+
+    fn insert(
+        &mut self,
+        key: CacheKey,
+        packet: Arc<Packet>,
+        lifetime_seconds: u32,
+        may_be_stale: bool,
+        now: Instant,
+    ) {
+        let cost = cost_bytes(&key, &packet);
+        let kept = Kept {
+            packet,
+            since: now,
+            lifetime_seconds,
+            may_be_stale,
+            hits: AtomicU32::new(0),
+            refreshing: AtomicBool::new(false),
+            failed_at: None,
+        };
+        if lifetime_seconds == 0 || cost > CAPACITY_BYTES {
+            return;
+        }
+        self.used_bytes += cost;
+        match self.answers.insert(key.clone(), kept) {
+            None => self.order.push_back(key),
+            Some(old) => self.used_bytes -= cost_bytes(&key, &old.packet),
+        }
+        self.make_room();
+    }
+
+    fn make_room(&mut self) {
+        // Every key is spared at most once.
+        let mut spared = self.order.len();
+        while self.used_bytes > CAPACITY_BYTES {
+            let Some(key) = self.order.pop_front() else { return };
+            let asked_for =
+                self.answers.get_mut(&key).is_some_and(|kept| std::mem::take(kept.hits.get_mut()) > 0);
+            if asked_for && spared > 0 {
+                spared -= 1;
+                self.order.push_back(key);
+            } else if let Some(kept) = self.answers.remove(&key) {
+                self.used_bytes -= cost_bytes(&key, &kept.packet);
+            }
+        }
+    }
+
+    pub(crate) fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// Of answers that come from now on.
+    pub(crate) fn set_limits(&mut self, limits: Limits) {
+        self.limits = limits;
     }
 
     pub(crate) fn clear(&mut self) {
-        *self = Self::default();
+        *self = Self { limits: self.limits, ..Self::default() };
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.answers.len()
     }
 }
 
-/// Seconds the message may be kept; `None` when it may not: a failure, a truncated answer, a TTL of zero, or a
+fn cost_bytes(key: &CacheKey, packet: &Packet) -> usize {
+    ENTRY_BYTES + key.0.len() + packet.cost_bytes()
+}
+
+/// Seconds the message may be kept; zero when it may not: a failure, a truncated answer, a TTL of zero, or a
 /// negative answer without SOA (RFC 2308 section 5).
-fn lifetime_seconds(message: &Message) -> Option<u32> {
+pub(crate) fn lifetime_seconds(message: &Message, limits: Limits) -> u32 {
     if message.metadata.truncation {
-        return None;
+        return 0;
     }
     let negative = message.answers.is_empty() || message.metadata.response_code == ResponseCode::NXDomain;
     let ttl = match (message.metadata.response_code, negative) {
-        (ResponseCode::NoError, false) => least_ttl(&message.answers).map(|ttl| ttl.min(MAX_TTL_SECONDS)),
+        (ResponseCode::NoError, false) => {
+            least_ttl(&message.answers).map(|ttl| ttl.min(limits.positive_seconds))
+        }
         (ResponseCode::NoError | ResponseCode::NXDomain, true) => {
             let soa = message.authorities.iter().find_map(negative_ttl);
             let answers = least_ttl(&message.answers).unwrap_or(u32::MAX);
-            soa.map(|ttl| ttl.min(answers).min(MAX_NEGATIVE_TTL_SECONDS))
+            soa.map(|ttl| ttl.min(answers).min(limits.negative_seconds))
         }
         _ => None,
     };
-    ttl.filter(|&ttl| ttl > 0)
+    ttl.unwrap_or(0)
 }
 
 fn least_ttl(records: &[Record]) -> Option<u32> {
@@ -100,76 +277,4 @@ fn negative_ttl(record: &Record) -> Option<u32> {
 }
 
 #[cfg(test)]
-mod tests {
-    use hickory_proto::op::{MessageType, OpCode};
-    use hickory_proto::rr::rdata::{A, SOA};
-
-    use super::*;
-
-    fn key(text: &str) -> CacheKey {
-        CacheKey {
-            name: Name::parse(text).unwrap(),
-            record_type: RecordType::A,
-            dnssec_ok: false,
-            checking_disabled: false,
-        }
-    }
-
-    fn answer(ttl: u32) -> Message {
-        let mut message = Message::new(1, MessageType::Response, OpCode::Query);
-        let name = Name::parse("example.org").unwrap().to_hickory();
-        message.add_answer(Record::from_rdata(name, ttl, RData::A(A::new(192, 0, 2, 1))));
-        message
-    }
-
-    fn no_such_name(ttl: u32, minimum: u32) -> Message {
-        let mut message = Message::new(1, MessageType::Response, OpCode::Query);
-        message.metadata.response_code = ResponseCode::NXDomain;
-        let name = Name::parse("example.org").unwrap().to_hickory();
-        let soa = SOA::new(name.clone(), name.clone(), 1, 1, 1, 1, minimum);
-        message.add_authority(Record::from_rdata(name, ttl, RData::SOA(soa)));
-        message
-    }
-
-    #[test]
-    fn a_kept_answer_grows_old_and_goes() {
-        let now = Instant::now();
-        let mut cache = Cache::default();
-        cache.keep(key("example.org"), &answer(60), now);
-        let later = cache.find(&key("Example.ORG"), now + Duration::from_secs(20)).unwrap();
-        assert_eq!(later.answers[0].ttl, 40);
-        assert_eq!(cache.find(&key("example.org"), now + Duration::from_secs(60)), None);
-    }
-
-    #[test]
-    fn negative_answers_live_as_long_as_the_soa_says() {
-        assert_eq!(lifetime_seconds(&no_such_name(20, 900)), Some(20));
-        assert_eq!(lifetime_seconds(&no_such_name(900, 10)), Some(10));
-        assert_eq!(lifetime_seconds(&no_such_name(900, 900)), Some(MAX_NEGATIVE_TTL_SECONDS));
-        assert_eq!(lifetime_seconds(&Message::new(1, MessageType::Response, OpCode::Query)), None);
-    }
-
-    #[test]
-    fn failures_zero_ttls_and_truncated_answers_are_not_kept() {
-        let mut failure = answer(60);
-        failure.metadata.response_code = ResponseCode::ServFail;
-        let mut truncated = answer(60);
-        truncated.metadata.truncation = true;
-        for message in [failure, truncated, answer(0)] {
-            assert_eq!(lifetime_seconds(&message), None);
-        }
-    }
-
-    #[test]
-    fn the_cache_is_bounded_and_the_oldest_goes_first() {
-        let now = Instant::now();
-        let mut cache = Cache::default();
-        for number in 0..=CAPACITY {
-            cache.keep(key(&format!("n{number}.org")), &answer(60), now);
-        }
-        assert_eq!(cache.answers.len(), CAPACITY);
-        assert_eq!(cache.order.len(), CAPACITY);
-        assert_eq!(cache.find(&key("n0.org"), now), None);
-        assert!(cache.find(&key("n1.org"), now).is_some());
-    }
-}
+mod tests;

@@ -5,17 +5,10 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use hickory_proto::op::MessageType;
-use hickory_proto::rr::Record;
-use hickory_proto::serialize::binary::BinEncoder;
-use hickory_server::net::NetError;
-use hickory_server::net::runtime::TokioTime;
 use hickory_server::net::xfer::Protocol;
-use hickory_server::server::{Request, RequestHandler as _, ResponseHandler, ResponseInfo};
-use hickory_server::zone_handler::MessageResponse;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
@@ -62,17 +55,13 @@ pub(super) async fn serve(listener: TcpListener, resolver: Arc<Resolver>) {
     }
 }
 
-/// Question after question, answered in order, until the client closes, idles or sends what is no question.
+/// Question after question, answered in order, until the client closes, idles or sends what deserves no answer.
 async fn converse(mut stream: TcpStream, client: SocketAddr, resolver: &Resolver) -> io::Result<()> {
     loop {
         let Some(bytes) = within(read_frame(&mut stream)).await? else { return Ok(()) };
-        let request = Request::from_bytes(bytes, client, Protocol::Tcp).map_err(io::Error::other)?;
-        if request.metadata.message_type == MessageType::Response {
-            return Ok(());
-        }
-        let answer = Answer::default();
-        resolver.handle_request::<_, TokioTime>(&request, answer.clone()).await;
-        let Some(frame) = answer.into_frame() else { return Ok(()) };
+        let Some(answer) = resolver.exchange(bytes, client, Protocol::Tcp).await else { return Ok(()) };
+        let length = u16::try_from(answer.len()).map_err(io::Error::other)?;
+        let frame = [&length.to_be_bytes()[..], answer.as_slice()].concat();
         within(stream.write_all(&frame)).await?;
     }
 }
@@ -92,39 +81,4 @@ async fn read_frame(stream: &mut TcpStream) -> io::Result<Option<Vec<u8>>> {
 async fn within<T>(work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
     let idle = || io::Error::new(io::ErrorKind::TimedOut, "idle");
     tokio::time::timeout(IDLE, work).await.unwrap_or_else(|_| Err(idle()))
-}
-
-/// Takes the one answer to a request, encoded.
-#[derive(Clone, Default)]
-struct Answer(Arc<Mutex<Vec<u8>>>);
-
-impl Answer {
-    /// `None` when there was no answer.
-    fn into_frame(self) -> Option<Vec<u8>> {
-        let bytes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let length = u16::try_from(bytes.len()).ok().filter(|&length| length > 0)?;
-        Some([&length.to_be_bytes()[..], bytes.as_slice()].concat())
-    }
-}
-
-#[async_trait::async_trait]
-impl ResponseHandler for Answer {
-    async fn send_response<'a>(
-        &mut self,
-        response: MessageResponse<
-            '_,
-            'a,
-            impl Iterator<Item = &'a Record> + Send + 'a,
-            impl Iterator<Item = &'a Record> + Send + 'a,
-            impl Iterator<Item = &'a Record> + Send + 'a,
-            impl Iterator<Item = &'a Record> + Send + 'a,
-        >,
-    ) -> Result<ResponseInfo, NetError> {
-        let mut bytes = Vec::with_capacity(512);
-        let mut encoder = BinEncoder::new(&mut bytes);
-        encoder.set_max_size(u16::MAX);
-        let info = response.destructive_emit(&mut encoder)?;
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = bytes;
-        Ok(info)
-    }
 }

@@ -1,48 +1,13 @@
 //! The server path on whole messages, without sockets: arbitrary bytes, sizes, codes.
 
-use std::sync::Mutex;
-
 use hickory_proto::op::{Edns, Message, Query};
-use hickory_server::net::NetError;
-use hickory_server::net::runtime::TokioTime;
-use hickory_server::zone_handler::MessageResponse;
 use proptest::prelude::*;
 
 use super::*;
-use crate::zone::{DnsPlan, Group, GroupKey, Groups, Srv, Zones};
-
-/// Takes what would be sent, encoded as hickory's own handle does it.
-#[derive(Clone)]
-struct Capture {
-    protocol: Protocol,
-    sent: Arc<Mutex<Option<Vec<u8>>>>,
-}
-
-#[async_trait::async_trait]
-impl ResponseHandler for Capture {
-    async fn send_response<'a>(
-        &mut self,
-        response: MessageResponse<
-            '_,
-            'a,
-            impl Iterator<Item = &'a Record> + Send + 'a,
-            impl Iterator<Item = &'a Record> + Send + 'a,
-            impl Iterator<Item = &'a Record> + Send + 'a,
-            impl Iterator<Item = &'a Record> + Send + 'a,
-        >,
-    ) -> Result<ResponseInfo, NetError> {
-        let mut bytes = Vec::new();
-        let mut encoder = BinEncoder::new(&mut bytes);
-        let limit = limit_bytes(self.protocol, response.edns());
-        encoder.set_max_size(u16::try_from(limit).unwrap());
-        let info = response.destructive_emit(&mut encoder)?;
-        *self.sent.lock().unwrap() = Some(bytes);
-        Ok(info)
-    }
-}
+use crate::zone::{Data, DnsPlan, Group, GroupKey, Groups, Srv, Zones};
 
 /// A cluster with one headless Service of `endpoints` endpoints: `big.default.svc.cluster.local`.
-fn resolver(endpoints: u8) -> Resolver {
+pub(super) fn resolver(endpoints: u8) -> Resolver {
     let store = Store::default();
     let domain = Name::parse("cluster.local").unwrap();
     let big = Name::parse("big.default.svc.cluster.local").unwrap();
@@ -58,20 +23,22 @@ fn resolver(endpoints: u8) -> Resolver {
         zones: Some(Zones { domain, reverse: Default::default() }),
         groups: Groups::from([(Arc::new(GroupKey::Zone), Arc::new(group))]),
         listen: Default::default(),
+        custom: Default::default(),
+        nodes: Default::default(),
     };
     store.write(&Groups::new(), &plan);
-    let stats = Arc::new(Stats::default());
-    let forwarder = Arc::new(Forwarder::new("/nonexistent/resolv.conf".into(), None, stats.clone()));
-    Resolver::new(Arc::new(store), forwarder, stats)
+    resolver_of(store)
 }
 
-fn exchange(resolver: &Resolver, bytes: Vec<u8>, protocol: Protocol) -> Option<Vec<u8>> {
-    let request = Request::from_bytes(bytes, "192.0.2.1:4000".parse().unwrap(), protocol).ok()?;
-    let sent = Arc::new(Mutex::new(None));
-    let handle = Capture { protocol, sent: sent.clone() };
+pub(super) fn resolver_of(store: Store) -> Resolver {
+    let stats = Arc::new(Stats::default());
+    let forwarder = Arc::new(Forwarder::new("/nonexistent/resolv.conf".into(), None, stats.clone()));
+    Resolver::new(Arc::new(store), forwarder, stats, Arc::new(|_| None))
+}
+
+pub(super) fn exchange(resolver: &Resolver, bytes: Vec<u8>, protocol: Protocol) -> Option<Vec<u8>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(resolver.handle_request::<_, TokioTime>(&request, handle));
-    sent.lock().unwrap().take()
+    runtime.block_on(resolver.exchange(bytes, "192.0.2.1:4000".parse().unwrap(), protocol))
 }
 
 fn question(name: &str, record_type: RecordType, payload: Option<u16>) -> Message {

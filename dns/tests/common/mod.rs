@@ -9,7 +9,7 @@ use hickory_proto::rr::RecordType;
 use weft_dns::{Answer, DnsPlan, DnsPlanner, Groups, Local, Name, Question, Store};
 use weft_model::node_facts::WireguardBackend;
 use weft_model::objects::{
-    Endpoint, EndpointPort, EndpointSlice, Namespace, Protocol, Service, ServiceKind, ServicePort,
+    ConfigMap, Endpoint, EndpointPort, EndpointSlice, Namespace, Protocol, Service, ServiceKind, ServicePort,
     TrafficPolicy,
 };
 use weft_model::{ClusterConfig, Generation, NamespacedName, NodeFacts, Planned, Snapshot};
@@ -113,6 +113,7 @@ pub(crate) fn snapshot(
             foreign_routes: vec![],
         }),
         nodes: Arc::default(),
+        config_maps: Default::default(),
         namespaces: Arc::new(namespaces.iter().map(namespace).collect()),
         services: Arc::new(services.into_iter().map(|s| (s.key.clone(), Arc::new(s))).collect()),
         endpoint_slices: Arc::new(slices.into_iter().map(|s| (s.key.clone(), Arc::new(s))).collect()),
@@ -122,6 +123,14 @@ pub(crate) fn snapshot(
         problems: Arc::default(),
         from_store: false,
     }
+}
+
+/// The cluster with that ConfigMap `coredns-custom`.
+pub(crate) fn with_custom(cluster: &Snapshot, data: &[(&str, &str)]) -> Snapshot {
+    let key = NamespacedName::new("kube-system", "coredns-custom");
+    let data = data.iter().map(|(key, text)| ((*key).to_owned(), (*text).to_owned())).collect();
+    let config_map = ConfigMap { key: key.clone(), data };
+    Snapshot { config_maps: Arc::new([(key, Arc::new(config_map))].into()), ..cluster.clone() }
 }
 
 /// A small cluster with every kind of Service.

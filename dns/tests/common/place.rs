@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use hickory_proto::op::{Message, MessageType};
-use hickory_proto::rr::{Record, RecordType};
+use hickory_proto::rr::{RData, Record, RecordType};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use weft_dns::{DnsApplier, DnsPlanner, Options};
@@ -59,6 +59,9 @@ pub(crate) struct Place {
     pub(crate) planner: DnsPlanner,
     pub(crate) applier: Option<DnsApplier>,
     pub(crate) stats: Arc<weft_dns::Stats>,
+    pub(crate) explainer: Option<weft_dns::Explainer>,
+    /// For the next start.
+    pub(crate) handover: weft_dns::Handover,
 }
 
 impl Place {
@@ -73,6 +76,8 @@ impl Place {
             planner: DnsPlanner::default(),
             applier: None,
             stats: Arc::default(),
+            explainer: None,
+            handover: weft_dns::Handover::default(),
         }
     }
 
@@ -109,8 +114,12 @@ impl Place {
     pub(crate) fn start(&mut self) {
         let _inside = self.runtime.enter();
         let options = Options { resolv_conf: self.upstream_conf(), ..Options::default() };
-        let dns = weft_dns::start(&super::config(), options);
+        // Who asks from loopback is a pod of `default`.
+        let namespaces = Arc::new(|ip: std::net::IpAddr| ip.is_loopback().then(|| "default".to_owned()));
+        let handover = std::mem::take(&mut self.handover);
+        let dns = weft_dns::start(&super::config(), options, handover, namespaces);
         (self.planner, self.applier, self.stats) = (dns.planner, Some(dns.applier), dns.stats);
+        self.explainer = Some(dns.explainer);
     }
 
     pub(crate) fn apply(&mut self, snapshot: &Snapshot) -> Applied {
@@ -168,6 +177,12 @@ pub(crate) enum Manner {
     Fail,
     /// FORMERR to whatever has an OPT record.
     NoEdns,
+    /// The question comes back in lower case.
+    LowerCase,
+    /// Records that nobody asked for stand in every section.
+    Stuffed,
+    /// The answer comes after a quarter of a second.
+    Slow,
 }
 
 /// A resolver of the host with the names it was given.
@@ -266,6 +281,15 @@ impl Serving {
             Manner::Fail => reply.metadata.response_code = ServFail,
             Manner::NoEdns if query.edns.is_some() => reply.metadata.response_code = FormErr,
             Manner::NoEdns => {}
+            Manner::LowerCase => reply.queries[0].name = reply.queries[0].name.to_lowercase(),
+            Manner::Stuffed => {
+                let lie = hickory_proto::rr::rdata::A::new(203, 0, 113, 66);
+                let lie = Record::from_rdata("bank.example.".parse().unwrap(), 60, RData::A(lie));
+                reply.answers.push(lie.clone());
+                reply.authorities.push(lie.clone());
+                reply.additionals.push(lie);
+            }
+            Manner::Slow => std::thread::sleep(Duration::from_millis(250)),
         }
         vec![reply.to_vec().unwrap()]
     }

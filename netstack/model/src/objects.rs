@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{NodeName, PodKey, ServiceKey, SliceKey, WgPublicKey};
+use crate::ids::{NamespacedName, NodeName, PodKey, ServiceKey, SliceKey, WgPublicKey};
 
 pub type Labels = BTreeMap<String, String>;
 
@@ -53,6 +53,13 @@ pub fn host_address(pod_cidr: &IpNet) -> Option<IpAddr> {
 pub struct Namespace {
     pub name: String,
     pub labels: Labels,
+}
+
+/// Text under names; only ConfigMaps that a domain reads are watched.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConfigMap {
+    pub key: NamespacedName,
+    pub data: BTreeMap<String, String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

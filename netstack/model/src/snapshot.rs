@@ -10,9 +10,9 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::config::ClusterConfig;
-use crate::ids::{Generation, NodeName, PodKey, PolicyKey, ServiceKey, SliceKey};
+use crate::ids::{Generation, NamespacedName, NodeName, PodKey, PolicyKey, ServiceKey, SliceKey};
 use crate::node_facts::NodeFacts;
-use crate::objects::{EndpointSlice, Namespace, Node, Pod, Service};
+use crate::objects::{ConfigMap, EndpointSlice, Namespace, Node, Pod, Service};
 use crate::policy::NetworkPolicy;
 use crate::problem::Problem;
 
@@ -36,6 +36,9 @@ pub struct Snapshot {
     pub config: Arc<ClusterConfig>,
     pub facts: Arc<NodeFacts>,
     pub nodes: Objects<NodeName, Node>,
+    /// `kube-system/coredns-custom`, where there is one.
+    #[serde(default)]
+    pub config_maps: Objects<NamespacedName, ConfigMap>,
     pub namespaces: Objects<String, Namespace>,
     pub services: Objects<ServiceKey, Service>,
     pub endpoint_slices: Objects<SliceKey, EndpointSlice>,

@@ -2,6 +2,8 @@
 //! The only room with `unsafe`; each block states why it holds. No decisions are taken here.
 
 pub mod conntrack;
+pub mod datagram;
+pub mod descriptor_store;
 pub mod facts;
 pub mod link;
 pub mod netns;

@@ -243,7 +243,7 @@ impl ReceiveBatch {
     }
 }
 
-const STORAGE_LEN: libc::socklen_t = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
+pub(super) const STORAGE_LEN: libc::socklen_t = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
 
 /// The segment size the kernel reports for a train.
 fn gro_segment(message: &libc::msghdr) -> Option<usize> {
@@ -301,7 +301,7 @@ fn to_storage(address: SocketAddr) -> (libc::sockaddr_storage, libc::socklen_t) 
     (storage, libc::socklen_t::try_from(len).unwrap_or(STORAGE_LEN))
 }
 
-fn from_storage(storage: &libc::sockaddr_storage) -> Option<SocketAddr> {
+pub(super) fn from_storage(storage: &libc::sockaddr_storage) -> Option<SocketAddr> {
     match libc::c_int::from(storage.ss_family) {
         libc::AF_INET => {
             // SAFETY: the family says which address the kernel wrote.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use kube::runtime::watcher::Event;
 use serde_json::Value;
-use weft_model::objects::{EndpointSlice, Namespace, Node, Pod, Service};
+use weft_model::objects::{ConfigMap, EndpointSlice, Namespace, Node, Pod, Service};
 use weft_model::policy::NetworkPolicy;
 use weft_model::snapshot::{Attachments, Objects};
 use weft_model::{
@@ -16,13 +16,14 @@ use weft_model::{
     Snapshot,
 };
 
-use super::document::{Document, Kind};
+use super::document::{CONFIG_MAP, Document, Kind};
 use super::lower::{self, Lowered};
 
 /// Everything lowered so far.
 #[derive(Debug, Default)]
 pub struct Cluster {
     nodes: Collection<NodeName, Node>,
+    config_maps: Collection<NamespacedName, ConfigMap>,
     namespaces: Collection<String, Namespace>,
     services: Collection<ServiceKey, Service>,
     endpoint_slices: Collection<NamespacedName, EndpointSlice>,
@@ -37,6 +38,7 @@ impl Cluster {
     pub fn from_stored(stored: &Snapshot) -> Self {
         Self {
             nodes: Collection::from_stored(&stored.nodes),
+            config_maps: Collection::from_stored(&stored.config_maps),
             namespaces: Collection::from_stored(&stored.namespaces),
             services: Collection::from_stored(&stored.services),
             endpoint_slices: Collection::from_stored(&stored.endpoint_slices),
@@ -47,7 +49,7 @@ impl Cluster {
     }
 
     /// A whole cluster at once, as if every watch had just listed these objects; kinds that are not watched are
-    /// skipped.
+    /// skipped, and so are ConfigMaps that nobody reads.
     pub fn from_documents(documents: impl IntoIterator<Item = Value>) -> Self {
         let mut cluster = Self::default();
         for kind in Kind::ALL {
@@ -57,7 +59,11 @@ impl Cluster {
             let Some(kind) = document["kind"].as_str().and_then(Kind::from_name) else {
                 continue;
             };
-            cluster.apply(kind, Event::InitApply(Document::new(document)));
+            let document = Document::new(document);
+            let unread = kind == Kind::ConfigMap && (document.namespace(), document.name()) != CONFIG_MAP;
+            if !unread {
+                cluster.apply(kind, Event::InitApply(document));
+            }
         }
         for kind in Kind::ALL {
             cluster.apply(kind, Event::InitDone);
@@ -69,6 +75,7 @@ impl Cluster {
     pub fn apply(&mut self, kind: Kind, event: Event<Document>) -> bool {
         let changed = match kind {
             Kind::Node => self.nodes.apply(event, lower::node),
+            Kind::ConfigMap => self.config_maps.apply(event, lower::config_map),
             Kind::Namespace => self.namespaces.apply(event, lower::namespace),
             Kind::Service => self.services.apply(event, lower::service),
             Kind::EndpointSlice => self.endpoint_slices.apply(event, lower::endpoint_slice),
@@ -84,6 +91,7 @@ impl Cluster {
     /// Every kind has listed at least once.
     pub fn is_complete(&self) -> bool {
         self.nodes.listed
+            && self.config_maps.listed
             && self.namespaces.listed
             && self.services.listed
             && self.endpoint_slices.listed
@@ -102,6 +110,7 @@ impl Cluster {
             config,
             facts,
             nodes: self.nodes.values.clone(),
+            config_maps: self.config_maps.values.clone(),
             namespaces: self.namespaces.values.clone(),
             services: self.services.values.clone(),
             endpoint_slices: self.endpoint_slices.values.clone(),
@@ -117,6 +126,7 @@ impl Cluster {
         let mut problems: Vec<Problem> = self
             .nodes
             .problems()
+            .chain(self.config_maps.problems())
             .chain(self.namespaces.problems())
             .chain(self.services.problems())
             .chain(self.endpoint_slices.problems())

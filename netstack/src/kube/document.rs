@@ -8,10 +8,16 @@ use kube::core::DynamicResourceScope;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
+/// Namespace and name of the one ConfigMap that is read: where users of k3s and other clusters put DNS settings of their
+/// own.
+pub const CONFIG_MAP: (&str, &str) = ("kube-system", "coredns-custom");
+
 /// The kinds that are watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
     Node,
+    /// Only [`CONFIG_MAP`].
+    ConfigMap,
     Namespace,
     Service,
     EndpointSlice,
@@ -20,13 +26,21 @@ pub enum Kind {
 }
 
 impl Kind {
-    pub const ALL: [Self; 6] =
-        [Self::Node, Self::Namespace, Self::Service, Self::EndpointSlice, Self::Pod, Self::NetworkPolicy];
+    pub const ALL: [Self; 7] = [
+        Self::Node,
+        Self::ConfigMap,
+        Self::Namespace,
+        Self::Service,
+        Self::EndpointSlice,
+        Self::Pod,
+        Self::NetworkPolicy,
+    ];
 
     /// `kind` as manifests write it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Node => "Node",
+            Self::ConfigMap => "ConfigMap",
             Self::Namespace => "Namespace",
             Self::Service => "Service",
             Self::EndpointSlice => "EndpointSlice",
@@ -50,6 +64,7 @@ impl Kind {
     fn plural(self) -> &'static str {
         match self {
             Self::Node => "nodes",
+            Self::ConfigMap => "configmaps",
             Self::Namespace => "namespaces",
             Self::Service => "services",
             Self::EndpointSlice => "endpointslices",

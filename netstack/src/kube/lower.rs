@@ -11,8 +11,8 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use weft_model::constants::{ANNOTATION_PUBLIC_KEY, ANNOTATION_WIREGUARD_PORT};
 use weft_model::objects::{
-    Endpoint, EndpointPort, EndpointSlice, NamedPort, Namespace, Node, Pod, Protocol, Service, ServiceKind,
-    ServicePort, TrafficPolicy,
+    ConfigMap, Endpoint, EndpointPort, EndpointSlice, NamedPort, Namespace, Node, Pod, Protocol, Service,
+    ServiceKind, ServicePort, TrafficPolicy,
 };
 use weft_model::{NamespacedName, NodeName, ObjectRef, Problem, Reason};
 
@@ -64,6 +64,12 @@ pub fn node(document: &Value) -> Lowered<Node> {
             pod_cidrs,
             internal_ips,
         })
+    })
+}
+
+pub fn config_map(document: &Value) -> Lowered<ConfigMap> {
+    lower("ConfigMap", document, |wire: wire::ConfigMap, _| {
+        Some(ConfigMap { key: key(&wire.metadata), data: wire.data.unwrap_or_default() })
     })
 }
 

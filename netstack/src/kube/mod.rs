@@ -1,7 +1,7 @@
 //! The API server as an input: watches, lowering, and the one immutable Snapshot per generation.
 //!
 //! ```text
-//!  watch Nodes, Namespaces, Services, EndpointSlices, Pods, NetworkPolicies --Document--> lower (pure) --+
+//!  watch Nodes, Namespaces, Services, EndpointSlices, Pods, NetworkPolicies, one ConfigMap --Document--> lower (pure) --+
 //!  NodeFacts, attachments of CNI ---------------------------------------------------------------+--> Cluster --> Snapshot #g
 //!  last good Snapshot from the Store (until every watch has listed once) -------------------+
 //! ```
@@ -23,7 +23,7 @@ mod wire;
 
 pub use client::{Access, ClientError, Endpoint};
 pub use cluster::Cluster;
-pub use document::{Document, Kind};
+pub use document::{CONFIG_MAP, Document, Kind};
 pub use failure::{Address, ApiFailure, Distrust};
 pub use publish::{Identity, Publication, Publisher, publish};
 pub use version::ServerVersion;

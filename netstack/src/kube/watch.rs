@@ -21,7 +21,7 @@ use weft_model::{ClusterConfig, Generation, NodeFacts, Snapshot};
 
 use super::client::{Access, Current};
 use super::cluster::Cluster;
-use super::document::{Document, Kind};
+use super::document::{CONFIG_MAP, Document, Kind};
 use super::failure::{Address, ApiFailure};
 use super::version::ServerVersion;
 use crate::reconcile::{TaskGroup, chain};
@@ -103,14 +103,21 @@ pub fn start(
 
 type Events = SelectAll<Pin<Box<dyn Stream<Item = (Kind, watcher::Result<Event<Document>>)> + Send>>>;
 
-/// One watch a kind, of the whole cluster.
+/// One watch a kind. Every watch is of the whole cluster, except that of ConfigMaps it is one.
 fn watches(access: &Arc<Access>) -> Events {
     let watch = |kind: Kind| {
-        let config = watcher::Config::default().timeout(WATCH_SECONDS).page_size(PAGE_OBJECTS);
+        let mut config = watcher::Config::default().timeout(WATCH_SECONDS).page_size(PAGE_OBJECTS);
+        let (namespace, name) = CONFIG_MAP;
+        if kind == Kind::ConfigMap {
+            config = config.fields(&format!("metadata.name={name}"));
+        }
         let access = access.clone();
         stream::repeat_with(move || {
             let used = access.current();
-            let api: Api<Document> = Api::all_with(used.client.clone(), &kind);
+            let api: Api<Document> = match kind {
+                Kind::ConfigMap => Api::namespaced_with(used.client.clone(), namespace, &kind),
+                _ => Api::all_with(used.client.clone(), &kind),
+            };
             until_gone(watcher(api, config.clone()), access.clone(), used)
         })
         .flatten()
@@ -243,6 +250,7 @@ fn same_but_generation(a: &Snapshot, b: &Snapshot) -> bool {
         && same(&a.config, &b.config)
         && same(&a.facts, &b.facts)
         && same(&a.nodes, &b.nodes)
+        && same(&a.config_maps, &b.config_maps)
         && same(&a.namespaces, &b.namespaces)
         && same(&a.services, &b.services)
         && same(&a.endpoint_slices, &b.endpoint_slices)

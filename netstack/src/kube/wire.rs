@@ -60,6 +60,13 @@ pub(super) struct NodeAddress {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
+pub(super) struct ConfigMap {
+    pub metadata: Meta,
+    pub data: Option<Strings>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
 pub(super) struct Namespace {
     pub metadata: Meta,
 }

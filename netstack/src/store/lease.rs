@@ -71,6 +71,13 @@ impl Store {
         Ok(records)
     }
 
+    /// Whose address it is: the pod of its live lease, from ADD to DEL. `None` also for what cannot be read.
+    pub fn pod_of(&self, address: IpAddr) -> Option<PodKey> {
+        let record = self.leases.get(address.to_string()).ok()??;
+        let lease: Lease = serde_json::from_slice(&record).ok()?;
+        lease.pod.filter(|_| lease.released.is_none())
+    }
+
     /// Writes and deletes (`None`) records as one change, and waits until it is on the medium.
     pub fn write_leases(&self, changes: &BTreeMap<IpAddr, Option<Lease>>) -> Result<(), StoreError> {
         if changes.is_empty() {

@@ -101,6 +101,7 @@ fn snapshot() -> Snapshot {
             foreign_routes: vec![],
         }),
         nodes: Arc::new(BTreeMap::from([("n1".into(), Arc::new(node()))])),
+        config_maps: Default::default(),
         namespaces: Arc::default(),
         services: Arc::new(BTreeMap::from([(service().key.clone(), Arc::new(service()))])),
         endpoint_slices: Arc::default(),
@@ -139,6 +140,22 @@ fn leases_survive_a_restart() {
     drop(opened);
     let leases = open_when_free(&path).store.leases().unwrap();
     assert_eq!(leases, [(address("10.244.1.2"), lease("a")), (address("fd00::2"), lease("a"))].into());
+}
+
+#[test]
+fn an_address_is_its_pods_from_add_to_del() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(folder.path().join("store")).unwrap().store;
+    let pod = |text: &str| store.pod_of(address(text));
+    assert_eq!(pod("10.244.1.2"), None);
+    write(&store, "10.244.1.2", Some(lease("a")));
+    write(&store, "fd00::2", Some(lease("a")));
+    assert_eq!((pod("10.244.1.2"), pod("fd00::2")), (lease("a").pod, lease("a").pod));
+    write(&store, "10.244.1.2", Some(Lease { released: Some(Boottime::now()), ..lease("a") }));
+    assert_eq!(pod("10.244.1.2"), None, "released");
+    let other = Lease { pod: Some(PodKey::new("shop", "cart-0")), ..lease("b") };
+    write(&store, "10.244.1.2", Some(other.clone()));
+    assert_eq!(pod("10.244.1.2"), other.pod, "given out again");
 }
 
 /// The files as they are right after the call returned are what a crash would leave.

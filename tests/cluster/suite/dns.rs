@@ -19,6 +19,9 @@ pub(crate) const CASES: &[Case] = &[
     case("DNS answers over TCP", tcp),
     case("a host-network pod with ClusterFirstWithHostNet and the node itself are answered", host_network),
     case("the resolver reaches a pod on every node within its own node", every_node),
+    case("Nodes are found by their names, both families", nodes),
+    case("coredns-custom is followed on every node; a bad one keeps the good one and is named", custom),
+    case("autopath answers the first question of a pod's search path", autopath),
 ];
 
 const SUFFIX: &str = "suite.svc.cluster.local";
@@ -158,4 +161,73 @@ fn every_node(cluster: &Cluster) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+fn nodes(cluster: &Cluster) -> anyhow::Result<()> {
+    let client = cluster.pod_on("tools", "node1")?;
+    for node in ["node1", "node2", "node3"] {
+        for (kind, address) in ["A", "AAAA"].into_iter().zip(Cluster::node_addresses(node)) {
+            let said = cluster.in_pod(&client.name, &format!("dig +short {node}. {kind}"))?;
+            ensure!(said.trim() == address, "{node} {kind}: {said}");
+        }
+    }
+    Ok(())
+}
+
+/// The ConfigMap with one `.override`.
+fn config_map(text: &str) -> String {
+    let indented: String = text.lines().map(|line| format!("    {line}\n")).collect();
+    format!(
+        "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: coredns-custom, namespace: kube-system}}\ndata:\n  suite.override: |\n{indented}"
+    )
+}
+
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
+
+fn custom(cluster: &Cluster) -> anyhow::Result<()> {
+    let good = config_map(
+        "hosts {\n  192.0.2.7 printer.suite\n  fallthrough\n}\nrewrite name other.suite echo.suite.svc.cluster.local",
+    );
+    let bad = config_map("hosts {\n  192.0.2.999 printer.suite\n}");
+    cluster.apply(&good)?;
+    let echo = cluster.cluster_ips("echo")?;
+    let clients = cluster.pods("tools")?;
+    let answers = |name: &str, expected: &str| {
+        clients.iter().try_for_each(|client| {
+            let said = cluster.in_pod(&client.name, &format!("dig +short {name}. A"))?;
+            ensure!(said.trim() == expected, "{name} on {}: {said}", client.node);
+            Ok(())
+        })
+    };
+    cluster.within(PATIENCE, "the ConfigMap on every node", || {
+        answers("printer.suite", "192.0.2.7")?;
+        answers("other.suite", &echo[0])
+    })?;
+    cluster.apply(&bad)?;
+    cluster.within(PATIENCE, "the Problem", || {
+        let status = cluster.status("node2")?.to_string();
+        ensure!(status.contains("data[suite.override] line 2"), "{status}");
+        Ok(())
+    })?;
+    answers("printer.suite", "192.0.2.7")?;
+    cluster.delete(&good)?;
+    cluster.within(PATIENCE, "the end of it", || {
+        let said = cluster.in_pod(&clients[0].name, "dig printer.suite. A")?;
+        ensure!(!said.contains("192.0.2.7"), "{said}");
+        Ok(())
+    })
+}
+
+fn autopath(cluster: &Cluster) -> anyhow::Result<()> {
+    let map = config_map("autopath @kubernetes\nhosts {\n  192.0.2.8 www.outside.suite\n  fallthrough\n}");
+    cluster.apply(&map)?;
+    let client = cluster.pod_on("tools", "node1")?;
+    cluster.within(PATIENCE, "an alias to the last name of the path", || {
+        let said = cluster.in_pod(&client.name, &format!("dig +short www.outside.suite.{SUFFIX}. A"))?;
+        ensure!(said.lines().eq(["www.outside.suite.", "192.0.2.8"]), "{said}");
+        Ok(())
+    })?;
+    let said = cluster.in_pod(&client.name, "getent ahostsv4 www.outside.suite")?;
+    ensure!(lines(&said) == BTreeSet::from(["192.0.2.8".to_owned()]), "{said}");
+    cluster.delete(&map).map(drop)
 }

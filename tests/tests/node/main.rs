@@ -4,6 +4,7 @@
 mod api_away;
 mod cleanup;
 mod cni;
+mod custom_dns;
 mod faults;
 mod not_ready;
 mod objects;

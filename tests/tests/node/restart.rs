@@ -114,6 +114,37 @@ fn a_look_up_during_a_restart_is_answered_when_it_is_asked_again() {
     });
 }
 
+/// systemd's own tool plays the manager that kept the socket: it starts the agent when somebody asks, with the socket that the
+/// question waits in (sd_listen_fds(3)). One try, so no retry can be what is answered.
+#[test]
+fn a_look_up_waits_in_a_socket_that_the_service_manager_kept() {
+    let manager = "systemd-socket-activate";
+    if std::process::Command::new(manager).arg("--version").output().is_err() {
+        eprintln!("SKIPPED: there is no {manager}");
+        return;
+    }
+    inside(|| {
+        let mut node = busy_node();
+        node.end_agent(Signal::SIGKILL);
+        let agent = node.agent_command();
+        let mut command = std::process::Command::new(manager);
+        command.args(["--datagram", "--listen", &format!("{}:53", DNS[0])]);
+        command.arg(agent.get_program()).args(agent.get_args());
+        node.start_agent_with(&mut command);
+        std::thread::sleep(Duration::from_millis(500));
+        let mut dig = std::process::Command::new("dig");
+        let said = run(dig.args(["+short", "+time=5", "+tries=1", &format!("@{}", DNS[0]), NAME, "A"]));
+        assert_ne!(said.trim(), "", "no such name");
+        node.await_ready();
+        assert_eq!(dig_all(), [1, 1], "the socket goes on, and the other address has one of its own");
+    });
+}
+
+/// How many answers each DNS address gives.
+fn dig_all() -> [usize; 2] {
+    [dig(DNS[0], NAME, "A").len(), dig(DNS[1], NAME, "AAAA").len()]
+}
+
 #[test]
 fn a_pod_reaches_the_node_while_no_agent_runs() {
     inside(|| {

@@ -56,6 +56,7 @@ fn snapshot(from_store: bool) -> Snapshot {
         config: Arc::new(config),
         facts: Arc::new(facts),
         nodes: Arc::new(BTreeMap::from([(node.name.clone(), Arc::new(node))])),
+        config_maps: Default::default(),
         namespaces: Arc::default(),
         services: Arc::default(),
         endpoint_slices: Arc::default(),

@@ -151,6 +151,7 @@ pub(in crate::cni) fn snapshot(pod_cidrs: &[&str]) -> Snapshot {
             foreign_routes: vec![],
         }),
         nodes: Arc::new(BTreeMap::from([(name, Arc::new(node))])),
+        config_maps: Default::default(),
         namespaces: Arc::default(),
         services: Arc::default(),
         endpoint_slices: Arc::default(),

@@ -39,7 +39,7 @@ type Shared = Arc<Mutex<Server>>;
 
 fn plural(path: &str) -> Option<&'static str> {
     let last = path.rsplit('/').next()?;
-    ["nodes", "namespaces", "services", "endpointslices", "pods", "networkpolicies"]
+    ["nodes", "configmaps", "namespaces", "services", "endpointslices", "pods", "networkpolicies"]
         .into_iter()
         .find(|kind| *kind == last)
 }
@@ -259,6 +259,12 @@ async fn the_first_snapshot_comes_when_every_watch_has_listed() {
     let lists: Vec<&String> = server.lists().collect();
     assert_eq!(lists.len(), Kind::ALL.len());
     assert!(lists.iter().any(|list| list.starts_with("/apis/networking.k8s.io/v1/networkpolicies?")));
+    let of_config_map = "/api/v1/namespaces/kube-system/configmaps?";
+    assert!(
+        lists
+            .iter()
+            .any(|list| list.starts_with(of_config_map) && list.contains("metadata.name%3Dcoredns-custom"))
+    );
     assert!(lists.iter().any(|list| list.starts_with("/apis/discovery.k8s.io/v1/endpointslices?")));
 }
 

@@ -67,6 +67,7 @@ pub(in crate::overlay) fn snapshot(nodes: Vec<Node>) -> Snapshot {
         config: Arc::new(config),
         facts: Arc::new(facts),
         nodes: Arc::new(nodes.into_iter().map(|node| (node.name.clone(), Arc::new(node))).collect()),
+        config_maps: Default::default(),
         namespaces: Arc::default(),
         services: Arc::default(),
         endpoint_slices: Arc::default(),

@@ -84,6 +84,7 @@ fn cluster(services: Vec<Service>, slices: Vec<EndpointSlice>) -> Snapshot {
         config: Arc::new(config),
         facts: Arc::new(facts),
         nodes: Arc::new(BTreeMap::from([(NodeName::from("node-a"), Arc::new(node))])),
+        config_maps: Default::default(),
         namespaces: Arc::default(),
         services: Arc::new(services.into_iter().map(|s| (s.key.clone(), Arc::new(s))).collect()),
         endpoint_slices: Arc::new(slices.into_iter().map(|s| (s.key.clone(), Arc::new(s))).collect()),

@@ -56,6 +56,7 @@ fn snapshot(generation: u64) -> Option<Arc<Snapshot>> {
             foreign_routes: vec![],
         }),
         nodes: Arc::default(),
+        config_maps: Default::default(),
         namespaces: Arc::default(),
         services: Arc::default(),
         endpoint_slices: Arc::default(),

@@ -1,0 +1,180 @@
+//! One UDP socket and the thread that serves it: whole batches in and out, nothing else on its way.
+//!
+//! ```text
+//!  recvmmsg -> each: fast::answer under one read lock, or a kept answer of an upstream -> sendmmsg
+//!                    what it leaves -> a task of its own on the runtime: Resolver::exchange -> sendto
+//! ```
+//!
+//! A blocking thread, because a runtime's other work would delay it. The tasks are bounded, in all and for each client:
+//! beyond that a datagram is dropped, never waited for.
+
+use std::io;
+use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use hickory_proto::op::ResponseCode;
+use hickory_server::net::xfer::Protocol;
+use nix::sys::socket::{MsgFlags, SockaddrStorage, sendto};
+use tokio::runtime::Handle;
+use tokio::task::JoinSet;
+use weft_netstack::kernel::datagram::{Batch, Datagram};
+
+use crate::custom::Custom;
+use crate::fast::{self, Asked, Outcome};
+use crate::quota::Quota;
+use crate::serve::{Resolver, undeserving};
+use crate::stats::Dropped;
+use crate::store::Reading;
+
+/// How often a thread without datagrams looks whether it is to end.
+const LOOK: Duration = Duration::from_millis(100);
+/// Pause after a failed receive, so that a broken socket costs no whole core.
+const RECEIVE_PAUSE: Duration = Duration::from_millis(10);
+/// Questions of one socket that wait for an answer that is not at hand.
+const MAX_WAITING: usize = 2048;
+/// Of one client.
+const MAX_WAITING_PER_CLIENT: usize = 256;
+
+/// A socket that is answered until this is dropped.
+pub(super) struct Server {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+}
+
+impl Server {
+    /// Needs a tokio runtime, for what takes longer.
+    pub(super) fn start(socket: UdpSocket, resolver: Arc<Resolver>) -> io::Result<Self> {
+        socket.set_nonblocking(false)?;
+        socket.set_read_timeout(Some(LOOK))?;
+        let stop = Arc::<AtomicBool>::default();
+        let mut serving = Serving {
+            socket: Arc::new(socket),
+            resolver,
+            runtime: Handle::current(),
+            quota: Quota::new(MAX_WAITING_PER_CLIENT),
+            waiting: JoinSet::new(),
+        };
+        let told = stop.clone();
+        let thread = std::thread::Builder::new().name("dns-udp".to_owned()).spawn(move || {
+            let mut batch = Batch::default();
+            while !told.load(Ordering::Relaxed) {
+                serving.turn(&mut batch);
+            }
+        })?;
+        Ok(Self { stop, thread })
+    }
+
+    pub(super) fn has_ended(&self) -> bool {
+        self.thread.is_finished()
+    }
+}
+
+impl Drop for Server {
+    /// The thread closes the socket when it looks next.
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+struct Serving {
+    socket: Arc<UdpSocket>,
+    resolver: Arc<Resolver>,
+    runtime: Handle,
+    quota: Quota,
+    waiting: JoinSet<()>,
+}
+
+impl Serving {
+    /// Waits for one batch and answers it.
+    fn turn(&mut self, batch: &mut Batch) {
+        match batch.receive(&self.socket) {
+            Ok(0) => {}
+            Ok(_) => self.answer(batch),
+            Err(error) if is_about_a_reply(&error) => {}
+            Err(error) => {
+                tracing::debug!(%error, "DNS datagrams not received");
+                std::thread::sleep(RECEIVE_PAUSE);
+            }
+        }
+    }
+
+    fn answer(&mut self, batch: &mut Batch) {
+        let now = Instant::now();
+        let mut left = Vec::new();
+        {
+            let custom = self.resolver.custom();
+            let reading = self.resolver.store().read();
+            for datagram in batch.datagrams() {
+                if let Some(other) = answer_one(&self.resolver, &custom, &reading, now, datagram) {
+                    left.push(other);
+                }
+            }
+        }
+        let unsent = batch.send_replies(&self.socket);
+        self.resolver.stats().count_many_dropped(Dropped::Unsent, unsent);
+        left.into_iter().for_each(|(bytes, client)| self.defer(bytes, client));
+    }
+
+    /// Answers in a task of its own, if there is a place.
+    fn defer(&mut self, bytes: Vec<u8>, client: SocketAddr) {
+        while self.waiting.try_join_next().is_some() {}
+        let share = self.quota.take(client.ip()).filter(|_| self.waiting.len() < MAX_WAITING);
+        let Some(share) = share else {
+            self.resolver.stats().count_dropped(Dropped::Busy);
+            return;
+        };
+        let (resolver, socket) = (self.resolver.clone(), self.socket.clone());
+        let work = async move {
+            let _held = share;
+            if let Some(reply) = resolver.exchange(bytes, client, Protocol::Udp).await {
+                let to = SockaddrStorage::from(client);
+                if let Err(error) = sendto(socket.as_raw_fd(), &reply, &to, MsgFlags::MSG_DONTWAIT) {
+                    tracing::debug!(%client, %error, "answer not sent");
+                    resolver.stats().count_dropped(Dropped::Unsent);
+                }
+            }
+        };
+        self.waiting.spawn_on(work, &self.runtime);
+    }
+}
+
+/// Answers into the datagram's reply what is asked all the time; returns a copy of anything else.
+fn answer_one(
+    resolver: &Resolver,
+    custom: &Custom,
+    reading: &Reading<'_>,
+    now: Instant,
+    datagram: Datagram<'_>,
+) -> Option<(Vec<u8>, SocketAddr)> {
+    let client = datagram.from?;
+    if let Some(reason) = undeserving(datagram.bytes, client) {
+        resolver.stats().count_dropped(reason);
+        return None;
+    }
+    let asked = if datagram.cut { None } else { Asked::read(datagram.bytes) };
+    let asked = asked.filter(|asked| !custom.concerns(asked.name()));
+    let code =
+        asked.and_then(|asked| match fast::answer(&asked, reading, resolver.next_turn(), datagram.reply) {
+            // A search path may lead on from here.
+            Outcome::Answered(ResponseCode::NXDomain) if custom.walks_paths() => {
+                datagram.reply.clear();
+                None
+            }
+            Outcome::Answered(code) => Some(code),
+            Outcome::Elsewhere => resolver.forwarder().answer_cached(&asked, now, datagram.reply),
+            Outcome::Other => None,
+        });
+    let Some(code) = code else { return Some((datagram.bytes.to_vec(), client)) };
+    resolver.stats().count_response(code);
+    None
+}
+
+/// The network said that an earlier reply did not arrive: the client is gone.
+fn is_about_a_reply(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionRefused, HostUnreachable, NetworkUnreachable};
+    matches!(error.kind(), ConnectionRefused | HostUnreachable | NetworkUnreachable)
+}

@@ -1,0 +1,63 @@
+//! What users write into the ConfigMap `coredns-custom`, from the API server to a resolver, and over a restart.
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use weft_tests::node::{DNS, NODE, Node, UPLINK_ADDRESSES, dig, inside, run, until};
+
+const CONFIG_MAPS: &str = "/api/v1/namespaces/kube-system/configmaps";
+const NAME: &str = "coredns-custom";
+
+fn config_map(text: &str) -> Value {
+    json!({"metadata": {"name": NAME}, "data": {"lan.override": text}})
+}
+
+fn hosts(address: &str) -> String {
+    format!("hosts {{\n  {address} printer.lan\n  fallthrough\n}}\n")
+}
+
+fn answered(address: &str) -> bool {
+    DNS.iter().all(|server| dig(server, "printer.lan", "A") == [address])
+}
+
+#[test]
+fn the_config_map_is_followed_and_outlives_the_api_server_and_the_agent() {
+    inside(|| {
+        let mut node = Node::running();
+        node.api().create(CONFIG_MAPS, &config_map(&hosts("192.0.2.7")));
+        until("the first hosts", || answered("192.0.2.7"));
+        node.api().merge(CONFIG_MAPS, NAME, &config_map(&hosts("192.0.2.8")));
+        until("the changed hosts", || answered("192.0.2.8"));
+        node.api().merge(CONFIG_MAPS, NAME, &config_map(&hosts("192.0.2")));
+        until("the problem", || {
+            node.problems().iter().any(|problem| problem.contains("data[lan.override] line 2: "))
+        });
+        assert!(answered("192.0.2.8"), "what was good stays");
+        node.api().merge(CONFIG_MAPS, NAME, &config_map(&hosts("192.0.2.9")));
+        until("the corrected hosts", || answered("192.0.2.9"));
+        assert_eq!(node.problems(), Vec::<String>::new());
+        // SIGTERM saves the last good Snapshot.
+        node.stop_server();
+        node.end_agent(Signal::SIGTERM);
+        node.start_agent();
+        until("the hosts without the API server", || answered("192.0.2.9"));
+    });
+}
+
+#[test]
+fn a_node_is_found_by_its_name_and_an_explanation_needs_a_pod_of_the_node() {
+    inside(|| {
+        let node = Node::running();
+        until("the Node's name", || {
+            DNS.iter().all(|server| {
+                let [v4, v6] = UPLINK_ADDRESSES;
+                dig(server, NODE, "A") == [v4] && dig(server, NODE, "AAAA") == [v6]
+            })
+        });
+        let mut explain = node.weft("dns");
+        explain.args(["explain", "absent", "kubernetes", "--run-dir"]).arg(node.path("run"));
+        let said = String::from_utf8_lossy(&explain.output().expect("run weft").stderr).into_owned();
+        assert!(said.contains("pod default/absent has no address on this node"), "{said}");
+        let help = run(node.weft("dns").args(["explain", "--help"]));
+        assert!(help.contains("Name of a pod on this node"), "{help}");
+    });
+}
