@@ -57,22 +57,8 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
         public_key: tunnel::public_key(private_key),
         wireguard_port: config.cluster.wireguard_port,
     };
-    let dns = weft_dns::start(
-        &config.cluster,
-        weft_dns::Options { resolv_conf: config.resolv_conf.clone(), ..weft_dns::Options::default() },
-        handover::from_environment(),
-        Arc::new({
-            let leases = leases.clone();
-            move |address| leases.pod_of(address).map(|pod| pod.namespace)
-        }),
-    );
-    let netlink = Rtnetlink::connect().context("open an rtnetlink socket")?;
-    let overlay =
-        OverlayApplier::new(netlink.handle.clone(), config.run_dir.clone(), config.state_dir.clone());
-    tasks.start("netlink", async move {
-        let _alive = netlink;
-        std::future::pending().await
-    });
+    let dns = start_dns(config, leases.clone());
+    let overlay = overlay_applier(config, tasks)?;
     let mut loops = Loops { tasks, snapshots: snapshots.clone(), handles: Vec::new() };
     // The tunnel is a process of its own and may come late: pods wait for this loop, so it is not tried rarely.
     let impatient = Pace { max_backoff: Duration::from_secs(1), ..Pace::default() };
@@ -176,6 +162,25 @@ impl Loops<'_> {
         self.handles.push(handle.clone());
         handle
     }
+}
+
+fn start_dns(config: &Config, leases: Arc<Store>) -> weft_dns::Dns {
+    let options =
+        weft_dns::Options { resolv_conf: config.resolv_conf.clone(), ..weft_dns::Options::default() };
+    let namespace_of = move |address| leases.pod_of(address).map(|pod| pod.namespace);
+    weft_dns::start(&config.cluster, options, handover::from_environment(), Arc::new(namespace_of))
+}
+
+/// Its netlink connection lives as long as the agent.
+fn overlay_applier(config: &Config, tasks: &mut TaskGroup) -> anyhow::Result<OverlayApplier> {
+    let netlink = Rtnetlink::connect().context("open an rtnetlink socket")?;
+    let overlay =
+        OverlayApplier::new(netlink.handle.clone(), config.run_dir.clone(), config.state_dir.clone());
+    tasks.start("netlink", async move {
+        let _alive = netlink;
+        std::future::pending().await
+    });
+    Ok(overlay)
 }
 
 /// What others take away is put back at once, not at the next drift check.
