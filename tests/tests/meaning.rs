@@ -251,7 +251,7 @@ fn service(i: usize) -> impl Strategy<Value = Service> {
 fn hints(hinted: bool) -> impl Strategy<Value = BTreeSet<&'static str>> {
     let given = subsequence(vec![OWN, OTHER], 1..=2).prop_map(BTreeSet::from_iter);
     if hinted {
-        prop_oneof![1 => Just(BTreeSet::new()), 30 => given].boxed()
+        prop_oneof![1 => Just(BTreeSet::new()), 6 => given].boxed()
     } else {
         Just(BTreeSet::new()).boxed()
     }

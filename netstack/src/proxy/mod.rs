@@ -10,13 +10,15 @@
 //! ```
 //!
 //! One Service changes only its own elements: `service` lowers one Service and its slices (pure, memoised by `plan`) with
-//! `endpoints` (who may answer) and `external` (which addresses it may have), `layout` holds the chains and the shape of the
-//! maps, `apply` commits them and removes the UDP flows (`stale`) and the affinity of clients (`affinity`) that would keep to a
-//! gone endpoint; `health` tells load balancers.
+//! `endpoints` (who may answer) and `external` (which addresses it may have); `claims` says who has what two Services want;
+//! `layout` holds the shape of the table, `emission` what a Service puts into it. `apply` commits it and removes the UDP flows
+//! (`stale`) and the affinity of clients (`affinity`) that would keep to a gone endpoint; `health` tells load balancers.
 
 mod affinity;
 mod apply;
+mod claims;
 mod contradictions;
+mod emission;
 mod endpoints;
 mod external;
 mod health;

@@ -14,11 +14,13 @@ use weft_model::snapshot::{Objects, changes};
 use weft_model::{NamespacedName, ObjectRef, Planned, Problem, Reason, ServiceKey, Snapshot};
 
 use super::affinity::{AffinityTargets, Sticky};
+use super::claims::{Claims, Rival, conflict};
 use super::contradictions;
+use super::emission::{Emission, Shared};
 use super::endpoints::Here;
 use super::external::Guard;
 use super::health::HealthChecks;
-use super::layout::{self, Emission, SetName, Shared, Site};
+use super::layout::{self, SetName, Site};
 use super::service::{self, Claim, Holding, LocalEndpoints, ServicePlan, Target, View};
 use super::stale::{UdpDestination, UdpTargets};
 use crate::reconcile::Planner;
@@ -46,7 +48,7 @@ pub struct ProxyPlanner {
     slices: Objects<SliceKey, EndpointSlice>,
     by_service: BTreeMap<ServiceKey, BTreeMap<SliceKey, Arc<EndpointSlice>>>,
     planned: BTreeMap<ServiceKey, ServicePlan>,
-    claims: BTreeMap<Claim, BTreeSet<Claimant>>,
+    claims: Claims,
     emitted: BTreeMap<ServiceKey, Emitted>,
     shared: BTreeMap<Shared, usize>,
     hairpins: BTreeMap<IpAddr, usize>,
@@ -69,14 +71,6 @@ struct Emitted {
     own_chains: BTreeSet<String>,
     own_sets: BTreeSet<String>,
     hairpins: BTreeSet<IpAddr>,
-}
-
-/// Who wants something, in the order in which they get it.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Claimant {
-    external: bool,
-    created: i64,
-    key: ServiceKey,
 }
 
 impl Planner for ProxyPlanner {
@@ -213,21 +207,12 @@ impl ProxyPlanner {
             let Some(plan) = plan else {
                 continue;
             };
+            let claimant = (plan.created, &key);
             for (claim, holding) in plan.holdings {
-                let claimants = self.claims.entry(claim.clone()).or_default();
-                let claimant =
-                    Claimant { external: holding.is_external(), created: plan.created, key: key.clone() };
-                // Nobody minds another port of an address outside the cluster.
-                let concerns = holding != Holding::External;
-                if wanted {
-                    claimants.insert(claimant);
-                } else {
-                    claimants.remove(&claimant);
-                }
-                affected.extend(claimants.iter().filter(|_| concerns).map(|claimant| claimant.key.clone()));
-                if claimants.is_empty() {
-                    self.claims.remove(&claim);
-                }
+                affected.extend(match wanted {
+                    true => self.claims.raise(claim, &holding, claimant),
+                    false => self.claims.drop(&claim, &holding, claimant),
+                });
             }
         }
         affected.insert(key);
@@ -247,9 +232,11 @@ impl ProxyPlanner {
             hairpins.clone_from(&plan.hairpins);
             let mut held = BTreeMap::new();
             for (claim, holding) in &plan.holdings {
-                match self.rival(key, claim, holding) {
-                    Some(winner) => problems.push(conflict(key, claim, winner)),
+                match self.claims.rival(key, claim, holding) {
                     None => drop(held.insert(claim, holding)),
+                    Some(Rival { winner, of_address: false }) => problems.push(conflict(key, claim, winner)),
+                    // Said once, of the address.
+                    Some(Rival { of_address: true, .. }) => {}
                 }
             }
             for (claim, holding) in &held {
@@ -271,21 +258,6 @@ impl ProxyPlanner {
         self.replace_affinity(key, sticky);
         self.replace_health(key, checked);
         self.replace_elements(key, emission, hairpins);
-    }
-
-    /// The Service that has what `key` claims.
-    fn rival(&self, key: &ServiceKey, claim: &Claim, holding: &Holding) -> Option<&ServiceKey> {
-        let first = |claim: &Claim| self.claims.get(claim).and_then(BTreeSet::first);
-        let winner = match (claim, holding) {
-            (Claim::Address(ip), Holding::External) | (Claim::Vip(ip, ..), _) if holding.is_external() => {
-                first(&Claim::Address(*ip)).filter(|claimant| !claimant.external).or_else(|| match holding {
-                    Holding::External => None,
-                    _ => first(claim),
-                })
-            }
-            _ => first(claim),
-        };
-        winner.map(|claimant| &claimant.key).filter(|winner| *winner != key)
     }
 
     fn replace_health(&mut self, key: &ServiceKey, checked: Option<(u16, LocalEndpoints)>) {
@@ -431,22 +403,6 @@ fn count_down<K: Ord>(counts: &mut BTreeMap<K, usize>, key: &K) -> bool {
         counts.remove(key);
     }
     gone
-}
-
-fn conflict(key: &ServiceKey, claim: &Claim, winner: &ServiceKey) -> Problem {
-    let what = match claim {
-        Claim::Address(ip) => format!("address {ip}"),
-        Claim::Vip(ip, protocol, port) => format!("{} port {port} of {ip}", protocol.name()),
-        Claim::NodePort { ipv6, protocol, port } => {
-            format!("IPv{} {} nodePort {port}", if *ipv6 { 6 } else { 4 }, protocol.name())
-        }
-        Claim::HealthCheck(port) => format!("healthCheckNodePort {port}"),
-    };
-    Problem::new(
-        ObjectRef::new("Service", &key.namespace, &key.name),
-        Reason::Conflict,
-        format!("{what} belongs to Service {winner}; give one of the two another"),
-    )
 }
 
 /// Who may answer at a UDP destination; `None` for what is not UDP or not ours.

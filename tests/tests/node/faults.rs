@@ -14,9 +14,14 @@ use crate::objects::{self, NODES, SERVICES, SLICES};
 const NAME: &str = "kubernetes.default.svc.cluster.local";
 
 fn health() -> String {
-    let Ok(mut stream) = TcpStream::connect("127.0.0.1:9470") else { return String::new() };
+    ask("127.0.0.1:9470", "/healthz")
+}
+
+/// The whole answer; nothing when nobody listens.
+fn ask(address: &str, path: &str) -> String {
+    let Ok(mut stream) = TcpStream::connect(address) else { return String::new() };
     let mut answer = String::new();
-    let asked = stream.write_all(b"GET /healthz HTTP/1.0\r\n\r\n");
+    let asked = stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes());
     let read = stream.set_read_timeout(Some(std::time::Duration::from_secs(2)));
     let _ = asked.and(read).and_then(|()| stream.read_to_string(&mut answer));
     answer
@@ -45,6 +50,26 @@ fn a_taken_metrics_port_is_named_and_the_rest_works() {
         node.add_pod("pod1");
         drop(taken);
         until("the metrics", || health().ends_with("ok\n"));
+    });
+}
+
+#[test]
+fn load_balancers_hear_that_a_node_is_well_until_it_is_about_to_go() {
+    inside(|| {
+        let at = |path: &str| ask("127.0.0.1:10256", path);
+        let taken = TcpListener::bind("0.0.0.0:10256").unwrap();
+        let node = started(|_| {});
+        node.await_ready();
+        let said = node.status()["parts"]["proxy health"].to_string();
+        assert!(said.contains("0.0.0.0:10256") && said.contains("--proxy-health-address"), "{said}");
+        drop(taken);
+        until("a well node", || at("/healthz").starts_with("HTTP/1.1 200"));
+        let taint =
+            json!({"spec": {"taints": [{"key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule"}]}});
+        node.api().merge(NODES, NODE, &taint);
+        until("a node about to go", || at("/healthz").starts_with("HTTP/1.1 503"));
+        assert!(at("/healthz").contains("\"nodeEligible\":false"), "{}", at("/healthz"));
+        assert!(at("/livez").starts_with("HTTP/1.1 200"), "{}", at("/livez"));
     });
 }
 

@@ -1,0 +1,104 @@
+//! Who has what only one Service can have. In: claims, as Services raise and drop them. Out: the rival that goes before, and whom
+//! a change concerns. Pure.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use weft_model::{ObjectRef, Problem, Reason, ServiceKey};
+
+use super::service::{Claim, Holding};
+
+/// Who wants something, in the order in which they get it: a ClusterIP before addresses outside the cluster, the older Service
+/// before the younger.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Claimant {
+    external: bool,
+    created: i64,
+    key: ServiceKey,
+}
+
+#[derive(Default)]
+pub(super) struct Claims {
+    claimants: BTreeMap<Claim, BTreeSet<Claimant>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Rival<'a> {
+    pub winner: &'a ServiceKey,
+    /// It has the address as a ClusterIP, and so every port of it.
+    pub of_address: bool,
+}
+
+impl Claims {
+    /// Returns whom it concerns.
+    pub(super) fn raise(
+        &mut self,
+        claim: Claim,
+        holding: &Holding,
+        (created, key): (i64, &ServiceKey),
+    ) -> Vec<ServiceKey> {
+        let claimants = self.claimants.entry(claim).or_default();
+        claimants.insert(Claimant { external: holding.is_external(), created, key: key.clone() });
+        concerned(claimants, holding)
+    }
+
+    /// Returns whom it concerns.
+    pub(super) fn drop(
+        &mut self,
+        claim: &Claim,
+        holding: &Holding,
+        (created, key): (i64, &ServiceKey),
+    ) -> Vec<ServiceKey> {
+        let Some(claimants) = self.claimants.get_mut(claim) else {
+            return Vec::new();
+        };
+        claimants.remove(&Claimant { external: holding.is_external(), created, key: key.clone() });
+        let concerned = concerned(claimants, holding);
+        if claimants.is_empty() {
+            self.claimants.remove(claim);
+        }
+        concerned
+    }
+
+    /// The Service that has what `key` claims.
+    pub(super) fn rival(&self, key: &ServiceKey, claim: &Claim, holding: &Holding) -> Option<Rival<'_>> {
+        let first = |claim: &Claim| self.claimants.get(claim).and_then(BTreeSet::first);
+        let other = |claimant: &&Claimant| claimant.key != *key;
+        if let (Claim::Vip(ip, ..), true) = (claim, holding.is_external()) {
+            let owner = first(&Claim::Address(*ip)).filter(|claimant| !claimant.external).filter(other);
+            if let Some(owner) = owner {
+                return Some(Rival { winner: &owner.key, of_address: true });
+            }
+        }
+        // Services share an address outside the cluster, each with its own ports.
+        let shares = |claimant: &&Claimant| *holding == Holding::External && claimant.external;
+        let winner = first(claim).filter(|claimant| !shares(claimant)).filter(other)?;
+        Some(Rival { winner: &winner.key, of_address: false })
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_empty(&self) -> bool {
+        self.claimants.is_empty()
+    }
+}
+
+/// Nobody minds another Service at an address outside the cluster; else all claimants do.
+fn concerned(claimants: &BTreeSet<Claimant>, holding: &Holding) -> Vec<ServiceKey> {
+    let concerned = claimants.iter().filter(|_| *holding != Holding::External);
+    concerned.map(|claimant| claimant.key.clone()).collect()
+}
+
+pub(super) fn conflict(key: &ServiceKey, claim: &Claim, winner: &ServiceKey) -> Problem {
+    let what = match claim {
+        Claim::Address(ip) => format!("address {ip}"),
+        Claim::Vip(ip, protocol, port) => format!("{} port {port} of {ip}", protocol.name()),
+        Claim::NodePort { ipv6, protocol, port } => {
+            format!("IPv{} {} nodePort {port}", if *ipv6 { 6 } else { 4 }, protocol.name())
+        }
+        Claim::HealthCheck(port) => format!("healthCheckNodePort {port}"),
+    };
+    Problem::new(
+        ObjectRef::new("Service", &key.namespace, &key.name),
+        Reason::Conflict,
+        format!("{what} belongs to Service {winner}; give one of the two another"),
+    )
+}
