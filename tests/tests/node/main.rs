@@ -7,6 +7,7 @@ mod cni;
 mod faults;
 mod not_ready;
 mod objects;
+mod policy;
 mod refusals;
 mod restart;
 mod rights;
