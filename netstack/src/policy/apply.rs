@@ -15,7 +15,12 @@ pub struct PolicyApplier {
     table: NftTable,
     /// Connections that are denied now may still stand: the last look at them failed, or there was none yet.
     unseen: bool,
+    /// Passes for which rules of an earlier agent are still preferred to a plan from the Store; none once a plan was applied.
+    patience: u32,
 }
+
+/// With the loop's pauses some seconds: the API server, when it is there, answers much sooner.
+const PATIENCE_PASSES: u32 = 8;
 
 impl Default for PolicyApplier {
     fn default() -> Self {
@@ -25,7 +30,7 @@ impl Default for PolicyApplier {
 
 impl PolicyApplier {
     pub fn new() -> Self {
-        Self { table: NftTable::new(TABLE_POLICY), unseen: true }
+        Self { table: NftTable::new(TABLE_POLICY), unseen: true, patience: PATIENCE_PASSES }
     }
 }
 
@@ -34,8 +39,17 @@ impl Applier for PolicyApplier {
 
     async fn apply(&mut self, plan: &PolicyPlan, trust: Trust) -> Applied {
         let mut applied = Applied::default();
+        if plan.provisional && self.stands_by_earlier_rules() {
+            let waiting =
+                "the rules of before the restart stay until the API server tells the policies of now";
+            applied.failed.push(waiting.to_owned());
+            return applied;
+        }
         match self.table.apply(&plan.table, trust) {
-            Ok(changed) => applied.changed = changed,
+            Ok(changed) => {
+                self.patience = 0;
+                applied.changed = changed;
+            }
             Err(error) => {
                 // Under the old rules what is cut would come back.
                 applied.failed.push(format!("table {TABLE_POLICY}: {}", chain(&error)));
@@ -56,6 +70,21 @@ impl Applier for PolicyApplier {
         }
         applied.details = details(plan);
         applied
+    }
+}
+
+impl PolicyApplier {
+    /// An agent that starts anew finds rules that may deny more than the Store knows. They are replaced by what it knows only when
+    /// the API server stays away; a node that has booted has none.
+    fn stands_by_earlier_rules(&mut self) -> bool {
+        if self.patience == 0 {
+            return false;
+        }
+        self.patience -= 1;
+        [false, true].into_iter().any(|ipv6| {
+            let isolated = self.table.elements(&SubjectSet::Isolated.name(ipv6));
+            isolated.is_ok_and(|isolated| !isolated.is_empty())
+        })
     }
 }
 

@@ -12,7 +12,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
-use weft_model::objects::{Pod, Protocol, host_address};
+use weft_model::objects::{Node, Pod, Protocol, host_address};
 use weft_model::{PodKey, Snapshot};
 
 use super::directory::{Directory, Subject};
@@ -100,27 +100,39 @@ impl Case<'_> {
         }
         let other = |address| (address, self.directory.bearers(address));
         let mut allowed = true;
-        for (direction, subject, (address, bearers)) in
-            [(Direction::Egress, self.source, other(to)), (Direction::Ingress, self.destination, other(from))]
-        {
+        for (direction, own, subject, (address, bearers)) in [
+            (Direction::Egress, from, self.source, other(to)),
+            (Direction::Ingress, to, self.destination, other(from)),
+        ] {
             let other = Other { address, bearers: &bearers, protocol: protocol.number(), port };
-            allowed &= self.side(direction, subject, &other, text);
+            allowed &= self.side(direction, own, subject, &other, text);
         }
         text.push_str(if allowed { "  allowed\n" } else { "  denied\n" });
     }
 
-    /// One direction; true when it allows.
-    fn side(&self, direction: Direction, subject: &End, other: &Other<'_>, text: &mut String) -> bool {
+    /// One direction; true when it allows. `own` is the subject's address.
+    fn side(
+        &self,
+        direction: Direction,
+        own: IpAddr,
+        subject: &End,
+        other: &Other<'_>,
+        text: &mut String,
+    ) -> bool {
         let (name, title) = (direction.name(), &subject.title);
-        let Some(pod) = &subject.pod else {
-            let _ = writeln!(text, "  {name} of {title}: no pod, so no policy selects it");
-            return true;
+        let known = match (&subject.pod, self.directory.subject(own)) {
+            (Some(pod), _) => Subject::Known(pod),
+            (None, Subject::Unknown(namespace)) => Subject::Unknown(namespace),
+            (None, _) => {
+                let _ = writeln!(text, "  {name} of {title}: no pod, so no policy selects it");
+                return true;
+            }
         };
-        if direction == Direction::Ingress && self.is_node_of(pod, other.address) {
+        if direction == Direction::Ingress && self.is_own_node(subject, other.address) {
             let _ = writeln!(text, "  {name} of {title}: its own node always reaches it");
             return true;
         }
-        let Some(side) = Side::of(direction, &Subject::Known(pod), &Policies(&self.snapshot.policies)) else {
+        let Some(side) = Side::of(direction, &known, &Policies(&self.snapshot.policies)) else {
             let _ = writeln!(text, "  {name} of {title}: no policy isolates it");
             return true;
         };
@@ -146,13 +158,20 @@ impl Case<'_> {
         }
     }
 
-    fn is_node_of(&self, pod: &Pod, address: IpAddr) -> bool {
-        let node = pod.node.as_ref().and_then(|name| self.snapshot.nodes.get(name));
-        node.is_some_and(|node| {
-            node.internal_ips.contains(&address)
-                || node.pod_cidrs.iter().filter_map(host_address).any(|ip| ip == address)
-        })
+    /// A pod that only CNI knows is on this node.
+    fn is_own_node(&self, subject: &End, address: IpAddr) -> bool {
+        let name = match &subject.pod {
+            Some(pod) => pod.node.as_ref(),
+            None => Some(&self.snapshot.facts.name),
+        };
+        name.and_then(|name| self.snapshot.nodes.get(name)).is_some_and(|node| bears(node, address))
     }
+}
+
+/// Whether the address is one of the node's own.
+fn bears(node: &Node, address: IpAddr) -> bool {
+    node.internal_ips.contains(&address)
+        || node.pod_cidrs.iter().filter_map(host_address).any(|ip| ip == address)
 }
 
 fn parse_port(text: &str) -> Result<(Protocol, u16), String> {
@@ -200,15 +219,14 @@ fn address_end(address: IpAddr, snapshot: &Snapshot, directory: &Directory) -> R
     let (title, pod) = match bearers[..] {
         _ if resolver => ("the cluster's DNS".to_owned(), None),
         [pod] => (pod.key.to_string(), Some(pod.clone())),
+        [] if matches!(directory.subject(address), Subject::Unknown(_)) => {
+            ("a pod that the API has not shown yet".to_owned(), None)
+        }
         _ => (node_title(address, snapshot).unwrap_or_else(|| "an address outside".to_owned()), None),
     };
     Ok(End { title, addresses: vec![address], pod })
 }
 
 fn node_title(address: IpAddr, snapshot: &Snapshot) -> Option<String> {
-    let is = |node: &weft_model::objects::Node| {
-        node.internal_ips.contains(&address)
-            || node.pod_cidrs.iter().filter_map(host_address).any(|ip| ip == address)
-    };
-    snapshot.nodes.values().find(|node| is(node)).map(|node| format!("node {}", node.name))
+    snapshot.nodes.values().find(|node| bears(node, address)).map(|node| format!("node {}", node.name))
 }

@@ -27,12 +27,14 @@ pub struct PolicyPlan {
     pub table: Arc<Table>,
     /// Decides about what is established already.
     pub judge: Arc<Judge>,
+    /// From the last good Snapshot of the Store: policies that came after it are missing.
+    pub provisional: bool,
 }
 
 impl PolicyPlan {
     fn empty(place: Place) -> Self {
         let judge = Judge { directory: Directory::empty(place), subjects: BTreeMap::new() };
-        Self { table: Arc::new(layout::skeleton()), judge: Arc::new(judge) }
+        Self { table: Arc::new(layout::skeleton()), judge: Arc::new(judge), provisional: false }
     }
 }
 
@@ -73,6 +75,7 @@ impl Planner for PolicyPlanner {
         for address in self.affected(&dirty, &repoliced) {
             self.place(address);
         }
+        self.plan.provisional = snapshot.from_store;
         Planned::new(self.plan.clone(), problems(snapshot))
     }
 }

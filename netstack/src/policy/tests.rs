@@ -575,6 +575,33 @@ fn a_pod_whose_labels_are_not_known_yet_is_denied_where_there_are_policies() {
     });
 }
 
+/// The Store may know less than the rules that an agent before this one left.
+#[test]
+fn an_agent_that_starts_anew_denies_no_less_until_the_api_server_has_spoken() {
+    in_node(|rig| {
+        let b = FAMILIES[0].b;
+        rig.serve(B, b, 8080);
+        rig.apply(with(vec![deny_all()]));
+        rig.applier = PolicyApplier::new();
+        let stored = Snapshot { from_store: true, ..snapshot(pods()) };
+        let pass = |rig: &mut Rig| {
+            let planned = rig.planner.plan(&stored);
+            rig.runtime.block_on(rig.applier.apply(&planned.plan, Trust::Nothing)).failed.len()
+        };
+        assert_eq!(pass(rig), 1);
+        assert!(!rig.tcp(REMOTE, b, 8080), "the Store has no policy, the kernel has");
+        rig.apply(with(vec![deny_all()]));
+        assert!(!rig.tcp(REMOTE, b, 8080));
+        rig.applier = PolicyApplier::new();
+        assert!(
+            (0..20).any(|_| pass(rig) == 0),
+            "without the API server the node goes on with what it knows"
+        );
+        assert!(rig.tcp(REMOTE, b, 8080));
+        assert_eq!(pass(rig), 0);
+    });
+}
+
 #[test]
 fn a_change_commits_only_its_difference() {
     in_node(|rig| {

@@ -8,6 +8,7 @@ mod custom_dns;
 mod faults;
 mod not_ready;
 mod objects;
+mod policy;
 mod refusals;
 mod restart;
 mod rights;

@@ -1,0 +1,99 @@
+//! Network policies with the real processes: rules outlive the agent, are adopted, explained and switched off.
+
+use std::process::Command;
+
+use nix::sys::signal::Signal;
+use serde_json::json;
+use weft_tests::node::picture::ruleset_with_handles;
+use weft_tests::node::{Node, addresses, inside, refusal, run, until};
+
+const POLICIES: &str = "/apis/networking.k8s.io/v1/namespaces/default/networkpolicies";
+
+fn rules() -> String {
+    let output = Command::new("nft").args(["list", "table", "inet", "weft-policy"]).output().unwrap();
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// A node with an isolated pod; its addresses.
+fn isolated() -> (Node, Vec<String>) {
+    let node = Node::running();
+    let spec = json!({"podSelector": {}, "policyTypes": ["Ingress", "Egress"]});
+    node.api().create(POLICIES, &json!({"metadata": {"name": "deny-all"}, "spec": spec}));
+    until("the policy is planned", || node.status()["problems"].is_array() && policies_known(&node));
+    let pod = addresses(&node.add_pod("pod1"));
+    (node, pod)
+}
+
+/// The policy loop has seen as late a Snapshot as there is.
+fn policies_known(node: &Node) -> bool {
+    let status = node.status();
+    let loops = status["loops"].as_array().unwrap();
+    loops.iter().all(|report| report["generation"] == status["generation"])
+        && status["generation"].as_u64() > Some(2)
+}
+
+fn explain(node: &Node, question: &[&str]) -> Command {
+    let mut command = node.weft("policy");
+    command.arg("explain").args(question).arg("--run-dir").arg(node.path("run"));
+    command
+}
+
+#[test]
+fn rules_are_there_when_add_returns_and_the_next_agent_adopts_them() {
+    inside(|| {
+        let (mut node, pod) = isolated();
+        assert!(pod.iter().all(|address| rules().contains(&format!("{address} : jump in-"))), "{}", rules());
+        node.await_ready();
+        let before = ruleset_with_handles();
+        node.end_agent(Signal::SIGKILL);
+        assert_eq!(ruleset_with_handles(), before);
+        node.start_agent();
+        node.await_ready();
+        assert_eq!(ruleset_with_handles(), before);
+    });
+}
+
+#[test]
+fn switching_the_engine_off_removes_every_rule_and_says_so() {
+    inside(|| {
+        let (mut node, _) = isolated();
+        assert!(rules().contains("isolated by default/deny-all"));
+        node.end_agent(Signal::SIGTERM);
+        let mut command = node.agent_command();
+        node.start_agent_with(command.args(["--network-policy", "off"]));
+        node.await_ready();
+        assert_eq!(rules(), "");
+        node.add_pod("pod2");
+        let text = run(node.weft("status").arg("--run-dir").arg(node.path("run")));
+        assert!(
+            text.contains("policy: off (--network-policy off): every NetworkPolicy is ignored"),
+            "{text}"
+        );
+        node.end_agent(Signal::SIGTERM);
+        node.start_agent();
+        node.await_ready();
+        until("the rules are back", || rules().contains("isolated by default/deny-all"));
+    });
+}
+
+#[test]
+fn a_decision_is_explained_and_a_wrong_question_is_named() {
+    inside(|| {
+        let (mut node, pod) = isolated();
+        let said = run(&mut explain(&node, &["203.0.113.9", &pod[0], "80/udp"]));
+        assert!(
+            said.contains("ingress of a pod that the API has not shown yet: isolated by default/deny-all"),
+            "{said}"
+        );
+        assert!(said.ends_with("no rule allows it\n  denied\n"), "{said}");
+        let (code, error) = refusal(&mut explain(&node, &["default/nobody", &pod[0], "80"]));
+        assert_eq!(code, 1);
+        assert!(
+            error.contains("there is no Pod default/nobody; give NAMESPACE/POD or an address"),
+            "{error}"
+        );
+        node.end_agent(Signal::SIGTERM);
+        let (_, error) = refusal(&mut explain(&node, &["default/a", "default/b", "80"]));
+        assert!(error.contains("is 'weft agent' running on this node?"), "{error}");
+    });
+}
