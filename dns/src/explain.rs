@@ -13,6 +13,7 @@ use hickory_server::net::xfer::Protocol;
 use crate::custom::{Rewritten, Verdict};
 use crate::name::{InvalidName, Name};
 use crate::serve::Resolver;
+use crate::store::NO_OBJECT;
 
 /// `options ndots:5`, as the kubelet writes it for pods that use the cluster's DNS.
 const NDOTS: usize = 5;
@@ -39,7 +40,8 @@ impl Explainer {
                     .as_ref()
                     .is_some_and(|answer| answer.metadata.response_code == ResponseCode::NoError);
                 let said = heard.as_ref().map_or_else(|| "no answer".to_owned(), said);
-                let _ = writeln!(text, "    {record_type:<5} {said:<46} {}", self.source(name, record_type));
+                let source = self.source(name, record_type, heard.as_ref());
+                let _ = writeln!(text, "    {:<5} {said:<46} {source}", record_type.to_string());
             }
             if exists {
                 let left = path.iter().skip_while(|other| *other != name).count() - 1;
@@ -64,7 +66,7 @@ impl Explainer {
         Message::from_vec(&answer).ok()
     }
 
-    fn source(&self, name: &Name, record_type: RecordType) -> String {
+    fn source(&self, name: &Name, record_type: RecordType, heard: Option<&Message>) -> String {
         let custom = self.0.custom();
         let (name, rewritten) = match custom.rewrite(name) {
             Some(Rewritten(new)) => (new.clone(), format!("rewritten to {new} by coredns-custom; ")),
@@ -75,7 +77,16 @@ impl Explainer {
             Verdict::Records { .. } => "template, file or hosts of coredns-custom".to_owned(),
             Verdict::Passed { cluster } => {
                 let of_cluster = if cluster { self.0.store().sources(&name) } else { None };
-                of_cluster.unwrap_or_else(|| self.upstreams(&name))
+                let is_alias = heard.and_then(|heard| heard.answers.first()).is_some_and(|first| {
+                    first.record_type() == RecordType::CNAME && first.name == name.to_hickory()
+                });
+                match of_cluster {
+                    Some(source) if source == NO_OBJECT && is_alias => {
+                        "autopath of coredns-custom".to_owned()
+                    }
+                    Some(source) => source,
+                    None => self.upstreams(&name),
+                }
             }
         };
         rewritten + &source

@@ -91,14 +91,14 @@ type Waiting = watch::Receiver<Option<Landed>>;
 
 /// Asks upstream resolvers.
 pub(crate) struct Forwarder {
-    sky: Arc<Sky>,
+    shared: Arc<Shared>,
     quota: Quota,
     /// Flights end with the forwarder, not with who waits for them.
     tasks: Mutex<JoinSet<()>>,
 }
 
 /// What flights share.
-struct Sky {
+struct Shared {
     upstreams: Mutex<Upstreams>,
     cache: RwLock<Cache>,
     flights: Mutex<HashMap<CacheKey, Waiting>>,
@@ -109,19 +109,23 @@ struct Sky {
 impl Forwarder {
     /// `port` replaces port 53 of the nameservers (a resolv.conf cannot name one).
     pub(crate) fn new(resolv_conf: PathBuf, port: Option<u16>, stats: Arc<Stats>) -> Self {
-        let sky = Sky {
+        let shared = Shared {
             upstreams: Mutex::new(Upstreams::new(ResolvConf::new(resolv_conf), port)),
             cache: RwLock::default(),
             flights: Mutex::default(),
             permits: Arc::new(Semaphore::new(MAX_UNDER_WAY)),
             stats,
         };
-        Self { sky: Arc::new(sky), quota: Quota::new(MAX_UNDER_WAY_PER_CLIENT), tasks: Mutex::default() }
+        Self {
+            shared: Arc::new(shared),
+            quota: Quota::new(MAX_UNDER_WAY_PER_CLIENT),
+            tasks: Mutex::default(),
+        }
     }
 
     /// Tells which addresses are ours: never asked, that would be a loop.
     pub(crate) fn set_own(&self, own: BTreeSet<IpAddr>) {
-        lock(&self.sky.upstreams).set_own(own);
+        lock(&self.shared.upstreams).set_own(own);
     }
 
     /// Tells whom to ask for which names, and how long answers may be kept (positive and negative ones, in seconds).
@@ -131,8 +135,8 @@ impl Forwarder {
             positive_seconds: positive.unwrap_or(limits.positive_seconds),
             negative_seconds: negative.unwrap_or(limits.negative_seconds),
         };
-        let rerouted = lock(&self.sky.upstreams).set_routes(routes);
-        let mut cache = self.sky.write_cache();
+        let rerouted = lock(&self.shared.upstreams).set_routes(routes);
+        let mut cache = self.shared.write_cache();
         if rerouted || cache.limits() != limits {
             cache.clear();
         }
@@ -141,24 +145,24 @@ impl Forwarder {
 
     /// The host's nameservers that would be asked now, in order.
     pub(crate) fn nameservers(&self) -> Vec<SocketAddr> {
-        self.sky.refresh(Instant::now());
-        lock(&self.sky.upstreams).of_host()
+        self.shared.refresh(Instant::now());
+        lock(&self.shared.upstreams).of_host()
     }
 
     /// Whom a question for the name would be asked of now, in order.
     pub(crate) fn servers_for(&self, name: &WireName) -> Vec<SocketAddr> {
-        let upstreams = lock(&self.sky.upstreams).for_name(name, Instant::now());
+        let upstreams = lock(&self.shared.upstreams).for_name(name, Instant::now());
         upstreams.iter().map(|upstream| upstream.server).collect()
     }
 
     /// The host's search path.
     pub(crate) fn search(&self) -> Vec<Name> {
-        lock(&self.sky.upstreams).search()
+        lock(&self.shared.upstreams).search()
     }
 
     /// Answers that are kept now.
     pub(crate) fn cached(&self) -> usize {
-        self.sky.read_cache().len()
+        self.shared.read_cache().len()
     }
 
     /// Writes an answer that is at hand into `reply`, which is empty; `None`, and nothing written, when there is none,
@@ -171,27 +175,27 @@ impl Forwarder {
     ) -> Option<ResponseCode> {
         let key =
             KeyBytes::new(asked.name(), asked.record_type, asked.dnssec_ok(), asked.checking_disabled())?;
-        let (packet, age) = self.sky.read_cache().at_hand(&key, now)?;
+        let (packet, age) = self.shared.read_cache().at_hand(&key, now)?;
         let code = packet.write(asked, age, reply)?;
-        count(&self.sky.stats.cache_hits);
+        count(&self.shared.stats.cache_hits);
         Some(code)
     }
 
     /// The answer of the upstreams, whatever its response code, or why there is none (SERVFAIL then).
     pub(crate) async fn resolve(&self, question: &Outside) -> Result<Message, Arc<ForwardError>> {
         let now = Instant::now();
-        self.sky.refresh(now);
+        self.shared.refresh(now);
         let name = Name::from_hickory(&question.name).ok_or(ForwardError::Name)?;
         let record_type = u16::from(question.record_type);
         let key = KeyBytes::new(name.wire(), record_type, question.dnssec_ok, question.checking_disabled)
             .ok_or(ForwardError::Name)?;
-        let found = self.sky.read_cache().look_up(&key, now);
+        let found = self.shared.read_cache().look_up(&key, now);
         let (packet, age) = match found {
             Lookup::Fresh { packet, age, refresh } => {
                 if refresh && self.flight(key.to_key(), question).is_ok() {
-                    count(&self.sky.stats.prefetched);
+                    count(&self.shared.stats.prefetched);
                 }
-                count(&self.sky.stats.cache_hits);
+                count(&self.shared.stats.cache_hits);
                 (packet, age)
             }
             Lookup::Stale { packet, retry } => {
@@ -221,27 +225,27 @@ impl Forwarder {
         {
             return (packet, Age::Fresh(0));
         }
-        count(&self.sky.stats.served_stale);
+        count(&self.shared.stats.served_stale);
         (stale, Age::Stale)
     }
 
     /// The flight of this question: one that is under way, else a new one.
     fn flight(&self, key: CacheKey, question: &Outside) -> Result<Waiting, ForwardError> {
-        let mut flights = lock(&self.sky.flights);
+        let mut flights = lock(&self.shared.flights);
         if let Some(waiting) = flights.get(&key) {
             return Ok(waiting.clone());
         }
-        let permit = self.sky.permits.clone().try_acquire_owned().map_err(|_| ForwardError::Busy)?;
+        let permit = self.shared.permits.clone().try_acquire_owned().map_err(|_| ForwardError::Busy)?;
         let (tell, waiting) = watch::channel(None);
         flights.insert(key.clone(), waiting.clone());
         drop(flights);
-        let (sky, question) = (self.sky.clone(), question.clone());
+        let (shared, question) = (self.shared.clone(), question.clone());
         let mut tasks = lock(&self.tasks);
         while tasks.try_join_next().is_some() {}
         tasks.spawn(async move {
             let _permit = permit;
-            let outcome = sky.fly(&key, &question).await;
-            lock(&sky.flights).remove(&key);
+            let outcome = shared.ask_upstreams(&key, &question).await;
+            lock(&shared.flights).remove(&key);
             tell.send_replace(Some(outcome));
         });
         Ok(waiting)
@@ -256,7 +260,7 @@ async fn landed(mut waiting: Waiting) -> Landed {
     }
 }
 
-impl Sky {
+impl Shared {
     fn read_cache(&self) -> std::sync::RwLockReadGuard<'_, Cache> {
         self.cache.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -272,7 +276,7 @@ impl Sky {
     }
 
     /// Asks, throws away what is not about the question, keeps the rest.
-    async fn fly(&self, key: &CacheKey, question: &Outside) -> Landed {
+    async fn ask_upstreams(&self, key: &CacheKey, question: &Outside) -> Landed {
         let upstreams = lock(&self.upstreams).for_name(&question.name, Instant::now());
         if upstreams.is_empty() {
             return Err(Arc::new(ForwardError::NoNameserver));

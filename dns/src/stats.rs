@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use hickory_proto::op::ResponseCode;
+use hickory_server::net::xfer::Protocol;
 
 /// Counters since the process started.
 #[derive(Debug, Default)]
@@ -15,6 +16,8 @@ pub struct Stats {
     refused: AtomicU64,
     other: AtomicU64,
     dropped: [AtomicU64; Dropped::NAMES.len()],
+    by_udp: AtomicU64,
+    by_tcp: AtomicU64,
     pub(crate) forwarded: AtomicU64,
     pub(crate) cache_hits: AtomicU64,
     pub(crate) upstream_failures: AtomicU64,
@@ -49,6 +52,17 @@ impl Stats {
     pub(crate) fn count_many_dropped(&self, reason: Dropped, count: usize) {
         let count = u64::try_from(count).unwrap_or(u64::MAX);
         self.dropped[reason as usize].fetch_add(count, Ordering::Relaxed);
+    }
+
+    pub(crate) fn count_requests(&self, protocol: Protocol, count: usize) {
+        let counter = if protocol == Protocol::Udp { &self.by_udp } else { &self.by_tcp };
+        counter.fetch_add(u64::try_from(count).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    /// Messages that came, whatever became of them, by transport.
+    pub fn requests(&self) -> [(&'static str, u64); 2] {
+        [("udp", &self.by_udp), ("tcp", &self.by_tcp)]
+            .map(|(name, counter)| (name, counter.load(Ordering::Relaxed)))
     }
 
     /// Datagrams without an answer, by reason, in a fixed order.

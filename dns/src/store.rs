@@ -23,6 +23,9 @@ use crate::diff::{Change, changed_groups};
 use crate::name::{Name, first_label, parent, suffixes};
 use crate::zone::{Data, DnsPlan, GroupKey, Groups, Zones};
 
+/// The source of a name of ours that comes from no object: one between others, or one that is not there.
+pub(crate) const NO_OBJECT: &str = "names of the cluster";
+
 /// Holds what is answered. Cheap to share; the tables are behind one lock.
 #[derive(Default)]
 pub struct Store {
@@ -76,10 +79,10 @@ impl Store {
         let table = self.read_lock();
         table.zone_of(name.wire())?;
         let Some(entry) = table.names.get(name.wire()) else {
-            return Some("names of the cluster".to_owned());
+            return Some(NO_OBJECT.to_owned());
         };
         let keys: Vec<String> = entry.contributions.iter().map(|(key, _)| key.to_string()).collect();
-        Some(if keys.is_empty() { "names of the cluster".to_owned() } else { keys.join(", ") })
+        Some(if keys.is_empty() { NO_OBJECT.to_owned() } else { keys.join(", ") })
     }
 
     /// Names that exist, empty non-terminals included.

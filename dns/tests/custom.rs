@@ -199,6 +199,18 @@ fn an_explanation_shows_the_search_path_each_answer_and_its_source() {
                 "AAAA no such record upstream 127.0.0.2:53"
             ]
         );
+        place.apply(&with_custom(&zoo(), &[("a.override", "autopath @kubernetes\n")]));
+        assert_eq!(
+            explain(place, "www.example.com")[..2],
+            [
+                "www.example.com.default.svc.cluster.local.",
+                "A www.example.com. 192.0.2.80 (60 s) autopath of coredns-custom"
+            ]
+        );
+        place.apply(&with_custom(
+            &zoo(),
+            &[("a.override", "rewrite name mine.example web.default.svc.cluster.local\n")],
+        ));
         let text = explain(place, "mine.example.");
         assert_eq!(
             text[1],

@@ -88,6 +88,9 @@ fn codes_flags_and_the_negative_ttl_are_as_dig_reads_them() {
         assert!(dig("+cookie web.default.svc.cluster.local").contains("status: NOERROR"));
         let responses = place.stats.responses();
         assert_eq!(responses[3], ("NXDOMAIN", 1));
+        assert_eq!(place.stats.requests(), [("udp", 6), ("tcp", 0)]);
+        dig("+tcp web.default.svc.cluster.local");
+        assert_eq!(place.stats.requests(), [("udp", 6), ("tcp", 1)]);
         assert_eq!(responses[5], ("REFUSED", 1));
     });
 }

@@ -270,27 +270,40 @@ fn admin(
     }
 }
 
-fn dns_counters(dns: Arc<weft_dns::Stats>) -> Vec<Counters> {
-    let (again, once_more) = (dns.clone(), dns.clone());
+/// Ours, and beside them what dashboards made for CoreDNS ask for, as far as it is counted here.
+fn dns_counters(stats: Arc<weft_dns::Stats>) -> Vec<Counters> {
+    type Values = Vec<(&'static str, u64)>;
+    let family = |name, help, label, read: fn(&weft_dns::Stats) -> Values| {
+        let stats = stats.clone();
+        Counters { name, help, label, read: Box::new(move || read(&stats)) }
+    };
+    let responses = |stats: &weft_dns::Stats| stats.responses().to_vec();
     vec![
-        Counters {
-            name: "dns_responses",
-            help: "DNS answers sent, by response code",
-            label: "rcode",
-            read: Box::new(move || dns.responses().to_vec()),
-        },
-        Counters {
-            name: "dns_dropped",
-            help: "DNS messages without an answer, by reason",
-            label: "reason",
-            read: Box::new(move || again.dropped()),
-        },
-        Counters {
-            name: "dns_outside",
-            help: "DNS names outside the cluster, by what became of the question or of an upstream",
-            label: "event",
-            read: Box::new(move || once_more.outside().to_vec()),
-        },
+        family("dns_requests", "DNS messages that came, by transport", "proto", |stats| {
+            stats.requests().to_vec()
+        }),
+        family("dns_responses", "DNS answers sent, by response code", "rcode", responses),
+        family("dns_dropped", "DNS messages without an answer, by reason", "reason", |stats| stats.dropped()),
+        family(
+            "dns_outside",
+            "DNS names outside the cluster, by what became of the question or of an upstream",
+            "event",
+            |stats| stats.outside().to_vec(),
+        ),
+        family("coredns_dns_requests", "As weft_dns_requests", "proto", |stats| stats.requests().to_vec()),
+        family("coredns_dns_responses", "As weft_dns_responses", "rcode", responses),
+        family("coredns_cache_hits", "Answers from the cache of other names", "type", |stats| {
+            vec![("success", stats.cache_hits())]
+        }),
+        family("coredns_cache_misses", "Questions sent to upstreams", "view", |stats| {
+            vec![("", stats.forwarded())]
+        }),
+        family("coredns_cache_served_stale", "Answers given past their time", "view", |stats| {
+            vec![("", stats.served_stale())]
+        }),
+        family("coredns_cache_prefetch", "Answers fetched anew before they ended", "view", |stats| {
+            vec![("", stats.prefetched())]
+        }),
     ]
 }
 

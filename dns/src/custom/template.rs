@@ -155,3 +155,68 @@ pub(super) fn record(line: &str) -> Option<Record> {
     let record = records.next().filter(|record| record.dns_class == DNSClass::IN)?;
     records.next().is_none().then(|| record.clone())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::LazyLock;
+
+    use proptest::prelude::*;
+    use regex::Regex;
+
+    use super::*;
+
+    fn template(answer: &str) -> Template {
+        Template {
+            record_type: None,
+            zones: vec![Name::root()],
+            matches: vec![Pattern(Regex::new("^(?P<first>[^.]*)").unwrap())],
+            answers: vec![Text::parse(answer).unwrap()],
+            authorities: Vec::new(),
+            code: ResponseCode::NoError,
+            falls_through: false,
+        }
+    }
+
+    #[test]
+    fn fields_that_are_not_understood_are_named() {
+        assert_eq!(Text::parse("{{ range .Foo }} IN A"), Err("{{ range .Foo }}".to_owned()));
+        assert_eq!(Text::parse("{{ .Name"), Err("{{ without }}".to_owned()));
+        assert!(Text::parse("{{- .Name -}} 60 IN A 192.0.2.1").is_ok());
+    }
+
+    #[test]
+    fn a_line_that_is_no_single_record_makes_a_failure() {
+        for line in ["", "nonsense", "$ORIGIN example.org.", "a. CH A 192.0.2.1"] {
+            let made = template(line).answer(&Name::parse("a.example").unwrap(), RecordType::A);
+            let failed = matches!(&made, Making::Made { code: ResponseCode::ServFail, answers, .. } if answers.is_empty());
+            assert!(failed, "{line:?}: {made:?}");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Pods choose the names.
+        #[test]
+        fn a_name_of_any_octets_makes_a_record_of_that_name_or_none(
+            labels in prop::collection::vec(
+                prop_oneof![
+                    prop::collection::vec(any::<u8>(), 1..12),
+                    prop::collection::vec(prop::sample::select(b"()@$*;\\\".- \t\n0".to_vec()), 1..6),
+                ],
+                1..5,
+            ),
+        ) {
+            static TEMPLATES: LazyLock<[Template; 3]> = LazyLock::new(|| {
+                ["{{ .Name }} 60 IN A 192.0.2.1", "{{ .Name }} IN TXT {{ .Group.first }}", "x. 60 IN CNAME {{ .Name }}"]
+                    .map(template)
+            });
+            let name = Name::from_labels(labels.iter().map(Vec::as_slice)).unwrap();
+            for template in TEMPLATES.iter() {
+                if let Making::Made { answers, .. } = template.answer(&name, RecordType::A) {
+                    prop_assert!(answers.len() <= 1);
+                }
+            }
+        }
+    }
+}

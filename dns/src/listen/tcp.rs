@@ -59,6 +59,7 @@ pub(super) async fn serve(listener: TcpListener, resolver: Arc<Resolver>) {
 async fn converse(mut stream: TcpStream, client: SocketAddr, resolver: &Resolver) -> io::Result<()> {
     loop {
         let Some(bytes) = within(read_frame(&mut stream)).await? else { return Ok(()) };
+        resolver.stats().count_requests(Protocol::Tcp, 1);
         let Some(answer) = resolver.exchange(bytes, client, Protocol::Tcp).await else { return Ok(()) };
         let length = u16::try_from(answer.len()).map_err(io::Error::other)?;
         let frame = [&length.to_be_bytes()[..], answer.as_slice()].concat();

@@ -93,7 +93,10 @@ impl Serving {
     fn turn(&mut self, batch: &mut Batch) {
         match batch.receive(&self.socket) {
             Ok(0) => {}
-            Ok(_) => self.answer(batch),
+            Ok(count) => {
+                self.resolver.stats().count_requests(Protocol::Udp, count);
+                self.answer(batch);
+            }
             Err(error) if is_about_a_reply(&error) => {}
             Err(error) => {
                 tracing::debug!(%error, "DNS datagrams not received");

@@ -12,9 +12,12 @@ use weft_model::{Health, Report};
 use super::Admin;
 use crate::reconcile::LoopHandle;
 
+/// How names begin that dashboards know from the program whose work is done here.
+const KNOWN_ELSEWHERE: &str = "coredns_";
+
 /// A family of counters of another room: one label from a closed set, one value each.
 pub struct Counters {
-    /// Without prefix and `_total`: `dns_queries`.
+    /// Without prefix and `_total`: `dns_queries`. A name that users know from another program stands whole.
     pub name: &'static str,
     pub help: &'static str,
     pub label: &'static str,
@@ -23,21 +26,25 @@ pub struct Counters {
 
 /// OpenMetrics text of everything the node counts.
 pub(super) fn encode(admin: &Admin) -> Result<String, fmt::Error> {
-    let mut registry = Registry::with_prefix("weft");
+    let mut all = Registry::default();
+    let family = |counters: &Counters| {
+        let (name, help, label) = (counters.name, counters.help, counters.label);
+        Box::new(CounterFamily { name, help, label, values: (counters.read)() })
+    };
+    let is_known = |counters: &&Counters| counters.name.starts_with(KNOWN_ELSEWHERE);
+    for counters in admin.counters.iter().filter(is_known) {
+        all.register_collector(family(counters));
+    }
+    let registry = all.sub_registry_with_prefix("weft");
     registry.register_collector(Box::new(Loops(admin.loops.iter().map(LoopHandle::report).collect())));
-    for counters in &admin.counters {
-        registry.register_collector(Box::new(CounterFamily {
-            name: counters.name,
-            help: counters.help,
-            label: counters.label,
-            values: (counters.read)(),
-        }));
+    for counters in admin.counters.iter().filter(|counters| !is_known(counters)) {
+        registry.register_collector(family(counters));
     }
     let resident: Gauge = Gauge::default();
     resident.set(i64::try_from(resident_bytes()).unwrap_or(i64::MAX));
     registry.register("resident_memory_bytes", "Resident memory of the agent", resident);
     let mut buffer = String::new();
-    text::encode(&mut buffer, &registry)?;
+    text::encode(&mut buffer, &all)?;
     Ok(buffer)
 }
 

@@ -34,13 +34,13 @@ fn admin(obstacles: &[&str]) -> Admin {
         obstacles: Box::new(move || obstacles.clone()),
         api_server: Box::new(|| "connected".to_owned()),
         parts: vec![("leases", Box::new(|| 3.into()))],
-        counters: vec![Counters {
-            name: "dns_queries",
-            help: "Queries answered",
-            label: "rcode",
-            read: Box::new(|| vec![("noerror", 7), ("nxdomain", 2)]),
-        }],
+        counters: vec![counters("dns_queries"), counters("coredns_dns_responses")],
     }
+}
+
+fn counters(name: &'static str) -> Counters {
+    let read = || vec![("noerror", 7), ("nxdomain", 2)];
+    Counters { name, help: "Queries answered", label: "rcode", read: Box::new(read) }
 }
 
 #[test]
@@ -56,7 +56,9 @@ fn metrics_carry_every_loop_and_counter() {
     let text = metrics::encode(&admin(&[])).unwrap();
     assert!(text.contains("weft_loop_generation{loop=\"proxy\"} 0"), "{text}");
     assert!(text.contains("weft_dns_queries_total{rcode=\"nxdomain\"} 2"), "{text}");
+    assert!(text.contains("\ncoredns_dns_responses_total{rcode=\"noerror\"} 7"), "{text}");
     assert!(text.ends_with("# EOF\n"), "{text}");
+    assert_eq!(text.matches("# EOF").count(), 1);
 }
 
 #[tokio::test]
