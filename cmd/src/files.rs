@@ -26,6 +26,8 @@ pub(crate) fn ensure(path: &Path, mode: u32, content: &mut (impl Read + Seek)) -
     content.seek(SeekFrom::Start(0))?;
     io::copy(content, &mut file)?;
     file.sync_all()?;
+    // A program that is open for writing cannot be run (ETXTBSY), and it may be run as soon as it has its name.
+    drop(file);
     fs::rename(&temporary, path)?;
     File::open(folder)?.sync_all()?;
     Ok(true)
