@@ -104,7 +104,7 @@ fn what_another_program_takes_away_is_put_back_at_once() {
         for damage in [
             "nft flush ruleset",
             "nft delete table inet weft-host",
-            "nft flush chain inet weft-proxy services",
+            "nft flush chain inet weft-proxy prerouting",
             "ip route flush proto 87",
             "ip -6 route flush proto 87",
             "ip address flush dev weft0",
