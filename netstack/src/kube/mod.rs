@@ -1,13 +1,15 @@
 //! The API server as an input: watches, lowering, and the one immutable Snapshot per generation.
 //!
 //! ```text
-//!  watch Nodes, Namespaces, Services, EndpointSlices, Pods, NetworkPolicies, one ConfigMap --Document--> lower (pure) --+
-//!  NodeFacts, attachments of CNI ---------------------------------------------------------------+--> Cluster --> Snapshot #g
-//!  last good Snapshot from the Store (until every watch has listed once) -------------------+
+//!  watch Nodes, Namespaces, Services, EndpointSlices,
+//!        Pods, NetworkPolicies, one ConfigMap --Document--> lower (pure) --+
+//!  NodeFacts, attachments of CNI -----------------------------------------+--> Cluster --> Snapshot #g
+//!  last good Snapshot from the Store -------------------------------------+
 //! ```
 //!
 //! What is valid of an object is used, and every field that is not becomes a [`weft_model::Problem`]; an object that cannot be
-//! read at all is as if it were absent. The last good value of such an object is deliberately not kept: the same
+//! read at all is as if it were absent, but for a policy, which then isolates its namespace. The last good value of such an
+//! object is deliberately not kept: the same
 //! cluster always gives the same Snapshot, whatever came before, so a restart changes nothing.
 //! The API server's absence changes nothing either: the last Snapshot stays.
 
