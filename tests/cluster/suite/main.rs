@@ -38,7 +38,7 @@ const fn case(says: &'static str, check: fn(&Cluster) -> anyhow::Result<()>) -> 
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
-    let areas: [(&str, &[Case]); 8] = [
+    let areas: [(&str, &[Case]); 9] = [
         ("pods", pods::CASES),
         ("services", services::CASES),
         ("outside", outside::CASES),
