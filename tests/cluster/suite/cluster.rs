@@ -73,14 +73,17 @@ impl Cluster {
         self.feed(&["delete", "--ignore-not-found", "--wait=true", "--grace-period=1", "-f", "-"], manifest)
     }
 
+    /// For objects that name another namespace themselves.
+    pub(crate) fn apply_elsewhere(&self, manifest: &str) -> anyhow::Result<String> {
+        feed(self.script("kubectl").args(["apply", "-f", "-"]), manifest)
+    }
+
+    pub(crate) fn delete_elsewhere(&self, manifest: &str) -> anyhow::Result<String> {
+        feed(self.script("kubectl").args(["delete", "--ignore-not-found", "-f", "-"]), manifest)
+    }
+
     fn feed(&self, arguments: &[&str], input: &str) -> anyhow::Result<String> {
-        use std::io::Write as _;
-        let mut command = self.script("kubectl");
-        command.args(["--namespace", NAMESPACE]).args(arguments);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().context("run kubectl")?;
-        child.stdin.take().context("kubectl's input")?.write_all(input.as_bytes())?;
-        checked(&command, child.wait_with_output()?)
+        feed(self.script("kubectl").args(["--namespace", NAMESPACE]).args(arguments), input)
     }
 
     /// Runs a shell line in a pod.
@@ -186,6 +189,14 @@ pub(crate) fn ask_by_udp(address: &str, port: u16, word: &str) -> String {
 pub(crate) fn said(command: &mut Command) -> anyhow::Result<String> {
     let output = command.output().with_context(|| format!("run {command:?}"))?;
     checked(command, output)
+}
+
+fn feed(command: &mut Command, input: &str) -> anyhow::Result<String> {
+    use std::io::Write as _;
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().context("run kubectl")?;
+    child.stdin.take().context("kubectl's input")?.write_all(input.as_bytes())?;
+    checked(command, child.wait_with_output()?)
 }
 
 fn checked(command: &Command, output: Output) -> anyhow::Result<String> {

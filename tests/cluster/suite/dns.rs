@@ -189,7 +189,7 @@ fn custom(cluster: &Cluster) -> anyhow::Result<()> {
         "hosts {\n  192.0.2.7 printer.suite\n  fallthrough\n}\nrewrite name other.suite echo.suite.svc.cluster.local",
     );
     let bad = config_map("hosts {\n  192.0.2.999 printer.suite\n}");
-    cluster.apply(&good)?;
+    cluster.apply_elsewhere(&good)?;
     let echo = cluster.cluster_ips("echo")?;
     let clients = cluster.pods("tools")?;
     let answers = |name: &str, expected: &str| {
@@ -203,14 +203,14 @@ fn custom(cluster: &Cluster) -> anyhow::Result<()> {
         answers("printer.suite", "192.0.2.7")?;
         answers("other.suite", &echo[0])
     })?;
-    cluster.apply(&bad)?;
+    cluster.apply_elsewhere(&bad)?;
     cluster.within(PATIENCE, "the Problem", || {
         let status = cluster.status("node2")?.to_string();
         ensure!(status.contains("data[suite.override] line 2"), "{status}");
         Ok(())
     })?;
     answers("printer.suite", "192.0.2.7")?;
-    cluster.delete(&good)?;
+    cluster.delete_elsewhere(&good)?;
     cluster.within(PATIENCE, "the end of it", || {
         let said = cluster.in_pod(&clients[0].name, "dig printer.suite. A")?;
         ensure!(!said.contains("192.0.2.7"), "{said}");
@@ -220,7 +220,7 @@ fn custom(cluster: &Cluster) -> anyhow::Result<()> {
 
 fn autopath(cluster: &Cluster) -> anyhow::Result<()> {
     let map = config_map("autopath @kubernetes\nhosts {\n  192.0.2.8 www.outside.suite\n  fallthrough\n}");
-    cluster.apply(&map)?;
+    cluster.apply_elsewhere(&map)?;
     let client = cluster.pod_on("tools", "node1")?;
     cluster.within(PATIENCE, "an alias to the last name of the path", || {
         let said = cluster.in_pod(&client.name, &format!("dig +short www.outside.suite.{SUFFIX}. A"))?;
@@ -229,5 +229,5 @@ fn autopath(cluster: &Cluster) -> anyhow::Result<()> {
     })?;
     let said = cluster.in_pod(&client.name, "getent ahostsv4 www.outside.suite")?;
     ensure!(lines(&said) == BTreeSet::from(["192.0.2.8".to_owned()]), "{said}");
-    cluster.delete(&map).map(drop)
+    cluster.delete_elsewhere(&map).map(drop)
 }
