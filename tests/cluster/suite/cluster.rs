@@ -162,6 +162,19 @@ impl Cluster {
     }
 }
 
+/// All at once, as most of the time of a check of what is denied is waiting; the first failure.
+pub(crate) fn at_once<T: Sync>(
+    items: &[T],
+    check: impl Fn(&T) -> anyhow::Result<()> + Sync,
+) -> anyhow::Result<()> {
+    std::thread::scope(|scope| {
+        let running: Vec<_> = items.iter().map(|item| scope.spawn(|| check(item))).collect();
+        running
+            .into_iter()
+            .try_for_each(|check| check.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    })
+}
+
 fn pod(object: &Value) -> Pod {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let ips = object["status"]["podIPs"].as_array().cloned().unwrap_or_default();

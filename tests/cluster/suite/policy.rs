@@ -6,7 +6,7 @@
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
 
-use crate::cluster::{Cluster, NODES, PATIENCE, Pod, ask_by_udp, in_url};
+use crate::cluster::{Cluster, NODES, PATIENCE, Pod, ask_by_udp, at_once, in_url};
 use crate::{Case, case};
 
 pub(crate) const CASES: &[Case] = &[
@@ -95,16 +95,16 @@ impl<'a> Guarded<'a> {
 
     /// Every pod of `from` gets through to every pod of `to`, or none does, each family.
     fn all(&self, from: &str, to: &str, port: u16, expected: bool) -> anyhow::Result<()> {
-        for client in self.cluster.pods(from)? {
-            for server in self.cluster.pods(to)? {
-                for address in &server.addresses {
-                    let url = format!("{}:{port}", in_url(address));
-                    self.pod_reaches(&client, &url, expected)
-                        .with_context(|| format!("{from} on {} to {to} on {}", client.node, server.node))?;
-                }
-            }
-        }
-        Ok(())
+        let (clients, servers) = (self.cluster.pods(from)?, self.cluster.pods(to)?);
+        let pairs: Vec<(&Pod, &Pod)> =
+            clients.iter().flat_map(|client| servers.iter().map(move |server| (client, server))).collect();
+        at_once(&pairs, |(client, server)| {
+            server.addresses.iter().try_for_each(|address| {
+                let url = format!("{}:{port}", in_url(address));
+                self.pod_reaches(client, &url, expected)
+                    .with_context(|| format!("{from} on {} to {to} on {}", client.node, server.node))
+            })
+        })
     }
 
     fn pod_reaches(&self, client: &Pod, url: &str, expected: bool) -> anyhow::Result<()> {
@@ -154,14 +154,14 @@ fn deny_all(cluster: &Cluster) -> anyhow::Result<()> {
     guarded.all("tools", "guarded", 8080, false)?;
     guarded.all("walled", "echo", 8080, false)?;
     for server in cluster.pods("guarded")? {
-        for node in NODES {
-            for address in &server.addresses {
+        at_once(&NODES, |node| {
+            server.addresses.iter().try_for_each(|address| {
                 let url = format!("{}:8080", in_url(address));
                 guarded
-                    .becomes(&url, node == server.node, || cluster.on(node, &curl(&url)))
-                    .with_context(|| format!("{node} to the pod on {}", server.node))?;
-            }
-        }
+                    .becomes(&url, *node == server.node, || cluster.on(node, &curl(&url)))
+                    .with_context(|| format!("{node} to the pod on {}", server.node))
+            })
+        })?;
         for address in &server.addresses {
             guarded.pod_reaches(&server, &format!("{}:8080", in_url(address)), true).context("itself")?;
         }
@@ -288,10 +288,7 @@ fn both_sides(cluster: &Cluster) -> anyhow::Result<()> {
 fn established(cluster: &Cluster) -> anyhow::Result<()> {
     let guarded = Guarded::start(cluster)?;
     let server = cluster.pod_on("guarded", "node2")?;
-    let slow = format!(
-        "(sleep 8; printf 'GET /hostname HTTP/1.0\\r\\n\\r\\n'; sleep 4) | timeout 14 bash -c 'exec 3<>/dev/tcp/{}/8080; cat >&3 & cat <&3'",
-        server.addresses[0]
-    );
+    let slow = format!("curl -gsS -m 14 'http://{}:8080/shell?cmd=sleep+8%3Bhostname'", server.addresses[0]);
     let clients = [cluster.pod_on("tools", "node1")?, cluster.pod_on("walled", "node3")?];
     let said = std::thread::scope(|scope| -> anyhow::Result<Vec<String>> {
         let asking: Vec<_> = clients
