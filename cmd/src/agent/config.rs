@@ -74,8 +74,8 @@ pub(crate) struct AgentArgs {
     /// Where /metrics, /healthz and /readyz are served
     #[arg(long, default_value = "127.0.0.1:9470")]
     pub(crate) observe_address: SocketAddr,
-    /// Where /healthz and /livez of the service proxy are served to load balancers
-    #[arg(long, default_value = "0.0.0.0:10256")]
+    /// Where /healthz and /livez of the service proxy are served to load balancers; [::] means IPv4 too
+    #[arg(long, default_value = "[::]:10256")]
     proxy_health_address: SocketAddr,
     #[command(flatten)]
     pub(crate) log: LogArgs,

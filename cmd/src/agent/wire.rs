@@ -1,6 +1,6 @@
 //! The rooms of a node, connected: who is given what. No decisions.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::sync::Arc;
@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use axum::Router;
+use nix::errno::Errno;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 use weft_model::constants::WIREGUARD_OVERHEAD_BYTES;
@@ -353,7 +354,7 @@ async fn serve_proxy_health(
 /// Tries until it can.
 async fn bind(address: SocketAddr, what: &str, flag: &str, outcome: &watch::Sender<String>) -> TcpListener {
     let listener = loop {
-        match TcpListener::bind(address).await {
+        match listen(address).await {
             Ok(listener) => break listener,
             Err(error) => {
                 let said =
@@ -368,6 +369,20 @@ async fn bind(address: SocketAddr, what: &str, flag: &str, outcome: &watch::Send
     };
     outcome.send_replace(format!("listening on {address}"));
     listener
+}
+
+/// `[::]` takes both families; on a host without IPv6 it means `0.0.0.0`.
+async fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let without_ipv6 = |error: &std::io::Error| {
+        let errno = error.raw_os_error().map(Errno::from_raw);
+        matches!(errno, Some(Errno::EAFNOSUPPORT | Errno::EADDRNOTAVAIL))
+    };
+    match TcpListener::bind(address).await {
+        Err(error) if address.ip() == Ipv6Addr::UNSPECIFIED && without_ipv6(&error) => {
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
+        }
+        outcome => outcome,
+    }
 }
 
 /// Copies this very binary to where runtimes look for the plugin `weft`, atomically, unless it is there already. Without a

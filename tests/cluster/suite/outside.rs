@@ -149,10 +149,12 @@ fn health_checks(cluster: &Cluster) -> anyhow::Result<()> {
                 Ok(())
             })?;
         }
-        let [v4, _] = Cluster::node_addresses(node);
-        let said =
-            cluster.on("client", &format!("curl -sS -m 2 -w ' %{{http_code}}' http://{v4}:10256/healthz"))?;
-        ensure!(said.ends_with("200") && said.contains("\"nodeEligible\":true"), "{node}: {said}");
+        for address in Cluster::node_addresses(node) {
+            let line =
+                format!("curl -sS -m 2 -w ' %{{http_code}}' http://{}:10256/healthz", in_url(&address));
+            let said = cluster.on("client", &line)?;
+            ensure!(said.ends_with("200") && said.contains("\"nodeEligible\":true"), "{node}: {said}");
+        }
     }
     remove(cluster, &manifest)
 }

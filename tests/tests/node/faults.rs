@@ -56,12 +56,17 @@ fn a_taken_metrics_port_is_named_and_the_rest_works() {
 #[test]
 fn load_balancers_hear_that_a_node_is_well_until_it_is_about_to_go() {
     inside(|| {
-        let at = |path: &str| ask("127.0.0.1:10256", path);
+        let at = |path: &str| {
+            let [v4, v6] = ["127.0.0.1:10256", "[::1]:10256"].map(|address| ask(address, path));
+            let line = |answer: &str| answer.lines().next().map(str::to_owned);
+            assert_eq!(line(&v4), line(&v6));
+            v4
+        };
         let taken = TcpListener::bind("0.0.0.0:10256").unwrap();
         let node = started(|_| {});
         node.await_ready();
         let said = node.status()["parts"]["proxy health"].to_string();
-        assert!(said.contains("0.0.0.0:10256") && said.contains("--proxy-health-address"), "{said}");
+        assert!(said.contains("[::]:10256") && said.contains("--proxy-health-address"), "{said}");
         drop(taken);
         until("a well node", || at("/healthz").starts_with("HTTP/1.1 200"));
         let taint =
