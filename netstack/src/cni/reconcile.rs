@@ -91,9 +91,11 @@ impl Cni {
             .filter(|lease| lease.released.is_none())
             .map(|lease| lease.link.clone())
             .collect();
-        for (link, addresses) in links.iter().filter(|(link, _)| !leased.contains(*link)) {
-            let host_ports = self.host_ports_of(addresses, done);
-            for (address, host_ports) in addresses.iter().zip(host_ports) {
+        let strays: Vec<_> = links.iter().filter(|(link, _)| !leased.contains(*link)).collect();
+        let mut host_ports = if strays.is_empty() { BTreeMap::new() } else { self.known_host_ports(done) };
+        for (link, addresses) in strays {
+            for address in addresses {
+                let host_ports = host_ports.remove(address).unwrap_or_default();
                 let lease = Lease { host_ports, ..rebuilt(link) };
                 leases.insert(*address, lease.clone());
                 changes.insert(*address, Some(lease));
@@ -110,16 +112,12 @@ impl Cni {
         forget_flows(&ended);
     }
 
-    /// What the kernel still leads to each of these addresses.
-    fn host_ports_of(&self, addresses: &[IpAddr], done: &mut Reconciled) -> Vec<Vec<HostPort>> {
-        let mut found = match locked(&self.rules).host_ports() {
-            Ok(found) => found,
-            Err(error) => {
-                done.failed.push(chain(&error));
-                BTreeMap::new()
-            }
-        };
-        addresses.iter().map(|address| found.remove(address).unwrap_or_default()).collect()
+    /// What the kernel still leads to pods, by their address.
+    fn known_host_ports(&self, done: &mut Reconciled) -> BTreeMap<IpAddr, Vec<HostPort>> {
+        locked(&self.rules).host_ports().unwrap_or_else(|error| {
+            done.failed.push(chain(&error));
+            BTreeMap::new()
+        })
     }
 
     async fn remove_orphan(&self, link: &str, done: &mut Reconciled) {

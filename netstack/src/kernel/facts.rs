@@ -103,9 +103,11 @@ async fn read_again(
     handle: &rtnetlink::Handle,
     ranges: &[IpNet],
 ) -> Result<(Vec<Uplink>, Vec<ForeignRoute>), FactsError> {
-    let links = Links::new(handle.clone());
-    let addresses = links.addresses(None).await?;
-    Ok((uplinks(links.list().await?, &addresses), foreign_routes(handle, ranges).await?))
+    let of_host = Links::new(handle.clone());
+    let addresses = of_host.addresses(None).await?;
+    let links = of_host.list().await?;
+    let routes = foreign_routes(handle, &links, ranges).await?;
+    Ok((uplinks(links, &addresses), routes))
 }
 
 /// Links that are up, not loopback, not ours and carry a global address; by name, addresses in order.

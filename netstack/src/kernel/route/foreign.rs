@@ -6,31 +6,33 @@ use weft_model::constants::{POD_LINK_PREFIX, TUNNEL_LINK};
 use weft_model::node_facts::ForeignRoute;
 
 use super::RouteError;
-use super::kernel_view::{self, LinkIndexes, PROTOCOL, destination, output};
-use crate::kernel::link::Links;
+use super::kernel_view::{self, PROTOCOL, destination, output};
+use crate::kernel::link::Link;
 
 const TABLE_MAIN: u8 = 254;
 
-/// Those of table `main` whose destination lies within one of `ranges`, sorted. A route that contains a range is none: ours
+/// Those of table `main` whose destination lies within one of `ranges`, sorted. `links` are those of the host. A route that contains a range is none: ours
 /// are more specific.
 pub async fn foreign_routes(
     handle: &rtnetlink::Handle,
+    links: &[Link],
     ranges: &[IpNet],
 ) -> Result<Vec<ForeignRoute>, RouteError> {
-    let links = LinkIndexes::observe(&Links::new(handle.clone())).await?;
     let all = kernel_view::dump_all(handle).await?;
     let mut found: Vec<ForeignRoute> =
-        all.iter().filter_map(|message| foreign(message, ranges, &links)).collect();
+        all.iter().filter_map(|message| foreign(message, ranges, links)).collect();
     found.sort();
     found.dedup();
     Ok(found)
 }
 
-fn foreign(message: &RouteMessage, ranges: &[IpNet], links: &LinkIndexes) -> Option<ForeignRoute> {
+fn foreign(message: &RouteMessage, ranges: &[IpNet], links: &[Link]) -> Option<ForeignRoute> {
     let destination = destination(message)?;
     let theirs = message.header.table == TABLE_MAIN && message.header.protocol != PROTOCOL;
     let within = ranges.iter().any(|range| range.contains(&destination));
-    let link = output(message).map(|index| links.name(index).unwrap_or("?").to_owned());
+    let name =
+        |index| links.iter().find(|link| link.index == index).map_or("?", |link| &link.name).to_owned();
+    let link = output(message).map(name);
     let of_ours = |link: &String| link == TUNNEL_LINK || link.starts_with(POD_LINK_PREFIX);
     (theirs && within && !link.as_ref().is_some_and(of_ours)).then_some(ForeignRoute { destination, link })
 }
@@ -38,6 +40,7 @@ fn foreign(message: &RouteMessage, ranges: &[IpNet], links: &LinkIndexes) -> Opt
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::link::Links;
     use crate::kernel::netns::Rtnetlink;
     use crate::kernel::testing::{NamedNetns, needs_root};
 
@@ -69,7 +72,8 @@ mod tests {
         let ranges = ["10.42.0.0/16", "10.43.0.0/16", "fd42::/48"].map(|range| range.parse().unwrap());
         let found = node.block_on(async {
             let netlink = Rtnetlink::connect().unwrap();
-            foreign_routes(&netlink.handle, &ranges).await.unwrap()
+            let links = Links::new(netlink.handle.clone()).list().await.unwrap();
+            foreign_routes(&netlink.handle, &links, &ranges).await.unwrap()
         });
         let said: Vec<String> = found.iter().map(ToString::to_string).collect();
         assert_eq!(

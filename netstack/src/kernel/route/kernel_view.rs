@@ -31,10 +31,6 @@ pub(super) struct LinkIndexes {
 }
 
 impl LinkIndexes {
-    pub(super) fn name(&self, index: u32) -> Option<&str> {
-        self.by_index.get(&index).map(String::as_str)
-    }
-
     pub(super) async fn observe(links: &Links) -> Result<Self, LinkError> {
         let links = links.list().await?;
         Ok(Self {
