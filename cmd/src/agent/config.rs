@@ -143,9 +143,7 @@ impl AgentArgs {
             proxy: self.proxy()?,
         })
     }
-}
 
-impl AgentArgs {
     fn proxy(&self) -> anyhow::Result<ProxyConfig> {
         let truncated = |ranges: &[IpNet]| ranges.iter().map(IpNet::trunc).collect::<Vec<_>>();
         let external_ip_ranges = truncated(&self.external_ip_range);

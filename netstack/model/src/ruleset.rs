@@ -175,6 +175,18 @@ pub enum Statement {
     Reject,
 }
 
+impl Statement {
+    /// `field == value`.
+    pub fn equals(field: Field, value: Datum) -> Self {
+        Self::Match { field, negated: false, value }
+    }
+
+    /// `field != value`.
+    pub fn differs(field: Field, value: Datum) -> Self {
+        Self::Match { field, negated: true, value }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Verdict {
     Accept,
@@ -223,6 +235,18 @@ pub enum Field {
     Icmp6Type,
     /// `numgen random mod N`; as an element of a key it matches [`Datum::Index`].
     RandomModulo(u32),
+}
+
+impl Field {
+    /// The source address of a family.
+    pub fn source(ipv6: bool) -> Self {
+        if ipv6 { Self::Ip6Source } else { Self::Ip4Source }
+    }
+
+    /// The destination address of a family.
+    pub fn destination(ipv6: bool) -> Self {
+        if ipv6 { Self::Ip6Destination } else { Self::Ip4Destination }
+    }
 }
 
 /// A value of a field, an element's key or a map's data.

@@ -238,8 +238,7 @@ fn translations() -> Vec<Rule> {
         |ipv6, key, map: &str| Rule::new(vec![Statement::DnatMap { ipv6, key, map: map.to_owned() }]);
     let ports = || vec![Field::L4Protocol, Field::DestinationPort];
     let of_address = |ipv6| {
-        let destination = if ipv6 { Field::Ip6Destination } else { Field::Ip4Destination };
-        let key = [vec![destination], ports()].concat();
+        let key = [vec![Field::destination(ipv6)], ports()].concat();
         translate(ipv6, key, ADDRESS_PORTS[usize::from(ipv6)])
     };
     let of_any = |ipv6| translate(ipv6, ports(), PORTS[usize::from(ipv6)]);
@@ -248,29 +247,26 @@ fn translations() -> Vec<Rule> {
 
 fn masquerades() -> Vec<Rule> {
     let hairpin = |ipv6: bool| {
-        let (source, destination) = ends(ipv6);
         let set = HAIRPIN[usize::from(ipv6)].to_owned();
-        let to_itself = Statement::Lookup { key: vec![source, destination], negated: false, set };
+        let to_itself = Statement::Lookup {
+            key: vec![Field::source(ipv6), Field::destination(ipv6)],
+            negated: false,
+            set,
+        };
         Rule::new(vec![Statement::CtStatusDnat, to_itself, Statement::Masquerade])
             .comment("a pod sent to itself")
     };
-    let matches = |field, value| Statement::Match { field, negated: false, value };
     let loopback = Rule::new(vec![
-        matches(Field::OutputLink, Datum::NamePrefix(POD_LINK_PREFIX.to_owned())),
-        matches(Field::Ip4Source, Datum::Net(IpNet::new_assert(Ipv4Addr::LOCALHOST.into(), 8).trunc())),
+        Statement::equals(Field::OutputLink, Datum::NamePrefix(POD_LINK_PREFIX.to_owned())),
+        Statement::equals(
+            Field::Ip4Source,
+            Datum::Net(IpNet::new_assert(Ipv4Addr::LOCALHOST.into(), 8).trunc()),
+        ),
         Statement::Masquerade,
     ])
     .comment("loopback is no address to answer to");
     let hairpins = [false, true].map(hairpin);
     hairpins.into_iter().chain([loopback]).collect()
-}
-
-/// Source and destination.
-fn ends(ipv6: bool) -> (Field, Field) {
-    match ipv6 {
-        false => (Field::Ip4Source, Field::Ip4Destination),
-        true => (Field::Ip6Source, Field::Ip6Destination),
-    }
 }
 
 /// UDP flows keep what was true at their first packet: whether `flow` must go because these pods are new on the node.

@@ -44,7 +44,7 @@ pub(super) fn declare(table: &mut Table) {
 
 fn from_pods() -> Rule {
     Rule::new(vec![
-        matches(Field::InputLink, Datum::NamePrefix(POD_LINK_PREFIX.to_owned())),
+        Statement::equals(Field::InputLink, Datum::NamePrefix(POD_LINK_PREFIX.to_owned())),
         Statement::Verdict(Verdict::Jump("pod-source".to_owned())),
     ])
     .comment("what pods send")
@@ -63,26 +63,22 @@ fn pod_source_rules() -> Vec<Rule> {
     let loopback = IpNet::new_assert(Ipv4Addr::LOCALHOST.into(), 8).trunc();
     vec![
         Rule::new(vec![
-            matches(Field::Ip4Destination, Datum::Net(loopback)),
+            Statement::equals(Field::Ip4Destination, Datum::Net(loopback)),
             Statement::Counter,
             Statement::Verdict(Verdict::Drop),
         ])
         .comment("loopback is the node's own"),
         Rule::new(vec![leased(Field::Ip4Source, SOURCES_V4), accept.clone()]),
         Rule::new(vec![leased(Field::Ip6Source, SOURCES_V6), accept.clone()]),
-        Rule::new(vec![matches(Field::Ip6Source, Datum::Net(link_local)), accept.clone()])
+        Rule::new(vec![Statement::equals(Field::Ip6Source, Datum::Net(link_local)), accept.clone()])
             .comment("link-local: neighbour discovery, never forwarded"),
         Rule::new(vec![
-            matches(Field::Ip6Source, Datum::Ip(Ipv6Addr::UNSPECIFIED.into())),
-            matches(Field::Icmp6Type, Datum::Icmp6Type(NEIGHBOUR_SOLICITATION)),
+            Statement::equals(Field::Ip6Source, Datum::Ip(Ipv6Addr::UNSPECIFIED.into())),
+            Statement::equals(Field::Icmp6Type, Datum::Icmp6Type(NEIGHBOUR_SOLICITATION)),
             accept,
         ])
         .comment("duplicate-address detection"),
         Rule::new(vec![Statement::Counter, Statement::Verdict(Verdict::Drop)])
             .comment("not an address leased to this pod"),
     ]
-}
-
-fn matches(field: Field, value: Datum) -> Statement {
-    Statement::Match { field, negated: false, value }
 }

@@ -106,12 +106,12 @@ pub(super) fn passages(config: &ClusterConfig) -> Vec<Passage> {
     let mut passages = Vec::new();
     for (comment, link) in [("weft: pods", pods as fn() -> Datum), ("weft: other nodes' pods", tunnel)] {
         for field in [Field::InputLink, Field::OutputLink] {
-            passages.push(accept(Hook::Forward, vec![equals(field, link())], comment));
+            passages.push(accept(Hook::Forward, vec![Statement::equals(field, link())], comment));
         }
     }
     passages.extend(config.cluster_dns.iter().map(|address| {
-        let to_dns = equals(family_of(*address).destination, Datum::Ip(*address));
-        accept(Hook::Input, vec![equals(Field::InputLink, pods()), to_dns], "weft: pods' DNS")
+        let to_dns = Statement::equals(family_of(*address).destination, Datum::Ip(*address));
+        accept(Hook::Input, vec![Statement::equals(Field::InputLink, pods()), to_dns], "weft: pods' DNS")
     }));
     passages
 }
@@ -198,9 +198,9 @@ fn dns_rules(config: &ClusterConfig) -> Vec<Rule> {
         {
             for protocol in [Protocol::Udp, Protocol::Tcp] {
                 rules.push(Rule::new(vec![
-                    equals(field, Datum::Ip(*address)),
-                    equals(Field::L4Protocol, Datum::Protocol(protocol)),
-                    equals(port, Datum::Port(DNS_PORT)),
+                    Statement::equals(field, Datum::Ip(*address)),
+                    Statement::equals(Field::L4Protocol, Datum::Protocol(protocol)),
+                    Statement::equals(port, Datum::Port(DNS_PORT)),
                     Statement::Notrack,
                 ]));
             }
@@ -214,14 +214,10 @@ fn dns_rules(config: &ClusterConfig) -> Vec<Rule> {
 fn dns_silence(address: IpAddr) -> Rule {
     let family = family_of(address);
     let statements = vec![
-        equals(family.icmp, family.unreachable.clone()),
-        equals(family.icmp_error_destination, Datum::Ip(address)),
+        Statement::equals(family.icmp, family.unreachable.clone()),
+        Statement::equals(family.icmp_error_destination, Datum::Ip(address)),
         Statement::Counter,
         Statement::Verdict(Verdict::Drop),
     ];
     Rule::new(statements).comment("a restarting resolver is asked again")
-}
-
-fn equals(field: Field, value: Datum) -> Statement {
-    Statement::Match { field, negated: false, value }
 }

@@ -73,12 +73,6 @@ pub(super) enum Subject<'a> {
     Nobody,
 }
 
-/// What [`Directory::update`] found changed.
-pub(super) struct Dirty {
-    /// Addresses whose bearer, or something about it, is not what it was.
-    pub addresses: BTreeSet<IpAddr>,
-}
-
 impl Directory {
     pub(super) fn empty(place: Place) -> Self {
         let resolver = Arc::new(resolver(&place.cluster_dns));
@@ -101,8 +95,9 @@ impl Directory {
         directory
     }
 
-    /// Takes the Snapshot's pods, namespaces and attachments over.
-    pub(super) fn update(&mut self, snapshot: &Snapshot) -> Dirty {
+    /// Takes the Snapshot's pods, namespaces and attachments over; the addresses whose bearer, or something about it, is not
+    /// what it was.
+    pub(super) fn update(&mut self, snapshot: &Snapshot) -> BTreeSet<IpAddr> {
         let mut addresses = BTreeSet::new();
         let pods = std::mem::replace(&mut self.pods, snapshot.pods.clone());
         let mut changed_pods = BTreeSet::new();
@@ -137,7 +132,7 @@ impl Directory {
                 addresses.extend(self.place.cluster_dns.iter().copied());
             }
         }
-        Dirty { addresses }
+        addresses
     }
 
     /// The pods that a selector has to select for this address to be meant; none: no selector means it.

@@ -27,27 +27,31 @@ impl Judge {
     /// Whether the rules let a first packet through this node: from `source`, before any masquerade, to `destination`, after
     /// DNAT. `protocol` is the IANA number, `port` the destination's.
     pub fn allows(&self, source: IpAddr, destination: IpAddr, protocol: u8, port: u16) -> bool {
-        let allows = |side: &Side, address| {
-            let bearers = self.directory.bearers(address);
-            side.allows(&Other { address, bearers: &bearers, protocol, port }, &self.directory)
-        };
-        let (egress, ingress) = self.sides(source, destination);
-        egress.is_none_or(|side| allows(side, destination)) && ingress.is_none_or(|side| allows(side, source))
+        self.permits(source, destination, protocol, port, |_| false)
     }
 
     /// Whether an established connection has to end: it would be denied now, by a policy that does not let it be.
     pub(super) fn cuts(&self, flow: &Flow) -> bool {
-        let (source, destination) = (flow.original.source.ip(), flow.reply.source.ip());
-        let port = flow.reply.source.port();
+        let (source, to) = (flow.original.source.ip(), flow.reply.source);
+        !self.permits(source, to.ip(), flow.protocol, to.port(), |side| side.keep_established)
+    }
+
+    /// Whether each side that has a say allows it, or is one that `spares` it.
+    fn permits(
+        &self,
+        source: IpAddr,
+        destination: IpAddr,
+        protocol: u8,
+        port: u16,
+        spares: impl Fn(&Side) -> bool,
+    ) -> bool {
         let allows = |side: &Side, address| {
             let bearers = self.directory.bearers(address);
-            let other = Other { address, bearers: &bearers, protocol: flow.protocol, port };
-            side.keep_established || side.allows(&other, &self.directory)
+            let other = Other { address, bearers: &bearers, protocol, port };
+            spares(side) || side.allows(&other, &self.directory)
         };
         let (egress, ingress) = self.sides(source, destination);
-        let allowed = egress.is_none_or(|side| allows(side, destination))
-            && ingress.is_none_or(|side| allows(side, source));
-        !allowed
+        egress.is_none_or(|side| allows(side, destination)) && ingress.is_none_or(|side| allows(side, source))
     }
 
     /// Who has a say: the source's egress, the destination's ingress. A pod always reaches itself, and the node its pods.

@@ -211,7 +211,7 @@ fn allow_rules(direction: Direction, allow: &Allow) -> Vec<Rule> {
     let named = allow.ports.as_ref().and_then(|ports| SetKey::named(allow, ports));
     matches.extend(named.iter().flat_map(|key| {
         [false, true].map(|ipv6| {
-            let field = destination(ipv6);
+            let field = Field::destination(ipv6);
             vec![look_up(&[field, Field::L4Protocol, Field::DestinationPort], key.name(ipv6))]
         })
     }));
@@ -235,8 +235,8 @@ fn address_tests(direction: Direction, allow: &Allow) -> Vec<Vec<Statement>> {
         };
         for ipv6 in families {
             let field = match direction {
-                Direction::Ingress => source(ipv6),
-                Direction::Egress => destination(ipv6),
+                Direction::Ingress => Field::source(ipv6),
+                Direction::Egress => Field::destination(ipv6),
             };
             tests.push(vec![look_up(&[field], key.name(ipv6))]);
         }
@@ -247,17 +247,19 @@ fn address_tests(direction: Direction, allow: &Allow) -> Vec<Vec<Statement>> {
 /// One test each of what has to be compared in its own way; a single empty one where every port is meant.
 fn port_tests(ports: Option<&PortSet>) -> Vec<Vec<Statement>> {
     let Some(ports) = ports else { return vec![Vec::new()] };
-    let protocol = |protocol| equals(Field::L4Protocol, Datum::Protocol(protocol));
+    let protocol = |protocol| Statement::equals(Field::L4Protocol, Datum::Protocol(protocol));
     let exact = match ports.exact.first().filter(|_| ports.exact.len() == 1) {
         _ if ports.exact.is_empty() => None,
-        Some((p, port)) => Some(vec![protocol(*p), equals(Field::DestinationPort, Datum::Port(*port))]),
+        Some((p, port)) => {
+            Some(vec![protocol(*p), Statement::equals(Field::DestinationPort, Datum::Port(*port))])
+        }
         None => {
             let name = SetKey::Ports(ports.exact.clone()).name(false);
             Some(vec![look_up(&[Field::L4Protocol, Field::DestinationPort], name)])
         }
     };
     let ranges = ports.ranges.iter().map(|(p, first, last)| {
-        vec![protocol(*p), equals(Field::DestinationPort, Datum::PortRange(*first, *last))]
+        vec![protocol(*p), Statement::equals(Field::DestinationPort, Datum::PortRange(*first, *last))]
     });
     let protocols = ports.protocols.iter().map(|p| vec![protocol(*p)]);
     exact.into_iter().chain(ranges).chain(protocols).collect()
@@ -328,11 +330,11 @@ fn forward() -> Vec<Rule> {
     let accept = Statement::Verdict(Verdict::Accept);
     let mut rules = vec![established(), mid_stream()];
     rules.extend([false, true].map(|ipv6| {
-        let pair = look_up(&[source(ipv6), destination(ipv6)], SubjectSet::Itself.name(ipv6));
+        let pair = look_up(&[Field::source(ipv6), Field::destination(ipv6)], SubjectSet::Itself.name(ipv6));
         Rule::new(vec![pair, accept.clone()]).comment("a pod reaches itself")
     }));
-    rules.extend([false, true].map(|ipv6| side_of(Direction::Egress, source(ipv6), ipv6)));
-    rules.extend([false, true].map(|ipv6| side_of(Direction::Ingress, destination(ipv6), ipv6)));
+    rules.extend([false, true].map(|ipv6| side_of(Direction::Egress, Field::source(ipv6), ipv6)));
+    rules.extend([false, true].map(|ipv6| side_of(Direction::Ingress, Field::destination(ipv6), ipv6)));
     rules
 }
 
@@ -346,10 +348,10 @@ fn input() -> Vec<Rule> {
     };
     let mut rules = vec![Rule::new(vec![not_from_pod, accept.clone()]), established(), mid_stream()];
     rules.extend(NEIGHBOUR_DISCOVERY.map(|kind| {
-        Rule::new(vec![equals(Field::Icmp6Type, Datum::Icmp6Type(kind)), accept.clone()])
+        Rule::new(vec![Statement::equals(Field::Icmp6Type, Datum::Icmp6Type(kind)), accept.clone()])
             .comment("neighbour discovery")
     }));
-    rules.extend([false, true].map(|ipv6| side_of(Direction::Egress, source(ipv6), ipv6)));
+    rules.extend([false, true].map(|ipv6| side_of(Direction::Egress, Field::source(ipv6), ipv6)));
     rules
 }
 
@@ -367,7 +369,7 @@ fn mid_stream() -> Rule {
 }
 
 fn picked_up(ipv6: bool) -> [Rule; 2] {
-    [source(ipv6), destination(ipv6)].map(|field| {
+    [Field::source(ipv6), Field::destination(ipv6)].map(|field| {
         let isolated = look_up(&[field], SubjectSet::Isolated.name(ipv6));
         Rule::new(vec![isolated, Statement::Counter, Statement::Verdict(Verdict::Drop)])
             .comment("not the beginning of a connection")
@@ -381,18 +383,6 @@ fn side_of(direction: Direction, field: Field, ipv6: bool) -> Rule {
 
 fn look_up(key: &[Field], set: String) -> Statement {
     Statement::Lookup { key: key.to_vec(), negated: false, set }
-}
-
-fn equals(field: Field, value: Datum) -> Statement {
-    Statement::Match { field, negated: false, value }
-}
-
-fn source(ipv6: bool) -> Field {
-    if ipv6 { Field::Ip6Source } else { Field::Ip4Source }
-}
-
-fn destination(ipv6: bool) -> Field {
-    if ipv6 { Field::Ip6Destination } else { Field::Ip4Destination }
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use super::directory::{Directory, Place, Subject};
 use super::judge::{Judge, Sides};
 use super::layout::{self, SetKey, SubjectSet};
 use super::meaning::{Direction, Policies, Side};
-use crate::reconcile::Planner;
+use crate::reconcile::{Planner, Users};
 
 /// The whole desired state of the policy engine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,8 +42,8 @@ impl PolicyPlan {
 pub struct PolicyPlanner {
     plan: PolicyPlan,
     policies: Objects<PolicyKey, NetworkPolicy>,
-    /// How many pods use each chain, and how many chains each set.
-    chains: BTreeMap<String, usize>,
+    /// Pods that use each chain, and chains that use each set.
+    chains: Users<String>,
     sets: BTreeMap<SetKey, InUse>,
 }
 
@@ -67,7 +67,7 @@ impl Planner for PolicyPlanner {
         if self.plan.judge.directory.place != place {
             *self = Self::empty(place);
         }
-        let dirty = Arc::make_mut(&mut self.plan.judge).directory.update(snapshot).addresses;
+        let dirty = Arc::make_mut(&mut self.plan.judge).directory.update(snapshot);
         let policies = std::mem::replace(&mut self.policies, snapshot.policies.clone());
         let repoliced: BTreeSet<&str> =
             changes(&policies, &snapshot.policies).map(|(key, ..)| key.namespace.as_str()).collect();
@@ -85,7 +85,7 @@ impl PolicyPlanner {
         Self {
             plan: PolicyPlan::empty(place),
             policies: Objects::default(),
-            chains: BTreeMap::new(),
+            chains: Users::default(),
             sets: BTreeMap::new(),
         }
     }
@@ -159,9 +159,7 @@ impl PolicyPlanner {
 
     fn use_chain(&mut self, direction: Direction, side: &Side) -> String {
         let name = layout::chain_name(direction, side);
-        let users = self.chains.entry(name.clone()).or_default();
-        *users += 1;
-        if *users == 1 {
+        if self.chains.begin(name.clone()) {
             for key in SetKey::of_side(side) {
                 self.use_set(key);
             }
@@ -173,7 +171,7 @@ impl PolicyPlanner {
 
     fn leave_chain(&mut self, direction: Direction, side: &Side) {
         let name = layout::chain_name(direction, side);
-        if !left(&mut self.chains, &name) {
+        if !self.chains.end(&name) {
             return;
         }
         let table = Arc::make_mut(&mut self.plan.table);
@@ -241,17 +239,6 @@ impl Sides {
             Direction::Egress => self.egress.as_deref(),
         }
     }
-}
-
-/// Counts one user less; true when it was the last.
-fn left<K: Ord>(users: &mut BTreeMap<K, usize>, key: &K) -> bool {
-    let Some(count) = users.get_mut(key) else { return false };
-    *count -= 1;
-    let gone = *count == 0;
-    if gone {
-        users.remove(key);
-    }
-    gone
 }
 
 /// Addresses that stand in one group: few enough for a change to copy them, as many as a node's range mostly holds.

@@ -14,7 +14,7 @@ use weft_model::ruleset::{
     Chain, Datum, ElementData, Elements, Field, Rule, Set, SetData, Statement, Verdict,
 };
 
-use super::layout::{REJECT, Scope, SetName, address, source, version};
+use super::layout::{REJECT, Scope, SetName, address, version};
 use super::service::{Claim, Firewall, Frontend, Holding, Reach, Target};
 
 /// A chain that Services share.
@@ -90,7 +90,7 @@ impl Stay {
         let ipv6 = endpoint.is_ipv6();
         let (ip, port) = (endpoint.ip(), endpoint.port());
         let map = SetName::Affinity.of(ipv6);
-        let key = [vec![source(ipv6)], Scope::Vip.key(ipv6)].concat();
+        let key = [vec![Field::source(ipv6)], Scope::Vip.key(ipv6)].concat();
         let timeout_millis = u64::from(seconds) * 1000;
         let update =
             Statement::Update { map: map.clone(), key: key.clone(), timeout_millis, address: ip, port };
@@ -226,7 +226,8 @@ impl Emission {
 /// Returns for whoever may come.
 fn firewall_chain(firewall: &Firewall, ipv6: bool, sources: &str) -> Chain {
     let back = || Statement::Verdict(Verdict::Return);
-    let listed = Statement::Lookup { key: vec![source(ipv6)], negated: false, set: sources.to_owned() };
+    let listed =
+        Statement::Lookup { key: vec![Field::source(ipv6)], negated: false, set: sources.to_owned() };
     let mut rules = vec![Rule::new(vec![listed, back()])];
     if firewall.own.contains(&ipv6) {
         let own = Statement::SourceIsLocal { negated: false };

@@ -62,7 +62,7 @@ impl Scope {
 
     pub(super) fn key(self, ipv6: bool) -> Vec<Field> {
         let ports = [Field::L4Protocol, Field::DestinationPort];
-        if self.is_node_port() { ports.to_vec() } else { [&[destination(ipv6)], &ports[..]].concat() }
+        if self.is_node_port() { ports.to_vec() } else { [&[Field::destination(ipv6)], &ports[..]].concat() }
     }
 
     fn key_types(self, ipv6: bool) -> Vec<KeyType> {
@@ -222,7 +222,7 @@ fn filter(hook: Hook) -> Chain {
 fn prerouting(site: &Site) -> Vec<Rule> {
     let internal = site.cluster_cidrs.iter().map(|cidr| {
         let ipv6 = cidr.addr().is_ipv6();
-        (ipv6, vec![matches(source(ipv6), false, Datum::Net(*cidr))])
+        (ipv6, vec![Statement::equals(Field::source(ipv6), Datum::Net(*cidr))])
     });
     destinations(&internal.collect::<Vec<_>>())
 }
@@ -269,7 +269,7 @@ fn unanswered(site: &Site) -> Vec<Rule> {
             .comment("a port that the Service does not have")
     }));
     rules.extend(site.service_cidrs.iter().map(|cidr| {
-        let to_range = matches(destination(cidr.addr().is_ipv6()), false, Datum::Net(*cidr));
+        let to_range = Statement::equals(Field::destination(cidr.addr().is_ipv6()), Datum::Net(*cidr));
         Rule::new(vec![to_range, Statement::Verdict(Verdict::Drop)]).comment("an address that no Service has")
     }));
     rules
@@ -281,22 +281,22 @@ fn postrouting(site: &Site) -> Vec<Rule> {
     let mut rules = Vec::new();
     for ipv6 in [false, true] {
         let pair = Statement::Lookup {
-            key: vec![source(ipv6), destination(ipv6)],
+            key: vec![Field::source(ipv6), Field::destination(ipv6)],
             negated: false,
             set: SetName::Hairpin.of(ipv6),
         };
         rules.push(Rule::new(vec![ours(), pair, Statement::Masquerade]).comment("a pod sent to itself"));
         let elsewhere = match site.pod_cidrs.iter().find(|cidr| cidr.addr().is_ipv6() == ipv6) {
-            Some(own) => matches(source(ipv6), true, Datum::Net(*own)),
-            None => matches(Field::Family, false, Datum::Ipv6(ipv6)),
+            Some(own) => Statement::differs(Field::source(ipv6), Datum::Net(*own)),
+            None => Statement::equals(Field::Family, Datum::Ipv6(ipv6)),
         };
-        let into_tunnel = matches(Field::OutputLink, false, tunnel());
+        let into_tunnel = Statement::equals(Field::OutputLink, tunnel());
         rules.push(
             Rule::new(vec![ours(), into_tunnel, elsewhere.clone(), Statement::Masquerade])
                 .comment("peers accept only this node's pods"),
         );
-        let to_pod = matches(Field::OutputLink, true, Datum::NamePrefix(POD_LINK_PREFIX.to_owned()));
-        let not_tunnel = matches(Field::OutputLink, true, tunnel());
+        let to_pod = Statement::differs(Field::OutputLink, Datum::NamePrefix(POD_LINK_PREFIX.to_owned()));
+        let not_tunnel = Statement::differs(Field::OutputLink, tunnel());
         let routed = Statement::SourceIsLocal { negated: true };
         rules.push(
             Rule::new(vec![ours(), not_tunnel, to_pod, elsewhere, routed, Statement::Masquerade])
@@ -306,20 +306,8 @@ fn postrouting(site: &Site) -> Vec<Rule> {
     rules
 }
 
-fn matches(field: Field, negated: bool, value: Datum) -> Statement {
-    Statement::Match { field, negated, value }
-}
-
-pub(super) fn source(ipv6: bool) -> Field {
-    if ipv6 { Field::Ip6Source } else { Field::Ip4Source }
-}
-
-fn destination(ipv6: bool) -> Field {
-    if ipv6 { Field::Ip6Destination } else { Field::Ip4Destination }
-}
-
 fn to(set: SetName, ipv6: bool) -> Statement {
-    Statement::Lookup { key: vec![destination(ipv6)], negated: false, set: set.of(ipv6) }
+    Statement::Lookup { key: vec![Field::destination(ipv6)], negated: false, set: set.of(ipv6) }
 }
 
 fn to_node(ipv6: bool) -> Statement {

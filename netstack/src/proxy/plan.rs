@@ -23,7 +23,7 @@ use super::health::HealthChecks;
 use super::layout::{self, SetName, Site};
 use super::service::{self, Claim, Holding, LocalEndpoints, ServicePlan, Target, View};
 use super::stale::{UdpDestination, UdpTargets};
-use crate::reconcile::Planner;
+use crate::reconcile::{Planner, Users};
 
 /// The whole desired state of the proxy.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -50,8 +50,8 @@ pub struct ProxyPlanner {
     planned: BTreeMap<ServiceKey, ServicePlan>,
     claims: Claims,
     emitted: BTreeMap<ServiceKey, Emitted>,
-    shared: BTreeMap<Shared, usize>,
-    hairpins: BTreeMap<IpAddr, usize>,
+    shared: Users<Shared>,
+    hairpins: Users<IpAddr>,
     problems: BTreeMap<ServiceKey, Vec<Problem>>,
     plan: ProxyPlan,
 }
@@ -327,23 +327,23 @@ impl ProxyPlanner {
         }
         // What is new is counted before what is gone, so that nothing shared is removed and made again.
         for shared in &emitted.shared {
-            if count_up(&mut self.shared, *shared) {
+            if self.shared.begin(*shared) {
                 table.chains.insert(shared.chain_name(), shared.chain());
             }
         }
         for shared in &old.shared {
-            if count_down(&mut self.shared, shared) {
+            if self.shared.end(shared) {
                 table.chains.remove(&shared.chain_name());
             }
         }
         for pod in &emitted.hairpins {
-            if count_up(&mut self.hairpins, *pod) {
+            if self.hairpins.begin(*pod) {
                 let pair = Elements::from([(vec![Datum::Ip(*pod), Datum::Ip(*pod)], ElementData::None)]);
                 set_group(table, SetName::Hairpin, pod.is_ipv6(), &pod.to_string(), Some(pair));
             }
         }
         for pod in &old.hairpins {
-            if count_down(&mut self.hairpins, pod) {
+            if self.hairpins.end(pod) {
                 set_group(table, SetName::Hairpin, pod.is_ipv6(), &pod.to_string(), None);
             }
         }
@@ -383,26 +383,6 @@ fn set_group(table: &mut Table, set: SetName, ipv6: bool, group: &str, elements:
             }
         },
     }
-}
-
-/// True when this is the first.
-fn count_up<K: Ord>(counts: &mut BTreeMap<K, usize>, key: K) -> bool {
-    let count = counts.entry(key).or_default();
-    *count += 1;
-    *count == 1
-}
-
-/// True when this was the last.
-fn count_down<K: Ord>(counts: &mut BTreeMap<K, usize>, key: &K) -> bool {
-    let Some(count) = counts.get_mut(key) else {
-        return false;
-    };
-    *count -= 1;
-    let gone = *count == 0;
-    if gone {
-        counts.remove(key);
-    }
-    gone
 }
 
 /// Who may answer at a UDP destination; `None` for what is not UDP or not ours.

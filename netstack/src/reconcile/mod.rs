@@ -12,6 +12,7 @@
 
 mod run;
 mod tasks;
+mod users;
 mod vigil;
 
 use std::future::Future;
@@ -20,6 +21,7 @@ use weft_model::{Planned, Snapshot};
 
 pub use run::{Loop, LoopHandle, Pace};
 pub use tasks::TaskGroup;
+pub(crate) use users::Users;
 pub use vigil::{Watchfulness, vigil};
 
 /// Pure: from a Snapshot to the whole desired state of one domain. `&mut self` holds nothing but memoised results,

@@ -162,10 +162,7 @@ impl<'a> Batch<'a> {
         let open = self.open(index, NEWRULE, NLM_F_CREATE | NLM_F_APPEND);
         self.writer.string(NFTA_RULE_TABLE, self.table);
         self.writer.string(NFTA_RULE_CHAIN, chain);
-        let begin = self.writer.len();
-        self.writer.nest(NFTA_RULE_EXPRESSIONS, |writer| write_rule(writer, rule, answer, None));
-        let identity = Identity::of(&self.writer.bytes()[begin..], rule.comment.as_deref());
-        write_userdata(&mut self.writer, rule.comment.as_deref(), identity);
+        write_body(&mut self.writer, rule, answer, None);
         self.writer.close_message(open);
     }
 }
@@ -298,7 +295,12 @@ const USERDATA_IDENTITY: u8 = 0x57;
 const COMMENT_BYTES: usize = 127;
 
 impl Identity {
-    pub(crate) fn of(expressions: &[u8], comment: Option<&str>) -> Self {
+    /// Of what [`write_body`] writes.
+    pub(crate) fn of_body(rule: &Rule, answer: Answer, ipv6: Option<bool>) -> Self {
+        write_body(&mut Writer::default(), rule, answer, ipv6)
+    }
+
+    fn of(expressions: &[u8], comment: Option<&str>) -> Self {
         let comment = comment.unwrap_or("\0").as_bytes();
         let hash = expressions.iter().chain(comment);
         Self(hash.fold(FNV_OFFSET, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(FNV_PRIME)))
@@ -306,11 +308,7 @@ impl Identity {
 
     /// Of the kernel's rules that one rule of a plan makes.
     pub(crate) fn of_rule(rule: &Rule, scratch: &mut Vec<Self>) {
-        for answer in answers(rule) {
-            let mut writer = Writer::default();
-            writer.nest(NFTA_RULE_EXPRESSIONS, |writer| write_rule(writer, rule, *answer, None));
-            scratch.push(Self::of(writer.bytes(), rule.comment.as_deref()));
-        }
+        scratch.extend(answers(rule).iter().map(|answer| Self::of_body(rule, *answer, None)));
     }
 
     /// From the user data of a rule of the kernel.
@@ -326,7 +324,16 @@ impl Identity {
     }
 }
 
-pub(crate) fn write_userdata(writer: &mut Writer, comment: Option<&str>, identity: Identity) {
+/// What a rule does and the user data by which it is known; `ipv6` is the family of its table, `None` for `inet`.
+pub(crate) fn write_body(writer: &mut Writer, rule: &Rule, answer: Answer, ipv6: Option<bool>) -> Identity {
+    let begin = writer.len();
+    writer.nest(NFTA_RULE_EXPRESSIONS, |writer| write_rule(writer, rule, answer, ipv6));
+    let identity = Identity::of(&writer.bytes()[begin..], rule.comment.as_deref());
+    write_userdata(writer, rule.comment.as_deref(), identity);
+    identity
+}
+
+fn write_userdata(writer: &mut Writer, comment: Option<&str>, identity: Identity) {
     let identity = identity.0.to_be_bytes();
     let ours = [&[USERDATA_IDENTITY, 8][..], &identity].concat();
     let Some(comment) = comment else {

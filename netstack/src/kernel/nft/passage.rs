@@ -15,8 +15,8 @@ use std::sync::PoisonError;
 use nix::errno::Errno;
 use weft_model::ruleset::{Field, Hook, Passage, Rule, Statement};
 
-use super::batch::{HOOKS, Identity, write_userdata};
-use super::expression::{Answer, write_rule};
+use super::batch::{HOOKS, Identity, write_body};
+use super::expression::Answer;
 use super::socket::{NetfilterSocket, Refusal};
 use super::uapi::*;
 use super::wire::{Attributes, Message, Writer};
@@ -170,13 +170,7 @@ fn changes<'a>(chain: &Chain, wanted: &'a [Passage]) -> impl Iterator<Item = Cha
 }
 
 fn identity(chain: &Chain, rule: &Rule) -> Identity {
-    Identity::of(expressions(chain, rule).bytes(), rule.comment.as_deref())
-}
-
-fn expressions(chain: &Chain, rule: &Rule) -> Writer {
-    let mut writer = Writer::default();
-    writer.nest(NFTA_RULE_EXPRESSIONS, |writer| write_rule(writer, rule, Answer::Unreachable, chain.ipv6()));
-    writer
+    Identity::of_body(rule, Answer::Unreachable, chain.ipv6())
 }
 
 /// False when others committed meanwhile, or took a chain away.
@@ -226,9 +220,7 @@ fn write_change(writer: &mut Writer, sequence: u32, flags: u16, chain: &Chain, c
     match change {
         Change::Delete(handle) => writer.be64(NFTA_RULE_HANDLE, *handle),
         Change::Add(rule) => {
-            let ipv6 = chain.ipv6();
-            writer.nest(NFTA_RULE_EXPRESSIONS, |w| write_rule(w, rule, Answer::Unreachable, ipv6));
-            write_userdata(writer, rule.comment.as_deref(), identity(chain, rule));
+            write_body(writer, rule, Answer::Unreachable, chain.ipv6());
         }
     }
     writer.close_message(message);
