@@ -47,6 +47,9 @@ pub(super) struct PodRecord {
     /// The plugin's result, for DEL.
     result: Option<Value>,
     pub(super) phase: String,
+    /// Why the last try to start or stop it failed.
+    #[serde(default)]
+    pub(super) complaint: Option<String>,
 }
 
 /// The pod (uid) whose first process ended, and how.
@@ -59,8 +62,6 @@ struct Worker {
     shared: Shared,
     words: UnboundedSender<Word>,
     records: BTreeMap<String, PodRecord>,
-    /// Last complaint a pod, so that a retry does not fill the log.
-    complaints: BTreeMap<String, String>,
     ends: (Sender<End>, Receiver<End>),
 }
 
@@ -80,7 +81,6 @@ pub(super) fn start(
         shared,
         words,
         records,
-        complaints: BTreeMap::new(),
         ends: channel(),
     };
     std::thread::Builder::new()
@@ -135,7 +135,8 @@ impl Worker {
         loop {
             let pending =
                 self.records.values().any(|record| record.pid.is_none() && record.phase == "Pending");
-            let limit = if pending || !self.complaints.is_empty() { RETRY } else { IDLE };
+            let failed = self.records.values().any(|record| record.complaint.is_some());
+            let limit = if pending || failed { RETRY } else { IDLE };
             let (pods, listed) = self.shared.next(limit);
             self.notice_ends();
             if listed {
@@ -181,19 +182,24 @@ impl Worker {
                 pid: None,
                 result: None,
                 phase: "Pending".to_owned(),
+                complaint: None,
             };
             self.records.insert(uid, record);
         }
     }
 
+    /// Tells a new complaint to the log, the API and `weft lab status`; a retry that fails alike says nothing.
     fn note(&mut self, uid: &str, verb: &str, outcome: anyhow::Result<()>) {
-        let Err(error) = outcome else {
-            self.complaints.remove(uid);
+        let complaint = outcome.err().map(|error| format!("{verb}: {error:#}"));
+        let Some(record) = self.records.get_mut(uid).filter(|record| record.complaint != complaint) else {
             return;
         };
-        let text = format!("{verb} pod {uid}: {error:#}");
-        if self.complaints.insert(uid.to_owned(), text.clone()).as_ref() != Some(&text) {
-            eprintln!("{text}");
+        if let Some(text) = &complaint {
+            eprintln!("pod {uid}: {text}");
+        }
+        record.complaint = complaint;
+        if let Err(error) = self.save(uid).and_then(|()| self.say_status(uid)) {
+            eprintln!("pod {uid}: {error:#}");
         }
     }
 
@@ -333,7 +339,7 @@ fn pod_status(record: &PodRecord, host: &[String]) -> Value {
                 "Running" => json!({ "running": { "startedAt": now } }),
                 "Succeeded" => json!({ "terminated": { "exitCode": 0, "reason": "Completed" } }),
                 "Failed" => json!({ "terminated": { "exitCode": 1, "reason": "Error" } }),
-                _ => json!({ "waiting": { "reason": "ContainerCreating" } }),
+                _ => json!({ "waiting": { "reason": "ContainerCreating", "message": record.complaint } }),
             };
             let image = container.image.clone().unwrap_or_default();
             json!({ "name": container.name, "image": image, "imageID": "", "ready": running,

@@ -19,6 +19,12 @@ pub(super) fn print() -> anyhow::Result<()> {
         machines.add_row([name.clone(), state.to_owned(), addresses.join(" "), services(&name)]);
     }
     println!("{machines}\n\n{}", pods_table()?);
+    for found in shell::all_pods()? {
+        let pod = &found.record.pod;
+        if let Some(complaint) = &found.record.complaint {
+            println!("{}/{}: {complaint}", pod.namespace().unwrap_or_default(), pod.name_any());
+        }
+    }
     Ok(())
 }
 
