@@ -9,6 +9,11 @@ use crate::objects;
 /// What a host may have before Weft comes.
 fn foreign_state(node: &Node) {
     run(std::process::Command::new("nft").args(["add", "table", "inet", "others"]));
+    let firewall = "add chain inet others forward { type filter hook forward priority 0; policy drop; }";
+    run(std::process::Command::new("nft").arg(firewall));
+    run(std::process::Command::new("iptables-nft").args(["-P", "INPUT", "DROP"]));
+    run(std::process::Command::new("iptables-nft").args(["-A", "INPUT", "-i", "up0", "-j", "ACCEPT"]));
+    run(std::process::Command::new("iptables-nft").args(["-A", "INPUT", "-i", "lo", "-j", "ACCEPT"]));
     for folder in ["cni", "bin"] {
         std::fs::create_dir_all(node.path(folder)).unwrap();
     }
@@ -67,6 +72,8 @@ fn after_cleanup_the_host_is_what_it_was_before_the_first_agent() {
                 "{kind}: Weft changed nothing here?"
             );
         }
+        let opened = meanwhile.iter().any(|line| line.contains("weft: pods"));
+        assert!(opened, "nothing of ours in the firewalls of others");
         node.end_agent(Signal::SIGTERM);
         node.stop_tunnel();
         let said = run(&mut node.cleanup_command());
