@@ -41,7 +41,8 @@ fn granted() -> Access {
     access
 }
 
-/// What `netstack::kube` does: a watch lists first; the own Node's annotations are written with a merge patch.
+/// What `netstack::kube` does: a watch lists first; the own Node's annotations are written with a merge patch; Events are
+/// made.
 fn used() -> Access {
     let watched = [
         ("", "nodes"),
@@ -59,6 +60,7 @@ fn used() -> Access {
         })
         .collect();
     access.entry((String::new(), "nodes".into())).or_default().insert("patch".into());
+    access.entry((String::new(), "events".into())).or_default().insert("create".into());
     access
 }
 

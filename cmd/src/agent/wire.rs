@@ -22,7 +22,7 @@ use weft_netstack::kernel::facts;
 use weft_netstack::kernel::netns::Rtnetlink;
 use weft_netstack::kernel::nft::Commits;
 use weft_netstack::kernel::route::losses;
-use weft_netstack::kube::{self, Access, ApiStatus, Here, Identity, Publisher, Watches};
+use weft_netstack::kube::{self, Access, Announcer, ApiStatus, Here, Identity, Notices, Publisher, Watches};
 use weft_netstack::overlay::{self, OverlayApplier, OverlayPlanner, tunnel};
 use weft_netstack::policy::{self, PolicyApplier, PolicyPlanner};
 use weft_netstack::proxy::{ProxyApplier, ProxyHealth, ProxyPlanner};
@@ -69,7 +69,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let proxy_health = proxy.health();
     loops.start("proxy", ProxyPlanner::default(), proxy, Pace::default());
     loops.start("dns", dns.planner, dns.applier, Pace::default());
-    loops.start("publish", identity, Publisher::new(access), Pace::default());
+    loops.start("publish", identity, Publisher::new(access.clone()), Pace::default());
     let policy = start_policy(&mut loops, config.network_policy, impatient)?;
     let sources = Sources {
         snapshots: snapshots.clone(),
@@ -81,6 +81,11 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let cni = open_cni(snapshots.clone(), leases, sources.readiness(), told).await?;
     let pod_links = loops.start("cni", PodLinksPlanner, PodLinksApplier::new(cni.clone()), Pace::default());
     let handles = loops.handles;
+    let reports = handles.iter().map(LoopHandle::reports).collect();
+    let (_, passing) = Notices::channel();
+    let announcer =
+        Announcer { access, node: config.node.clone(), snapshots: snapshots.clone(), reports, passing };
+    tasks.start("events", announcer.run());
     watch_others(tasks, &handles, [overlay, pod_links])?;
 
     let (observed, observe_outcome) = watch::channel(String::new());

@@ -61,6 +61,14 @@ impl Kind {
         }
     }
 
+    /// `apiVersion` as manifests write it.
+    pub fn api_version(self) -> String {
+        match self.group() {
+            "" => "v1".to_owned(),
+            group => format!("{group}/v1"),
+        }
+    }
+
     fn plural(self) -> &'static str {
         match self {
             Self::Node => "nodes",

@@ -5,6 +5,7 @@
 //!        Pods, NetworkPolicies, one ConfigMap --Document--> lower (pure) --+
 //!  NodeFacts, attachments of CNI -----------------------------------------+--> Cluster --> Snapshot #g
 //!  last good Snapshot from the Store -------------------------------------+
+//!  problems, passing notices --events--> Event objects, for `kubectl describe`
 //! ```
 //!
 //! What is valid of an object is used, and every field that is not becomes a [`weft_model::Problem`]; an object that cannot be
@@ -16,6 +17,7 @@
 mod client;
 mod cluster;
 mod document;
+mod events;
 mod failure;
 pub mod lower;
 mod publish;
@@ -26,6 +28,7 @@ mod wire;
 pub use client::{Access, ClientError, Endpoint};
 pub use cluster::Cluster;
 pub use document::{CONFIG_MAP, Document, Kind};
+pub use events::{Announcer, Notices};
 pub use failure::{Address, ApiFailure, Distrust};
 pub use publish::{Identity, Publication, Publisher, publish};
 pub use version::ServerVersion;

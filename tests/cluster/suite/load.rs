@@ -1,5 +1,6 @@
 //! Pods that ask a Service all the while (`weft lab load`), and what came of it.
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -65,7 +66,9 @@ impl<'a> Load<'a> {
         flags: &[&str],
         urls: &[String],
     ) -> anyhow::Result<Self> {
-        let name = format!("load-{mode}-{node}-{}", std::process::id());
+        // A name of its own: the log of a pod that bore the same one is answered until its container is gone.
+        static STARTED: AtomicU32 = AtomicU32::new(0);
+        let name = format!("load-{mode}-{node}-{}", STARTED.fetch_add(1, Ordering::Relaxed));
         let words: Vec<_> =
             [mode].iter().chain(flags).map(|word| (*word).to_owned()).chain(urls.iter().cloned()).collect();
         let pod = serde_json::json!({

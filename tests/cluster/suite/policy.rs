@@ -346,6 +346,12 @@ fn invalid(cluster: &Cluster) -> anyhow::Result<()> {
         ensure!(problems.contains("NetworkPolicy suite/wrong: InvalidField"), "{problems}");
         Ok(())
     })?;
+    cluster.within(PATIENCE / 3, "kubectl describe shows the Event", || {
+        let said = cluster.kubectl(&["describe", "networkpolicy", "wrong"])?;
+        let events = said.split_once("Events:").map(|(_, events)| events).unwrap_or_default();
+        ensure!(events.contains("InvalidField") && events.contains("weft"), "{said}");
+        Ok(())
+    })?;
     guarded.all("tools", "guarded", 8080, true)?;
     guarded.all("walled", "guarded", 8080, false)
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use kube::api::{DeleteParams, GetParams, Patch, PatchParams, PostParams};
+use kube::api::{DeleteParams, GetParams, ListParams, Patch, PatchParams, PostParams};
 use kube::core::Request;
 use serde_json::Value;
 
@@ -50,6 +50,12 @@ impl Api {
     pub fn read(&self, collection: &str, name: &str) -> Value {
         let request = Request::new(collection).get(name, &GetParams::default());
         self.answer(name, self.client.request(request.expect("a get request")))
+    }
+
+    pub fn list(&self, collection: &str) -> Vec<Value> {
+        let request = Request::new(collection).list(&ListParams::default());
+        let listed = self.answer(collection, self.client.request(request.expect("a list request")));
+        listed["items"].as_array().cloned().unwrap_or_default()
     }
 
     pub fn delete(&self, collection: &str, name: &str) {

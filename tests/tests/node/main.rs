@@ -5,6 +5,7 @@ mod api_away;
 mod cleanup;
 mod cni;
 mod custom_dns;
+mod events;
 mod faults;
 mod not_ready;
 mod objects;
