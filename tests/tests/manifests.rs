@@ -42,7 +42,7 @@ fn granted() -> Access {
 }
 
 /// What `netstack::kube` does: a watch lists first; the own Node's annotations are written with a merge patch; Events are
-/// made.
+/// made; the holder of the Lease writes statuses.
 fn used() -> Access {
     let watched = [
         ("", "nodes"),
@@ -61,6 +61,9 @@ fn used() -> Access {
         .collect();
     access.entry((String::new(), "nodes".into())).or_default().insert("patch".into());
     access.entry((String::new(), "events".into())).or_default().insert("create".into());
+    access.entry((String::new(), "services/status".into())).or_default().insert("patch".into());
+    let lease = access.entry(("coordination.k8s.io".into(), "leases".into())).or_default();
+    lease.extend(["get", "create", "update"].map(str::to_owned));
     access
 }
 
