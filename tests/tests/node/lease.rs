@@ -20,20 +20,20 @@ fn an_agent_waits_for_a_holder_that_renews_and_takes_over_from_a_silent_one() {
         node.make_node_object();
         // Times that a clock of this node would call long over.
         let long_ago = "2001-01-01T00:00:00.000000Z";
-        let spec = json!({"holderIdentity": "other", "leaseDurationSeconds": 5, "renewTime": long_ago});
+        let spec = json!({"holderIdentity": "other", "leaseDurationSeconds": 12, "renewTime": long_ago});
         node.api().create(LEASES, &json!({"metadata": {"name": NAME}, "spec": spec}));
-        node.start_tunnel();
         node.start_agent();
+        node.start_tunnel();
         node.await_ready();
-        for transitions in 1..5 {
+        for transitions in 1..8 {
             std::thread::sleep(Duration::from_secs(2));
             let renewed = json!({"spec": {"leaseTransitions": transitions}});
             node.api().merge(LEASES, NAME, &renewed);
             assert_eq!(holder(&node), "other");
         }
-        assert!(holds_within(Duration::from_secs(12), || holder(&node) == "n1"), "{}", node.agent_log());
+        assert!(holds_within(Duration::from_secs(20), || holder(&node) == "n1"), "{}", node.agent_log());
         let lease = node.api().read(LEASES, NAME);
-        assert_eq!(lease["spec"]["leaseTransitions"], 5);
+        assert_eq!(lease["spec"]["leaseTransitions"], 8);
         assert!(node.status()["parts"]["writer"].as_str().is_some_and(|text| text.contains("(this node)")));
     });
 }
