@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use weft_model::Snapshot;
-use weft_model::objects::{ServiceKind, host_address};
+use weft_model::objects::{ServiceKind, host_address, ingress_address};
 
 use super::Cni;
 use super::ipam::{QUARANTINE_SECONDS, pod_addresses};
@@ -147,6 +147,8 @@ fn of_node(address: IpAddr, snapshot: &Snapshot) -> Option<String> {
                 "{address} is the host address of {here} {}: the source of what it sends to other nodes' pods",
                 node.name
             )
+        } else if ingress_address(cidr) == Some(address) {
+            format!("{address} is kept for the ingress of {here} {}", node.name)
         } else if node.name == snapshot.facts.name {
             format!("{address} is free: no pod of this node has it (podCIDR {cidr})")
         } else {

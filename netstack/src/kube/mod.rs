@@ -21,6 +21,7 @@ mod events;
 mod failure;
 pub mod lower;
 mod publish;
+mod referred;
 mod version;
 mod watch;
 mod wire;

@@ -204,6 +204,8 @@ fn agent_may(node: &str, verb: Verb, resource: &Resource, name: Option<&str>) ->
         "nodes" => matches!(verb, Verb::Update | Verb::Patch) && name == Some(node),
         "events" => matches!(verb, Verb::Create | Verb::Update | Verb::Patch),
         "leases" => matches!(verb, Verb::Create | Verb::Update | Verb::Patch),
+        // What an Ingress refers to, by its name.
+        "secrets" => verb == Verb::Get,
         _ => false,
     }
 }
@@ -286,7 +288,8 @@ mod tests {
         assert_eq!(agent.authorize(Verb::Patch, nodes, Some("b")).unwrap_err().code, 403);
         assert!(agent.authorize(Verb::Watch, services, None).is_ok());
         assert!(agent.authorize(Verb::Update, services, Some("x")).is_err());
-        assert!(agent.authorize(Verb::Get, secrets, Some("x")).is_err());
+        assert!(agent.authorize(Verb::Get, secrets, Some("x")).is_ok(), "what an Ingress names");
+        assert!(agent.authorize(Verb::List, secrets, None).is_err());
         let old = json!({"metadata": {"name": "a"}, "spec": {}});
         let annotated = json!({"metadata": {"name": "a", "annotations": {"k": "v"}}, "spec": {}});
         let tainted = json!({"metadata": {"name": "a"}, "spec": {"taints": []}});
