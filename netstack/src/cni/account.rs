@@ -217,8 +217,8 @@ mod tests {
     fn an_account_counts_every_address_once() {
         let cidrs = ["10.42.1.0/24".parse().unwrap(), "fd42::/64".parse().unwrap()];
         let Account { ranges, addresses } = account(&cidrs, &leases(), Boottime(110));
-        assert_eq!(ranges[0], RangeUse { cidr: cidrs[0], used: 1, resting: 1, free: 251 });
-        assert_eq!((ranges[1].used, ranges[1].free), (0, (1 << 64) - 2));
+        assert_eq!(ranges[0], RangeUse { cidr: cidrs[0], used: 1, resting: 1, free: 250 });
+        assert_eq!((ranges[1].used, ranges[1].free), (0, (1 << 64) - 3));
         let rest: Vec<_> = addresses.iter().map(|it| it.resting_seconds).collect();
         assert_eq!(rest, [None, Some(50), Some(0)]);
     }

@@ -187,7 +187,7 @@ fn an_exhausted_range_is_named() {
     let (a, b) = (NamedNetns::new("pod"), NamedNetns::new("pod"));
     rig.node.block_on(async {
         let agent = rig.start_with(snapshot(&["fd00:244:1::/64", "10.244.1.0/30"])).await;
-        assert_eq!(agent.add("a", &a).await[1].to_string(), "10.244.1.3");
+        assert_eq!(agent.add("a", &a).await[1].to_string(), "10.244.1.2");
         let error = agent.call("ADD", "b", &b.path(), Value::Null).await.unwrap_err();
         assert_eq!(error["code"], 102);
         assert!(error["msg"].as_str().unwrap().contains("10.244.1.0/30"), "{error}");
