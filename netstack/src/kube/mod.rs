@@ -22,6 +22,7 @@ mod failure;
 pub mod lease;
 pub mod lower;
 mod publish;
+mod referred;
 mod status;
 mod version;
 mod watch;

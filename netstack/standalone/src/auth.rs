@@ -207,6 +207,8 @@ fn agent_may(node: &str, verb: Verb, resource: &Resource, name: Option<&str>) ->
         "events" => matches!(verb, Verb::Create | Verb::Update | Verb::Patch),
         "leases" => matches!(verb, Verb::Create | Verb::Update | Verb::Patch),
         "services" => verb == Verb::Patch,
+        // What an Ingress refers to, by its name.
+        "secrets" => verb == Verb::Get,
         _ => false,
     }
 }
@@ -294,7 +296,8 @@ mod tests {
         let service = |port: u16, ip: &str| json!({"spec": {"port": port}, "status": {"ip": ip}});
         assert!(agent.authorize_change(services, &service(1, ""), &service(1, "192.0.2.1")).is_ok());
         assert_eq!(agent.authorize_change(services, &service(1, ""), &service(2, "")).unwrap_err().code, 403);
-        assert!(agent.authorize(Verb::Get, secrets, Some("x")).is_err());
+        assert!(agent.authorize(Verb::Get, secrets, Some("x")).is_ok(), "what an Ingress names");
+        assert!(agent.authorize(Verb::List, secrets, None).is_err());
         let old = json!({"metadata": {"name": "a"}, "spec": {}});
         let annotated = json!({"metadata": {"name": "a", "annotations": {"k": "v"}}, "spec": {}});
         let tainted = json!({"metadata": {"name": "a"}, "spec": {"taints": []}});
