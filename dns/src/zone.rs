@@ -266,6 +266,7 @@ mod tests {
             cluster_domain: String::new(),
             wireguard_port: 51820,
             proxy: weft_model::ProxyConfig::default(),
+            ingress: weft_model::IngressConfig::default(),
         };
         assert!(Zones::new(&config).is_err());
     }

@@ -26,6 +26,7 @@ fn snapshot(cluster: &Path) -> Result<Snapshot> {
         cluster_dns: vec!["10.96.0.10".parse()?, "fd00:96::a".parse()?],
         cluster_domain: "cluster.local".to_owned(),
         wireguard_port: 51820,
+        ingress: weft_model::IngressConfig::default(),
         proxy: ProxyConfig {
             external_ip_ranges: vec!["198.51.100.64/26".parse()?, "192.0.2.0/24".parse()?],
             node_port_ranges: vec![],

@@ -41,8 +41,8 @@ fn granted() -> Access {
     access
 }
 
-/// What `netstack::kube` does: a watch lists first; the own Node's annotations are written with a merge patch; Events are
-/// made.
+/// What `netstack::kube` does: a watch lists first; what Ingresses refer to is read by its name; the own Node's annotations are
+/// written with a merge patch; Events are made; the holder of the Lease writes statuses.
 fn used() -> Access {
     let watched = [
         ("", "nodes"),
@@ -52,6 +52,8 @@ fn used() -> Access {
         ("", "pods"),
         ("discovery.k8s.io", "endpointslices"),
         ("networking.k8s.io", "networkpolicies"),
+        ("networking.k8s.io", "ingresses"),
+        ("networking.k8s.io", "ingressclasses"),
     ];
     let mut access: Access = watched
         .into_iter()
@@ -60,7 +62,13 @@ fn used() -> Access {
         })
         .collect();
     access.entry((String::new(), "nodes".into())).or_default().insert("patch".into());
+    for by_name in ["secrets", "configmaps"] {
+        access.entry((String::new(), by_name.into())).or_default().insert("get".into());
+    }
     access.entry((String::new(), "events".into())).or_default().insert("create".into());
+    access.entry((String::new(), "services/status".into())).or_default().insert("patch".into());
+    let lease = access.entry(("coordination.k8s.io".into(), "leases".into())).or_default();
+    lease.extend(["get", "create", "update"].map(str::to_owned));
     access
 }
 
@@ -93,6 +101,8 @@ fn every_document_is_an_object_and_comes_after_what_it_needs() {
             "ServiceAccount",
             "ClusterRole",
             "ClusterRoleBinding",
+            "ClusterRole",
+            "ClusterRoleBinding",
             "Role",
             "RoleBinding",
             "ValidatingAdmissionPolicy",
@@ -112,8 +122,10 @@ fn rights_policy_and_daemonset_speak_of_one_service_account() {
     let account = of_kind(&objects, "ServiceAccount")["metadata"].clone();
     let (name, namespace) = (account["name"].as_str().unwrap(), account["namespace"].as_str().unwrap());
     assert_eq!(of_kind(&objects, "Namespace")["metadata"]["name"], namespace);
-    let subject = &of_kind(&objects, "ClusterRoleBinding")["subjects"][0];
-    assert_eq!((&subject["name"], &subject["namespace"]), (&account["name"], &account["namespace"]));
+    for binding in objects.iter().filter(|object| object["kind"] == "ClusterRoleBinding") {
+        let subject = &binding["subjects"][0];
+        assert_eq!((&subject["name"], &subject["namespace"]), (&account["name"], &account["namespace"]));
+    }
     let policy = of_kind(&objects, "ValidatingAdmissionPolicy");
     let condition = policy["spec"]["matchConditions"][0]["expression"].as_str().unwrap();
     assert_eq!(

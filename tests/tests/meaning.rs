@@ -93,6 +93,7 @@ fn config() -> ClusterConfig {
         cluster_domain: "cluster.local".to_owned(),
         wireguard_port: 51820,
         // Ranges that hold a node's address too, which is not for the taking.
+        ingress: weft_model::IngressConfig::default(),
         proxy: ProxyConfig {
             external_ip_ranges: ["198.51.100.64/26", "192.0.2.0/24", "2001:db8:e::/64", "2001:db8::/64"]
                 .map(|range| range.parse().unwrap())
@@ -141,6 +142,9 @@ fn snapshot(services: &[Service], slices: &[EndpointSlice]) -> Snapshot {
         endpoint_slices: Arc::new(slices.iter().map(|s| (s.key.clone(), Arc::new(s.clone()))).collect()),
         pods: Arc::default(),
         policies: Arc::default(),
+        ingress_classes: Arc::default(),
+        ingresses: Arc::default(),
+        referred: Arc::default(),
         attachments: Arc::default(),
         problems: Arc::default(),
         from_store: false,

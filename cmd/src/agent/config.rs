@@ -141,6 +141,7 @@ impl AgentArgs {
             cluster_domain: domain(&self.cluster_domain)?,
             wireguard_port: self.wireguard_port,
             proxy: self.proxy()?,
+            ingress: weft_model::IngressConfig::default(),
         })
     }
 

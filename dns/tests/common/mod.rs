@@ -27,6 +27,7 @@ pub(crate) fn config() -> ClusterConfig {
         cluster_domain: "cluster.local".to_owned(),
         wireguard_port: 51820,
         proxy: weft_model::ProxyConfig::default(),
+        ingress: weft_model::IngressConfig::default(),
     }
 }
 
@@ -119,6 +120,9 @@ pub(crate) fn snapshot(
         endpoint_slices: Arc::new(slices.into_iter().map(|s| (s.key.clone(), Arc::new(s))).collect()),
         pods: Arc::default(),
         policies: Arc::default(),
+        ingress_classes: Arc::default(),
+        ingresses: Arc::default(),
+        referred: Arc::default(),
         attachments: Arc::default(),
         problems: Arc::default(),
         from_store: false,

@@ -5,6 +5,8 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::ingress::IngressConfig;
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClusterConfig {
     /// Pod ranges of the whole cluster, at most one a family (`--cluster-cidr`).
@@ -19,6 +21,8 @@ pub struct ClusterConfig {
     pub wireguard_port: u16,
     #[serde(default)]
     pub proxy: ProxyConfig,
+    #[serde(default)]
+    pub ingress: IngressConfig,
 }
 
 /// What Services may have outside the cluster.

@@ -12,6 +12,7 @@
 pub mod config;
 pub mod constants;
 pub mod ids;
+pub mod ingress;
 pub mod node_facts;
 pub mod notice;
 pub mod objects;
@@ -25,6 +26,7 @@ pub mod wireguard;
 
 pub use config::{ClusterConfig, ProxyConfig};
 pub use ids::{Generation, NamespacedName, NodeName, PodKey, PolicyKey, ServiceKey, WgPublicKey};
+pub use ingress::IngressConfig;
 pub use node_facts::NodeFacts;
 pub use notice::{Notice, Severity};
 pub use problem::{ObjectRef, Planned, Problem, Reason};

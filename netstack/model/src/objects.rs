@@ -49,6 +49,16 @@ pub fn host_address(pod_cidr: &IpNet) -> Option<IpAddr> {
     }
 }
 
+/// The `ingress` address of a podCIDR, on which the node's ingress listens: its second usable one. `None` where fewer than
+/// eight addresses leave no room for it.
+pub fn ingress_address(pod_cidr: &IpNet) -> Option<IpAddr> {
+    match pod_cidr {
+        IpNet::V4(net) if net.prefix_len() <= 29 => Some(IpAddr::V4((net.network().to_bits() + 2).into())),
+        IpNet::V6(net) if net.prefix_len() <= 125 => Some(IpAddr::V6((net.network().to_bits() + 2).into())),
+        _ => None,
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Namespace {
     pub name: String,

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::ClusterConfig;
 use crate::ids::{Generation, NamespacedName, NodeName, PodKey, PolicyKey, ServiceKey, SliceKey};
+use crate::ingress::{Ingress, IngressClass, Referred};
 use crate::node_facts::NodeFacts;
 use crate::objects::{ConfigMap, EndpointSlice, Namespace, Node, Pod, Service};
 use crate::policy::NetworkPolicy;
@@ -45,6 +46,13 @@ pub struct Snapshot {
     /// Pods of the whole cluster.
     pub pods: Objects<PodKey, Pod>,
     pub policies: Objects<PolicyKey, NetworkPolicy>,
+    #[serde(default)]
+    pub ingress_classes: Objects<String, IngressClass>,
+    #[serde(default)]
+    pub ingresses: Objects<NamespacedName, Ingress>,
+    /// Secrets and ConfigMaps that our Ingresses refer to, as they were read by name.
+    #[serde(default)]
+    pub referred: Referred,
     /// Which pod of this node bears which address, from the moment CNI gave it; never of an earlier boot, so not stored.
     #[serde(skip)]
     pub attachments: Attachments,

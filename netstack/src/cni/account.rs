@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use weft_model::Snapshot;
-use weft_model::objects::{ServiceKind, host_address};
+use weft_model::objects::{ServiceKind, host_address, ingress_address};
 
 use super::Cni;
 use super::ipam::{QUARANTINE_SECONDS, pod_addresses};
@@ -147,6 +147,8 @@ fn of_node(address: IpAddr, snapshot: &Snapshot) -> Option<String> {
                 "{address} is the host address of {here} {}: the source of what it sends to other nodes' pods",
                 node.name
             )
+        } else if ingress_address(cidr) == Some(address) {
+            format!("{address} is kept for the ingress of {here} {}", node.name)
         } else if node.name == snapshot.facts.name {
             format!("{address} is free: no pod of this node has it (podCIDR {cidr})")
         } else {
@@ -216,8 +218,8 @@ mod tests {
     fn an_account_counts_every_address_once() {
         let cidrs = ["10.42.1.0/24".parse().unwrap(), "fd42::/64".parse().unwrap()];
         let Account { ranges, addresses } = account(&cidrs, &leases(), Boottime(110));
-        assert_eq!(ranges[0], RangeUse { cidr: cidrs[0], used: 1, resting: 1, free: 251 });
-        assert_eq!((ranges[1].used, ranges[1].free), (0, (1 << 64) - 2));
+        assert_eq!(ranges[0], RangeUse { cidr: cidrs[0], used: 1, resting: 1, free: 250 });
+        assert_eq!((ranges[1].used, ranges[1].free), (0, (1 << 64) - 3));
         let rest: Vec<_> = addresses.iter().map(|it| it.resting_seconds).collect();
         assert_eq!(rest, [None, Some(50), Some(0)]);
     }

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
+use weft_model::objects::ingress_address;
 
 use crate::store::{Boottime, LeaseRecords};
 
@@ -76,11 +77,14 @@ pub(super) fn pod_addresses(cidr: IpNet) -> u128 {
     pod_range(cidr.trunc()).map_or(0, |(first, last)| last - first + 1)
 }
 
-/// First and last pod address: after the network and host addresses, before the IPv4 broadcast address.
+/// First and last pod address: after the network, host and ingress addresses, before the IPv4 broadcast address.
 fn pod_range(cidr: IpNet) -> Option<(u128, u128)> {
     let (network, last, ipv4) = numbers(cidr);
     let last = if ipv4 { last.checked_sub(1)? } else { last };
-    let first = network.checked_add(2)?;
+    let first = match ingress_address(&cidr) {
+        Some(ingress) => number(ingress) + 1,
+        None => network.checked_add(2)?,
+    };
     (first <= last).then_some((first, last))
 }
 
@@ -136,12 +140,14 @@ mod tests {
     }
 
     #[test]
-    fn pods_start_after_the_host_address() {
+    fn pods_start_after_the_addresses_of_host_and_ingress() {
         let none = LeaseRecords::new();
         assert_eq!(host_address(&"10.1.2.0/24".parse().unwrap()), Some("10.1.2.1".parse().unwrap()));
         assert_eq!(host_address(&"fd00:1::/64".parse().unwrap()), Some("fd00:1::1".parse().unwrap()));
-        assert_eq!(one("10.1.2.0/24", &none, &mut Cursors::new(), 0).as_deref(), Ok("10.1.2.2"));
-        assert_eq!(one("fd00:1::/64", &none, &mut Cursors::new(), 0).as_deref(), Ok("fd00:1::2"));
+        assert_eq!(ingress_address(&"10.1.2.0/24".parse().unwrap()), Some("10.1.2.2".parse().unwrap()));
+        assert_eq!(one("10.1.2.0/24", &none, &mut Cursors::new(), 0).as_deref(), Ok("10.1.2.3"));
+        assert_eq!(one("fd00:1::/64", &none, &mut Cursors::new(), 0).as_deref(), Ok("fd00:1::3"));
+        assert_eq!(one("10.1.2.0/30", &none, &mut Cursors::new(), 0).as_deref(), Ok("10.1.2.2"), "no room");
     }
 
     #[test]
@@ -154,7 +160,7 @@ mod tests {
             given.push(address);
         }
         let last: Vec<_> = given.iter().map(|address| address.rsplit('.').next().unwrap()).collect();
-        assert_eq!(last, ["2", "3", "4", "5", "6", "2", "3"]);
+        assert_eq!(last, ["3", "4", "5", "6", "3", "4", "5"]);
     }
 
     #[test]
@@ -222,7 +228,8 @@ mod tests {
         fn no_address_is_ever_given_twice(cidr in cidr(), steps in proptest::collection::vec(step(), 1..200)) {
             let (mut leases, mut cursors, mut now) = (LeaseRecords::new(), Cursors::new(), 1000);
             let network = cidr.network();
-            let reserved = [Some(network), host_address(&cidr), network.is_ipv4().then(|| cidr.broadcast())];
+            let broadcast = network.is_ipv4().then(|| cidr.broadcast());
+            let reserved = [Some(network), host_address(&cidr), ingress_address(&cidr), broadcast];
             let pods: Vec<IpAddr> =
                 cidr.trunc().hosts().filter(|address| !reserved.contains(&Some(*address))).collect();
             for step in steps {

@@ -3,11 +3,12 @@
 //! A value that lowers to what is already there keeps its `Arc`, so planners may memoise by identity, and an event
 //! that changes nothing is told apart from one that does.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use kube::runtime::watcher::Event;
 use serde_json::Value;
+use weft_model::ingress::{self, Answer, Ingress, IngressClass, IngressConfig, Reference, Referred};
 use weft_model::objects::{ConfigMap, EndpointSlice, Namespace, Node, Pod, Service};
 use weft_model::policy::NetworkPolicy;
 use weft_model::snapshot::{Attachments, Objects};
@@ -29,6 +30,9 @@ pub struct Cluster {
     endpoint_slices: Collection<NamespacedName, EndpointSlice>,
     pods: Collection<PodKey, Pod>,
     policies: Collection<PolicyKey, NetworkPolicy>,
+    ingress_classes: Collection<String, IngressClass>,
+    ingresses: Collection<NamespacedName, Ingress>,
+    referred: Referred,
     problems: Arc<Vec<Problem>>,
 }
 
@@ -44,14 +48,20 @@ impl Cluster {
             endpoint_slices: Collection::from_stored(&stored.endpoint_slices),
             pods: Collection::from_stored(&stored.pods),
             policies: Collection::from_stored(&stored.policies),
+            ingress_classes: Collection::from_stored(&stored.ingress_classes),
+            ingresses: Collection::from_stored(&stored.ingresses),
+            referred: stored.referred.clone(),
             problems: stored.problems.clone(),
         }
     }
 
-    /// A whole cluster at once, as if every watch had just listed these objects; kinds that are not watched are
-    /// skipped, and so are ConfigMaps that nobody reads.
+    /// A whole cluster at once, as if every watch had just listed these objects, and every Secret and ConfigMap had been
+    /// asked for; other kinds that are not watched are skipped.
     pub fn from_documents(documents: impl IntoIterator<Item = Value>) -> Self {
-        let mut cluster = Self::default();
+        let documents: Vec<Value> = documents.into_iter().collect();
+        let referred = documents.iter().filter_map(lower::referred);
+        let referred = referred.map(|(reference, data)| (reference, Arc::new(Answer::Found(data)))).collect();
+        let mut cluster = Self { referred: Arc::new(referred), ..Self::default() };
         for kind in Kind::ALL {
             cluster.apply(kind, Event::Init);
         }
@@ -81,11 +91,26 @@ impl Cluster {
             Kind::EndpointSlice => self.endpoint_slices.apply(event, lower::endpoint_slice),
             Kind::Pod => self.pods.apply(event, lower::pod),
             Kind::NetworkPolicy => self.policies.apply(event, lower::network_policy),
+            Kind::IngressClass => self.ingress_classes.apply(event, lower::ingress_class),
+            Kind::Ingress => self.ingresses.apply(event, lower::ingress),
         };
         if changed.problems {
             self.problems = Arc::new(self.all_problems());
         }
         changed.values || changed.problems || changed.first_list
+    }
+
+    /// What is to be read by name now; `None` until Ingresses and their classes have listed.
+    pub fn references(&self, config: &IngressConfig) -> Option<BTreeSet<Reference>> {
+        let listed = self.ingresses.listed && self.ingress_classes.listed;
+        listed.then(|| ingress::references(&self.ingresses.values, &self.ingress_classes.values, config))
+    }
+
+    /// Takes what was read by name; true when a Snapshot would differ.
+    pub fn refer(&mut self, referred: Referred) -> bool {
+        let changed = self.referred != referred;
+        self.referred = referred;
+        changed
     }
 
     /// Every kind has listed at least once.
@@ -97,6 +122,8 @@ impl Cluster {
             && self.endpoint_slices.listed
             && self.pods.listed
             && self.policies.listed
+            && self.ingress_classes.listed
+            && self.ingresses.listed
     }
 
     pub fn snapshot(
@@ -116,6 +143,9 @@ impl Cluster {
             endpoint_slices: self.endpoint_slices.values.clone(),
             pods: self.pods.values.clone(),
             policies: self.policies.values.clone(),
+            ingress_classes: self.ingress_classes.values.clone(),
+            ingresses: self.ingresses.values.clone(),
+            referred: self.referred.clone(),
             attachments: Attachments::default(),
             problems: self.problems.clone(),
             from_store: false,
@@ -132,6 +162,8 @@ impl Cluster {
             .chain(self.endpoint_slices.problems())
             .chain(self.pods.problems())
             .chain(self.policies.problems())
+            .chain(self.ingress_classes.problems())
+            .chain(self.ingresses.problems())
             .cloned()
             .collect();
         problems.sort();

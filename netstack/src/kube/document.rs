@@ -23,10 +23,12 @@ pub enum Kind {
     EndpointSlice,
     Pod,
     NetworkPolicy,
+    IngressClass,
+    Ingress,
 }
 
 impl Kind {
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::Node,
         Self::ConfigMap,
         Self::Namespace,
@@ -34,6 +36,8 @@ impl Kind {
         Self::EndpointSlice,
         Self::Pod,
         Self::NetworkPolicy,
+        Self::IngressClass,
+        Self::Ingress,
     ];
 
     /// `kind` as manifests write it.
@@ -46,6 +50,8 @@ impl Kind {
             Self::EndpointSlice => "EndpointSlice",
             Self::Pod => "Pod",
             Self::NetworkPolicy => "NetworkPolicy",
+            Self::IngressClass => "IngressClass",
+            Self::Ingress => "Ingress",
         }
     }
 
@@ -56,7 +62,7 @@ impl Kind {
     fn group(self) -> &'static str {
         match self {
             Self::EndpointSlice => "discovery.k8s.io",
-            Self::NetworkPolicy => "networking.k8s.io",
+            Self::NetworkPolicy | Self::IngressClass | Self::Ingress => "networking.k8s.io",
             _ => "",
         }
     }
@@ -78,6 +84,8 @@ impl Kind {
             Self::EndpointSlice => "endpointslices",
             Self::Pod => "pods",
             Self::NetworkPolicy => "networkpolicies",
+            Self::IngressClass => "ingressclasses",
+            Self::Ingress => "ingresses",
         }
     }
 }

@@ -18,9 +18,11 @@ use weft_model::{NamespacedName, NodeName, ObjectRef, Problem, Reason};
 
 use super::wire;
 
+mod ingress;
 mod policy;
 mod quantity;
 
+pub use ingress::{ingress, ingress_class, referred};
 pub use policy::network_policy;
 
 /// Label of an EndpointSlice that names its Service (discovery.k8s.io/v1).

@@ -3,7 +3,7 @@
 //! A watch that breaks is resumed where it was, or lists anew after 410; meanwhile the last Snapshot stays. A burst of
 //! events becomes one Snapshot.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -16,6 +16,7 @@ use kube::runtime::utils::Backoff;
 use kube::runtime::watcher::{self, Event, watcher};
 use tokio::sync::watch as channel;
 use tokio::time::Instant;
+use weft_model::ingress::{Reference, Referred};
 use weft_model::snapshot::Attachments;
 use weft_model::{ClusterConfig, Generation, NodeFacts, Snapshot};
 
@@ -23,6 +24,7 @@ use super::client::{Access, Current};
 use super::cluster::Cluster;
 use super::document::{CONFIG_MAP, Document, Kind};
 use super::failure::{Address, ApiFailure};
+use super::referred::Reader;
 use super::version::ServerVersion;
 use crate::reconcile::{TaskGroup, chain};
 
@@ -89,12 +91,18 @@ pub fn start(
 ) -> Watches {
     let (snapshot_tx, snapshots) = channel::channel(None);
     let (status_tx, status) = channel::channel(ApiStatus::starting(access.address()));
+    let (wanted_tx, wanted) = channel::channel(None);
+    let known = initial.as_ref().map(|stored| stored.referred.clone()).unwrap_or_default();
+    let (referred_tx, referred) = channel::channel(known);
+    tasks.start("referred", Reader::new(access.clone(), wanted, referred_tx).run());
     let assembler = Assembler {
         cluster: initial.as_ref().map(Cluster::from_stored).unwrap_or_default(),
         generation: initial.as_ref().map(|stored| stored.generation).unwrap_or_default(),
         stored: initial,
         config: Arc::new(config),
         here,
+        wanted_tx,
+        referred,
         snapshot_tx,
     };
     tasks.start("kube", run(assembler, Connection::new(access, status_tx)));
@@ -160,7 +168,7 @@ async fn run(mut assembler: Assembler, mut connection: Connection) -> Result<(),
             event = events.next() => match event {
                 Some((kind, Ok(event))) => {
                     connection.works(kind, &event);
-                    if assembler.cluster.apply(kind, event) {
+                    if assembler.take(kind, event) {
                         publish_at.get_or_insert_with(|| Instant::now() + BURST);
                     }
                 }
@@ -174,6 +182,13 @@ async fn run(mut assembler: Assembler, mut connection: Connection) -> Result<(),
             changed = assembler.here.attachments.changed() => {
                 changed.map_err(|_| "the attachments ended".to_owned())?;
                 publish_at.get_or_insert_with(|| Instant::now() + BURST);
+            }
+            changed = assembler.referred.changed() => {
+                changed.map_err(|_| "the reader of Secrets ended".to_owned())?;
+                let referred = assembler.referred.borrow_and_update().clone();
+                if assembler.cluster.refer(referred) {
+                    publish_at.get_or_insert_with(|| Instant::now() + BURST);
+                }
             }
             () = sleep_until(publish_at) => {
                 publish_at = None;
@@ -199,10 +214,27 @@ struct Assembler {
     stored: Option<Snapshot>,
     config: Arc<ClusterConfig>,
     here: Here,
+    /// What Ingresses refer to, for the task that reads it, and what that task has read.
+    wanted_tx: channel::Sender<Option<BTreeSet<Reference>>>,
+    referred: channel::Receiver<Referred>,
     snapshot_tx: channel::Sender<Option<Arc<Snapshot>>>,
 }
 
 impl Assembler {
+    /// One event of a watch; true when a Snapshot would differ.
+    fn take(&mut self, kind: Kind, event: Event<Document>) -> bool {
+        let changed = self.cluster.apply(kind, event);
+        if changed && matches!(kind, Kind::Ingress | Kind::IngressClass) {
+            let wanted = self.cluster.references(&self.config.ingress);
+            self.wanted_tx.send_if_modified(|known| {
+                let differs = *known != wanted;
+                *known = wanted;
+                differs
+            });
+        }
+        changed
+    }
+
     fn publish(&mut self) {
         let facts = self.facts_now();
         let attachments = self.here.attachments.borrow_and_update().clone();
@@ -256,6 +288,9 @@ fn same_but_generation(a: &Snapshot, b: &Snapshot) -> bool {
         && same(&a.endpoint_slices, &b.endpoint_slices)
         && same(&a.pods, &b.pods)
         && same(&a.policies, &b.policies)
+        && same(&a.ingress_classes, &b.ingress_classes)
+        && same(&a.ingresses, &b.ingresses)
+        && same(&a.referred, &b.referred)
         && same(&a.attachments, &b.attachments)
         && same(&a.problems, &b.problems)
 }

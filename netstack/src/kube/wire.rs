@@ -132,13 +132,14 @@ pub(super) struct ServiceStatus {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct LoadBalancer {
-    pub ingress: Option<Vec<Ingress>>,
+    pub ingress: Option<Vec<LoadBalancerIngress>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-pub(super) struct Ingress {
+pub(super) struct LoadBalancerIngress {
     pub ip: Option<String>,
+    pub hostname: Option<String>,
     pub ip_mode: Option<String>,
 }
 
@@ -326,4 +327,83 @@ pub(super) struct LabelRequirement {
     pub key: String,
     pub operator: String,
     pub values: Option<Vec<String>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct IngressClass {
+    pub metadata: Meta,
+    pub spec: IngressClassSpec,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct IngressClassSpec {
+    pub controller: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Ingress {
+    pub metadata: Meta,
+    pub spec: IngressSpec,
+    pub status: ServiceStatus,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct IngressSpec {
+    pub ingress_class_name: Option<String>,
+    pub default_backend: Option<IngressBackend>,
+    pub tls: Option<Vec<IngressTls>>,
+    pub rules: Option<Vec<IngressRule>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct IngressTls {
+    pub hosts: Option<Vec<String>>,
+    pub secret_name: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct IngressRule {
+    pub host: Option<String>,
+    pub http: Option<IngressHttp>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct IngressHttp {
+    pub paths: Option<Vec<IngressPath>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct IngressPath {
+    pub path: Option<String>,
+    pub path_type: Option<String>,
+    pub backend: IngressBackend,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct IngressBackend {
+    pub service: Option<IngressService>,
+    pub resource: Option<TargetRef>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct IngressService {
+    pub name: String,
+    pub port: Option<IngressPort>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct IngressPort {
+    pub name: Option<String>,
+    pub number: Option<i64>,
 }

@@ -275,6 +275,7 @@ fn snapshot(objects: Vec<Value>) -> Snapshot {
         cluster_domain: "cluster.local".to_owned(),
         wireguard_port: 51820,
         proxy: weft_model::ProxyConfig::default(),
+        ingress: weft_model::IngressConfig::default(),
     };
     let name = NodeName::from("node-a");
     let facts = NodeFacts {

@@ -94,6 +94,7 @@ fn snapshot() -> Snapshot {
             cluster_domain: "cluster.local".to_owned(),
             wireguard_port: 51820,
             proxy: weft_model::ProxyConfig::default(),
+            ingress: weft_model::IngressConfig::default(),
         }),
         facts: Arc::new(NodeFacts {
             name: "n1".into(),
@@ -108,6 +109,9 @@ fn snapshot() -> Snapshot {
         endpoint_slices: Arc::default(),
         pods: Arc::default(),
         policies: Arc::default(),
+        ingress_classes: Arc::default(),
+        ingresses: Arc::default(),
+        referred: Arc::default(),
         attachments: Arc::default(),
         problems: Arc::default(),
         from_store: false,

@@ -297,6 +297,7 @@ fn snapshot(world: &World) -> Snapshot {
         cluster_domain: "cluster.local".to_owned(),
         wireguard_port: 51820,
         proxy: weft_model::ProxyConfig::default(),
+        ingress: weft_model::IngressConfig::default(),
     };
     let facts = NodeFacts {
         name: OWN.into(),

@@ -44,6 +44,7 @@ fn snapshot(from_store: bool) -> Snapshot {
         cluster_domain: "cluster.local".to_owned(),
         wireguard_port: 51820,
         proxy: weft_model::ProxyConfig::default(),
+        ingress: weft_model::IngressConfig::default(),
     };
     let facts = NodeFacts {
         name: "n1".into(),
@@ -62,6 +63,9 @@ fn snapshot(from_store: bool) -> Snapshot {
         endpoint_slices: Arc::default(),
         pods: Arc::default(),
         policies: Arc::default(),
+        ingress_classes: Arc::default(),
+        ingresses: Arc::default(),
+        referred: Arc::default(),
         attachments: Arc::default(),
         problems: Arc::default(),
         from_store,

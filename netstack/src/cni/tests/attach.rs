@@ -40,7 +40,7 @@ fn two_pods_of_a_node_reach_each_other_over_both_families() {
     rig.node.block_on(async {
         let agent = rig.start().await;
         let (of_a, of_b) = (agent.add("a", &a).await, agent.add("b", &b).await);
-        let expected: Vec<IpAddr> = vec!["10.244.1.2".parse().unwrap(), "fd00:244:1::2".parse().unwrap()];
+        let expected: Vec<IpAddr> = vec!["10.244.1.3".parse().unwrap(), "fd00:244:1::3".parse().unwrap()];
         assert_eq!(of_a, expected);
         for (from, to) in of_a.iter().zip(&of_b) {
             assert_eq!(tcp_exchange(&b, &a, *to), *from);
@@ -70,7 +70,7 @@ fn a_pod_has_whole_addresses_link_local_gateways_and_permanent_neighbours() {
     assert_eq!(result["interfaces"][1]["sandbox"], json!(pod.path()));
     assert_eq!(result["interfaces"][1]["mtu"], 1420);
     let shown = pod.must(&["ip", "addr", "show", "eth0"]);
-    assert!(shown.contains("10.244.1.2/32") && shown.contains("fd00:244:1::2/128"), "{shown}");
+    assert!(shown.contains("10.244.1.3/32") && shown.contains("fd00:244:1::3/128"), "{shown}");
     assert!(shown.contains("mtu 1420") && !shown.contains("tentative"), "{shown}");
     assert!(shown.contains(result["interfaces"][1]["mac"].as_str().unwrap()), "{shown}");
     let routes = [pod.must(&["ip", "route"]), pod.must(&["ip", "-6", "route"])].concat();
@@ -80,9 +80,9 @@ fn a_pod_has_whole_addresses_link_local_gateways_and_permanent_neighbours() {
     assert_eq!(neighbours.matches("02:57:45:46:54:01 PERMANENT").count(), 2, "{neighbours}");
     let neighbours = rig.node.must(&["ip", "neigh", "show", "dev", &link]);
     assert_eq!(neighbours.matches("PERMANENT").count(), 2, "{neighbours}");
-    let to_pod = rig.node.must(&["ip", "route", "get", "10.244.1.2"]);
+    let to_pod = rig.node.must(&["ip", "route", "get", "10.244.1.3"]);
     assert!(to_pod.contains(&format!("dev {link} src 192.0.2.1")), "{to_pod}");
-    let to_pod = rig.node.must(&["ip", "-6", "route", "get", "fd00:244:1::2"]);
+    let to_pod = rig.node.must(&["ip", "-6", "route", "get", "fd00:244:1::3"]);
     assert!(to_pod.contains(&format!("dev {link}")) && to_pod.contains("src 2001:db8::1"), "{to_pod}");
     for (name, value) in [("ipv6/conf/{}/accept_ra", "0"), ("ipv4/conf/{}/rp_filter", "1")] {
         let path = format!("/proc/sys/net/{}", name.replace("{}", &link));
@@ -97,7 +97,7 @@ fn a_pod_of_a_single_family_has_that_family_only() {
     }
     let rig = Rig::new();
     for (cidr, expected, family) in
-        [("10.244.1.0/24", "10.244.1.2", "-6"), ("fd00:244:1::/64", "fd00:244:1::2", "-4")]
+        [("10.244.1.0/24", "10.244.1.3", "-6"), ("fd00:244:1::/64", "fd00:244:1::3", "-4")]
     {
         let pod = NamedNetns::new("pod");
         rig.node.block_on(async {

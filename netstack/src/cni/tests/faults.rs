@@ -27,7 +27,7 @@ fn add_twice_is_refused_and_changes_nothing() {
         let error = agent.call("ADD", "a", &other.path(), Value::Null).await.unwrap_err();
         assert_eq!(error["code"], 4, "the lease exists: {error}");
         assert_eq!(agent.store.leases().unwrap(), leases);
-        rig.node.must(&["ping", "-c1", "-W2", "10.244.1.2"]);
+        rig.node.must(&["ping", "-c1", "-W2", "10.244.1.3"]);
     });
 }
 
@@ -58,7 +58,7 @@ fn a_failed_add_leaves_nothing_behind() {
     rig.node.block_on(async {
         let agent = rig.start().await;
         let error = agent.call("ADD", "a", &pod.path(), Value::Null).await.unwrap_err();
-        assert!(error["msg"].as_str().unwrap().contains("10.244.1.2/32 src 192.0.2.1"), "{error}");
+        assert!(error["msg"].as_str().unwrap().contains("10.244.1.3/32 src 192.0.2.1"), "{error}");
         assert_eq!((agent.store.leases().unwrap().len(), pod_links(&rig.node)), (0, 0));
         assert!(!pod.must(&["ip", "link"]).contains("eth0"));
         rig.node.must(&["ip", "addr", "add", "192.0.2.1/24", "dev", "up0"]);
@@ -82,7 +82,7 @@ fn del_succeeds_in_every_order_and_frees_the_address() {
         assert_eq!((agent.live().len(), agent.store.leases().unwrap().len()), (0, 2), "released ones rest");
         agent.del("a", &pod.path()).await;
         let again = agent.add("a", &pod).await;
-        assert_eq!(again[0].to_string(), "10.244.1.3");
+        assert_eq!(again[0].to_string(), "10.244.1.4");
         drop(pod);
         agent.del("a", "/run/netns/gone").await;
         assert_eq!((agent.live().len(), pod_links(&rig.node)), (0, 0));
@@ -117,7 +117,7 @@ fn check_says_what_is_gone() {
         agent.call("CHECK", "a", &pod.path(), previous.clone()).await.unwrap();
         for (damage, word) in [
             (&["ip", "-6", "route", "del", "default"][..], "default route"),
-            (&["ip", "addr", "del", "fd00:244:1::2/128", "dev", "eth0"], "is not on eth0"),
+            (&["ip", "addr", "del", "fd00:244:1::3/128", "dev", "eth0"], "is not on eth0"),
             (&["ip", "link", "set", "eth0", "down"], "eth0 is down"),
         ] {
             pod.must(damage);
@@ -125,9 +125,9 @@ fn check_says_what_is_gone() {
             assert_eq!(error["code"], 101);
             assert!(error["msg"].as_str().unwrap().contains(word), "{error}");
         }
-        rig.node.must(&["ip", "route", "del", "10.244.1.2/32"]);
+        rig.node.must(&["ip", "route", "del", "10.244.1.3/32"]);
         let error = agent.call("CHECK", "a", &pod.path(), previous).await.unwrap_err();
-        assert!(error["msg"].as_str().unwrap().contains("route to 10.244.1.2"), "{error}");
+        assert!(error["msg"].as_str().unwrap().contains("route to 10.244.1.3"), "{error}");
         let error = agent.call("CHECK", "b", &pod.path(), Value::Null).await.unwrap_err();
         assert_eq!(error["code"], 3);
     });
@@ -285,7 +285,7 @@ fn a_full_store_fails_add_with_the_reason_and_changes_nothing() {
         assert!(error["msg"].as_str().unwrap().contains("no space left"), "{error}");
         assert_eq!(agent.call("STATUS", "", "", Value::Null).await.unwrap_err()["code"], 50);
         assert_eq!((agent.live().len(), pod_links(&rig.node)), (2, 1));
-        rig.node.must(&["ping", "-c1", "-W2", "10.244.1.2"]);
+        rig.node.must(&["ping", "-c1", "-W2", "10.244.1.3"]);
         agent.del("a", &a.path()).await;
         assert_eq!(pod_links(&rig.node), 0, "a pod can be deleted all the same");
         std::fs::remove_file(filler).unwrap();

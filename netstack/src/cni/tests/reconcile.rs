@@ -45,7 +45,7 @@ fn a_restart_changes_nothing() {
         let agent = rig.start().await;
         assert_eq!(agent.live(), before);
         assert_eq!(agent.cni.reconcile().await, crate::cni::Reconciled::default());
-        rig.node.must(&["ping", "-c1", "-W2", "10.244.1.2"]);
+        rig.node.must(&["ping", "-c1", "-W2", "10.244.1.3"]);
     });
 }
 
@@ -166,7 +166,7 @@ fn the_loop_follows_the_nodes_address_and_mends_what_others_break() {
         agent.snapshots.send_replace(Some(Arc::new(moved)));
         let mut reports = handle.reports();
         reports.wait_for(|report| report.generation == Generation(2)).await.unwrap();
-        let route = rig.node.must(&["ip", "route", "get", "10.244.1.2"]);
+        let route = rig.node.must(&["ip", "route", "get", "10.244.1.3"]);
         assert!(route.contains("src 192.0.2.77"), "{route}");
         rig.node.must(&["ip", "route", "flush", "proto", "87"]);
         rig.node.must(&["nft", "delete", "table", "inet", "weft-cni"]);
@@ -175,7 +175,7 @@ fn the_loop_follows_the_nodes_address_and_mends_what_others_break() {
         let report = reports.wait_for(|report| report.passes > passes).await.unwrap().clone();
         assert_eq!(report.failures, Vec::<String>::new());
         assert_eq!(report.details[0], ("10.244.1.0/24".to_owned(), "1 used, 0 resting".to_owned()));
-        rig.node.must(&["ping", "-c1", "-W2", "10.244.1.2"]);
+        rig.node.must(&["ping", "-c1", "-W2", "10.244.1.3"]);
         pod.must(&["ping", "-c1", "-W2", "2001:db8::1"]);
         running.abort();
     });

@@ -143,6 +143,7 @@ pub(in crate::cni) fn snapshot(pod_cidrs: &[&str]) -> Snapshot {
             cluster_domain: "cluster.local".to_owned(),
             wireguard_port: 51820,
             proxy: weft_model::ProxyConfig::default(),
+            ingress: weft_model::IngressConfig::default(),
         }),
         facts: Arc::new(NodeFacts {
             name: name.clone(),
@@ -157,6 +158,9 @@ pub(in crate::cni) fn snapshot(pod_cidrs: &[&str]) -> Snapshot {
         endpoint_slices: Arc::default(),
         pods: Arc::default(),
         policies: Arc::default(),
+        ingress_classes: Arc::default(),
+        ingresses: Arc::default(),
+        referred: Arc::default(),
         attachments: Arc::default(),
         problems: Arc::default(),
         from_store: false,

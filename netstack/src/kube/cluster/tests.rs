@@ -34,6 +34,7 @@ fn snapshot(cluster: &Cluster) -> Snapshot {
         cluster_domain: "cluster.local".to_owned(),
         wireguard_port: 51820,
         proxy: weft_model::ProxyConfig::default(),
+        ingress: weft_model::IngressConfig::default(),
     };
     let facts = NodeFacts {
         name: "n1".into(),

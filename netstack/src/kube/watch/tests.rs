@@ -39,9 +39,19 @@ type Shared = Arc<Mutex<Server>>;
 
 fn plural(path: &str) -> Option<&'static str> {
     let last = path.rsplit('/').next()?;
-    ["nodes", "configmaps", "namespaces", "services", "endpointslices", "pods", "networkpolicies"]
-        .into_iter()
-        .find(|kind| *kind == last)
+    [
+        "nodes",
+        "configmaps",
+        "namespaces",
+        "services",
+        "endpointslices",
+        "pods",
+        "networkpolicies",
+        "ingressclasses",
+        "ingresses",
+    ]
+    .into_iter()
+    .find(|kind| *kind == last)
 }
 
 fn refusal(code: StatusCode, reason: &str, message: &str) -> Response {
@@ -183,6 +193,7 @@ fn config() -> ClusterConfig {
         cluster_domain: "cluster.local".to_owned(),
         wireguard_port: 51820,
         proxy: weft_model::ProxyConfig::default(),
+        ingress: weft_model::IngressConfig::default(),
     }
 }
 

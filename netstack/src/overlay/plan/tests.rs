@@ -48,6 +48,7 @@ pub(in crate::overlay) fn snapshot(nodes: Vec<Node>) -> Snapshot {
         cluster_domain: "cluster.local".to_owned(),
         wireguard_port: WIREGUARD_PORT,
         proxy: weft_model::ProxyConfig::default(),
+        ingress: weft_model::IngressConfig::default(),
     };
     let addresses = nodes.iter().find(|node| node.name.0 == "node-1").map(|node| node.internal_ips.clone());
     let uplink = Uplink {
@@ -73,6 +74,9 @@ pub(in crate::overlay) fn snapshot(nodes: Vec<Node>) -> Snapshot {
         endpoint_slices: Arc::default(),
         pods: Arc::default(),
         policies: Arc::default(),
+        ingress_classes: Arc::default(),
+        ingresses: Arc::default(),
+        referred: Arc::default(),
         attachments: Arc::default(),
         problems: Arc::default(),
         from_store: false,

@@ -212,6 +212,7 @@ impl Rig {
             cluster_dns: vec![],
             cluster_domain: "cluster.local".to_owned(),
             wireguard_port: 51820,
+            ingress: weft_model::IngressConfig::default(),
             proxy: ProxyConfig {
                 external_ip_ranges: vec![
                     "198.51.100.64/26".parse().unwrap(),

@@ -72,6 +72,7 @@ fn cluster(services: Vec<Service>, slices: Vec<EndpointSlice>) -> Snapshot {
         cluster_domain: "cluster.local".to_owned(),
         wireguard_port: 51820,
         proxy: weft_model::ProxyConfig::default(),
+        ingress: weft_model::IngressConfig::default(),
     };
     let facts = NodeFacts {
         name: "node-a".into(),
@@ -90,6 +91,9 @@ fn cluster(services: Vec<Service>, slices: Vec<EndpointSlice>) -> Snapshot {
         endpoint_slices: Arc::new(slices.into_iter().map(|s| (s.key.clone(), Arc::new(s))).collect()),
         pods: Arc::default(),
         policies: Arc::default(),
+        ingress_classes: Arc::default(),
+        ingresses: Arc::default(),
+        referred: Arc::default(),
         attachments: Arc::default(),
         problems: Arc::default(),
         from_store: false,

@@ -48,6 +48,7 @@ fn snapshot(generation: u64) -> Option<Arc<Snapshot>> {
             cluster_domain: "cluster.local".to_owned(),
             wireguard_port: 51820,
             proxy: weft_model::ProxyConfig::default(),
+            ingress: weft_model::IngressConfig::default(),
         }),
         facts: Arc::new(NodeFacts {
             name: NodeName::from("a"),
@@ -62,6 +63,9 @@ fn snapshot(generation: u64) -> Option<Arc<Snapshot>> {
         endpoint_slices: Arc::default(),
         pods: Arc::default(),
         policies: Arc::default(),
+        ingress_classes: Arc::default(),
+        ingresses: Arc::default(),
+        referred: Arc::default(),
         attachments: Arc::default(),
         problems: Arc::default(),
         from_store: false,

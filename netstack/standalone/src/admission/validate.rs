@@ -62,7 +62,11 @@ pub(super) fn causes(resource: &Resource, object: &Value) -> Vec<Cause> {
         "ingresses" => validate_network::ingress(object, &mut causes),
         "nodes" => validate_network::node(object, &mut causes),
         "configmaps" => data_keys(object, &["data", "binaryData"], &mut causes),
-        "secrets" => data_keys(object, &["data"], &mut causes),
+        "ingressclasses" => validate_network::ingress_class(object, &mut causes),
+        "secrets" => {
+            data_keys(object, &["data"], &mut causes);
+            validate_network::secret(object, &mut causes);
+        }
         "events" => event(object, &mut causes),
         _ => {}
     }
@@ -297,6 +301,49 @@ mod tests {
                 "status.loadBalancer.ingress[2].ipMode"
             ]
         );
+    }
+
+    #[test]
+    fn an_ingress_says_its_path_type_and_one_backend() {
+        let of = |spec: Value| {
+            fields("networking.k8s.io", "ingresses", &json!({"metadata": {"name": "a"}, "spec": spec}))
+        };
+        let service = json!({"service": {"name": "web", "port": {"number": 80}}});
+        let path = |path: &str, kind: &str, backend: Value| json!({"rules": [{"host": "*.example.com", "http": {"paths": [{"path": path, "pathType": kind, "backend": backend}]}}]});
+        assert_eq!(of(path("/", "Prefix", service.clone())), [""; 0]);
+        assert_eq!(of(path("", "ImplementationSpecific", service.clone())), [""; 0]);
+        assert_eq!(of(json!({"defaultBackend": service.clone()})), [""; 0]);
+        assert_eq!(of(json!({})), ["spec"]);
+        let at = "spec.rules[0].http.paths[0]";
+        assert_eq!(of(path("/", "", service.clone())), [format!("{at}.pathType")]);
+        assert_eq!(of(path("/", "Regex", service.clone())), [format!("{at}.pathType")]);
+        assert_eq!(of(path("/a//b", "Prefix", service.clone())), [format!("{at}.path")]);
+        assert_eq!(of(path("a", "Exact", service.clone())), [format!("{at}.path")]);
+        assert_eq!(of(path("/", "Exact", json!({}))), [format!("{at}.backend")]);
+        let both = json!({"service": {"name": "web", "port": {"number": 80}}, "resource": {"kind": "B", "name": "b"}});
+        assert_eq!(of(path("/", "Exact", both)), [format!("{at}.backend")]);
+        let two_ports = json!({"service": {"name": "web", "port": {"number": 80, "name": "http"}}});
+        assert_eq!(of(path("/", "Exact", two_ports)), [format!("{at}.backend.service.port")]);
+        let no_port = json!({"service": {"name": "web"}});
+        assert_eq!(of(path("/", "Exact", no_port)), [format!("{at}.backend.service.port")]);
+        let host = |host: &str| of(json!({"rules": [{"host": host}]}));
+        assert_eq!(host("192.0.2.1"), ["spec.rules[0].host"]);
+        assert_eq!(host("*.*.example.com"), ["spec.rules[0].host"]);
+        assert_eq!(host("Shop.example.com"), ["spec.rules[0].host"]);
+    }
+
+    #[test]
+    fn classes_and_secrets_hold_what_their_types_promise() {
+        let class = |controller: &str| {
+            let object = json!({"metadata": {"name": "a"}, "spec": {"controller": controller}});
+            fields("networking.k8s.io", "ingressclasses", &object)
+        };
+        assert_eq!(class("weft.network/ingress"), [""; 0]);
+        assert_eq!(class("weft"), ["spec.controller"]);
+        assert_eq!(class(""), ["spec.controller"]);
+        let secret =
+            json!({"metadata": {"name": "a"}, "type": "kubernetes.io/tls", "data": {"tls.crt": "YQ=="}});
+        assert_eq!(fields("", "secrets", &secret), ["data[tls.key]"]);
     }
 
     #[test]

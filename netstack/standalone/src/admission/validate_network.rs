@@ -278,31 +278,130 @@ fn policy_port(field: &str, port: &Value, causes: &mut Causes) {
 
 pub(super) fn ingress(ingress: &Value, causes: &mut Causes) {
     let rules = object::list(ingress, &["spec", "rules"]);
-    if rules.is_empty() && object::at(ingress, &["spec", "defaultBackend"]).is_none() {
+    let default = object::at(ingress, &["spec", "defaultBackend"]);
+    if rules.is_empty() && default.is_none() {
         causes.invalid("spec", "", "either `defaultBackend` or `rules` must be specified");
+    }
+    if let Some(default) = default {
+        ingress_backend("spec.defaultBackend", Some(default), causes);
+    }
+    let class = object::text(ingress, &["spec", "ingressClassName"]);
+    if !class.is_empty() && !is_subdomain(class) {
+        causes.invalid("spec.ingressClassName", class, "must be a lower case RFC 1123 subdomain");
+    }
+    for (index, tls) in object::list(ingress, &["spec", "tls"]).iter().enumerate() {
+        for (number, host) in object::texts(tls, &["hosts"]).iter().enumerate() {
+            ingress_host(format!("spec.tls[{index}].hosts[{number}]"), host, causes);
+        }
     }
     for (index, rule) in rules.iter().enumerate() {
         let host = object::text(rule, &["host"]);
-        if !host.is_empty() && !is_subdomain(host.strip_prefix("*.").unwrap_or(host)) {
-            causes.invalid(
-                format!("spec.rules[{index}].host"),
-                host,
-                "must be a lower case RFC 1123 subdomain",
-            );
+        if !host.is_empty() {
+            ingress_host(format!("spec.rules[{index}].host"), host, causes);
         }
-        for (number, path) in object::list(rule, &["http", "paths"]).iter().enumerate() {
-            let field = format!("spec.rules[{index}].http.paths[{number}]");
-            let kind = object::text(path, &["pathType"]);
-            causes.one_of(format!("{field}.pathType"), kind, &["Exact", "ImplementationSpecific", "Prefix"]);
-            let text = object::text(path, &["path"]);
-            if !text.starts_with('/') && (kind != "ImplementationSpecific" || !text.is_empty()) {
-                causes.invalid(format!("{field}.path"), text, "must be an absolute path");
+        let paths = object::list(rule, &["http", "paths"]);
+        if object::at(rule, &["http"]).is_some() && paths.is_empty() {
+            causes.required(format!("spec.rules[{index}].http.paths"), "");
+        }
+        for (number, path) in paths.iter().enumerate() {
+            ingress_path(&format!("spec.rules[{index}].http.paths[{number}]"), path, causes);
+        }
+    }
+}
+
+fn ingress_host(field: String, host: &str, causes: &mut Causes) {
+    if host.parse::<IpAddr>().is_ok() {
+        causes.invalid(field, host, "must be a DNS name, not an IP address");
+    } else if !is_subdomain(host.strip_prefix("*.").unwrap_or(host)) {
+        causes.invalid(field, host, "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must start and end with an alphanumeric character");
+    }
+}
+
+fn ingress_path(field: &str, path: &Value, causes: &mut Causes) {
+    match object::text(path, &["pathType"]) {
+        "" => causes.required(format!("{field}.pathType"), "pathType must be specified"),
+        kind => {
+            causes.one_of(format!("{field}.pathType"), kind, &["Exact", "ImplementationSpecific", "Prefix"])
+        }
+    }
+    let specific = object::text(path, &["pathType"]) == "ImplementationSpecific";
+    let text = object::text(path, &["path"]);
+    if !text.starts_with('/') && (!specific || !text.is_empty()) {
+        causes.invalid(format!("{field}.path"), text, "must be an absolute path");
+    }
+    let forbidden = ["//", "/./", "/../", "%2f", "%2F"];
+    for part in forbidden.iter().filter(|part| !specific && text.contains(**part)) {
+        causes.invalid(format!("{field}.path"), text, &format!("must not contain '{part}'"));
+    }
+    for end in ["/..", "/."].iter().filter(|end| !specific && text.ends_with(**end)) {
+        causes.invalid(format!("{field}.path"), text, &format!("cannot end with '{end}'"));
+    }
+    ingress_backend(&format!("{field}.backend"), object::at(path, &["backend"]), causes);
+}
+
+/// Of a Service a name and one of number and name of a port; of another object neither.
+fn ingress_backend(field: &str, backend: Option<&Value>, causes: &mut Causes) {
+    let part = |name: &str| backend.and_then(|it| it.get(name)).filter(|it| !it.is_null());
+    match (part("service"), part("resource")) {
+        (Some(_), Some(_)) => {
+            causes.invalid(field, "", "cannot set both resource and service backends");
+        }
+        (None, None) => causes.required(field, "must specify a service or resource backend"),
+        (None, Some(_)) => {}
+        (Some(service), None) => {
+            let name = object::text(service, &["name"]);
+            if name.is_empty() {
+                causes.required(format!("{field}.service.name"), "");
+            } else if !is_label(name) {
+                causes.invalid(format!("{field}.service.name"), name, "must be a lower case RFC 1035 label");
             }
-            let backend = object::at(path, &["backend"]);
-            if backend.is_none_or(|it| it.get("service").is_none() && it.get("resource").is_none()) {
-                causes.required(format!("{field}.backend"), "");
+            let port = object::text(service, &["port", "name"]);
+            match (port.is_empty(), object::at(service, &["port", "number"])) {
+                (false, Some(_)) => causes.invalid(
+                    format!("{field}.service.port"),
+                    "",
+                    "cannot set both port name & port number",
+                ),
+                (false, None) if !is_port_name(port) => {
+                    causes.invalid(format!("{field}.service.port.name"), port, PORT_NAME_RULE);
+                }
+                (false, None) => {}
+                (true, None) => {
+                    causes.required(format!("{field}.service.port"), "port name or number is required")
+                }
+                (true, number) => port_number(&format!("{field}.service.port.number"), number, causes),
             }
         }
+    }
+}
+
+/// A controller is a domain and a path, at most 250 bytes.
+pub(super) fn ingress_class(class: &Value, causes: &mut Causes) {
+    let controller = object::text(class, &["spec", "controller"]);
+    let (domain, path) = controller.split_once('/').unwrap_or((controller, ""));
+    if controller.is_empty() {
+        causes.required("spec.controller", "");
+    } else if controller.len() > 250 {
+        causes.invalid("spec.controller", controller, "must be no more than 250 characters");
+    } else if !is_subdomain(domain) || path.is_empty() {
+        causes.invalid(
+            "spec.controller",
+            controller,
+            "must be a domain-prefixed path (such as \"acme.io/foo\")",
+        );
+    }
+}
+
+/// What the types of core/v1 promise to hold.
+pub(super) fn secret(secret: &Value, causes: &mut Causes) {
+    let required: &[&str] = match object::text(secret, &["type"]) {
+        "kubernetes.io/tls" => &["tls.crt", "tls.key"],
+        "kubernetes.io/dockerconfigjson" => &[".dockerconfigjson"],
+        "kubernetes.io/ssh-auth" => &["ssh-privatekey"],
+        _ => &[],
+    };
+    for key in required.iter().filter(|key| secret["data"].get(**key).is_none()) {
+        causes.required(format!("data[{key}]"), "");
     }
 }
 
