@@ -166,7 +166,7 @@ fn what_others_break_is_found_by_check_and_mended_by_reconcile() {
             rig.node.must(broken);
             let said = agent.call("CHECK", "a", &pod.path(), Value::Null).await.unwrap_err();
             assert!(said["msg"].as_str().unwrap().contains("rate limits"), "{broken:?}: {said}");
-            assert_eq!(agent.cni.reconcile().await.limited, [link.clone()], "{broken:?}");
+            assert_eq!(agent.cni.reconcile().await.limited, std::slice::from_ref(&link), "{broken:?}");
             agent.call("CHECK", "a", &pod.path(), Value::Null).await.unwrap();
         }
         assert_eq!(is_limited(&rig.node, &pod, &addresses), [BOTH, BOTH].map(Vec::from));
