@@ -13,7 +13,7 @@ use base64::Engine as _;
 use serde_json::json;
 use x25519_dalek::{PublicKey, StaticSecret};
 
-use super::rig::{cpu_seconds, ip, until};
+use super::rig::{cpu_seconds, ip, private_names, until};
 use super::row::{Better, Row, median};
 
 const ROUNDS: usize = 3;
@@ -83,10 +83,7 @@ fn peer_binary() -> anyhow::Result<PathBuf> {
 }
 
 fn underlay() -> anyhow::Result<()> {
-    // A mount namespace of our own still shares /run/netns propagation; a private tmpfs keeps the names ours.
-    std::fs::create_dir_all("/run/netns")?;
-    let mounted = Command::new("mount").args(["-t", "tmpfs", "none", "/run/netns"]).status()?;
-    ensure!(mounted.success(), "mount a private /run/netns");
+    private_names()?;
     ip("netns add end0")?;
     ip("netns add end1")?;
     ip("-n end0 link add lan type veth peer name lan netns end1")?;

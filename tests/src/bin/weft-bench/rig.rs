@@ -49,6 +49,8 @@ impl Rig {
         let folder = tempfile::tempdir()?;
         let server = Command::new(weft)
             .args(["server", "--listen", API, "--advertise-address", "172.31.0.1"])
+            // Hundreds of pods, and the addresses of those that ended rest.
+            .args(["--node-cidr-mask-size-ipv4", "22"])
             .args(CIDRS)
             .arg("--data-dir")
             .arg(folder.path().join("server"))
@@ -159,5 +161,13 @@ async fn make_node(client: &kube::Client) -> anyhow::Result<()> {
     ]);
     let status = json!({"status": {"addresses": addresses}});
     nodes.patch_status(NODE, &PatchParams::default(), &Patch::Merge(status)).await?;
+    Ok(())
+}
+
+/// A mount namespace of our own still shares the folder of named namespaces; a private tmpfs keeps the names ours.
+pub(crate) fn private_names() -> anyhow::Result<()> {
+    std::fs::create_dir_all("/run/netns")?;
+    let mounted = Command::new("mount").args(["-t", "tmpfs", "none", "/run/netns"]).status()?;
+    ensure!(mounted.success(), "mount a private /run/netns");
     Ok(())
 }
