@@ -1,0 +1,14 @@
+//! Ingress: what a request over HTTP becomes.
+//!
+//! ```text
+//!  Snapshot --plan--> RouteTable (values) + Problems
+//!     annotations: what ingress-nginx's annotations say     certificate: whether chain and key go together
+//!  RouteTable --explain--> why a request goes where it goes
+//!  Snapshot --lint--> a verdict for every Ingress
+//! ```
+
+pub mod annotations;
+pub mod certificate;
+pub mod explain;
+pub mod lint;
+pub mod plan;
