@@ -110,6 +110,9 @@ pub(crate) fn text(status: &Status) -> String {
         status.parts.get("policy").and_then(|part| part.as_str()).map(|text| format!("policy: {text}")),
     );
     lines.extend(status.parts.get("cni").and_then(|part| part.as_str()).map(|text| format!("cni: {text}")));
+    lines.extend(
+        status.parts.get("writer").and_then(|part| part.as_str()).map(|text| format!("writer: {text}")),
+    );
     lines.extend(status.parts.get("peers").map(peers));
     lines.join("\n") + "\n"
 }

@@ -41,8 +41,8 @@ fn granted() -> Access {
     access
 }
 
-/// What `netstack::kube` does: a watch lists first; what Ingresses refer to is read by its name; the own Node's annotations are written with a merge patch; Events are
-/// made.
+/// What `netstack::kube` does: a watch lists first; what Ingresses refer to is read by its name; the own Node's annotations are
+/// written with a merge patch; Events are made; the holder of the Lease writes statuses.
 fn used() -> Access {
     let watched = [
         ("", "nodes"),
@@ -66,6 +66,9 @@ fn used() -> Access {
         access.entry((String::new(), by_name.into())).or_default().insert("get".into());
     }
     access.entry((String::new(), "events".into())).or_default().insert("create".into());
+    access.entry((String::new(), "services/status".into())).or_default().insert("patch".into());
+    let lease = access.entry(("coordination.k8s.io".into(), "leases".into())).or_default();
+    lease.extend(["get", "create", "update"].map(str::to_owned));
     access
 }
 

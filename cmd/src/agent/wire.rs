@@ -22,7 +22,9 @@ use weft_netstack::kernel::facts;
 use weft_netstack::kernel::netns::Rtnetlink;
 use weft_netstack::kernel::nft::Commits;
 use weft_netstack::kernel::route::losses;
-use weft_netstack::kube::{self, Access, Announcer, ApiStatus, Here, Identity, Notices, Publisher, Watches};
+use weft_netstack::kube::{
+    self, Access, Announcer, ApiStatus, Here, Identity, Notices, Publisher, Watches, lease,
+};
 use weft_netstack::overlay::{self, OverlayApplier, OverlayPlanner, tunnel};
 use weft_netstack::policy::{self, PolicyApplier, PolicyPlanner};
 use weft_netstack::proxy::{ProxyApplier, ProxyHealth, ProxyPlanner};
@@ -53,6 +55,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let here = Here { facts: facts_rx.clone(), attachments };
     let Watches { snapshots, status } =
         kube::start(tasks, access.clone(), config.cluster.clone(), here, initial);
+    let lead = lease::start(tasks, access.clone(), config.node.clone());
 
     let identity = Identity {
         public_key: tunnel::public_key(private_key),
@@ -93,16 +96,15 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let (found_tx, found) = watch::channel(Configurations::default());
     let obstacles = obstacle_texts(sources.clone(), found.clone());
     let mut admin = admin(config, handles, snapshots.clone(), status, facts_rx, dns.stats, obstacles);
-    admin.parts.push(("observe", Box::new(move || observe_outcome.borrow().clone().into())));
-    admin.parts.push(("proxy health", Box::new(move || health_outcome.borrow().clone().into())));
     let others = found.clone();
-    if !config.network_policy {
-        admin.parts.push((
-            "policy",
-            Box::new(|| "off (--network-policy off): every NetworkPolicy is ignored".into()),
-        ));
-    }
-    admin.parts.push(("cni", Box::new(move || others.borrow().note.clone().into())));
+    admin.parts.extend([
+        said("observe", move || observe_outcome.borrow().clone()),
+        said("proxy health", move || health_outcome.borrow().clone()),
+        said("writer", move || lead.text()),
+        said("cni", move || others.borrow().note.clone()),
+    ]);
+    let off = || "off (--network-policy off): every NetworkPolicy is ignored".to_owned();
+    admin.parts.extend((!config.network_policy).then(|| said("policy", off)));
     let admin = Arc::new(admin);
     let socket = config.run_dir.join("agent.sock");
     let explaining = crate::dns::Explaining { explainer: dns.explainer, snapshots: snapshots.clone() };
@@ -203,6 +205,14 @@ fn watch_others(
         losses(move || with_routes.iter().for_each(LoopHandle::nudge)).context("watch the routes")?,
     );
     Ok(())
+}
+
+/// A sentence of its own in `weft status`.
+fn said<T: Into<serde_json::Value>>(
+    name: &'static str,
+    text: impl Fn() -> T + Send + Sync + 'static,
+) -> (&'static str, Read<serde_json::Value>) {
+    (name, Box::new(move || text().into()))
 }
 
 /// What keeps pods away, as `weft status` says it.

@@ -1,8 +1,8 @@
 //! Who is asking, and may they. In: bearer tokens, from a file and of our own making. Out: an [`Identity`] and yes or no.
 //!
 //! There is no RBAC here. `system:masters` may do everything. A Weft agent (`system:serviceaccount:weft-system:weft-agent`
-//! with the group `weft.network:node:NAME`) reads all but Secrets and writes only the annotations of its own Node, Events
-//! and Leases. A kubelet (`system:node:NAME` with the group `system:nodes`) keeps its own Node and the Pods bound to it.
+//! with the group `weft.network:node:NAME`) reads all but Secrets and writes only the annotations of its own Node, the
+//! statuses of Services, Events and Leases. A kubelet (`system:node:NAME` with the group `system:nodes`) keeps its own Node and the Pods bound to it.
 //! Everybody else with a valid token reads all but Secrets.
 
 use std::collections::HashMap;
@@ -191,7 +191,9 @@ impl Identity {
         let refused = match (resource.plural, self.kubelet_node()) {
             ("pods", Some(node)) => (old["spec"]["nodeName"].as_str() != Some(node))
                 .then_some("a kubelet may only change the Pods bound to its node"),
-            ("nodes", None) => (without_annotations(old) != without_annotations(new))
+            ("services", None) => (without(old, &["status"]) != without(new, &["status"]))
+                .then_some("an agent may only change the status of a Service"),
+            ("nodes", None) => (without(old, &ANNOTATIONS) != without(new, &ANNOTATIONS))
                 .then_some("an agent may only change the annotations of its own Node"),
             _ => None,
         };
@@ -204,6 +206,7 @@ fn agent_may(node: &str, verb: Verb, resource: &Resource, name: Option<&str>) ->
         "nodes" => matches!(verb, Verb::Update | Verb::Patch) && name == Some(node),
         "events" => matches!(verb, Verb::Create | Verb::Update | Verb::Patch),
         "leases" => matches!(verb, Verb::Create | Verb::Update | Verb::Patch),
+        "services" => verb == Verb::Patch,
         // What an Ingress refers to, by its name.
         "secrets" => verb == Verb::Get,
         _ => false,
@@ -219,9 +222,11 @@ fn kubelet_may(node: &str, verb: Verb, resource: &Resource, name: Option<&str>) 
     }
 }
 
-fn without_annotations(object: &Value) -> Value {
+const ANNOTATIONS: [&str; 2] = ["metadata", "annotations"];
+
+fn without(object: &Value, path: &[&str]) -> Value {
     let mut object = object.clone();
-    object::remove(&mut object, &["metadata", "annotations"]);
+    object::remove(&mut object, path);
     object
 }
 
@@ -288,6 +293,9 @@ mod tests {
         assert_eq!(agent.authorize(Verb::Patch, nodes, Some("b")).unwrap_err().code, 403);
         assert!(agent.authorize(Verb::Watch, services, None).is_ok());
         assert!(agent.authorize(Verb::Update, services, Some("x")).is_err());
+        let service = |port: u16, ip: &str| json!({"spec": {"port": port}, "status": {"ip": ip}});
+        assert!(agent.authorize_change(services, &service(1, ""), &service(1, "192.0.2.1")).is_ok());
+        assert_eq!(agent.authorize_change(services, &service(1, ""), &service(2, "")).unwrap_err().code, 403);
         assert!(agent.authorize(Verb::Get, secrets, Some("x")).is_ok(), "what an Ingress names");
         assert!(agent.authorize(Verb::List, secrets, None).is_err());
         let old = json!({"metadata": {"name": "a"}, "spec": {}});

@@ -7,6 +7,7 @@ mod cni;
 mod custom_dns;
 mod events;
 mod faults;
+mod lease;
 mod not_ready;
 mod objects;
 mod policy;
