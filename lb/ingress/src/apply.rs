@@ -51,13 +51,10 @@ impl Applier for RoutesApplier {
         async move {
             let Some(encoded) = encoded else { return applied };
             let outcome = match encoded {
-                Ok(text) => hand_over(&folder, text, trust).await,
+                Ok(text) => hand_over(&folder, &text, trust, &mut applied.changed).await,
                 Err(error) => Err(error),
             };
-            match outcome {
-                Ok(changed) => applied.changed.extend(changed),
-                Err(error) => applied.failed.push(chain(&error)),
-            }
+            applied.failed.extend(outcome.err().map(|error| chain(&error)));
             applied
         }
     }
@@ -78,19 +75,23 @@ fn details(plan: &RouteTable) -> Vec<(String, String)> {
 }
 
 /// Writes the file when it differs, and tells the process then or when nothing is taken for granted.
-async fn hand_over(folder: &Path, text: Vec<u8>, trust: Trust) -> Result<Vec<String>, RoutesError> {
+async fn hand_over(
+    folder: &Path,
+    text: &[u8],
+    trust: Trust,
+    changed: &mut Vec<String>,
+) -> Result<(), RoutesError> {
     let path = folder.join(ROUTES_FILE);
-    let differs = std::fs::read(&path).ok().as_deref() != Some(&text);
-    let mut changed = Vec::new();
+    let differs = std::fs::read(&path).ok().as_deref() != Some(text);
     if differs {
-        let written = std::fs::create_dir_all(folder).and_then(|()| replace(&path, &text));
+        let written = std::fs::create_dir_all(folder).and_then(|()| replace(&path, text));
         written.map_err(|source| RoutesError::Write { path, source })?;
         changed.push(format!("{ROUTES_FILE}: {} bytes", text.len()));
     }
     if differs || trust == Trust::Nothing {
         tell(folder.join(SOCKET_FILE)).await?;
     }
-    Ok(changed)
+    Ok(())
 }
 
 /// The old content or the new, never a part, for nobody but the owner of the folder.
@@ -131,10 +132,14 @@ mod tests {
         let listener = UnixListener::bind(socket).unwrap();
         std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
-            let mut asked = [0; 64];
-            let length = stream.read(&mut asked).unwrap();
+            let mut asked = Vec::new();
+            while !asked.ends_with(b"\r\n\r\n") {
+                let mut byte = [0];
+                stream.read_exact(&mut byte).unwrap();
+                asked.extend(byte);
+            }
             stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").unwrap();
-            String::from_utf8_lossy(&asked[..length]).into_owned()
+            String::from_utf8_lossy(&asked).into_owned()
         })
     }
 
