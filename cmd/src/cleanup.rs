@@ -1,14 +1,16 @@
-//! `weft cleanup`: takes everything of ours off this node and proves it by looking again.
+//! `weft cleanup`: takes everything of ours off this node and proves it by looking again. With `--kube-proxy` what another
+//! proxy left instead.
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use clap::Args;
 use weft_model::constants::{TABLE_POLICY, TABLE_PROXY};
 use weft_netstack::cni::{self, conflist, loopback};
 use weft_netstack::kernel::netns::Rtnetlink;
-use weft_netstack::kernel::nft::NftTable;
+use weft_netstack::kernel::nft::{NftTable, kube_proxy};
 use weft_netstack::overlay;
+use weft_netstack::proxy::KubeProxy;
 use weft_netstack::reconcile::chain;
 
 use crate::agent::start;
@@ -27,12 +29,48 @@ pub(crate) struct CleanupArgs {
     /// Keep the private key and the last good snapshot
     #[arg(long)]
     pub(crate) keep_state: bool,
+    /// Instead, remove the rules that a kube-proxy left on this node; Weft may be running
+    #[arg(long, conflicts_with = "keep_state")]
+    pub(crate) kube_proxy: bool,
+    /// With --kube-proxy: only print what would be removed
+    #[arg(long, requires = "kube_proxy")]
+    pub(crate) dry_run: bool,
 }
 
 pub(crate) async fn run(args: CleanupArgs) -> anyhow::Result<()> {
     start::require_root()?;
+    if args.kube_proxy {
+        return clean_kube_proxy(args.dry_run);
+    }
     clean(&args).await?;
     println!("nothing of Weft is left on this node");
+    Ok(())
+}
+
+/// Prints each object, then removes them all at once, unless a kube-proxy runs that would put them back.
+fn clean_kube_proxy(dry_run: bool) -> anyhow::Result<()> {
+    let there = KubeProxy::look()?;
+    for leftover in &there.leftovers {
+        println!("{} {leftover}", if dry_run { "would remove" } else { "removing" });
+    }
+    if let Some(pid) = there.running.first() {
+        bail!(
+            "kube-proxy runs (pid {pid}) and would put its rules back; stop it first: \
+             kubectl -n kube-system delete daemonset kube-proxy"
+        );
+    }
+    if !dry_run {
+        kube_proxy::remove_leftovers()?;
+        let left = kube_proxy::leftovers()?;
+        ensure!(left.is_empty(), "{} objects of kube-proxy came back; what makes them?", left.len());
+    }
+    ensure!(
+        !there.ipvs,
+        "virtual servers of IPVS are left (link kube-ipvs0): run `kube-proxy --cleanup` or reboot"
+    );
+    if !dry_run || there.leftovers.is_empty() {
+        println!("no rule of kube-proxy is left in nf_tables");
+    }
     Ok(())
 }
 

@@ -72,6 +72,8 @@ fn with_installed_folders(args: UninstallArgs) -> CleanupArgs {
         run_dir: RUN_DIR.into(),
         state_dir: STATE_DIR.into(),
         keep_state: args.keep_state,
+        kube_proxy: false,
+        dry_run: false,
     }
 }
 

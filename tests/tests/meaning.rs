@@ -671,8 +671,16 @@ fn check_cluster((services, slices): &ClusterState) -> BTreeMap<&'static str, us
     seen
 }
 
+/// How many random clusters: few in an ordinary run, as many as `WEFT_MEANING_CASES` says in a long one.
+fn cases() -> u32 {
+    match std::env::var("WEFT_MEANING_CASES") {
+        Ok(count) => count.parse().expect("WEFT_MEANING_CASES is a count"),
+        Err(_) => 32,
+    }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 32, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: cases(), failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn every_packet_goes_where_the_kubernetes_text_sends_it(cluster in cluster()) {

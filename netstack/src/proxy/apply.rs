@@ -10,6 +10,7 @@ use weft_model::constants::TABLE_PROXY;
 
 use super::affinity::AffinityTargets;
 use super::health::{HealthPorts, ProxyHealth};
+use super::kube_proxy::KubeProxy;
 use super::layout::{Scope, SetName};
 use super::plan::ProxyPlan;
 use super::stale::{UdpDestination, UdpTargets};
@@ -26,6 +27,8 @@ pub struct ProxyApplier {
     affinity: Option<Arc<AffinityTargets>>,
     health: Arc<ProxyHealth>,
     health_ports: HealthPorts,
+    /// What `weft status` says of a kube-proxy on this node, from the last look at the kernel.
+    kube_proxy: Option<String>,
 }
 
 impl Default for ProxyApplier {
@@ -42,6 +45,7 @@ impl ProxyApplier {
             affinity: None,
             health: Arc::default(),
             health_ports: HealthPorts::default(),
+            kube_proxy: None,
         }
     }
 
@@ -92,6 +96,11 @@ impl Applier for ProxyApplier {
         }
         self.health.programmed(plan.health.clone(), Timestamp::now());
         applied.details = details(plan);
+        if trust == Trust::Nothing {
+            self.kube_proxy = KubeProxy::look().unwrap_or_default().sentence();
+        }
+        let beside = self.kube_proxy.iter().map(|said| ("kube-proxy".to_owned(), said.clone()));
+        applied.details.extend(beside);
         let taken = self.health_ports.reconcile(&self.health, &plan.health).await;
         // Nothing but the load balancer's question depends on it, so that the node is no less ready.
         applied.details.extend(taken.into_iter().map(|line| ("not answered".to_owned(), line)));

@@ -12,7 +12,8 @@
 //! One Service changes only its own elements: `service` lowers one Service and its slices (pure, memoised by `plan`) with
 //! `endpoints` (who may answer) and `external` (which addresses it may have); `claims` says who has what two Services want;
 //! `layout` holds the shape of the table, `emission` what a Service puts into it. `apply` commits it and removes the UDP flows
-//! (`stale`) and the affinity of clients (`affinity`) that would keep to a gone endpoint; `health` tells load balancers.
+//! (`stale`) and the affinity of clients (`affinity`) that would keep to a gone endpoint; `health` tells load balancers;
+//! `kube_proxy` sees what this proxy takes over from.
 
 mod affinity;
 mod apply;
@@ -22,6 +23,7 @@ mod emission;
 mod endpoints;
 mod external;
 mod health;
+mod kube_proxy;
 mod layout;
 mod plan;
 mod service;
@@ -30,6 +32,7 @@ mod stale;
 pub use affinity::{AffinityIndex, AffinityTargets};
 pub use apply::ProxyApplier;
 pub use health::{HealthChecks, ProxyHealth};
+pub use kube_proxy::KubeProxy;
 pub use plan::{ProxyPlan, ProxyPlanner};
 pub use service::LocalEndpoints;
 pub use stale::{UdpDestination, UdpTargets};

@@ -124,3 +124,35 @@ fn cleanup_beside_a_running_tunnel_ends_it_and_leaves_nothing() {
         assert_eq!(before.differences(&picture(&node)), [""; 0]);
     });
 }
+
+#[test]
+fn what_a_kube_proxy_left_is_named_in_status_and_goes_on_request() {
+    inside(|| {
+        let mut node = Node::new();
+        run(std::process::Command::new("nft").args(["add", "table", "inet", "others"]));
+        let before = picture(&node);
+        run(std::process::Command::new("nft").args(["add", "table", "ip6", "kube-proxy"]));
+        node.start_server();
+        node.make_node_object();
+        node.start_agent();
+        node.start_tunnel();
+        node.await_ready();
+        let status = node.status().to_string();
+        assert!(status.contains("nft table ip6 kube-proxy"), "{status}");
+        assert!(status.contains("run `weft cleanup --kube-proxy` on this node"), "{status}");
+
+        let there = || run(std::process::Command::new("nft").args(["list", "tables"])).contains("kube-proxy");
+        let said = run(node.cleanup_command().args(["--kube-proxy", "--dry-run"]));
+        assert_eq!(said, "would remove nft table ip6 kube-proxy\n");
+        assert!(there());
+        let said = run(node.cleanup_command().arg("--kube-proxy"));
+        assert_eq!(said, "removing nft table ip6 kube-proxy\nno rule of kube-proxy is left in nf_tables\n");
+        assert!(!there());
+        assert_eq!(node.status()["ready"], true, "the agent runs on");
+
+        node.end_agent(Signal::SIGTERM);
+        node.stop_tunnel();
+        run(&mut node.cleanup_command());
+        assert_eq!(before.differences(&picture(&node)), [""; 0]);
+    });
+}

@@ -15,11 +15,12 @@ mod batch;
 mod element;
 mod expression;
 mod generation;
+pub mod kube_proxy;
 mod observe;
 pub mod passage;
 mod socket;
 #[cfg(test)]
-pub(super) mod tests;
+pub(crate) mod tests;
 pub(crate) mod uapi;
 pub(crate) mod wire;
 

@@ -1,6 +1,7 @@
 //! Against the real kernel: each test in a network namespace of its own, checked with Debian's `nft`.
 
 mod damage;
+mod kube_proxy;
 mod listing;
 mod passage;
 mod scale;
