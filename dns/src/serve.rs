@@ -31,7 +31,7 @@ use crate::autopath::rest_of_path;
 use crate::custom::{Custom, Rewritten, Verdict};
 use crate::forward::{ForwardError, Forwarder, Outside};
 use crate::name::Name;
-use crate::stats::{Dropped, Stats};
+use crate::stats::{Dropped, Refused, Stats};
 use crate::store::Store;
 use reply::{Encoded, Reply, fit, led_to, limit_bytes, rdata, relay, render, reply_edns};
 pub(crate) use reply::{OPT_BYTES, PLAIN_UDP_BYTES, UDP_PAYLOAD_BYTES};
@@ -61,23 +61,28 @@ pub(crate) struct Resolver {
     namespaces: Namespaces,
 }
 
-/// The question, or the code that a request without a proper one deserves.
-fn admit(request: &Request) -> Result<(Question, Outside), ResponseCode> {
+/// The question, or why a request without a proper one is refused.
+fn admit(request: &Request) -> Result<(Question, Outside), Refused> {
     if request.version() > 0 {
-        return Err(ResponseCode::BADVERS);
+        return Err(Refused::Version);
     }
     if request.metadata.op_code != OpCode::Query {
-        return Err(ResponseCode::NotImp);
+        return Err(Refused::Operation);
     }
-    let [query] = request.queries.queries() else { return Err(ResponseCode::FormErr) };
+    if is_signed(request) {
+        return Err(Refused::Signed);
+    }
+    let [query] = request.queries.queries() else { return Err(Refused::Questions) };
     if query.query_class() != DNSClass::IN {
-        return Err(ResponseCode::Refused);
+        return Err(Refused::Class);
     }
-    if matches!(query.query_type(), RecordType::AXFR | RecordType::IXFR | RecordType::OPT) {
-        return Err(ResponseCode::Refused);
+    match query.query_type() {
+        RecordType::AXFR | RecordType::IXFR => return Err(Refused::Transfer),
+        RecordType::OPT => return Err(Refused::Type),
+        _ => {}
     }
     let original = query.original().name();
-    let name = Name::from_hickory(original).ok_or(ResponseCode::FormErr)?;
+    let name = Name::from_hickory(original).ok_or(Refused::Malformed)?;
     let outside = Outside {
         client: request.src().ip(),
         name: original.clone(),
@@ -86,6 +91,12 @@ fn admit(request: &Request) -> Result<(Question, Outside), ResponseCode> {
         checking_disabled: request.metadata.checking_disabled,
     };
     Ok((Question { name, record_type: query.query_type() }, outside))
+}
+
+/// By TSIG, or by SIG(0) (RFC 2931). Without its DNSSEC feature hickory leaves these records where they stand.
+fn is_signed(request: &Request) -> bool {
+    let is_signature = |record: &Record| matches!(record.record_type(), RecordType::TSIG | RecordType::SIG);
+    request.signature.is_some() || request.additionals.iter().any(is_signature)
 }
 
 impl Resolver {
@@ -145,10 +156,11 @@ impl Resolver {
             self.stats.count_dropped(reason);
             return None;
         }
-        let (bare, code) = bare_refusal(&bytes);
+        let (bare, refused) = bare_refusal(&bytes);
         let readable = has_one_question(&bytes).then(|| Request::from_bytes(bytes, client, protocol).ok());
         let Some(request) = readable.flatten() else {
-            self.stats.count_response(code);
+            self.stats.count_refused(refused);
+            self.stats.count_response(refused.code());
             return Some(bare.into());
         };
         let answer = Encoded { protocol, bytes: Arc::default() };
@@ -160,7 +172,10 @@ impl Resolver {
     async fn reply(&self, request: &Request) -> Reply {
         let (question, outside) = match admit(request) {
             Ok(admitted) => admitted,
-            Err(code) => return Reply::failed(&request.metadata, code),
+            Err(refused) => {
+                self.stats.count_refused(refused);
+                return Reply::failed(&request.metadata, refused.code());
+            }
         };
         let custom = self.custom();
         let logged = custom.logs(&question.name).then(|| (Instant::now(), outside.clone()));
@@ -383,13 +398,16 @@ fn has_one_question(bytes: &[u8]) -> bool {
 
 /// The answer to a message of which only the header can be read or matters: FORMERR, or NOTIMP for another operation than
 /// a query.
-fn bare_refusal(bytes: &[u8]) -> ([u8; HEADER_BYTES], ResponseCode) {
+fn bare_refusal(bytes: &[u8]) -> ([u8; HEADER_BYTES], Refused) {
     let mut header = [0; HEADER_BYTES];
-    let &[id0, id1, flags, ..] = bytes else { return (header, ResponseCode::FormErr) };
-    let is_query = flags & OPCODE == 0;
-    let code = if is_query { ResponseCode::FormErr } else { ResponseCode::NotImp };
-    header[..4].copy_from_slice(&[id0, id1, QR | flags & (OPCODE | RD), code.low()]);
-    (header, code)
+    let &[id0, id1, flags, ..] = bytes else { return (header, Refused::Malformed) };
+    let refused = match flags & OPCODE {
+        0 if has_one_question(bytes) => Refused::Malformed,
+        0 => Refused::Questions,
+        _ => Refused::Operation,
+    };
+    header[..4].copy_from_slice(&[id0, id1, QR | flags & (OPCODE | RD), refused.code().low()]);
+    (header, refused)
 }
 
 /// No answer goes to an address that many hosts may listen on.

@@ -16,6 +16,7 @@ pub struct Stats {
     refused: AtomicU64,
     other: AtomicU64,
     dropped: [AtomicU64; Dropped::NAMES.len()],
+    refused_by: [AtomicU64; Refused::NAMES.len()],
     by_udp: AtomicU64,
     by_tcp: AtomicU64,
     pub(crate) forwarded: AtomicU64,
@@ -44,7 +45,53 @@ impl Dropped {
     const NAMES: [&str; 5] = ["short", "response", "source", "busy", "unsent"];
 }
 
+/// Why a message was answered without being looked up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refused {
+    /// Cannot be read.
+    Malformed,
+    /// No question, or several (RFC 9619).
+    Questions,
+    /// Another operation than a query, such as an update (RFC 2136).
+    Operation,
+    /// EDNS of a version that is not there yet (RFC 6891 section 6.1.3).
+    Version,
+    /// Signed with TSIG (RFC 8945) or SIG(0) (RFC 2931): there are no keys here.
+    Signed,
+    /// Another class than IN.
+    Class,
+    /// A zone transfer (RFC 5936, RFC 1995).
+    Transfer,
+    /// OPT, which is no type to ask for (RFC 6891 section 6.1.1).
+    Type,
+}
+
+impl Refused {
+    const NAMES: [&str; 8] =
+        ["malformed", "questions", "operation", "version", "signed", "class", "transfer", "type"];
+
+    /// What the client is told.
+    pub(crate) fn code(self) -> ResponseCode {
+        match self {
+            Self::Malformed | Self::Questions => ResponseCode::FormErr,
+            Self::Operation => ResponseCode::NotImp,
+            Self::Version => ResponseCode::BADVERS,
+            Self::Signed | Self::Class | Self::Transfer | Self::Type => ResponseCode::Refused,
+        }
+    }
+}
+
 impl Stats {
+    pub(crate) fn count_refused(&self, reason: Refused) {
+        count(&self.refused_by[reason as usize]);
+    }
+
+    /// Messages answered without being looked up, by reason, in a fixed order.
+    pub fn refused(&self) -> Vec<(&'static str, u64)> {
+        let counts = self.refused_by.iter().map(|counter| counter.load(Ordering::Relaxed));
+        Refused::NAMES.into_iter().zip(counts).collect()
+    }
+
     pub(crate) fn count_dropped(&self, reason: Dropped) {
         self.count_many_dropped(reason, 1);
     }

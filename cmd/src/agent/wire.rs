@@ -302,6 +302,12 @@ fn dns_counters(stats: Arc<weft_dns::Stats>) -> Vec<Counters> {
         family("dns_responses", "DNS answers sent, by response code", "rcode", responses),
         family("dns_dropped", "DNS messages without an answer, by reason", "reason", |stats| stats.dropped()),
         family(
+            "dns_refused",
+            "DNS messages answered without being looked up, by reason",
+            "reason",
+            |stats| stats.refused(),
+        ),
+        family(
             "dns_outside",
             "DNS names outside the cluster, by what became of the question or of an upstream",
             "event",

@@ -277,6 +277,22 @@ fn anything_unusual_is_left_to_the_long_path() {
     );
 }
 
+/// The message with a TSIG record behind it (RFC 8945 section 4.2), of a key that nobody has.
+fn signed(mut message: Vec<u8>) -> Vec<u8> {
+    const TYPE_TSIG: [u8; 2] = [0, 250];
+    const CLASS_ANY: [u8; 2] = [0, 255];
+    let algorithm = b"\x0bhmac-sha256\x00";
+    let time_and_fudge = [0, 0, 0x69, 0, 0, 0, 1, 44];
+    let mac = [&[0, 32][..], &[7; 32]].concat();
+    let original_id_error_other = [message[0], message[1], 0, 0, 0, 0];
+    let data = [&algorithm[..], &time_and_fudge, &mac, &original_id_error_other].concat();
+    message[11] += 1;
+    message.extend_from_slice(b"\x03key\x00");
+    message.extend([TYPE_TSIG, CLASS_ANY, [0, 0], [0, 0], [0, u8::try_from(data.len()).unwrap()]].concat());
+    message.extend(data);
+    message
+}
+
 /// RFC 1035 4.1.1 "format error", "not implemented", "refused"; RFC 9619: one question; RFC 5625 6.1: no answer to an answer.
 #[test]
 fn bad_messages_are_answered_with_their_code_or_dropped_and_counted() {
@@ -297,7 +313,13 @@ fn bad_messages_are_answered_with_their_code_or_dropped_and_counted() {
     };
     let looping = [&web()[..12], &[0xc0, 12, 0, 1, 0, 1][..]].concat();
     let oversize = [&web()[..12], &[63; 64].repeat(4)[..], &[0, 0, 1, 0, 1]].concat();
+    let end_of_name = web().len() - 4;
+    let of_type = |record_type: u8| with(&[(end_of_name + 1, record_type)]);
     let mut bad = vec![
+        ("a signature", signed(web()), 5),
+        ("a full transfer", of_type(252), 5),
+        ("an incremental transfer", of_type(251), 5),
+        ("a question for OPT", of_type(41), 5),
         ("a cut question", web()[..end - 3].to_vec(), 1),
         ("65535 promised questions", with(&[(4, 255), (5, 255)]), 1),
         ("no question", web()[..5].iter().copied().chain([0; 7]).collect(), 1),
@@ -318,6 +340,20 @@ fn bad_messages_are_answered_with_their_code_or_dropped_and_counted() {
             assert_eq!(answer[3] & 0xf, code, "{what}");
         }
     }
+    let by_kind: Vec<(&str, u64)> = resolver.stats.refused().into_iter().collect();
+    assert_eq!(
+        by_kind,
+        [
+            ("malformed", 2 * 3),
+            ("questions", 2 * 3),
+            ("operation", 2 * 15),
+            ("version", 0),
+            ("signed", 2),
+            ("class", 2 * 3),
+            ("transfer", 2 * 2),
+            ("type", 2),
+        ]
+    );
     let before = resolver.stats.queries();
     for bytes in [with(&[(2, 0x81)]), with(&[(2, 0xa8)]), web()[..11].to_vec(), Vec::new()] {
         assert_eq!(exchange(&resolver, bytes, Protocol::Udp), None);

@@ -170,6 +170,35 @@ fn mangled() -> impl Strategy<Value = Vec<u8>> {
         })
 }
 
+/// Questions whose names are labels and then the root or a pointer to anywhere, themselves included; their number may be
+/// another than the one that the header tells.
+fn tangled() -> impl Strategy<Value = Vec<u8>> {
+    let name = (prop::collection::vec(0_u8..64, 0..6), prop::option::of(0_u16..400));
+    let told = prop_oneof![3 => Just(None), 1 => any::<u16>().prop_map(Some)];
+    let questions =
+        prop_oneof![2 => prop::collection::vec(name.clone(), 1), 1 => prop::collection::vec(name, 0..120)];
+    (questions, told).prop_map(|(questions, told)| {
+        let count = told.unwrap_or(u16::try_from(questions.len()).unwrap());
+        let mut bytes = vec![0xab, 0xcd, 1, 0];
+        bytes.extend(count.to_be_bytes());
+        bytes.extend([0; 6]);
+        for (labels, pointer) in questions {
+            for length in labels {
+                if length > 0 {
+                    bytes.push(length);
+                    bytes.extend(std::iter::repeat_n(b'x', usize::from(length)));
+                }
+            }
+            match pointer {
+                Some(to) => bytes.extend((0xc000 | to).to_be_bytes()),
+                None => bytes.push(0),
+            }
+            bytes.extend([0, 1, 0, 1]);
+        }
+        bytes
+    })
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -177,6 +206,25 @@ proptest! {
     fn arbitrary_octets_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..600), tcp: bool) {
         let protocol = if tcp { Protocol::Tcp } else { Protocol::Udp };
         exchange(&resolver(3), bytes, protocol);
+    }
+
+    /// Loops of pointers end, and what is refused costs its sender more octets than it brings.
+    #[test]
+    fn tangled_questions_are_answered_once_and_other_than_one_with_a_bare_header(
+        bytes in tangled(),
+        tcp: bool,
+    ) {
+        let resolver = resolver(3);
+        let protocol = if tcp { Protocol::Tcp } else { Protocol::Udp };
+        let answer = exchange(&resolver, bytes.clone(), protocol).unwrap();
+        prop_assert_eq!(&answer[..2], &bytes[..2]);
+        prop_assert!(Message::from_vec(&answer).is_ok());
+        let refused: u64 = resolver.stats.refused().iter().map(|(_, count)| count).sum();
+        if bytes[4..6] != [0, 1] {
+            prop_assert_eq!(&answer[2..], &[0x81, 1, 0, 0, 0, 0, 0, 0, 0, 0]);
+            prop_assert_eq!(resolver.stats.refused()[1], ("questions", 1));
+        }
+        prop_assert_eq!(refused, u64::from(answer[3] & 0xf == ResponseCode::FormErr.low()));
     }
 
     #[test]
