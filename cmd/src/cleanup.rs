@@ -9,6 +9,7 @@ use weft_model::constants::{TABLE_POLICY, TABLE_PROXY};
 use weft_netstack::cni::{self, conflist, loopback};
 use weft_netstack::kernel::netns::Rtnetlink;
 use weft_netstack::kernel::nft::{NftTable, kube_proxy};
+use weft_netstack::kernel::vip;
 use weft_netstack::overlay;
 use weft_netstack::proxy::KubeProxy;
 use weft_netstack::reconcile::chain;
@@ -127,6 +128,9 @@ async fn remove(args: &CleanupArgs) -> anyhow::Result<Outcome> {
     let pods = cni::cleanup::remove_all(&netlink.handle).await;
     outcome.removed.extend(pods.changed);
     outcome.failed.extend(pods.failed);
+    let answered = vip::remove_all(&netlink.handle).await;
+    outcome.removed.extend(answered.changed);
+    outcome.failed.extend(answered.failed);
     outcome.note("nft table weft-proxy", NftTable::delete(TABLE_PROXY));
     outcome.note("nft table weft-policy", NftTable::delete(TABLE_POLICY));
     let overlay = overlay::cleanup(netlink.handle.clone(), &args.run_dir).await;

@@ -9,6 +9,7 @@ mod ingress;
 mod install;
 mod ipam;
 mod lab;
+mod lb;
 mod lint;
 mod log;
 mod manifests;
@@ -58,6 +59,8 @@ enum Command {
     Ipam(ipam::IpamArgs),
     /// Explain what network policies decide
     Policy(policy::PolicyArgs),
+    /// Show which addresses Services have, and who answers for them
+    Lb(lb::LbArgs),
     /// Ask this node's agent about names
     Dns(dns::DnsArgs),
     /// Show where requests to Ingresses go
@@ -87,6 +90,7 @@ fn main() -> ExitCode {
         Command::Status(args) => status::run(&args),
         Command::Ipam(args) => ipam::run(&args),
         Command::Policy(args) => policy::run(&args),
+        Command::Lb(args) => lb::run(&args),
         Command::Dns(args) => dns::run(&args),
         Command::Ingress(args) => ingress::run(&args),
         Command::Lint(args) => lint::run(&args),

@@ -9,6 +9,7 @@ use clap::Args;
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use serde::Deserialize as _;
 
 use crate::Invalid;
 use crate::agent::{GivenArgs, api_server};
@@ -29,6 +30,12 @@ pub(crate) struct ManifestsArgs {
 pub(crate) fn run(args: ManifestsArgs) -> anyhow::Result<()> {
     let text = render(args).map_err(|error| Invalid(format!("{error:#}")))?;
     crate::print(&text)
+}
+
+/// The objects of a text of several documents.
+pub(crate) fn documents(text: &str) -> anyhow::Result<Vec<serde_json::Value>> {
+    let read = serde_yaml_ng::Deserializer::from_str(text).map(serde_json::Value::deserialize);
+    Ok(read.collect::<Result<_, _>>()?)
 }
 
 /// All documents in the order in which they are applied.

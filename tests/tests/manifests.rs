@@ -52,6 +52,8 @@ fn used() -> Access {
         ("", "pods"),
         ("discovery.k8s.io", "endpointslices"),
         ("networking.k8s.io", "networkpolicies"),
+        ("metallb.io", "ipaddresspools"),
+        ("metallb.io", "l2advertisements"),
         ("networking.k8s.io", "ingresses"),
         ("networking.k8s.io", "ingressclasses"),
     ];
@@ -67,6 +69,9 @@ fn used() -> Access {
     }
     access.entry((String::new(), "events".into())).or_default().insert("create".into());
     access.entry((String::new(), "services/status".into())).or_default().insert("patch".into());
+    access.entry(("metallb.io".into(), "ipaddresspools/status".into())).or_default().insert("patch".into());
+    let definitions = ("apiextensions.k8s.io".into(), "customresourcedefinitions".into());
+    access.entry(definitions).or_default().insert("create".into());
     let lease = access.entry(("coordination.k8s.io".into(), "leases".into())).or_default();
     lease.extend(["get", "create", "update"].map(str::to_owned));
     access

@@ -120,7 +120,7 @@ fn node(name: &str, cidrs: [&str; 2], ips: [&str; 2]) -> (NodeName, Arc<Node>) {
 
 fn snapshot(services: &[Service], slices: &[EndpointSlice]) -> Snapshot {
     let addresses = [&V4, &V6].iter().flat_map(|of| [ip(of.own_node), ip(of.own_second_address)]).collect();
-    let uplink = Uplink { name: "eth0".to_owned(), index: 2, mtu_bytes: 1500, addresses };
+    let uplink = Uplink { name: "eth0".to_owned(), index: 2, mtu_bytes: 1500, addresses, subnets: vec![] };
     let facts = NodeFacts {
         name: OWN.into(),
         uplinks: vec![uplink],
@@ -145,6 +145,8 @@ fn snapshot(services: &[Service], slices: &[EndpointSlice]) -> Snapshot {
         ingress_classes: Arc::default(),
         ingresses: Arc::default(),
         referred: Arc::default(),
+        address_pools: Arc::default(),
+        l2_advertisements: Arc::default(),
         attachments: Arc::default(),
         problems: Arc::default(),
         from_store: false,
@@ -246,6 +248,7 @@ fn service(i: usize) -> impl Strategy<Value = Service> {
                 external_ips,
                 load_balancer_source_ranges: ranges,
                 health_check_node_port: None,
+                balancer: None,
             }
         },
     )

@@ -71,6 +71,9 @@ pub(crate) struct AgentArgs {
     /// Whether NetworkPolicies are enforced; off takes every rule away
     #[arg(long, value_enum, default_value = "on")]
     network_policy: Switch,
+    /// Whether Services of type LoadBalancer get addresses; off leaves them to another controller
+    #[arg(long, value_enum, default_value = "on")]
+    load_balancer: Switch,
     /// Where /metrics, /healthz and /readyz are served
     #[arg(long, default_value = "127.0.0.1:9470")]
     pub(crate) observe_address: SocketAddr,
@@ -100,6 +103,7 @@ pub(crate) struct Config {
     pub(crate) observe_address: SocketAddr,
     pub(crate) proxy_health_address: SocketAddr,
     pub(crate) network_policy: bool,
+    pub(crate) load_balancer: bool,
 }
 
 impl AgentArgs {
@@ -119,6 +123,7 @@ impl AgentArgs {
             observe_address: self.observe_address,
             proxy_health_address: self.proxy_health_address,
             network_policy: self.network_policy == Switch::On,
+            load_balancer: self.load_balancer == Switch::On,
         })
     }
 

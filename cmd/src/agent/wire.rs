@@ -11,6 +11,8 @@ use axum::Router;
 use nix::errno::Errno;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
+use weft_lb::announce::{AnnouncePlanner, announcer};
+use weft_lb::status::{StatusApplier, StatusPlanner};
 use weft_model::constants::WIREGUARD_OVERHEAD_BYTES;
 use weft_model::snapshot::Attachments;
 use weft_model::{NodeFacts, Report, Snapshot};
@@ -22,8 +24,10 @@ use weft_netstack::kernel::facts;
 use weft_netstack::kernel::netns::Rtnetlink;
 use weft_netstack::kernel::nft::Commits;
 use weft_netstack::kernel::route::losses;
+use weft_netstack::kernel::vip;
 use weft_netstack::kube::{
-    self, Access, Announcer, ApiStatus, Here, Identity, Notices, Publisher, Watches, lease,
+    self, Access, Announcer, ApiStatus, Here, Identity, Lead, Notices, Publisher, StatusWriter, Watches,
+    definitions, lease,
 };
 use weft_netstack::overlay::{self, OverlayApplier, OverlayPlanner, tunnel};
 use weft_netstack::policy::{self, PolicyApplier, PolicyPlanner};
@@ -57,10 +61,8 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
         kube::start(tasks, access.clone(), config.cluster.clone(), here, initial);
     let lead = lease::start(tasks, access.clone(), config.node.clone());
 
-    let identity = Identity {
-        public_key: tunnel::public_key(private_key),
-        wireguard_port: config.cluster.wireguard_port,
-    };
+    let (public_key, wireguard_port) = (tunnel::public_key(private_key), config.cluster.wireguard_port);
+    let identity = Identity { public_key, wireguard_port };
     let dns = start_dns(config, leases.clone());
     let overlay = overlay_applier(config, tasks)?;
     let mut loops = Loops { tasks, snapshots: snapshots.clone(), handles: Vec::new() };
@@ -82,10 +84,11 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     };
     let told = Told { attachments: attachments_tx, verdicts: policy.map(|policy| policy.reports()) };
     let cni = open_cni(snapshots.clone(), leases, sources.readiness(), told).await?;
+    let (notices, passing) = Notices::channel();
+    let balancer = start_load_balancer(&mut loops, config, &access, (&lead, notices)).await?;
     let pod_links = loops.start("cni", PodLinksPlanner, PodLinksApplier::new(cni.clone()), Pace::default());
     let handles = loops.handles;
     let reports = handles.iter().map(LoopHandle::reports).collect();
-    let (_, passing) = Notices::channel();
     let announcer =
         Announcer { access, node: config.node.clone(), snapshots: snapshots.clone(), reports, passing };
     tasks.start("events", announcer.run());
@@ -112,7 +115,8 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
         .merge(admin::status_router(admin.clone()))
         .merge(policy::explain::router(snapshots.clone()))
         .merge(crate::dns::router(explaining))
-        .merge(crate::ingress::router(snapshots.clone()));
+        .merge(crate::ingress::router(snapshots.clone()))
+        .merge(balancer);
     serve_unix(tasks, &socket, router)?;
     tasks.start("observe", serve_observed(config.observe_address, admin::observe_router(admin), observed));
     tasks.start("proxy-health", serve_proxy_health(config.proxy_health_address, proxy_health, health_tx));
@@ -230,6 +234,30 @@ fn start_policy(loops: &mut Loops<'_>, on: bool, pace: Pace) -> anyhow::Result<O
     }
     policy::remove().context("remove the rules of network policies")?;
     Ok(None)
+}
+
+/// Every node plans the statuses; the one with the lead writes them, and makes MetalLB's kinds where there are none.
+async fn start_load_balancer(
+    loops: &mut Loops<'_>,
+    config: &Config,
+    access: &Arc<Access>,
+    (lead, notices): (&Lead, Notices),
+) -> anyhow::Result<Router> {
+    if !config.load_balancer {
+        let netlink = Rtnetlink::connect().context("open an rtnetlink socket")?;
+        vip::remove_all(&netlink.handle).await;
+        return Ok(Router::new());
+    }
+    let (applier, standing, plan, announcer) = announcer(notices.clone());
+    loops.start("lb", AnnouncePlanner, applier, Pace::default());
+    loops.tasks.start("announcer", announcer.run());
+    let writer = StatusWriter::new(access.clone(), lead.clone());
+    let statuses = StatusApplier::new(writer, notices);
+    let statuses = loops.start("lb-status", StatusPlanner::default(), statuses, Pace::default());
+    loops.tasks.start("lead", lease::wake(lead.clone(), vec![statuses]));
+    let definitions = crate::manifests::documents(weft_manifests::METALLB)?;
+    loops.tasks.start("definitions", definitions::ensure(access.clone(), lead.clone(), definitions));
+    Ok(weft_lb::trace::router(weft_lb::trace::Views { snapshots: loops.snapshots.clone(), plan, standing }))
 }
 
 /// How CNI and the policies hear of each other: addresses given one way, verdicts in the kernel the other.

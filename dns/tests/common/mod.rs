@@ -47,6 +47,7 @@ pub(crate) fn service(namespace: &str, name: &str, kind: ServiceKind) -> Service
         external_ips: Vec::new(),
         load_balancer_source_ranges: None,
         health_check_node_port: None,
+        balancer: None,
     }
 }
 
@@ -123,6 +124,8 @@ pub(crate) fn snapshot(
         ingress_classes: Arc::default(),
         ingresses: Arc::default(),
         referred: Arc::default(),
+        address_pools: Arc::default(),
+        l2_advertisements: Arc::default(),
         attachments: Arc::default(),
         problems: Arc::default(),
         from_store: false,

@@ -6,6 +6,8 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 /// Routing protocol number of every route and rule of ours, so that clean-up finds exactly those.
 /// 0x57 = 'W'; iproute2's rt_protos names nothing between 43 and 185.
 pub const ROUTE_PROTOCOL: u8 = 0x57;
+/// Of the routes and proxy neighbours by which a node answers for addresses of Services: another owner, so another number.
+pub const ROUTE_PROTOCOL_LB: u8 = 0x58;
 /// Table for what pods (and the host address) send to other nodes' own addresses: through the tunnel.
 /// Not `main`, because what the host itself sends to a node must not take it (decision 5).
 pub const TUNNEL_TABLE: u32 = 0x5745;

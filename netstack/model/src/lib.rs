@@ -9,6 +9,7 @@
 //! Everything here is a plain ordered value. This crate does no IO and knows no async; its Cargo.toml
 //! names no crate that could.
 
+pub mod balancer;
 pub mod config;
 pub mod constants;
 pub mod ids;

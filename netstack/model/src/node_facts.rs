@@ -41,6 +41,9 @@ pub struct Uplink {
     pub index: u32,
     pub mtu_bytes: u32,
     pub addresses: Vec<IpAddr>,
+    /// Of those addresses; others are reached through a gateway.
+    #[serde(default)]
+    pub subnets: Vec<IpNet>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::balancer::Balancer;
 use crate::ids::{NamespacedName, NodeName, PodKey, ServiceKey, SliceKey, WgPublicKey};
 
 pub type Labels = BTreeMap<String, String>;
@@ -157,6 +158,9 @@ pub struct Service {
     /// `spec.healthCheckNodePort` of a LoadBalancer whose externalTrafficPolicy is Local.
     #[serde(default)]
     pub health_check_node_port: Option<u16>,
+    /// Of type LoadBalancer.
+    #[serde(default)]
+    pub balancer: Option<Balancer>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -89,6 +89,11 @@ impl Selector {
         Self { requirements }
     }
 
+    /// Selects no object.
+    pub fn nothing() -> Self {
+        Self::new(vec![Requirement { key: String::new(), condition: Condition::In(BTreeSet::new()) }])
+    }
+
     pub fn matches(&self, labels: &Labels) -> bool {
         self.requirements.iter().all(|requirement| {
             let value = labels.get(&requirement.key);

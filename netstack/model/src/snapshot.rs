@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::balancer::{AddressPool, L2Advertisement};
 use crate::config::ClusterConfig;
 use crate::ids::{Generation, NamespacedName, NodeName, PodKey, PolicyKey, ServiceKey, SliceKey};
 use crate::ingress::{Ingress, IngressClass, Referred};
@@ -53,6 +54,10 @@ pub struct Snapshot {
     /// Secrets and ConfigMaps that our Ingresses refer to, as they were read by name.
     #[serde(default)]
     pub referred: Referred,
+    #[serde(default)]
+    pub address_pools: Objects<NamespacedName, AddressPool>,
+    #[serde(default)]
+    pub l2_advertisements: Objects<NamespacedName, L2Advertisement>,
     /// Which pod of this node bears which address, from the moment CNI gave it; never of an earlier boot, so not stored.
     #[serde(skip)]
     pub attachments: Attachments,

@@ -2,9 +2,9 @@
 //!
 //! In: link, address and route dumps, a trial of `kind wireguard`, rtnetlink's multicast groups. Out: [`NodeFacts`].
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::io;
-use std::net::IpAddr;
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -117,7 +117,8 @@ fn uplinks(links: Vec<Link>, addresses: &[LinkAddress]) -> Vec<Uplink> {
         .into_iter()
         .filter(|link| link.up && !link.loopback && !ours(&link.name))
         .map(|link| Uplink {
-            addresses: global_addresses(link.index, addresses),
+            addresses: global_addresses(link.index, addresses).map(|net| net.addr()).collect(),
+            subnets: global_addresses(link.index, addresses).map(|net| net.trunc()).collect(),
             name: link.name,
             index: link.index,
             mtu_bytes: link.mtu_bytes,
@@ -128,12 +129,10 @@ fn uplinks(links: Vec<Link>, addresses: &[LinkAddress]) -> Vec<Uplink> {
     uplinks
 }
 
-fn global_addresses(index: u32, addresses: &[LinkAddress]) -> Vec<IpAddr> {
+/// Sorted, without duplicates.
+fn global_addresses(index: u32, addresses: &[LinkAddress]) -> impl Iterator<Item = IpNet> {
     let on_link = addresses.iter().filter(|address| address.index == index && address.global);
-    let mut global: Vec<IpAddr> = on_link.map(|address| address.address.addr()).collect();
-    global.sort();
-    global.dedup();
-    global
+    on_link.map(|address| address.address).collect::<BTreeSet<_>>().into_iter()
 }
 
 /// Tries to make a WireGuard link where nobody sees it: only that tells whether the kernel has (or can load) it.
@@ -150,6 +149,8 @@ pub async fn wireguard_backend() -> Result<WireguardBackend, FactsError> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use super::*;
     use crate::kernel::testing::{NamedNetns, needs_root};
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use kube::runtime::watcher::Event;
 use serde_json::Value;
+use weft_model::balancer::{AddressPool, L2Advertisement};
 use weft_model::ingress::{self, Answer, Ingress, IngressClass, IngressConfig, Reference, Referred};
 use weft_model::objects::{ConfigMap, EndpointSlice, Namespace, Node, Pod, Service};
 use weft_model::policy::NetworkPolicy;
@@ -33,6 +34,8 @@ pub struct Cluster {
     ingress_classes: Collection<String, IngressClass>,
     ingresses: Collection<NamespacedName, Ingress>,
     referred: Referred,
+    address_pools: Collection<NamespacedName, AddressPool>,
+    l2_advertisements: Collection<NamespacedName, L2Advertisement>,
     problems: Arc<Vec<Problem>>,
 }
 
@@ -51,6 +54,8 @@ impl Cluster {
             ingress_classes: Collection::from_stored(&stored.ingress_classes),
             ingresses: Collection::from_stored(&stored.ingresses),
             referred: stored.referred.clone(),
+            address_pools: Collection::from_stored(&stored.address_pools),
+            l2_advertisements: Collection::from_stored(&stored.l2_advertisements),
             problems: stored.problems.clone(),
         }
     }
@@ -93,6 +98,8 @@ impl Cluster {
             Kind::NetworkPolicy => self.policies.apply(event, lower::network_policy),
             Kind::IngressClass => self.ingress_classes.apply(event, lower::ingress_class),
             Kind::Ingress => self.ingresses.apply(event, lower::ingress),
+            Kind::IpAddressPool => self.address_pools.apply(event, lower::address_pool),
+            Kind::L2Advertisement => self.l2_advertisements.apply(event, lower::l2_advertisement),
         };
         if changed.problems {
             self.problems = Arc::new(self.all_problems());
@@ -124,6 +131,8 @@ impl Cluster {
             && self.policies.listed
             && self.ingress_classes.listed
             && self.ingresses.listed
+            && self.address_pools.listed
+            && self.l2_advertisements.listed
     }
 
     pub fn snapshot(
@@ -146,6 +155,8 @@ impl Cluster {
             ingress_classes: self.ingress_classes.values.clone(),
             ingresses: self.ingresses.values.clone(),
             referred: self.referred.clone(),
+            address_pools: self.address_pools.values.clone(),
+            l2_advertisements: self.l2_advertisements.values.clone(),
             attachments: Attachments::default(),
             problems: self.problems.clone(),
             from_store: false,
@@ -164,6 +175,8 @@ impl Cluster {
             .chain(self.policies.problems())
             .chain(self.ingress_classes.problems())
             .chain(self.ingresses.problems())
+            .chain(self.address_pools.problems())
+            .chain(self.l2_advertisements.problems())
             .cloned()
             .collect();
         problems.sort();

@@ -25,10 +25,12 @@ pub enum Kind {
     NetworkPolicy,
     IngressClass,
     Ingress,
+    IpAddressPool,
+    L2Advertisement,
 }
 
 impl Kind {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::Node,
         Self::ConfigMap,
         Self::Namespace,
@@ -38,6 +40,8 @@ impl Kind {
         Self::NetworkPolicy,
         Self::IngressClass,
         Self::Ingress,
+        Self::IpAddressPool,
+        Self::L2Advertisement,
     ];
 
     /// `kind` as manifests write it.
@@ -52,6 +56,8 @@ impl Kind {
             Self::NetworkPolicy => "NetworkPolicy",
             Self::IngressClass => "IngressClass",
             Self::Ingress => "Ingress",
+            Self::IpAddressPool => "IPAddressPool",
+            Self::L2Advertisement => "L2Advertisement",
         }
     }
 
@@ -63,15 +69,25 @@ impl Kind {
         match self {
             Self::EndpointSlice => "discovery.k8s.io",
             Self::NetworkPolicy | Self::IngressClass | Self::Ingress => "networking.k8s.io",
+            Self::IpAddressPool | Self::L2Advertisement => "metallb.io",
             _ => "",
         }
+    }
+
+    fn version(self) -> &'static str {
+        if self.is_optional() { "v1beta1" } else { "v1" }
+    }
+
+    /// Clusters may lack it: then there are none.
+    pub(super) fn is_optional(self) -> bool {
+        matches!(self, Self::IpAddressPool | Self::L2Advertisement)
     }
 
     /// `apiVersion` as manifests write it.
     pub fn api_version(self) -> String {
         match self.group() {
-            "" => "v1".to_owned(),
-            group => format!("{group}/v1"),
+            "" => self.version().to_owned(),
+            group => format!("{group}/{}", self.version()),
         }
     }
 
@@ -86,6 +102,8 @@ impl Kind {
             Self::NetworkPolicy => "networkpolicies",
             Self::IngressClass => "ingressclasses",
             Self::Ingress => "ingresses",
+            Self::IpAddressPool => "ipaddresspools",
+            Self::L2Advertisement => "l2advertisements",
         }
     }
 }
@@ -162,8 +180,8 @@ impl kube::Resource for Document {
         kind.group().into()
     }
 
-    fn version(_: &Kind) -> Cow<'_, str> {
-        "v1".into()
+    fn version(kind: &Kind) -> Cow<'_, str> {
+        kind.version().into()
     }
 
     fn plural(kind: &Kind) -> Cow<'_, str> {

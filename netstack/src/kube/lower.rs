@@ -18,10 +18,12 @@ use weft_model::{NamespacedName, NodeName, ObjectRef, Problem, Reason};
 
 use super::wire;
 
+mod balancer;
 mod ingress;
 mod policy;
 mod quantity;
 
+pub use balancer::{address_pool, l2_advertisement};
 pub use ingress::{ingress, ingress_class, referred};
 pub use policy::network_policy;
 
@@ -136,6 +138,7 @@ fn named_ports(
 pub fn service(document: &Value) -> Lowered<Service> {
     lower("Service", document, |wire: wire::Service, notes| {
         let kind = service_kind(&wire.spec, notes)?;
+        let balancer = balancer::balancer(&wire.metadata, &wire.spec, &wire.status, notes);
         let node_ports = matches!(wire.spec.kind.as_deref(), Some("NodePort" | "LoadBalancer"));
         let spec = wire.spec;
         let load_balancer = spec.kind.as_deref() == Some("LoadBalancer");
@@ -167,6 +170,7 @@ pub fn service(document: &Value) -> Lowered<Service> {
             load_balancer_source_ranges: source_ranges.map(|ranges| notes.source_ranges(&ranges)),
             health_check_node_port: health_check
                 .and_then(|port| notes.port("spec.healthCheckNodePort", port)),
+            balancer,
         })
     })
 }

@@ -16,6 +16,7 @@
 
 mod client;
 mod cluster;
+pub mod definitions;
 mod document;
 mod events;
 mod failure;

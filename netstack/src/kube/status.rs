@@ -70,20 +70,22 @@ impl Applier for StatusWriter {
             let mut written = stream::iter(due)
                 .map(|(target, status)| async move {
                     // A long list may outlive the lead.
-                    let outcome =
-                        if lead.is_held() { write(access, &target, &status).await } else { Ok(false) };
+                    let outcome = match lead.is_held() {
+                        true => Some(write(access, &target, &status).await),
+                        false => None,
+                    };
                     (target, status, outcome)
                 })
                 .buffer_unordered(AT_ONCE);
             let mut done = Statuses::new();
             while let Some((target, status, outcome)) = written.next().await {
                 match outcome {
-                    Ok(true) => {
-                        applied.changed.push(target.to_string());
+                    None => {}
+                    Some(Ok(was_there)) => {
+                        applied.changed.extend(was_there.then(|| target.to_string()));
                         done.insert(target, status);
                     }
-                    Ok(false) => {}
-                    Err(failure) => {
+                    Some(Err(failure)) => {
                         let sentence = failure.sentence(&access.address());
                         applied.failed.push(format!("{target}: {sentence}"));
                     }
@@ -108,7 +110,7 @@ async fn write(access: &Access, target: &Target, status: &Value) -> Result<bool,
         "" => Api::all_with(used.client.clone(), kind),
         namespace => Api::namespaced_with(used.client.clone(), namespace, kind),
     };
-    let patch = Patch::Merge(json!({ "status": status }));
+    let patch = Patch::Merge(json!({ "status": stamped(status, &now()) }));
     match api.patch_status(&key.name, &PatchParams::default(), &patch).await {
         Ok(_) => Ok(true),
         Err(kube::Error::Api(status)) if status.code == 404 => Ok(false),
@@ -120,6 +122,20 @@ async fn write(access: &Access, target: &Target, status: &Value) -> Result<bool,
     }
 }
 
+/// Conditions without `lastTransitionTime` changed just now; planners know no time.
+fn stamped(status: &Value, now: &str) -> Value {
+    let mut status = status.clone();
+    let conditions = status.get_mut("conditions").and_then(Value::as_array_mut).into_iter().flatten();
+    for condition in conditions.filter_map(Value::as_object_mut) {
+        condition.entry("lastTransitionTime").or_insert_with(|| now.into());
+    }
+    status
+}
+
+fn now() -> String {
+    jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -127,6 +143,16 @@ mod tests {
 
     fn target(name: &str) -> Target {
         Target { kind: Kind::Service, key: NamespacedName::new("default", name) }
+    }
+
+    #[test]
+    fn a_condition_bears_the_time_of_its_change_only() {
+        let status =
+            json!({"conditions": [{"type": "a", "lastTransitionTime": "then"}, {"type": "b"}], "x": 1});
+        let expected = json!({"conditions": [{"type": "a", "lastTransitionTime": "then"},
+            {"type": "b", "lastTransitionTime": "now"}], "x": 1});
+        assert_eq!(stamped(&status, "now"), expected);
+        assert_eq!(stamped(&json!({}), "now"), json!({}));
     }
 
     #[tokio::test]

@@ -129,6 +129,7 @@ fn watches(access: &Arc<Access>) -> Events {
             until_gone(watcher(api, config.clone()), access.clone(), used)
         })
         .flatten()
+        .flat_map(move |event| stream::iter(listed_without(kind, event)))
         .backoff(Retry::default())
         .map(move |event| (kind, event))
         .boxed()
@@ -157,6 +158,18 @@ where
         };
         Some((event, (!gone).then_some((events, access, used))))
     })
+}
+
+type Listed = watcher::Result<Event<Document>>;
+
+/// A kind that clusters may lack, and this one does: there are none, until it appears.
+fn listed_without(kind: Kind, event: Listed) -> Vec<Listed> {
+    match &event {
+        Err(error) if kind.is_optional() && is_absent(error) => {
+            vec![Ok(Event::Init), Ok(Event::InitDone), event]
+        }
+        _ => vec![event],
+    }
 }
 
 async fn run(mut assembler: Assembler, mut connection: Connection) -> Result<(), String> {
@@ -291,8 +304,15 @@ fn same_but_generation(a: &Snapshot, b: &Snapshot) -> bool {
         && same(&a.ingress_classes, &b.ingress_classes)
         && same(&a.ingresses, &b.ingresses)
         && same(&a.referred, &b.referred)
+        && same(&a.address_pools, &b.address_pools)
+        && same(&a.l2_advertisements, &b.l2_advertisements)
         && same(&a.attachments, &b.attachments)
         && same(&a.problems, &b.problems)
+}
+
+/// The server has no such kind. The error stays in the stream, so that it is asked again, ever more rarely.
+fn is_absent(error: &watcher::Error) -> bool {
+    matches!(error, watcher::Error::InitialListFailed(kube::Error::Api(status)) if status.code == 404)
 }
 
 /// Knows which watches fail, and keeps [`ApiStatus`].
@@ -323,6 +343,9 @@ impl Connection {
     }
 
     fn fails(&mut self, kind: Kind, error: &watcher::Error) {
+        if kind.is_optional() && is_absent(error) {
+            return;
+        }
         if is_expired(error) {
             tracing::debug!(kind = kind.name(), "watch expired, listing anew");
             return;

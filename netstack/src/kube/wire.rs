@@ -99,6 +99,12 @@ pub(super) struct ServiceSpec {
     pub session_affinity_config: Option<SessionAffinityConfig>,
     pub load_balancer_source_ranges: Option<Vec<String>>,
     pub health_check_node_port: Option<i64>,
+    pub load_balancer_class: Option<String>,
+    #[serde(rename = "loadBalancerIP")]
+    pub load_balancer_ip: Option<String>,
+    pub ip_families: Option<Vec<String>>,
+    pub ip_family_policy: Option<String>,
+    pub selector: Option<Strings>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -127,6 +133,7 @@ pub(super) struct ServicePort {
 #[serde(rename_all = "camelCase", default)]
 pub(super) struct ServiceStatus {
     pub load_balancer: Option<LoadBalancer>,
+    pub conditions: Option<Vec<Condition>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -406,4 +413,73 @@ pub(super) struct IngressService {
 pub(super) struct IngressPort {
     pub name: Option<String>,
     pub number: Option<i64>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Condition {
+    #[serde(rename = "type")]
+    pub kind: String,
+    pub status: String,
+    pub reason: String,
+    pub message: String,
+    pub last_transition_time: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct IpAddressPool {
+    pub metadata: Meta,
+    pub spec: IpAddressPoolSpec,
+    pub status: Option<IpAddressPoolStatus>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct IpAddressPoolSpec {
+    pub addresses: Option<Vec<String>>,
+    #[serde(rename = "autoAssign")]
+    pub auto_assign: Option<bool>,
+    #[serde(rename = "avoidBuggyIPs")]
+    pub avoid_buggy_ips: Option<bool>,
+    #[serde(rename = "serviceAllocation")]
+    pub service_allocation: Option<ServiceAllocation>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct IpAddressPoolStatus {
+    #[serde(rename = "assignedIPv4")]
+    pub assigned_v4: Option<i64>,
+    #[serde(rename = "assignedIPv6")]
+    pub assigned_v6: Option<i64>,
+    #[serde(rename = "availableIPv4")]
+    pub available_v4: Option<i64>,
+    #[serde(rename = "availableIPv6")]
+    pub available_v6: Option<i64>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct ServiceAllocation {
+    pub priority: Option<i64>,
+    pub namespaces: Option<Vec<String>>,
+    pub namespace_selectors: Option<Vec<LabelSelector>>,
+    pub service_selectors: Option<Vec<LabelSelector>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct L2Advertisement {
+    pub metadata: Meta,
+    pub spec: L2AdvertisementSpec,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct L2AdvertisementSpec {
+    pub ip_address_pools: Option<Vec<String>>,
+    pub ip_address_pool_selectors: Option<Vec<LabelSelector>>,
+    pub node_selectors: Option<Vec<LabelSelector>>,
+    pub interfaces: Option<Vec<String>>,
 }

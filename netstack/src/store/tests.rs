@@ -81,6 +81,7 @@ fn service() -> Service {
         external_ips: vec![],
         load_balancer_source_ranges: None,
         health_check_node_port: None,
+        balancer: None,
     }
 }
 
@@ -112,6 +113,8 @@ fn snapshot() -> Snapshot {
         ingress_classes: Arc::default(),
         ingresses: Arc::default(),
         referred: Arc::default(),
+        address_pools: Arc::default(),
+        l2_advertisements: Arc::default(),
         attachments: Arc::default(),
         problems: Arc::default(),
         from_store: false,

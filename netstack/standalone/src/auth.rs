@@ -2,7 +2,7 @@
 //!
 //! There is no RBAC here. `system:masters` may do everything. A Weft agent (`system:serviceaccount:weft-system:weft-agent`
 //! with the group `weft.network:node:NAME`) reads all but Secrets and writes only the annotations of its own Node, the
-//! statuses of Services, Events and Leases. A kubelet (`system:node:NAME` with the group `system:nodes`) keeps its own Node and the Pods bound to it.
+//! statuses of Services and of pools, Events and Leases. A kubelet (`system:node:NAME` with the group `system:nodes`) keeps its own Node and the Pods bound to it.
 //! Everybody else with a valid token reads all but Secrets.
 
 use std::collections::HashMap;
@@ -191,8 +191,8 @@ impl Identity {
         let refused = match (resource.plural, self.kubelet_node()) {
             ("pods", Some(node)) => (old["spec"]["nodeName"].as_str() != Some(node))
                 .then_some("a kubelet may only change the Pods bound to its node"),
-            ("services", None) => (without(old, &["status"]) != without(new, &["status"]))
-                .then_some("an agent may only change the status of a Service"),
+            ("services" | "ipaddresspools", None) => (without(old, &["status"]) != without(new, &["status"]))
+                .then_some("an agent may only change the status of this object"),
             ("nodes", None) => (without(old, &ANNOTATIONS) != without(new, &ANNOTATIONS))
                 .then_some("an agent may only change the annotations of its own Node"),
             _ => None,
@@ -206,7 +206,7 @@ fn agent_may(node: &str, verb: Verb, resource: &Resource, name: Option<&str>) ->
         "nodes" => matches!(verb, Verb::Update | Verb::Patch) && name == Some(node),
         "events" => matches!(verb, Verb::Create | Verb::Update | Verb::Patch),
         "leases" => matches!(verb, Verb::Create | Verb::Update | Verb::Patch),
-        "services" => verb == Verb::Patch,
+        "services" | "ipaddresspools" => verb == Verb::Patch,
         // What an Ingress refers to, by its name.
         "secrets" => verb == Verb::Get,
         _ => false,

@@ -12,6 +12,8 @@ use k8s_openapi::api::{
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
+mod metallb;
+
 /// Reads a JSON object as its kind and writes it back: unknown fields vanish, wrong types are errors with their path.
 pub(crate) type Decode = fn(Value) -> Result<Value, serde_path_to_error::Error<serde_json::Error>>;
 
@@ -159,6 +161,28 @@ pub static RESOURCES: &[Resource] = &[
             "ingressclasses",
             "ingressclass",
             decode::<IngressClass>,
+        )
+    },
+    Resource {
+        version: "v1beta1",
+        status: true,
+        ..resource(
+            "metallb.io",
+            "IPAddressPool",
+            "ipaddresspools",
+            "ipaddresspool",
+            decode::<metallb::IpAddressPool>,
+        )
+    },
+    Resource {
+        version: "v1beta1",
+        status: true,
+        ..resource(
+            "metallb.io",
+            "L2Advertisement",
+            "l2advertisements",
+            "l2advertisement",
+            decode::<metallb::L2Advertisement>,
         )
     },
     Resource {

@@ -33,6 +33,7 @@ kind: Service
 metadata: {{name: balanced, namespace: suite}}
 spec:
   type: LoadBalancer
+  loadBalancerClass: example.com/by-hand
   ipFamilyPolicy: RequireDualStack
   selector: {{app: echo}}
   ports: [{{name: http, port: 80, targetPort: web}}]

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "tests may fail by panic")]
 
 mod api_away;
+mod balancer;
 mod cleanup;
 mod cni;
 mod custom_dns;

@@ -66,6 +66,8 @@ fn snapshot(from_store: bool) -> Snapshot {
         ingress_classes: Arc::default(),
         ingresses: Arc::default(),
         referred: Arc::default(),
+        address_pools: Arc::default(),
+        l2_advertisements: Arc::default(),
         attachments: Arc::default(),
         problems: Arc::default(),
         from_store,

@@ -161,6 +161,8 @@ pub(in crate::cni) fn snapshot(pod_cidrs: &[&str]) -> Snapshot {
         ingress_classes: Arc::default(),
         ingresses: Arc::default(),
         referred: Arc::default(),
+        address_pools: Arc::default(),
+        l2_advertisements: Arc::default(),
         attachments: Arc::default(),
         problems: Arc::default(),
         from_store: false,

@@ -216,7 +216,11 @@ fn port(field: &str, wire: wire::PolicyPort, notes: &mut Notes) -> Option<Policy
 }
 
 /// The selector; as an error, with what was understood of it, which selects more.
-fn selector(field: &str, wire: wire::LabelSelector, notes: &mut Notes) -> Result<Selector, Selector> {
+pub(super) fn selector(
+    field: &str,
+    wire: wire::LabelSelector,
+    notes: &mut Notes,
+) -> Result<Selector, Selector> {
     let equal = wire.match_labels.unwrap_or_default().into_iter();
     let mut requirements: Vec<Requirement> = equal
         .map(|(key, value)| Requirement { key, condition: Condition::In(BTreeSet::from([value])) })

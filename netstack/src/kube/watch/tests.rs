@@ -49,6 +49,8 @@ fn plural(path: &str) -> Option<&'static str> {
         "networkpolicies",
         "ingressclasses",
         "ingresses",
+        "ipaddresspools",
+        "l2advertisements",
     ]
     .into_iter()
     .find(|kind| *kind == last)
@@ -175,8 +177,13 @@ fn serve(tasks: &mut TaskGroup, server: &Shared, listener: tokio::net::TcpListen
 }
 
 fn facts(mtu_bytes: u32) -> NodeFacts {
-    let uplink =
-        weft_model::node_facts::Uplink { name: "eth0".into(), index: 2, mtu_bytes, addresses: vec![] };
+    let uplink = weft_model::node_facts::Uplink {
+        name: "eth0".into(),
+        index: 2,
+        mtu_bytes,
+        addresses: vec![],
+        subnets: vec![],
+    };
     NodeFacts {
         name: "n1".into(),
         uplinks: vec![uplink],

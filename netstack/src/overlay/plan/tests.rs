@@ -56,6 +56,7 @@ pub(in crate::overlay) fn snapshot(nodes: Vec<Node>) -> Snapshot {
         index: 2,
         mtu_bytes: 1500,
         addresses: addresses.unwrap_or_default(),
+        subnets: vec![],
     };
     let facts = NodeFacts {
         name: "node-1".into(),
@@ -77,6 +78,8 @@ pub(in crate::overlay) fn snapshot(nodes: Vec<Node>) -> Snapshot {
         ingress_classes: Arc::default(),
         ingresses: Arc::default(),
         referred: Arc::default(),
+        address_pools: Arc::default(),
+        l2_advertisements: Arc::default(),
         attachments: Arc::default(),
         problems: Arc::default(),
         from_store: false,

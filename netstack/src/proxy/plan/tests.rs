@@ -28,6 +28,7 @@ fn service(name: &str, vip: &str, node_port: Option<u16>) -> Service {
         external_ips: vec![],
         load_balancer_source_ranges: None,
         health_check_node_port: None,
+        balancer: None,
     }
 }
 
@@ -94,6 +95,8 @@ fn cluster(services: Vec<Service>, slices: Vec<EndpointSlice>) -> Snapshot {
         ingress_classes: Arc::default(),
         ingresses: Arc::default(),
         referred: Arc::default(),
+        address_pools: Arc::default(),
+        l2_advertisements: Arc::default(),
         attachments: Arc::default(),
         problems: Arc::default(),
         from_store: false,
@@ -332,6 +335,7 @@ fn node_ports_answer_on_the_addresses_of_the_flag() {
         index: 3,
         mtu_bytes: 1500,
         addresses: addresses.iter().map(|text| text.parse().unwrap()).collect(),
+        subnets: vec![],
     };
     Arc::make_mut(&mut snapshot.facts).uplinks = vec![uplink(&["198.18.0.1", "203.0.113.1"])];
     assert_eq!(node_ips(&snapshot), ["192.0.2.1"]);

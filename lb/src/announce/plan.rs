@@ -1,0 +1,164 @@
+//! Which nodes may answer for which address. In: a Snapshot. Out: every announced address with its candidates in order. Pure.
+//!
+//! Only addresses of pools, or that Weft gave from one, are announced: those of nodes are answered for anyhow, and what others wrote
+//! into a status is not ours.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use sha2::{Digest as _, Sha256};
+use weft_model::balancer::{AddressPool, L2Advertisement};
+use weft_model::objects::{Node, Service, host_address};
+use weft_model::{NodeName, ObjectRef, Planned, Problem, Reason, Snapshot};
+use weft_netstack::reconcile::Planner;
+
+use super::{Announced, Means, Plan};
+use crate::allocate::former_pool;
+use crate::nodes::{willing, with_endpoints};
+use crate::pools::Pools;
+
+#[derive(Default)]
+pub struct AnnouncePlanner;
+
+impl Planner for AnnouncePlanner {
+    type Plan = Plan;
+
+    fn plan(&mut self, snapshot: &Snapshot) -> Planned<Plan> {
+        plan(snapshot)
+    }
+}
+
+pub fn plan(snapshot: &Snapshot) -> Planned<Plan> {
+    // The allocation tells what is wrong with pools.
+    let pools = Pools::of(snapshot, &mut Vec::new());
+    let mut serving: BTreeMap<IpAddr, Vec<(&Arc<Service>, String)>> = BTreeMap::new();
+    for service in snapshot.services.values() {
+        let Some(balancer) = service.balancer.as_ref().filter(|balancer| balancer.is_ours()) else {
+            continue;
+        };
+        for ip in service.load_balancer_ips.iter().filter(|ip| pools.node_of(**ip).is_none()) {
+            let pool = pools.holding(*ip).map(|pool| pool.object.key.name.clone());
+            if let Some(pool) = pool.or_else(|| former_pool(balancer, *ip)) {
+                serving.entry(*ip).or_default().push((service, pool));
+            }
+        }
+    }
+    let addresses = BTreeMap::new();
+    let mut plan = Plan { node: snapshot.facts.name.clone(), peers: peers(snapshot), addresses };
+    for (ip, services) in serving {
+        let advertised = Advertised::of(snapshot, pools.named(&services[0].1).map(|pool| &pool.object));
+        if let Some(advertised) = advertised {
+            plan.addresses.insert(ip, announced(ip, &services, &advertised, snapshot));
+        }
+    }
+    Planned::new(plan, interfaces_that_are_not_there(snapshot))
+}
+
+/// Who advertises a pool.
+struct Advertised<'a>(Vec<&'a Arc<L2Advertisement>>);
+
+impl<'a> Advertised<'a> {
+    /// `None` when nobody is to answer for it. In a cluster without any L2Advertisement every pool is advertised everywhere, and so
+    /// is a pool that is gone.
+    fn of(snapshot: &'a Snapshot, pool: Option<&Arc<AddressPool>>) -> Option<Self> {
+        let Some(pool) = pool.filter(|_| !snapshot.l2_advertisements.is_empty()) else {
+            return Some(Self(Vec::new()));
+        };
+        let selects = |one: &&Arc<L2Advertisement>| {
+            let all = one.pools.is_empty() && one.pool_selectors.is_empty();
+            let by_labels = one.pool_selectors.iter().any(|selector| selector.matches(&pool.labels));
+            all || one.pools.contains(&pool.key.name) || by_labels
+        };
+        let selecting: Vec<_> = snapshot.l2_advertisements.values().filter(selects).collect();
+        (!selecting.is_empty()).then_some(Self(selecting))
+    }
+
+    fn lets(&self, node: &Node) -> bool {
+        let selects = |one: &&Arc<L2Advertisement>| {
+            let selectors = &one.node_selectors;
+            selectors.is_empty() || selectors.iter().any(|selector| selector.matches(&node.labels))
+        };
+        self.0.is_empty() || self.0.iter().any(selects)
+    }
+
+    /// On a node with these labels.
+    fn lets_link(&self, node: Option<&Arc<Node>>, link: &str) -> bool {
+        let here = self.0.iter().filter(|one| {
+            one.node_selectors.is_empty()
+                || node.is_some_and(|node| one.node_selectors.iter().any(|s| s.matches(&node.labels)))
+        });
+        self.0.is_empty()
+            || here.into_iter().any(|one| one.interfaces.is_empty() || one.interfaces.contains(link))
+    }
+}
+
+fn announced(
+    ip: IpAddr,
+    services: &[(&Arc<Service>, String)],
+    advertised: &Advertised<'_>,
+    snapshot: &Snapshot,
+) -> Announced {
+    let nodes: Vec<&Arc<Node>> = snapshot.nodes.values().filter(|node| advertised.lets(node)).collect();
+    let local: Vec<BTreeSet<NodeName>> =
+        services.iter().filter_map(|(service, _)| with_endpoints(service, snapshot)).collect();
+    // A node that serves all of them, if there is one; else one that serves some.
+    let serves_all = |node: &&Arc<Node>| local.iter().all(|names| names.contains(&node.name));
+    let serves_some =
+        |node: &&Arc<Node>| local.is_empty() || local.iter().any(|names| names.contains(&node.name));
+    let of_all: Vec<&Arc<Node>> = nodes.iter().copied().filter(serves_all).collect();
+    let able = if of_all.is_empty() { nodes.into_iter().filter(serves_some).collect() } else { of_all };
+    let mut candidates: Vec<NodeName> = willing(able).into_iter().map(|node| node.name.clone()).collect();
+    candidates.sort_by_cached_key(|node| (std::cmp::Reverse(weight(ip, node)), node.clone()));
+    let own = snapshot.own_node();
+    let links = snapshot.facts.uplinks.iter().filter(|link| {
+        link.subnets.iter().any(|net| net.contains(&ip)) && advertised.lets_link(own, &link.name)
+    });
+    Announced {
+        services: services.iter().map(|(service, _)| service.key.clone()).collect(),
+        means: Means::Layer2,
+        candidates,
+        links: links.map(|link| (link.name.clone(), link.index)).collect(),
+    }
+}
+
+/// Rendezvous hashing: a node that comes or goes moves only the addresses that it wins or had.
+fn weight(ip: IpAddr, node: &NodeName) -> [u8; 32] {
+    Sha256::digest(format!("{ip} {node}")).into()
+}
+
+/// The first `host` address of each other node that has a key: others are not in the overlay yet.
+fn peers(snapshot: &Snapshot) -> BTreeMap<NodeName, IpAddr> {
+    let others = snapshot.nodes.values().filter(|node| node.name != snapshot.facts.name);
+    let in_overlay = others.filter(|node| node.public_key.is_some());
+    in_overlay
+        .filter_map(|node| Some((node.name.clone(), node.pod_cidrs.iter().find_map(host_address)?)))
+        .collect()
+}
+
+fn interfaces_that_are_not_there(snapshot: &Snapshot) -> Vec<Problem> {
+    let own = snapshot.own_node();
+    let mut problems = Vec::new();
+    for one in snapshot.l2_advertisements.values() {
+        let here = one.node_selectors.is_empty()
+            || own.is_some_and(|node| one.node_selectors.iter().any(|s| s.matches(&node.labels)));
+        let there = |name: &str| snapshot.facts.uplinks.iter().any(|link| link.name == name);
+        if here && !one.interfaces.is_empty() && !one.interfaces.iter().any(|name| there(name)) {
+            let names: Vec<&str> = one.interfaces.iter().map(String::as_str).collect();
+            problems.push(Problem::new(
+                ObjectRef::new("L2Advertisement", &one.key.namespace, &one.key.name),
+                Reason::Missing,
+                format!(
+                    "spec.interfaces {} is on Node {} neither up nor has it an address; correct it, or leave the node out \
+                     with spec.nodeSelectors",
+                    names.join(", "),
+                    snapshot.facts.name
+                ),
+            ));
+        }
+    }
+    problems
+}
+
+#[cfg(test)]
+mod tests;
