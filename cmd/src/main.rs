@@ -5,6 +5,7 @@ mod cleanup;
 mod cni;
 mod dns;
 mod files;
+mod flows;
 mod install;
 mod ipam;
 mod lab;
@@ -56,6 +57,8 @@ enum Command {
     Ipam(ipam::IpamArgs),
     /// Explain what network policies decide
     Policy(policy::PolicyArgs),
+    /// Show what this node's pods were allowed and denied of late
+    Flows(flows::FlowsArgs),
     /// Ask this node's agent about names
     Dns(dns::DnsArgs),
     /// Remove every rule, link, route and file of Weft from this node
@@ -80,6 +83,7 @@ fn main() -> ExitCode {
         Command::Status(args) => status::run(&args),
         Command::Ipam(args) => ipam::run(&args),
         Command::Policy(args) => policy::run(&args),
+        Command::Flows(args) => flows::run(&args),
         Command::Dns(args) => dns::run(&args),
         Command::Cleanup(args) => on_runtime(cleanup::run(args)),
         Command::Manifests(args) => manifests::run(*args),

@@ -18,6 +18,7 @@ use weft_netstack::admin::{self, Admin, Counters, Read};
 use weft_netstack::cni::apply::PodLinksApplier;
 use weft_netstack::cni::plan::PodLinksPlanner;
 use weft_netstack::cni::{self, Cni, PodMtu, Readiness, loopback};
+use weft_netstack::flows::{self, Recorded};
 use weft_netstack::kernel::facts;
 use weft_netstack::kernel::netns::Rtnetlink;
 use weft_netstack::kernel::nft::Commits;
@@ -26,7 +27,7 @@ use weft_netstack::kube::{
     self, Access, Announcer, ApiStatus, Here, Identity, Notices, Publisher, Watches, lease,
 };
 use weft_netstack::overlay::{self, OverlayApplier, OverlayPlanner, tunnel};
-use weft_netstack::policy::{self, PolicyApplier, PolicyPlanner};
+use weft_netstack::policy::{self, Judge, PolicyApplier, PolicyPlanner};
 use weft_netstack::proxy::{ProxyApplier, ProxyHealth, ProxyPlanner};
 use weft_netstack::reconcile::{
     Applier, Loop, LoopHandle, Pace, Planner, TaskGroup, Watchfulness, chain, vigil,
@@ -74,6 +75,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     loops.start("dns", dns.planner, dns.applier, Pace::default());
     loops.start("publish", identity, Publisher::new(access.clone()), Pace::default());
     let policy = start_policy(&mut loops, config.network_policy, impatient)?;
+    let (policy, judge) = policy.unzip();
     let sources = Sources {
         snapshots: snapshots.clone(),
         api: status.clone(),
@@ -85,7 +87,8 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let pod_links = loops.start("cni", PodLinksPlanner, PodLinksApplier::new(cni.clone()), Pace::default());
     let handles = loops.handles;
     let reports = handles.iter().map(LoopHandle::reports).collect();
-    let (_, passing) = Notices::channel();
+    let (notices, passing) = Notices::channel();
+    let flows = record_flows(tasks, snapshots.clone(), judge, notices);
     let announcer =
         Announcer { access, node: config.node.clone(), snapshots: snapshots.clone(), reports, passing };
     tasks.start("events", announcer.run());
@@ -111,7 +114,8 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let router = cni::server::router(cni)
         .merge(admin::status_router(admin.clone()))
         .merge(policy::explain::router(snapshots.clone()))
-        .merge(crate::dns::router(explaining));
+        .merge(crate::dns::router(explaining))
+        .merge(flows);
     serve_unix(tasks, &socket, router)?;
     tasks.start("observe", serve_observed(config.observe_address, admin::observe_router(admin), observed));
     tasks.start("proxy-health", serve_proxy_health(config.proxy_health_address, proxy_health, health_tx));
@@ -223,12 +227,35 @@ fn obstacle_texts(sources: Sources, found: watch::Receiver<Configurations>) -> R
 }
 
 /// Switched off, it leaves nothing behind of an agent that had it on.
-fn start_policy(loops: &mut Loops<'_>, on: bool, pace: Pace) -> anyhow::Result<Option<LoopHandle>> {
+fn start_policy(
+    loops: &mut Loops<'_>,
+    on: bool,
+    pace: Pace,
+) -> anyhow::Result<Option<(LoopHandle, watch::Receiver<Option<Arc<Judge>>>)>> {
     if on {
-        return Ok(Some(loops.start("policy", PolicyPlanner::default(), PolicyApplier::new(), pace)));
+        let applier = PolicyApplier::new();
+        let judge = applier.judge();
+        return Ok(Some((loops.start("policy", PolicyPlanner::default(), applier, pace), judge)));
     }
     policy::remove().context("remove the rules of network policies")?;
     Ok(None)
+}
+
+/// Flows are told by whom policies decide about: with the engine off there is nothing to ask, and nothing is recorded.
+fn record_flows(
+    tasks: &mut TaskGroup,
+    snapshots: Snapshots,
+    judge: Option<watch::Receiver<Option<Arc<Judge>>>>,
+    notices: Notices,
+) -> Router {
+    let Some(judge) = judge else {
+        return flows::refusal("no flows are recorded: the agent runs with --network-policy off");
+    };
+    let recorded = Recorded::default();
+    let sources = flows::Sources { snapshots, judge };
+    tasks.start("denied-flows", flows::record_denied(recorded.clone(), sources.clone(), notices));
+    tasks.start("allowed-flows", flows::record_allowed(recorded.clone(), sources));
+    flows::router(recorded)
 }
 
 /// How CNI and the policies hear of each other: addresses given one way, verdicts in the kernel the other.

@@ -7,6 +7,7 @@ pub mod descriptor_store;
 pub mod facts;
 pub mod link;
 pub mod netns;
+pub mod nflog;
 pub mod nft;
 pub mod route;
 pub mod sysctl;

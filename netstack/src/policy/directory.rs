@@ -187,6 +187,11 @@ impl Directory {
         addresses
     }
 
+    /// The pod to which CNI gave the address, as far as the container runtime named it.
+    pub(super) fn attached_name(&self, address: IpAddr) -> Option<&PodKey> {
+        self.attachments.get(&address)?.pod.as_ref()
+    }
+
     /// Addresses of pods of this node.
     pub(super) fn attached(&self) -> impl Iterator<Item = IpAddr> + '_ {
         self.attachments.keys().copied()

@@ -9,14 +9,16 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 use weft_model::objects::{Pod, Protocol};
 use weft_model::policy::{NetworkPolicy, Peer, PolicyPort, PolicyRule, Ports, Selector};
 use weft_model::{NamespacedName, PolicyKey};
 
 use super::directory::{Directory, Subject};
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Direction {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Direction {
     Ingress,
     Egress,
 }
@@ -24,7 +26,7 @@ pub(super) enum Direction {
 impl Direction {
     pub(super) const BOTH: [Self; 2] = [Self::Ingress, Self::Egress];
 
-    pub(super) fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Self::Ingress => "ingress",
             Self::Egress => "egress",
@@ -240,7 +242,12 @@ impl Side {
     }
 
     pub(super) fn allows(&self, other: &Other<'_>, directory: &Directory) -> bool {
-        self.allows.iter().any(|allow| allow.has_port(other) && allow.means(other, directory))
+        self.allowing(other, directory).is_some()
+    }
+
+    /// The first rule that allows it.
+    pub(super) fn allowing(&self, other: &Other<'_>, directory: &Directory) -> Option<&Allow> {
+        self.allows.iter().find(|allow| allow.has_port(other) && allow.means(other, directory))
     }
 }
 

@@ -29,5 +29,7 @@ mod plan;
 mod tests;
 
 pub use apply::{PolicyApplier, remove};
-pub use judge::Judge;
+pub use judge::{Judge, Ruling};
+pub use layout::TOLD_OF_SERVICE;
+pub use meaning::Direction;
 pub use plan::{PolicyPlan, PolicyPlanner};
