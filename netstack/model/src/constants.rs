@@ -20,6 +20,8 @@ pub const TUNNEL_LINK: &str = "weft0";
 pub const WIREGUARD_PORT: u16 = 51820;
 /// Host ends of pod veths: this prefix and 10 hexadecimal digits (IFNAMSIZ allows 15 characters).
 pub const POD_LINK_PREFIX: &str = "weftp";
+/// IFB devices through which a pod's packets are led when its sending rate is limited: this prefix and the digits of its link.
+pub const SHAPER_LINK_PREFIX: &str = "weftb";
 /// Link-local gateway of every pod: never routed, so it cannot collide with a podCIDR.
 pub const POD_GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 pub const POD_GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);

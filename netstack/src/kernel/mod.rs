@@ -10,6 +10,7 @@ pub mod netns;
 pub mod nflog;
 pub mod nft;
 pub mod route;
+pub mod shaper;
 pub mod sysctl;
 #[cfg(test)]
 pub(crate) mod testing;
