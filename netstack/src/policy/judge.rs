@@ -107,6 +107,8 @@ impl Judge {
         }
         let egress = self.subjects.get(&source).and_then(|sides| sides.egress.as_deref());
         let ingress = self.subjects.get(&destination).and_then(|sides| sides.ingress.as_deref());
-        (egress, ingress.filter(|_| !self.directory.place.own_addresses.contains(&source)))
+        let place = &self.directory.place;
+        let is_own = place.own_addresses.contains(&source) && !place.own_ingresses.contains(&source);
+        (egress, ingress.filter(|_| !is_own))
     }
 }

@@ -320,8 +320,8 @@ const TOLD_BYTES: u32 = 128;
 pub const TOLD_OF_SERVICE: &str = "weft service";
 const TOLD_DIRECT: &str = "weft direct";
 
-/// The table without any isolated pod.
-pub(super) fn skeleton() -> Table {
+/// The table without any isolated pod. `ingresses` are the addresses of this node's own ingress.
+pub(super) fn skeleton(ingresses: &BTreeSet<IpAddr>) -> Table {
     let mut table = Table { name: TABLE_POLICY.to_owned(), ..Table::default() };
     for ipv6 in [false, true] {
         for set in SubjectSet::ALL {
@@ -332,7 +332,7 @@ pub(super) fn skeleton() -> Table {
     table.chains = BTreeMap::from([
         ("forward".to_owned(), base(Hook::Forward, forward())),
         ("input".to_owned(), base(Hook::Input, input())),
-        ("output".to_owned(), base(Hook::Output, vec![mid_stream()])),
+        ("output".to_owned(), base(Hook::Output, output(ingresses))),
         (DENIED.to_owned(), Chain { base: None, rules: drop_and_tell() }),
         (TELL.to_owned(), Chain { base: None, rules: tell() }),
         (MID_STREAM.to_owned(), Chain { base: None, rules: [false, true].map(picked_up).concat() }),
@@ -370,6 +370,22 @@ fn input() -> Vec<Rule> {
             .comment("neighbour discovery")
     }));
     rules.extend([false, true].map(|ipv6| side_of(Direction::Egress, Field::source(ipv6), ipv6)));
+    rules
+}
+
+/// What this node sends to its pods is allowed, but for what its ingress sends: clients of anywhere speak through that.
+fn output(ingresses: &BTreeSet<IpAddr>) -> Vec<Rule> {
+    let mut rules = vec![mid_stream()];
+    if !ingresses.is_empty() {
+        rules.push(established());
+    }
+    rules.extend(ingresses.iter().map(|ingress| {
+        let ipv6 = ingress.is_ipv6();
+        let map = SubjectSet::Side(Direction::Ingress).name(ipv6);
+        let sent = Statement::equals(Field::source(ipv6), Datum::Ip(*ingress));
+        Rule::new(vec![sent, Statement::VerdictMap { key: vec![Field::destination(ipv6)], map }])
+            .comment("from this node's ingress")
+    }));
     rules
 }
 

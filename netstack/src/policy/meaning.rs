@@ -72,10 +72,13 @@ impl PeerKey {
     pub(super) fn means(&self, address: IpAddr, bearers: &[&Arc<Pod>], directory: &Directory) -> bool {
         match self {
             Self::Pods { namespaces, pods } => {
-                !bearers.is_empty()
-                    && bearers.iter().all(|pod| {
-                        namespaces.select(&pod.key.namespace, directory) && pods.matches(&pod.labels)
-                    })
+                let meant = |pod: &&Arc<Pod>| {
+                    namespaces.select(&pod.key.namespace, directory) && pods.matches(&pod.labels)
+                };
+                match directory.has_several_names(address) {
+                    true => bearers.iter().any(meant),
+                    false => !bearers.is_empty() && bearers.iter().all(meant),
+                }
             }
             Self::Block { cidr, except } => {
                 let covers = |ip: &IpAddr| cidr.contains(ip) && !except.iter().any(|net| net.contains(ip));

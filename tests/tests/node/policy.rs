@@ -97,3 +97,43 @@ fn a_decision_is_explained_and_a_wrong_question_is_named() {
         assert!(error.contains("is 'weft agent' running on this node?"), "{error}");
     });
 }
+
+#[test]
+fn flows_are_shown_filtered_and_refused_where_there_are_none() {
+    inside(|| {
+        let (mut node, pods) = isolated();
+        let flows = |node: &Node, more: &[&str]| {
+            let mut command = node.weft("flows");
+            command.args(more).arg("--run-dir").arg(node.path("run"));
+            run(&mut command)
+        };
+        let from_pod = |target: &str| {
+            let script = format!("exec 3<>/dev/udp/{target}/9; echo x >&3");
+            let mut command = Command::new("ip");
+            run(command.args(["netns", "exec", "pod1", "bash", "-c", &script]));
+        };
+        until("both families' denials are recorded", || {
+            pods.iter().for_each(|own| from_pod(if own.contains(':') { "fd00:9::9" } else { "203.0.113.9" }));
+            flows(&node, &["--verdict", "denied"]).lines().count() >= 2
+        });
+        let said = flows(&node, &["--pod", "pod1", "--port", "9"]);
+        assert!(
+            said.contains(" DENIED  default/pod1 ")
+                && said
+                    .contains(" -> 203.0.113.9, udp 9: egress of default/pod1: isolated by default/deny-all"),
+            "{said}"
+        );
+        assert_eq!(flows(&node, &["--port", "9", "-n", "other"]), "");
+        let json = flows(&node, &["-o", "json", "--port", "9", "--last", "1"]);
+        let record: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!((&record["verdict"], &record["direction"]), (&json!("denied"), &json!("egress")));
+        node.end_agent(Signal::SIGTERM);
+        let mut command = node.agent_command();
+        node.start_agent_with(command.args(["--network-policy", "off"]));
+        node.await_ready();
+        let mut command = node.weft("flows");
+        let (code, error) = refusal(command.arg("--run-dir").arg(node.path("run")));
+        assert_eq!(code, 1);
+        assert!(error.contains("no flows are recorded: the agent runs with --network-policy off"), "{error}");
+    });
+}
