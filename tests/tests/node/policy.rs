@@ -5,7 +5,7 @@ use std::process::Command;
 use nix::sys::signal::Signal;
 use serde_json::json;
 use weft_tests::node::picture::ruleset_with_handles;
-use weft_tests::node::{Node, addresses, inside, refusal, run, until};
+use weft_tests::node::{Node, UPLINK_ADDRESSES, addresses, inside, refusal, run, until};
 
 const POLICIES: &str = "/apis/networking.k8s.io/v1/namespaces/default/networkpolicies";
 
@@ -101,7 +101,7 @@ fn a_decision_is_explained_and_a_wrong_question_is_named() {
 #[test]
 fn flows_are_shown_filtered_and_refused_where_there_are_none() {
     inside(|| {
-        let (mut node, pods) = isolated();
+        let (mut node, _) = isolated();
         let flows = |node: &Node, more: &[&str]| {
             let mut command = node.weft("flows");
             command.args(more).arg("--run-dir").arg(node.path("run"));
@@ -113,14 +113,14 @@ fn flows_are_shown_filtered_and_refused_where_there_are_none() {
             run(command.args(["netns", "exec", "pod1", "bash", "-c", &script]));
         };
         until("both families' denials are recorded", || {
-            pods.iter().for_each(|own| from_pod(if own.contains(':') { "fd00:9::9" } else { "203.0.113.9" }));
+            UPLINK_ADDRESSES.iter().for_each(|node| from_pod(node));
             flows(&node, &["--verdict", "denied"]).lines().count() >= 2
         });
         let said = flows(&node, &["--pod", "pod1", "--port", "9"]);
         assert!(
             said.contains(" DENIED  default/pod1 ")
                 && said
-                    .contains(" -> 203.0.113.9, udp 9: egress of default/pod1: isolated by default/deny-all"),
+                    .contains(" -> 172.31.0.1, udp 9: egress of default/pod1: isolated by default/deny-all"),
             "{said}"
         );
         assert_eq!(flows(&node, &["--port", "9", "-n", "other"]), "");
