@@ -43,7 +43,7 @@ fn path(question: &ExplainArgs) -> String {
     format!("/policy/explain?source={source}&destination={destination}&port={port}")
 }
 
-/// As the value of a parameter: whatever is no plain character of a name or an address is escaped.
+/// For a query: whatever is no plain character of a name or an address is escaped.
 pub(crate) fn escape(text: &str) -> String {
     text.bytes()
         .map(|byte| match byte {

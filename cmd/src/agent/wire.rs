@@ -115,6 +115,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
         .merge(admin::status_router(admin.clone()))
         .merge(policy::explain::router(snapshots.clone()))
         .merge(crate::dns::router(explaining))
+        .merge(crate::ingress::router(snapshots.clone()))
         .merge(flows);
     serve_unix(tasks, &socket, router)?;
     tasks.start("observe", serve_observed(config.observe_address, admin::observe_router(admin), observed));

@@ -62,3 +62,9 @@ pub const ANNOTATION_ESTABLISHED: &str = "weft.network/established";
 
 /// MTU cost of WireGuard with an IPv6 outer header: 40 + 8 + 16 + 16.
 pub const WIREGUARD_OVERHEAD_BYTES: u32 = 80;
+
+/// Namespace and name of the Service through which the outside reaches the ingress of every node.
+pub const INGRESS_SERVICE: (&str, &str) = ("weft-system", "weft-ingress");
+/// Where the ingress listens on its own address: no privilege is needed for these, and the Service has 80 and 443.
+pub const INGRESS_HTTP_PORT: u16 = 8080;
+pub const INGRESS_HTTPS_PORT: u16 = 8443;
