@@ -49,8 +49,11 @@ enum Wanted {
 pub(crate) fn run(args: &FlowsArgs) -> anyhow::Result<()> {
     let first = page(args, &format!("last={}", args.last))?;
     show(args, &first)?;
+    if !args.follow {
+        return Ok(());
+    }
     let mut seen = first;
-    while args.follow {
+    loop {
         std::thread::sleep(PAUSE);
         let next = page(args, &format!("after={}", seen.last))?;
         show(args, &next)?;
@@ -59,7 +62,6 @@ pub(crate) fn run(args: &FlowsArgs) -> anyhow::Result<()> {
         }
         seen = next;
     }
-    Ok(())
 }
 
 fn page(args: &FlowsArgs, which: &str) -> anyhow::Result<Page> {

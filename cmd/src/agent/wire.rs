@@ -40,7 +40,11 @@ use super::keep::{Configurations, Conflist, Saver};
 use super::readiness::{self, Sources};
 use crate::files;
 
+/// What decides as the rules in the kernel do.
+type Judges = watch::Receiver<Option<Arc<Judge>>>;
 type Snapshots = watch::Receiver<Option<Arc<Snapshot>>>;
+
+const POLICY_OFF: &str = "off (--network-policy off): every NetworkPolicy is ignored";
 
 /// Starts every part of the node in `tasks`.
 pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Result<Option<Saver>> {
@@ -58,10 +62,8 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
         kube::start(tasks, access.clone(), config.cluster.clone(), here, initial);
     let lead = lease::start(tasks, access.clone(), config.node.clone());
 
-    let identity = Identity {
-        public_key: tunnel::public_key(private_key),
-        wireguard_port: config.cluster.wireguard_port,
-    };
+    let wireguard_port = config.cluster.wireguard_port;
+    let identity = Identity { public_key: tunnel::public_key(private_key), wireguard_port };
     let dns = start_dns(config, leases.clone());
     let overlay = overlay_applier(config, tasks)?;
     let mut loops = Loops { tasks, snapshots: snapshots.clone(), handles: Vec::new() };
@@ -74,8 +76,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     loops.start("proxy", ProxyPlanner::default(), proxy, Pace::default());
     loops.start("dns", dns.planner, dns.applier, Pace::default());
     loops.start("publish", identity, Publisher::new(access.clone()), Pace::default());
-    let policy = start_policy(&mut loops, config.network_policy, impatient)?;
-    let (policy, judge) = policy.unzip();
+    let (policy, judge) = start_policy(&mut loops, config.network_policy, impatient)?.unzip();
     let sources = Sources {
         snapshots: snapshots.clone(),
         api: status.clone(),
@@ -106,8 +107,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
         said("writer", move || lead.text()),
         said("cni", move || others.borrow().note.clone()),
     ]);
-    let off = || "off (--network-policy off): every NetworkPolicy is ignored".to_owned();
-    admin.parts.extend((!config.network_policy).then(|| said("policy", off)));
+    admin.parts.extend((!config.network_policy).then(|| said("policy", || POLICY_OFF.to_owned())));
     let admin = Arc::new(admin);
     let socket = config.run_dir.join("agent.sock");
     let explaining = crate::dns::Explaining { explainer: dns.explainer, snapshots: snapshots.clone() };
@@ -228,11 +228,7 @@ fn obstacle_texts(sources: Sources, found: watch::Receiver<Configurations>) -> R
 }
 
 /// Switched off, it leaves nothing behind of an agent that had it on.
-fn start_policy(
-    loops: &mut Loops<'_>,
-    on: bool,
-    pace: Pace,
-) -> anyhow::Result<Option<(LoopHandle, watch::Receiver<Option<Arc<Judge>>>)>> {
+fn start_policy(loops: &mut Loops<'_>, on: bool, pace: Pace) -> anyhow::Result<Option<(LoopHandle, Judges)>> {
     if on {
         let applier = PolicyApplier::new();
         let judge = applier.judge();
@@ -246,7 +242,7 @@ fn start_policy(
 fn record_flows(
     tasks: &mut TaskGroup,
     snapshots: Snapshots,
-    judge: Option<watch::Receiver<Option<Arc<Judge>>>>,
+    judge: Option<Judges>,
     notices: Notices,
 ) -> Router {
     let Some(judge) = judge else {
