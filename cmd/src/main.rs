@@ -5,6 +5,7 @@ mod cleanup;
 mod cni;
 mod dns;
 mod files;
+mod flows;
 mod ingress;
 mod install;
 mod ipam;
@@ -61,6 +62,8 @@ enum Command {
     Policy(policy::PolicyArgs),
     /// Show which addresses Services have, and who answers for them
     Lb(lb::LbArgs),
+    /// Show what this node's pods were allowed and denied of late
+    Flows(flows::FlowsArgs),
     /// Ask this node's agent about names
     Dns(dns::DnsArgs),
     /// Show where requests to Ingresses go
@@ -91,6 +94,7 @@ fn main() -> ExitCode {
         Command::Ipam(args) => ipam::run(&args),
         Command::Policy(args) => policy::run(&args),
         Command::Lb(args) => lb::run(&args),
+        Command::Flows(args) => flows::run(&args),
         Command::Dns(args) => dns::run(&args),
         Command::Ingress(args) => ingress::run(&args),
         Command::Lint(args) => lint::run(&args),

@@ -3,12 +3,14 @@
 //! ```text
 //!  kube -> Snapshot -> overlay / proxy / policy planners -> reconcile::Loop -> kernel (netlink)
 //!  cni  (request/response) -> store (leases) -> kernel
+//!  kernel (nflog, conntrack) -> flows (named, in a ring) -> `weft flows`, Events
 //!  Report of every loop -> admin (status, health, metrics)
 //! ```
 
 pub mod admin;
 pub mod cni;
 pub mod expose;
+pub mod flows;
 pub mod kernel;
 pub mod kube;
 pub mod overlay;

@@ -183,7 +183,14 @@ impl<'a, R: Routes> Run<'a, R> {
                 }
                 Statement::CtState { states, negated } => states.contains(&CtState::New) != *negated,
                 Statement::TcpBegins { negated } => self.packet.protocol == Protocol::Tcp && !negated,
-                Statement::Counter => true,
+                Statement::Counter | Statement::Limit { .. } | Statement::Log { .. } => true,
+                Statement::CtStatusDnat => false,
+                Statement::Remember { set, key, .. } => {
+                    if let Some(key) = self.load_all(key) {
+                        self.memory.entry((set.clone(), key)).or_insert(ElementData::None);
+                    }
+                    true
+                }
                 Statement::VerdictMap { key, map } => match self.find(map, key) {
                     Some(ElementData::Verdict(verdict)) => return self.verdict(&verdict),
                     Some(other) => panic!("map {map} holds {other:?}, not a verdict"),
@@ -261,6 +268,7 @@ impl<'a, R: Routes> Run<'a, R> {
             Statement::Match { field, .. } => fits(field),
             Statement::Lookup { key, .. }
             | Statement::VerdictMap { key, .. }
+            | Statement::Remember { key, .. }
             | Statement::Update { key, .. } => key.iter().all(fits),
             Statement::Dnat { address, .. } => address.is_ipv6() == self.packet.destination.is_ipv6(),
             Statement::DnatMap { ipv6, key, .. } => {

@@ -20,6 +20,7 @@ use weft_netstack::admin::{self, Admin, Counters, Read};
 use weft_netstack::cni::apply::PodLinksApplier;
 use weft_netstack::cni::plan::PodLinksPlanner;
 use weft_netstack::cni::{self, Cni, PodMtu, Readiness, loopback};
+use weft_netstack::flows::{self, Recorded};
 use weft_netstack::kernel::facts;
 use weft_netstack::kernel::netns::Rtnetlink;
 use weft_netstack::kernel::nft::Commits;
@@ -30,7 +31,7 @@ use weft_netstack::kube::{
     definitions, lease,
 };
 use weft_netstack::overlay::{self, OverlayApplier, OverlayPlanner, tunnel};
-use weft_netstack::policy::{self, PolicyApplier, PolicyPlanner};
+use weft_netstack::policy::{self, Judge, PolicyApplier, PolicyPlanner};
 use weft_netstack::proxy::{ProxyApplier, ProxyHealth, ProxyPlanner};
 use weft_netstack::reconcile::{
     Applier, Loop, LoopHandle, Pace, Planner, TaskGroup, Watchfulness, chain, vigil,
@@ -43,7 +44,11 @@ use super::keep::{Configurations, Conflist, Saver};
 use super::readiness::{self, Sources};
 use crate::files;
 
+/// What decides as the rules in the kernel do.
+type Judges = watch::Receiver<Option<Arc<Judge>>>;
 type Snapshots = watch::Receiver<Option<Arc<Snapshot>>>;
+
+const POLICY_OFF: &str = "off (--network-policy off): every NetworkPolicy is ignored";
 
 /// Starts every part of the node in `tasks`.
 pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Result<Option<Saver>> {
@@ -75,7 +80,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     loops.start("proxy", ProxyPlanner::default(), proxy, Pace::default());
     loops.start("dns", dns.planner, dns.applier, Pace::default());
     loops.start("publish", identity, Publisher::new(access.clone()), Pace::default());
-    let policy = start_policy(&mut loops, config.network_policy, impatient)?;
+    let (policy, judge) = start_policy(&mut loops, config.network_policy, impatient)?.unzip();
     let sources = Sources {
         snapshots: snapshots.clone(),
         api: status.clone(),
@@ -85,10 +90,11 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let told = Told { attachments: attachments_tx, verdicts: policy.map(|policy| policy.reports()) };
     let cni = open_cni(snapshots.clone(), leases, sources.readiness(), told).await?;
     let (notices, passing) = Notices::channel();
-    let balancer = start_load_balancer(&mut loops, config, &access, (&lead, notices)).await?;
+    let balancer = start_load_balancer(&mut loops, config, &access, (&lead, notices.clone())).await?;
     let pod_links = loops.start("cni", PodLinksPlanner, PodLinksApplier::new(cni.clone()), Pace::default());
     let handles = loops.handles;
     let reports = handles.iter().map(LoopHandle::reports).collect();
+    let flows = record_flows(tasks, snapshots.clone(), judge, notices);
     let announcer =
         Announcer { access, node: config.node.clone(), snapshots: snapshots.clone(), reports, passing };
     tasks.start("events", announcer.run());
@@ -106,8 +112,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
         said("writer", move || lead.text()),
         said("cni", move || others.borrow().note.clone()),
     ]);
-    let off = || "off (--network-policy off): every NetworkPolicy is ignored".to_owned();
-    admin.parts.extend((!config.network_policy).then(|| said("policy", off)));
+    admin.parts.extend((!config.network_policy).then(|| said("policy", || POLICY_OFF.to_owned())));
     let admin = Arc::new(admin);
     let socket = config.run_dir.join("agent.sock");
     let explaining = crate::dns::Explaining { explainer: dns.explainer, snapshots: snapshots.clone() };
@@ -116,7 +121,8 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
         .merge(policy::explain::router(snapshots.clone()))
         .merge(crate::dns::router(explaining))
         .merge(crate::ingress::router(snapshots.clone()))
-        .merge(balancer);
+        .merge(balancer)
+        .merge(flows);
     serve_unix(tasks, &socket, router)?;
     tasks.start("observe", serve_observed(config.observe_address, admin::observe_router(admin), observed));
     tasks.start("proxy-health", serve_proxy_health(config.proxy_health_address, proxy_health, health_tx));
@@ -228,9 +234,11 @@ fn obstacle_texts(sources: Sources, found: watch::Receiver<Configurations>) -> R
 }
 
 /// Switched off, it leaves nothing behind of an agent that had it on.
-fn start_policy(loops: &mut Loops<'_>, on: bool, pace: Pace) -> anyhow::Result<Option<LoopHandle>> {
+fn start_policy(loops: &mut Loops<'_>, on: bool, pace: Pace) -> anyhow::Result<Option<(LoopHandle, Judges)>> {
     if on {
-        return Ok(Some(loops.start("policy", PolicyPlanner::default(), PolicyApplier::new(), pace)));
+        let applier = PolicyApplier::new();
+        let judge = applier.judge();
+        return Ok(Some((loops.start("policy", PolicyPlanner::default(), applier, pace), judge)));
     }
     policy::remove().context("remove the rules of network policies")?;
     Ok(None)
@@ -258,6 +266,23 @@ async fn start_load_balancer(
     let definitions = crate::manifests::documents(weft_manifests::METALLB)?;
     loops.tasks.start("definitions", definitions::ensure(access.clone(), lead.clone(), definitions));
     Ok(weft_lb::trace::router(weft_lb::trace::Views { snapshots: loops.snapshots.clone(), plan, standing }))
+}
+
+/// Flows are told by whom policies decide about: with the engine off there is nothing to ask, and nothing is recorded.
+fn record_flows(
+    tasks: &mut TaskGroup,
+    snapshots: Snapshots,
+    judge: Option<Judges>,
+    notices: Notices,
+) -> Router {
+    let Some(judge) = judge else {
+        return flows::refusal("no flows are recorded: the agent runs with --network-policy off");
+    };
+    let recorded = Recorded::default();
+    let sources = flows::Sources { snapshots, judge };
+    tasks.start("denied-flows", flows::record_denied(recorded.clone(), sources.clone(), notices));
+    tasks.start("allowed-flows", flows::record_allowed(recorded.clone(), sources));
+    flows::router(recorded)
 }
 
 /// How CNI and the policies hear of each other: addresses given one way, verdicts in the kernel the other.

@@ -48,6 +48,9 @@ pub const PRIORITY_FILTER: i32 = -5;
 pub const PRIORITY_SNAT: i32 = 95;
 pub const PRIORITY_LAST: i32 = 300;
 
+/// Group of nflog to which denied packets are copied. 'WE'; others use small numbers.
+pub const LOG_GROUP_DENIED: u16 = 0x5745;
+
 /// Packet mark bit "masquerade this connection's packet", set by the proxy before DNAT, read in its postrouting.
 /// kube-proxy uses 0x4000; a bit of our own keeps both usable during a migration.
 pub const MARK_MASQUERADE: u32 = 0x0800_0000;

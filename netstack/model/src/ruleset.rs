@@ -156,6 +156,23 @@ pub enum Statement {
         address: IpAddr,
         port: u16,
     },
+    /// `add @set { key timeout T }`: the packet's key stands in the set from now on. Does not hold when the set is full.
+    Remember {
+        set: String,
+        key: Vec<Field>,
+        timeout_millis: u64,
+    },
+    /// `limit rate N/second burst M packets`: holds for no more packets than this.
+    Limit {
+        per_second: u32,
+        burst: u32,
+    },
+    /// `log prefix TEXT group N snaplen BYTES`: a copy of the packet's beginning for whoever listens to this group of nflog.
+    Log {
+        prefix: String,
+        group: u16,
+        bytes: u32,
+    },
     /// `dnat ip to ADDRESS:PORT` of this family.
     Dnat {
         address: IpAddr,

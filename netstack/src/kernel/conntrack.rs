@@ -8,14 +8,19 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use nix::errno::Errno;
+use tokio::io::unix::AsyncFd;
 use weft_model::objects::Protocol;
 
+use super::nflog::receive;
 use super::nft::NetfilterSocket;
 use super::nft::uapi::{NFPROTO_IPV4, NFPROTO_IPV6};
 use super::nft::wire::{Attribute, Message, Writer};
 
 // linux/netfilter/nfnetlink_conntrack.h
 const SUBSYS_CTNETLINK: u16 = 1;
+const CT_NEW: u16 = SUBSYS_CTNETLINK << 8;
+/// NF_NETLINK_CONNTRACK_NEW of linux/netfilter/nfnetlink_compat.h.
+const GROUP_NEW: u32 = 1;
 const CT_GET: u16 = (SUBSYS_CTNETLINK << 8) | 1;
 const CT_DELETE: u16 = (SUBSYS_CTNETLINK << 8) | 2;
 const CTA_TUPLE_ORIG: u16 = 1;
@@ -131,6 +136,28 @@ pub fn udp_flows() -> Result<Vec<Flow>, ConntrackError> {
     }
     flows.sort_unstable();
     Ok(flows)
+}
+
+/// Flows as they begin, in the calling thread's network namespace from now on. The kernel makes events of them unless
+/// `net.netfilter.nf_conntrack_events` is 0.
+pub struct NewFlows {
+    socket: AsyncFd<NetfilterSocket>,
+}
+
+impl NewFlows {
+    /// Needs a tokio runtime.
+    pub fn open() -> Result<Self, ConntrackError> {
+        let socket = NetfilterSocket::open().map_err(ConntrackError::Open)?;
+        socket.join(GROUP_NEW).map_err(ConntrackError::Open)?;
+        let socket = socket.listen().map_err(ConntrackError::Open)?;
+        Ok(Self { socket })
+    }
+
+    /// Waits for some; `None` when the kernel lost some because we were slow.
+    pub async fn next(&mut self) -> Result<Option<Vec<Flow>>, ConntrackError> {
+        let decode = |message: Message<'_>| (message.kind == CT_NEW).then(|| read_flow(&message)).flatten();
+        receive(&mut self.socket, decode).await.map_err(ConntrackError::Read)
+    }
 }
 
 /// A flow with what names it to the kernel: the original tuple, the zone and the id, as they were read.

@@ -8,6 +8,7 @@ pub mod facts;
 pub mod lan;
 pub mod link;
 pub mod netns;
+pub mod nflog;
 pub mod nft;
 pub mod route;
 pub mod shaper;

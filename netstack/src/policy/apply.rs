@@ -1,5 +1,8 @@
 //! The applier: owner of the nft table `weft-policy`, and of established connections that it denies.
 
+use std::sync::Arc;
+
+use tokio::sync::watch;
 use weft_model::constants::TABLE_POLICY;
 
 use super::judge::Judge;
@@ -17,6 +20,8 @@ pub struct PolicyApplier {
     unseen: bool,
     /// Passes for which rules of an earlier agent are still preferred to a plan from the Store; none once a plan was applied.
     patience: u32,
+    /// Of the rules in the kernel.
+    judge: watch::Sender<Option<Arc<Judge>>>,
 }
 
 /// With the loop's pauses some seconds: the API server, when it is there, answers much sooner.
@@ -30,7 +35,17 @@ impl Default for PolicyApplier {
 
 impl PolicyApplier {
     pub fn new() -> Self {
-        Self { table: NftTable::new(TABLE_POLICY), unseen: true, patience: PATIENCE_PASSES }
+        Self {
+            table: NftTable::new(TABLE_POLICY),
+            unseen: true,
+            patience: PATIENCE_PASSES,
+            judge: watch::Sender::new(None),
+        }
+    }
+
+    /// Decides as the rules in the kernel do; `None` before the first of this life are there.
+    pub fn judge(&self) -> watch::Receiver<Option<Arc<Judge>>> {
+        self.judge.subscribe()
     }
 }
 
@@ -48,6 +63,7 @@ impl Applier for PolicyApplier {
         match self.table.apply(&plan.table, trust) {
             Ok(changed) => {
                 self.patience = 0;
+                self.judge.send_replace(Some(plan.judge.clone()));
                 applied.changed = changed;
             }
             Err(error) => {

@@ -10,12 +10,18 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use weft_model::objects::{Labels, NamedPort, Namespace, Pod, Protocol, host_address};
+use weft_model::objects::{Labels, NamedPort, Namespace, Pod, Protocol, host_address, ingress_address};
 use weft_model::snapshot::{Attachments, Objects, changes};
 use weft_model::{PodKey, Snapshot};
 
 /// Where the cluster's resolver lives for policies, though this node itself answers (decision 8).
 const RESOLVER_NAMESPACE: &str = "kube-system";
+/// As whom the ingress of a node counts (decision 8): namespace, name, and the label that people's policies select it by. Those of
+/// ingress-nginx's charts and manifests, and of Traefik as k3s installs it.
+const INGRESSES: [(&str, &str, &str, &str); 2] = [
+    ("ingress-nginx", "ingress-nginx-controller", "app.kubernetes.io/name", "ingress-nginx"),
+    ("kube-system", "traefik", "app.kubernetes.io/name", "traefik"),
+];
 /// Label that every Namespace has (well-known labels of the API).
 const NAMESPACE_NAME_LABEL: &str = "kubernetes.io/metadata.name";
 
@@ -30,6 +36,10 @@ pub(super) struct Place {
     /// what the node sends from there.
     pub hosts: BTreeMap<IpAddr, Vec<IpAddr>>,
     pub cluster_dns: Vec<IpAddr>,
+    /// Where the nodes' ingresses listen and what they send from; empty where ingress is off.
+    pub ingresses: BTreeSet<IpAddr>,
+    /// Those of this node.
+    pub own_ingresses: BTreeSet<IpAddr>,
 }
 
 impl Place {
@@ -47,7 +57,14 @@ impl Place {
                 hosts.insert(host, same_family.copied().collect());
             }
         }
-        Self { own_cidrs, own_addresses, hosts, cluster_dns: snapshot.config.cluster_dns.clone() }
+        let on = snapshot.config.ingress.on;
+        let ingresses_in = |cidrs: &[IpNet]| {
+            cidrs.iter().filter(|_| on).filter_map(ingress_address).collect::<BTreeSet<_>>()
+        };
+        let ingresses = snapshot.nodes.values().flat_map(|node| ingresses_in(&node.pod_cidrs)).collect();
+        let own_ingresses = ingresses_in(&own_cidrs);
+        let cluster_dns = snapshot.config.cluster_dns.clone();
+        Self { own_cidrs, own_addresses, hosts, cluster_dns, ingresses, own_ingresses }
     }
 }
 
@@ -60,8 +77,10 @@ pub(super) struct Directory {
     /// Pods that the API shows with an address, unless their end or the host's network makes it another's.
     claims: BTreeMap<IpAddr, BTreeSet<PodKey>>,
     resolver: Arc<Pod>,
-    /// Its labels where the Namespace is not there.
-    resolver_namespace: Labels,
+    /// The node's ingress under each of its names.
+    ingress: Vec<Arc<Pod>>,
+    /// Labels of namespaces of these two where there is no such Namespace.
+    virtual_namespaces: BTreeMap<&'static str, Labels>,
 }
 
 /// A pod of this node as a subject of policies.
@@ -76,8 +95,12 @@ pub(super) enum Subject<'a> {
 impl Directory {
     pub(super) fn empty(place: Place) -> Self {
         let resolver = Arc::new(resolver(&place.cluster_dns));
-        let resolver_namespace =
-            Labels::from([(NAMESPACE_NAME_LABEL.to_owned(), RESOLVER_NAMESPACE.to_owned())]);
+        let addresses: Vec<IpAddr> = place.ingresses.iter().copied().collect();
+        let ingress = INGRESSES.map(|as_whom| Arc::new(ingress(as_whom, &addresses)));
+        let names = INGRESSES.iter().map(|(namespace, ..)| *namespace).filter(|_| !addresses.is_empty());
+        let labels =
+            |name: &'static str| (name, Labels::from([(NAMESPACE_NAME_LABEL.to_owned(), name.to_owned())]));
+        let virtual_namespaces = names.chain([RESOLVER_NAMESPACE]).map(labels).collect();
         Self {
             place,
             namespaces: Objects::default(),
@@ -85,7 +108,8 @@ impl Directory {
             attachments: Attachments::default(),
             claims: BTreeMap::new(),
             resolver,
-            resolver_namespace,
+            ingress: ingress.into(),
+            virtual_namespaces,
         }
     }
 
@@ -145,6 +169,9 @@ impl Directory {
         {
             return self.attached_pod(key, &attached.uid).into_iter().collect();
         }
+        if self.place.ingresses.contains(&address) {
+            return self.ingress.iter().collect();
+        }
         let own = self.place.own_cidrs.iter().any(|cidr| cidr.contains(&address));
         if own && !self.attachments.contains_key(&address) {
             return Vec::new();
@@ -166,6 +193,12 @@ impl Directory {
         }
     }
 
+    /// Whether one of the bearers being meant is enough: a node's ingress has several names. Else an address that is changing hands
+    /// means nobody unless all are meant.
+    pub(super) fn has_several_names(&self, address: IpAddr) -> bool {
+        self.place.ingresses.contains(&address) && !self.attachments.contains_key(&address)
+    }
+
     /// Every address that somebody of these namespaces may bear. Asks once a namespace.
     pub(super) fn addresses_in(&self, selected: impl Fn(&str) -> bool) -> BTreeSet<IpAddr> {
         let mut addresses = BTreeSet::new();
@@ -184,7 +217,15 @@ impl Directory {
         if selected(RESOLVER_NAMESPACE) {
             addresses.extend(self.place.cluster_dns.iter().copied());
         }
+        if INGRESSES.iter().any(|(namespace, ..)| selected(namespace)) {
+            addresses.extend(self.place.ingresses.iter().copied());
+        }
         addresses
+    }
+
+    /// The pod to which CNI gave the address, as far as the container runtime named it.
+    pub(super) fn attached_name(&self, address: IpAddr) -> Option<&PodKey> {
+        self.attachments.get(&address)?.pod.as_ref()
     }
 
     /// Addresses of pods of this node.
@@ -195,7 +236,7 @@ impl Directory {
     /// `None` while the Namespace is not known: then no selector of namespaces selects what is in it.
     pub(super) fn namespace_labels(&self, name: &str) -> Option<&Labels> {
         let known = self.namespaces.get(name).map(|namespace| &namespace.labels);
-        known.or_else(|| (name == RESOLVER_NAMESPACE).then_some(&self.resolver_namespace))
+        known.or_else(|| self.virtual_namespaces.get(name))
     }
 
     /// Addresses at which the API or CNI shows this pod.
@@ -228,6 +269,12 @@ impl Directory {
 fn claimed(pod: Option<&Arc<Pod>>) -> impl Iterator<Item = IpAddr> {
     let pod = pod.filter(|pod| !pod.host_network && !pod.terminated);
     pod.into_iter().flat_map(|pod| pod.ips.iter().copied())
+}
+
+/// The node's ingress as another one's controller would be seen.
+fn ingress((namespace, name, key, value): (&str, &str, &str, &str), addresses: &[IpAddr]) -> Pod {
+    let labels = Labels::from([(key.to_owned(), value.to_owned())]);
+    Pod { key: PodKey::new(namespace, name), labels, named_ports: Vec::new(), ..resolver(addresses) }
 }
 
 /// The node's resolver as CoreDNS would be seen: labels and names of ports of its usual Deployment.

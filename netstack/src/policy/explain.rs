@@ -218,6 +218,7 @@ fn address_end(address: IpAddr, snapshot: &Snapshot, directory: &Directory) -> R
     let bearers = directory.bearers(address);
     let (title, pod) = match bearers[..] {
         _ if resolver => ("the cluster's DNS".to_owned(), None),
+        _ if directory.has_several_names(address) => ("a node's ingress".to_owned(), None),
         [pod] => (pod.key.to_string(), Some(pod.clone())),
         [] if matches!(directory.subject(address), Subject::Unknown(_)) => {
             ("a pod that the API has not shown yet".to_owned(), None)

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use sha2::{Digest as _, Sha256};
-use weft_model::constants::{POD_LINK_PREFIX, PRIORITY_FILTER, TABLE_POLICY};
+use weft_model::constants::{LOG_GROUP_DENIED, POD_LINK_PREFIX, PRIORITY_FILTER, TABLE_POLICY};
 use weft_model::objects::{Pod, Protocol};
 use weft_model::ruleset::{
     Base, Chain, ChainKind, CtState, Datum, ElementData, Elements, Field, Hook, KeyType, Rule, Set, SetData,
@@ -191,10 +191,10 @@ pub(super) fn chain_name(direction: Direction, side: &Side) -> String {
     format!("{stem}-{}", hash(side))
 }
 
-/// Returns for what is allowed, drops the rest.
+/// Returns for what is allowed; the rest is denied.
 pub(super) fn chain(direction: Direction, side: &Side) -> Chain {
     let mut rules: Vec<Rule> = side.allows.iter().flat_map(|allow| allow_rules(direction, allow)).collect();
-    let drop = Rule::new(vec![Statement::Counter, Statement::Verdict(Verdict::Drop)]);
+    let drop = Rule::new(vec![Statement::Counter, denied()]);
     let others = side.policies.len() - 1;
     let more = if others > 0 { format!(" and {others} more") } else { String::new() };
     let policy = side.policies.first().map(ToString::to_string).unwrap_or_default();
@@ -304,19 +304,37 @@ impl SubjectSet {
 }
 
 const MID_STREAM: &str = "mid-stream";
+/// Drops what comes here; the first packets of what is denied are told before.
+const DENIED: &str = "denied";
+const TELL: &str = "tell";
+/// Ends of connections that were denied of late, by family: each is told once in this time.
+const TOLD_MILLIS: u64 = 5_000;
+/// A scan of more than this finds the set full, and what does not fit is not told.
+const TOLD_SIZE: u32 = 8_192;
+/// Of a scan of a node's pods so much is told; beyond it a denied packet costs a look-up and a comparison.
+const TOLD_PER_SECOND: u32 = 200;
+const TOLD_BURST: u32 = 1_000;
+/// An IPv6 header with room for extensions, and the ports behind it.
+const TOLD_BYTES: u32 = 128;
+/// Prefixes of nflog: whether the client called a Service, whose address the packet no longer bears.
+pub const TOLD_OF_SERVICE: &str = "weft service";
+const TOLD_DIRECT: &str = "weft direct";
 
-/// The table without any isolated pod.
-pub(super) fn skeleton() -> Table {
+/// The table without any isolated pod. `ingresses` are the addresses of this node's own ingress.
+pub(super) fn skeleton(ingresses: &BTreeSet<IpAddr>) -> Table {
     let mut table = Table { name: TABLE_POLICY.to_owned(), ..Table::default() };
     for ipv6 in [false, true] {
         for set in SubjectSet::ALL {
             table.sets.insert(set.name(ipv6), set.set(ipv6));
         }
+        table.sets.insert(told_name(ipv6), told(ipv6));
     }
     table.chains = BTreeMap::from([
         ("forward".to_owned(), base(Hook::Forward, forward())),
         ("input".to_owned(), base(Hook::Input, input())),
-        ("output".to_owned(), base(Hook::Output, vec![mid_stream()])),
+        ("output".to_owned(), base(Hook::Output, output(ingresses))),
+        (DENIED.to_owned(), Chain { base: None, rules: drop_and_tell() }),
+        (TELL.to_owned(), Chain { base: None, rules: tell() }),
         (MID_STREAM.to_owned(), Chain { base: None, rules: [false, true].map(picked_up).concat() }),
     ]);
     table
@@ -355,6 +373,22 @@ fn input() -> Vec<Rule> {
     rules
 }
 
+/// What this node sends to its pods is allowed, but for what its ingress sends: clients of anywhere speak through that.
+fn output(ingresses: &BTreeSet<IpAddr>) -> Vec<Rule> {
+    let mut rules = vec![mid_stream()];
+    if !ingresses.is_empty() {
+        rules.push(established());
+    }
+    rules.extend(ingresses.iter().map(|ingress| {
+        let ipv6 = ingress.is_ipv6();
+        let map = SubjectSet::Side(Direction::Ingress).name(ipv6);
+        let sent = Statement::equals(Field::source(ipv6), Datum::Ip(*ingress));
+        Rule::new(vec![sent, Statement::VerdictMap { key: vec![Field::destination(ipv6)], map }])
+            .comment("from this node's ingress")
+    }));
+    rules
+}
+
 fn established() -> Rule {
     let states = vec![CtState::Established, CtState::Related];
     Rule::new(vec![Statement::CtState { states, negated: false }, Statement::Verdict(Verdict::Accept)])
@@ -371,9 +405,52 @@ fn mid_stream() -> Rule {
 fn picked_up(ipv6: bool) -> [Rule; 2] {
     [Field::source(ipv6), Field::destination(ipv6)].map(|field| {
         let isolated = look_up(&[field], SubjectSet::Isolated.name(ipv6));
-        Rule::new(vec![isolated, Statement::Counter, Statement::Verdict(Verdict::Drop)])
-            .comment("not the beginning of a connection")
+        Rule::new(vec![isolated, Statement::Counter, denied()]).comment("not the beginning of a connection")
     })
+}
+
+fn denied() -> Statement {
+    Statement::Verdict(Verdict::Goto(DENIED.to_owned()))
+}
+
+fn told_name(ipv6: bool) -> String {
+    format!("told{}", version(ipv6))
+}
+
+fn told(ipv6: bool) -> Set {
+    let address = address_type(ipv6);
+    let mut set = Set::new(vec![address, address, KeyType::L4Protocol, KeyType::Port], SetData::None);
+    set.timeout_millis = Some(TOLD_MILLIS);
+    set.dynamic_size = Some(TOLD_SIZE);
+    set
+}
+
+fn ends(ipv6: bool) -> Vec<Field> {
+    vec![Field::source(ipv6), Field::destination(ipv6), Field::L4Protocol, Field::DestinationPort]
+}
+
+fn drop_and_tell() -> Vec<Rule> {
+    let new = |ipv6| {
+        let unknown = Statement::Lookup { key: ends(ipv6), negated: true, set: told_name(ipv6) };
+        let limit = Statement::Limit { per_second: TOLD_PER_SECOND, burst: TOLD_BURST };
+        Rule::new(vec![unknown, limit, Statement::Verdict(Verdict::Jump(TELL.to_owned()))])
+    };
+    let drop = Rule::new(vec![Statement::Verdict(Verdict::Drop)]);
+    vec![new(false), new(true), drop]
+}
+
+fn tell() -> Vec<Rule> {
+    let remember = |ipv6| {
+        let (set, key) = (told_name(ipv6), ends(ipv6));
+        Rule::new(vec![Statement::Remember { set, key, timeout_millis: TOLD_MILLIS }])
+    };
+    let log = |prefix: &str| Statement::Log {
+        prefix: prefix.to_owned(),
+        group: LOG_GROUP_DENIED,
+        bytes: TOLD_BYTES,
+    };
+    let of_service = vec![Statement::CtStatusDnat, log(TOLD_OF_SERVICE), Statement::Verdict(Verdict::Return)];
+    vec![remember(false), remember(true), Rule::new(of_service), Rule::new(vec![log(TOLD_DIRECT)])]
 }
 
 fn side_of(direction: Direction, field: Field, ipv6: bool) -> Rule {

@@ -9,14 +9,16 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 use weft_model::objects::{Pod, Protocol};
 use weft_model::policy::{NetworkPolicy, Peer, PolicyPort, PolicyRule, Ports, Selector};
 use weft_model::{NamespacedName, PolicyKey};
 
 use super::directory::{Directory, Subject};
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Direction {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Direction {
     Ingress,
     Egress,
 }
@@ -24,7 +26,7 @@ pub(super) enum Direction {
 impl Direction {
     pub(super) const BOTH: [Self; 2] = [Self::Ingress, Self::Egress];
 
-    pub(super) fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Self::Ingress => "ingress",
             Self::Egress => "egress",
@@ -70,10 +72,13 @@ impl PeerKey {
     pub(super) fn means(&self, address: IpAddr, bearers: &[&Arc<Pod>], directory: &Directory) -> bool {
         match self {
             Self::Pods { namespaces, pods } => {
-                !bearers.is_empty()
-                    && bearers.iter().all(|pod| {
-                        namespaces.select(&pod.key.namespace, directory) && pods.matches(&pod.labels)
-                    })
+                let meant = |pod: &&Arc<Pod>| {
+                    namespaces.select(&pod.key.namespace, directory) && pods.matches(&pod.labels)
+                };
+                match directory.has_several_names(address) {
+                    true => bearers.iter().any(meant),
+                    false => !bearers.is_empty() && bearers.iter().all(meant),
+                }
             }
             Self::Block { cidr, except } => {
                 let covers = |ip: &IpAddr| cidr.contains(ip) && !except.iter().any(|net| net.contains(ip));
@@ -240,7 +245,12 @@ impl Side {
     }
 
     pub(super) fn allows(&self, other: &Other<'_>, directory: &Directory) -> bool {
-        self.allows.iter().any(|allow| allow.has_port(other) && allow.means(other, directory))
+        self.allowing(other, directory).is_some()
+    }
+
+    /// The first rule that allows it.
+    pub(super) fn allowing(&self, other: &Other<'_>, directory: &Directory) -> Option<&Allow> {
+        self.allows.iter().find(|allow| allow.has_port(other) && allow.means(other, directory))
     }
 }
 

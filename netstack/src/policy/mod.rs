@@ -8,7 +8,8 @@
 //!  forward (filter, after DNAT, before every masquerade)   established: accept;  a pod to itself: accept
 //!     saddr vmap egress4/6 -> out-HASH (return allows);  daddr vmap ingress4/6 -> in-HASH
 //!  input   from a pod's link only: the same for egress, for addresses of this node, its resolver, its API server
-//!  output  what this node sends to its pods is allowed
+//!  output  what this node sends to its pods is allowed, but for what its ingress sends: daddr vmap ingress4/6
+//!  denied  where all that is dropped ends: counted, copied to nflog once a flow and some seconds, dropped
 //! ```
 //!
 //! Only pods of this node that a policy selects stand in the maps. Peers are addresses in hash sets, a set a distinct peer;
@@ -29,5 +30,7 @@ mod plan;
 mod tests;
 
 pub use apply::{PolicyApplier, remove};
-pub use judge::Judge;
+pub use judge::{Judge, Ruling};
+pub use layout::TOLD_OF_SERVICE;
+pub use meaning::Direction;
 pub use plan::{PolicyPlan, PolicyPlanner};

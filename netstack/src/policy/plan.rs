@@ -33,8 +33,9 @@ pub struct PolicyPlan {
 
 impl PolicyPlan {
     fn empty(place: Place) -> Self {
+        let table = Arc::new(layout::skeleton(&place.own_ingresses));
         let judge = Judge { directory: Directory::empty(place), subjects: BTreeMap::new() };
-        Self { table: Arc::new(layout::skeleton()), judge: Arc::new(judge), provisional: false }
+        Self { table, judge: Arc::new(judge), provisional: false }
     }
 }
 

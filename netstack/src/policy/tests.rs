@@ -21,6 +21,8 @@ use crate::kube::Cluster;
 use crate::proxy::{ProxyApplier, ProxyPlanner};
 use crate::reconcile::{Applied, Applier, Planner, Trust};
 
+mod flows;
+
 /// A packet that is let through needs microseconds.
 const WAIT: Duration = Duration::from_millis(400);
 

@@ -5,7 +5,7 @@ use std::process::Command;
 use nix::sys::signal::Signal;
 use serde_json::json;
 use weft_tests::node::picture::ruleset_with_handles;
-use weft_tests::node::{Node, addresses, inside, refusal, run, until};
+use weft_tests::node::{Node, UPLINK_ADDRESSES, addresses, inside, refusal, run, until};
 
 const POLICIES: &str = "/apis/networking.k8s.io/v1/namespaces/default/networkpolicies";
 
@@ -95,5 +95,45 @@ fn a_decision_is_explained_and_a_wrong_question_is_named() {
         node.end_agent(Signal::SIGTERM);
         let (_, error) = refusal(&mut explain(&node, &["default/a", "default/b", "80"]));
         assert!(error.contains("is 'weft agent' running on this node?"), "{error}");
+    });
+}
+
+#[test]
+fn flows_are_shown_filtered_and_refused_where_there_are_none() {
+    inside(|| {
+        let (mut node, _) = isolated();
+        let flows = |node: &Node, more: &[&str]| {
+            let mut command = node.weft("flows");
+            command.args(more).arg("--run-dir").arg(node.path("run"));
+            run(&mut command)
+        };
+        let from_pod = |target: &str| {
+            let script = format!("exec 3<>/dev/udp/{target}/9; echo x >&3");
+            let mut command = Command::new("ip");
+            run(command.args(["netns", "exec", "pod1", "bash", "-c", &script]));
+        };
+        until("both families' denials are recorded", || {
+            UPLINK_ADDRESSES.iter().for_each(|node| from_pod(node));
+            flows(&node, &["--verdict", "denied"]).lines().count() >= 2
+        });
+        let said = flows(&node, &["--pod", "pod1", "--port", "9"]);
+        assert!(
+            said.contains(" DENIED  default/pod1 ")
+                && said
+                    .contains(" -> 172.31.0.1, udp 9: egress of default/pod1: isolated by default/deny-all"),
+            "{said}"
+        );
+        assert_eq!(flows(&node, &["--port", "9", "-n", "other"]), "");
+        let json = flows(&node, &["-o", "json", "--port", "9", "--last", "1"]);
+        let record: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!((&record["verdict"], &record["direction"]), (&json!("denied"), &json!("egress")));
+        node.end_agent(Signal::SIGTERM);
+        let mut command = node.agent_command();
+        node.start_agent_with(command.args(["--network-policy", "off"]));
+        node.await_ready();
+        let mut command = node.weft("flows");
+        let (code, error) = refusal(command.arg("--run-dir").arg(node.path("run")));
+        assert_eq!(code, 1);
+        assert!(error.contains("no flows are recorded: the agent runs with --network-policy off"), "{error}");
     });
 }

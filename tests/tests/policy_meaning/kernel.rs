@@ -71,7 +71,7 @@ impl Spaces {
                 ));
             }
         }
-        for own in OWN_NODE.iter().chain(&DNS) {
+        for own in OWN_NODE.iter().chain(&DNS).chain(&OWN_INGRESS) {
             let bits = if own.contains(':') { 128 } else { 32 };
             run(&format!("ip addr add {own}/{bits} dev lo"));
         }
@@ -95,7 +95,11 @@ fn addresses_of(space: usize) -> BTreeSet<(&'static str, &'static str)> {
     let pair = |pair: Pair| (pair[0], pair[1]);
     match space {
         0..=2 => [pair(PLACES[space].1)].into(),
-        3 => PLACES[4..9].iter().map(|place| pair(place.1)).chain([pair(OTHER_HOST)]).collect(),
+        3 => PLACES[4..9]
+            .iter()
+            .map(|place| pair(place.1))
+            .chain([pair(OTHER_HOST), pair(OTHER_INGRESS)])
+            .collect(),
         4 => OUTSIDE.iter().copied().map(pair).chain([pair(OTHER_NODE)]).collect(),
         _ => BTreeSet::new(),
     }

@@ -37,6 +37,9 @@ const OWN_NODE: Pair = ["192.0.2.1", "2001:db8::1"];
 const OTHER_NODE: Pair = ["192.0.2.2", "2001:db8::2"];
 const OTHER_HOST: Pair = ["10.244.2.1", "fd00:244:0:2::1"];
 const OUTSIDE: [Pair; 2] = [["203.0.113.9", "2001:db8:ffff::9"], ["203.0.113.77", "2001:db8:ffff::77"]];
+/// Of the ingresses of both nodes.
+const OWN_INGRESS: Pair = ["10.244.1.2", "fd00:244:0:1::2"];
+const OTHER_INGRESS: Pair = ["10.244.2.2", "fd00:244:0:2::2"];
 const DNS: Pair = ["10.96.0.10", "fd00:96::a"];
 const BLOCKS: [(Pair, Pair); 5] = [
     (["0.0.0.0/0", "::/0"], ["10.0.0.0/8", "fd00::/8"]),
@@ -167,13 +170,18 @@ fn selector() -> impl Strategy<Value = Value> {
 fn namespace_selector() -> impl Strategy<Value = Value> {
     prop_oneof![
         selector(),
-        select(NAMESPACES.to_vec())
+        select([&NAMESPACES[..], &["ingress-nginx"]].concat())
             .prop_map(|name| json!({"matchLabels": {"kubernetes.io/metadata.name": name}})),
     ]
 }
 
 fn pod_selector() -> impl Strategy<Value = Value> {
-    prop_oneof![6 => selector(), 1 => Just(json!({"matchLabels": {"k8s-app": "kube-dns"}}))]
+    let ingress = select(vec!["ingress-nginx", "traefik"]);
+    prop_oneof![
+        6 => selector(),
+        1 => Just(json!({"matchLabels": {"k8s-app": "kube-dns"}})),
+        1 => ingress.prop_map(|name| json!({"matchLabels": {"app.kubernetes.io/name": name}})),
+    ]
 }
 
 fn peer() -> impl Strategy<Value = Value> {
@@ -297,7 +305,7 @@ fn snapshot(world: &World) -> Snapshot {
         cluster_domain: "cluster.local".to_owned(),
         wireguard_port: 51820,
         proxy: weft_model::ProxyConfig::default(),
-        ingress: weft_model::IngressConfig::default(),
+        ingress: weft_model::IngressConfig { on: true, ..Default::default() },
     };
     let facts = NodeFacts {
         name: OWN.into(),
@@ -346,6 +354,10 @@ fn who<'a>(address: IpAddr, world: &'a World) -> Vec<Somebody<'a>> {
         let ports = vec![("dns", Protocol::Udp, 53), ("dns-tcp", Protocol::Tcp, 53)];
         return vec![("kube-system", BTreeMap::from([("k8s-app", "kube-dns")]), ports)];
     }
+    if is_ingress(address) {
+        let named = |namespace, name| (namespace, BTreeMap::from([("app.kubernetes.io/name", name)]), vec![]);
+        return vec![named("ingress-nginx", "ingress-nginx"), named("kube-system", "traefik")];
+    }
     let of_own_node = ["10.244.1.0/24", "fd00:244:0:1::/64"]
         .iter()
         .any(|cidr| cidr.parse::<IpNet>().unwrap().contains(&address));
@@ -377,14 +389,24 @@ fn is_peer(peer: &Value, policy_namespace: &str, address: IpAddr, world: &World)
         return in_block(block, address);
     }
     let all = who(address, world);
-    !all.is_empty()
-        && all.iter().all(|(namespace, labels, _)| {
-            let in_namespace = match peer.get("namespaceSelector") {
-                Some(selector) => selects(selector, &world.namespaces[namespace]),
-                None => *namespace == policy_namespace,
-            };
-            in_namespace && peer.get("podSelector").is_none_or(|selector| selects(selector, labels))
-        })
+    let meant = |(namespace, labels, _): &Somebody<'_>| {
+        // There need not be a Namespace for the ingress to count as of it.
+        let virtual_labels = BTreeMap::from([("kubernetes.io/metadata.name", *namespace)]);
+        let in_namespace = match peer.get("namespaceSelector") {
+            Some(selector) => selects(selector, world.namespaces.get(namespace).unwrap_or(&virtual_labels)),
+            None => *namespace == policy_namespace,
+        };
+        in_namespace && peer.get("podSelector").is_none_or(|selector| selects(selector, labels))
+    };
+    match is_ingress(address) {
+        true => all.iter().any(meant),
+        false => !all.is_empty() && all.iter().all(meant),
+    }
+}
+
+/// "The node's ingress counts as ingress-nginx's controller and as Traefik, under whichever name a policy means it."
+fn is_ingress(address: IpAddr) -> bool {
+    OWN_INGRESS.iter().chain(&OTHER_INGRESS).any(|text| ip(text) == address)
 }
 
 fn is_port(entry: &Value, protocol: Protocol, number: u16, destination: &[Somebody<'_>]) -> bool {
@@ -471,7 +493,7 @@ impl Routes for Node {
     }
 
     fn is_local(&self, address: IpAddr) -> bool {
-        OWN_NODE.iter().chain(&DNS).any(|own| ip(own) == address)
+        OWN_NODE.iter().chain(&DNS).chain(&OWN_INGRESS).any(|own| ip(own) == address)
     }
 }
 
@@ -486,7 +508,7 @@ fn ways(family: usize) -> Vec<(Origin<'static>, IpAddr, IpAddr)> {
     let mut ways = Vec::new();
     let mut destinations: Vec<IpAddr> = own.iter().map(|(_, ip)| *ip).chain(far.iter().copied()).collect();
     destinations.extend(outside.iter().copied());
-    destinations.extend([OWN_NODE, OTHER_NODE, OTHER_HOST, DNS].iter().map(at));
+    destinations.extend([OWN_NODE, OTHER_NODE, OTHER_HOST, DNS, OWN_INGRESS, OTHER_INGRESS].iter().map(at));
     for (link, source) in &own {
         ways.extend(destinations.iter().map(|destination| (*link, *source, *destination)));
     }
@@ -496,6 +518,8 @@ fn ways(family: usize) -> Vec<(Origin<'static>, IpAddr, IpAddr)> {
     sources.push((Origin::Host, at(&OWN_NODE)));
     sources.push((Origin::Link("eth0"), at(&OTHER_NODE)));
     sources.push((Origin::Link("weft0"), at(&OTHER_HOST)));
+    sources.push((Origin::Host, at(&OWN_INGRESS)));
+    sources.push((Origin::Link("weft0"), at(&OTHER_INGRESS)));
     for (origin, source) in sources {
         ways.extend(own.iter().map(|(_, destination)| (origin, source, *destination)));
     }

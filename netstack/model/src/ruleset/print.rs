@@ -192,6 +192,17 @@ impl Display for Statement {
                 joined(f, key, " . ")?;
                 write!(f, " timeout {} : {address} . {port} }}", Duration(*timeout_millis))
             }
+            Self::Remember { set, key, timeout_millis } => {
+                write!(f, "add @{set} {{ ")?;
+                joined(f, key, " . ")?;
+                write!(f, " timeout {} }}", Duration(*timeout_millis))
+            }
+            Self::Limit { per_second, burst } => {
+                write!(f, "limit rate {per_second}/second burst {burst} packets")
+            }
+            Self::Log { prefix, group, bytes } => {
+                write!(f, "log prefix \"{prefix}\" group {group} snaplen {bytes}")
+            }
             Self::Dnat { address, port } => nat(f, "dnat", *address, *port),
             Self::Snat { address } => nat(f, "snat", *address, None),
             Self::Masquerade => f.write_str("masquerade fully-random"),

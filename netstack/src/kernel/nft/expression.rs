@@ -37,7 +37,11 @@ const NAT_SNAT: u32 = 0;
 const NAT_DNAT: u32 = 1;
 /// NF_NAT_RANGE_PROTO_RANDOM_FULLY.
 const RANDOM_FULLY: u32 = 0x10;
+const NFT_DYNSET_OP_ADD: u32 = 0;
 const NFT_DYNSET_OP_UPDATE: u32 = 1;
+/// NFT_LIMIT_PKTS.
+const LIMIT_PACKETS: u32 = 0;
+const SECOND: u64 = 1;
 const REJECT_TCP_RESET: u32 = 1;
 const REJECT_ICMPX: u32 = 2;
 const ICMPX_PORT_UNREACHABLE: u8 = 1;
@@ -132,6 +136,18 @@ impl Encoder<'_> {
             Statement::Update { map, key, timeout_millis, address, port } => {
                 self.update(map, key, *timeout_millis, (*address, *port));
             }
+            Statement::Remember { set, key, timeout_millis } => self.remember(set, key, *timeout_millis),
+            Statement::Limit { per_second, burst } => self.expression("limit", |w| {
+                w.be64(1, u64::from(*per_second));
+                w.be64(2, SECOND);
+                w.be32(3, *burst);
+                w.be32(4, LIMIT_PACKETS);
+            }),
+            Statement::Log { prefix, group, bytes } => self.expression("log", |w| {
+                w.attribute(1, &group.to_be_bytes());
+                w.string(2, prefix);
+                w.be32(3, *bytes);
+            }),
             Statement::Dnat { address, port } => self.nat_to(NAT_DNAT, *address, *port),
             Statement::Snat { address } => self.nat_to(NAT_SNAT, *address, None),
             Statement::Masquerade => self.expression("masq", |w| w.be32(1, RANDOM_FULLY)),
@@ -330,6 +346,16 @@ impl Encoder<'_> {
             w.be32(3, NFT_DYNSET_OP_UPDATE);
             w.be32(4, REG32_FIRST);
             w.be32(5, data);
+            w.be64(6, timeout_millis);
+        });
+    }
+
+    fn remember(&mut self, set: &str, key: &[Field], timeout_millis: u64) {
+        self.load_key(key);
+        self.expression("dynset", |w| {
+            w.string(1, set);
+            w.be32(3, NFT_DYNSET_OP_ADD);
+            w.be32(4, REG32_FIRST);
             w.be64(6, timeout_millis);
         });
     }

@@ -3,13 +3,16 @@
 #![allow(unsafe_code)] // socket options that no library names
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, setsockopt, socket, sockopt,
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send, setsockopt,
+    socket, sockopt,
 };
 use nix::sys::time::TimeVal;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use super::uapi::{
     GETGEN, NFTA_GEN_ID, NLM_F_ACK, NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST,
@@ -47,6 +50,18 @@ pub(crate) struct Refusal {
     pub(crate) offset: Option<usize>,
 }
 
+impl AsRawFd for NetfilterSocket {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
+impl AsFd for NetfilterSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
 impl NetfilterSocket {
     /// Opens a socket in the calling thread's network namespace.
     pub(crate) fn open() -> io::Result<Self> {
@@ -56,8 +71,8 @@ impl NetfilterSocket {
             SockFlag::SOCK_CLOEXEC,
             SockProtocol::NetlinkNetFilter,
         )?;
-        enable(&fd, libc::NETLINK_EXT_ACK)?;
-        enable(&fd, libc::NETLINK_CAP_ACK)?;
+        set_option(&fd, libc::NETLINK_EXT_ACK, 1)?;
+        set_option(&fd, libc::NETLINK_CAP_ACK, 1)?;
         setsockopt(&fd, sockopt::ReceiveTimeout, &TimeVal::new(SILENCE_SECONDS, 0))?;
         // Without the privilege the default size has to do.
         let _ = setsockopt(&fd, sockopt::RcvBufForce, &RECEIVE_BUFFER_BYTES);
@@ -96,8 +111,44 @@ impl NetfilterSocket {
         write: impl FnOnce(&mut Writer),
         each: impl FnMut(Message<'_>),
     ) -> Result<(), Errno> {
-        let sequence = self.send_request(kind, NLM_F_REQUEST | NLM_F_ACK, family, write)?;
+        self.request_of(kind, family, 0, write, each)
+    }
+
+    /// The same about a numbered resource, such as a group of nflog.
+    pub(crate) fn request_of(
+        &mut self,
+        kind: u16,
+        family: u8,
+        resource: u16,
+        write: impl FnOnce(&mut Writer),
+        each: impl FnMut(Message<'_>),
+    ) -> Result<(), Errno> {
+        let sequence = self.send_request(kind, NLM_F_REQUEST | NLM_F_ACK, (family, resource), write)?;
         self.answers(sequence, each).map(drop)
+    }
+
+    /// Joins these multicast groups of nfnetlink (one bit each). It binds the socket: one without a port number, 0 being the
+    /// kernel's own, would hear nothing.
+    pub(crate) fn join(&self, groups: u32) -> io::Result<()> {
+        Ok(bind(self.fd.as_raw_fd(), &NetlinkAddr::new(0, groups))?)
+    }
+
+    /// Registered with the tokio runtime, for [`Self::receive`].
+    pub(crate) fn listen(self) -> io::Result<AsyncFd<Self>> {
+        // SAFETY: the descriptor is owned by the value that is registered, never replaced, and closed with it.
+        let registered = unsafe { AsyncFd::register_with_interest(self, Interest::READABLE) };
+        registered.map_err(io::Error::from)
+    }
+
+    /// Passes the messages of one datagram that has come by itself to `each`; never waits.
+    ///
+    /// # Errors
+    /// `EAGAIN` when there is none, `ENOBUFS` when some were lost.
+    pub(crate) fn receive(&mut self, each: impl FnMut(Message<'_>)) -> Result<(), Errno> {
+        let receive = || recv(self.fd.as_raw_fd(), &mut self.datagram, MsgFlags::MSG_DONTWAIT);
+        let length = retried(receive)?;
+        messages(&self.datagram[..length]).for_each(each);
+        Ok(())
     }
 
     /// Number of commits of the namespace so far (NFT_MSG_GETGEN).
@@ -123,7 +174,7 @@ impl NetfilterSocket {
     ) -> Result<T, Errno> {
         for _ in 0..DUMP_ATTEMPTS {
             let mut seen = T::default();
-            let sequence = self.send_request(kind, NLM_F_REQUEST | NLM_F_DUMP, family, &write)?;
+            let sequence = self.send_request(kind, NLM_F_REQUEST | NLM_F_DUMP, (family, 0), &write)?;
             if self.answers(sequence, |message| each(&mut seen, message))? == Picture::Whole {
                 return Ok(seen);
             }
@@ -135,12 +186,12 @@ impl NetfilterSocket {
         &mut self,
         kind: u16,
         flags: u16,
-        family: u8,
+        (family, resource): (u8, u16),
         write: impl FnOnce(&mut Writer),
     ) -> Result<u32, Errno> {
         let sequence = self.sequences(1);
         let mut writer = Writer::default();
-        let message = writer.open_message(kind, flags, sequence, family, 0);
+        let message = writer.open_message(kind, flags, sequence, family, resource);
         write(&mut writer);
         writer.close_message(message);
         retried(|| send(self.fd.as_raw_fd(), writer.bytes(), MsgFlags::empty()))?;
@@ -246,16 +297,15 @@ fn refusal(message: &Message<'_>) -> Option<Refusal> {
     Some(refusal)
 }
 
-fn enable(fd: &OwnedFd, option: libc::c_int) -> io::Result<()> {
-    let on: libc::c_int = 1;
+fn set_option(fd: &OwnedFd, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
     // SAFETY: the pointer is to a live c_int of the length given; the kernel only reads it.
     let result = unsafe {
         libc::setsockopt(
             fd.as_raw_fd(),
             libc::SOL_NETLINK,
             option,
-            std::ptr::from_ref(&on).cast(),
-            size_of::<libc::c_int>() as libc::socklen_t,
+            std::ptr::from_ref(&value).cast(),
+            size_of_val(&value) as libc::socklen_t,
         )
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }

@@ -92,6 +92,14 @@ fn filter_rules() -> Vec<Listed> {
             "th dport != 8000-8080 accept",
         ),
         (vec![CtStatusDnat, accept()], "ct status dnat accept"),
+        (
+            vec![Statement::Limit { per_second: 200, burst: 1000 }, accept()],
+            "limit rate 200/second burst 1000 packets accept",
+        ),
+        (
+            vec![Statement::Log { prefix: "weft direct".into(), group: 0x5745, bytes: 128 }],
+            "log prefix \"weft direct\" group 22341 snaplen 128",
+        ),
         (vec![DestinationIsLocal { negated: false }, accept()], "fib daddr type local accept"),
         (vec![SourceIsLocal { negated: true }, accept()], "fib saddr type != local accept"),
         (vec![SetMarkBits(0x0800_0000)], "meta mark set meta mark | 0x08000000"),
