@@ -66,8 +66,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
         kube::start(tasks, access.clone(), config.cluster.clone(), here, initial);
     let lead = lease::start(tasks, access.clone(), config.node.clone());
 
-    let (public_key, wireguard_port) = (tunnel::public_key(private_key), config.cluster.wireguard_port);
-    let identity = Identity { public_key, wireguard_port };
+    let identity = identity(private_key, config);
     let dns = start_dns(config, leases.clone());
     let overlay = overlay_applier(config, tasks)?;
     let mut loops = Loops { tasks, snapshots: snapshots.clone(), handles: Vec::new() };
@@ -136,6 +135,10 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
         tasks.start("saver", saver.run());
     }
     Ok(saver)
+}
+
+fn identity(private_key: [u8; 32], config: &Config) -> Identity {
+    Identity { public_key: tunnel::public_key(private_key), wireguard_port: config.cluster.wireguard_port }
 }
 
 /// Without it the node works, until it reboots while the API server is away.
