@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
 use super::read::{Reader, is_token};
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Settings {
     /// What protects the backend cannot be honoured: every request is refused.
     pub closed: bool,
@@ -58,13 +59,13 @@ pub struct Settings {
     pub access_log: bool,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HttpRedirect {
     pub code: u16,
     pub url: String,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum BackendProtocol {
     Http,
     Https,
@@ -72,7 +73,7 @@ pub enum BackendProtocol {
     Grpcs,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cors {
     pub origins: Vec<String>,
     pub methods: String,
@@ -82,7 +83,7 @@ pub struct Cors {
     pub max_age_seconds: u32,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BasicAuth {
     pub secret: String,
     /// `auth-map`: every key of the Secret is a user. Otherwise key `auth` holds an htpasswd file.
@@ -90,7 +91,7 @@ pub struct BasicAuth {
     pub realm: String,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ForwardAuth {
     pub url: String,
     /// `None` is GET.
@@ -104,13 +105,13 @@ pub struct ForwardAuth {
     pub set_headers: Option<String>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Satisfy {
     All,
     Any,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
     pub requests_per_second: Option<u32>,
     pub requests_per_minute: Option<u32>,
@@ -119,7 +120,7 @@ pub struct Limits {
     pub exempt: Vec<IpNet>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Affinity {
     pub persistent: bool,
     pub cookie: AffinityCookie,
@@ -128,7 +129,7 @@ pub struct Affinity {
     pub change_on_failure: bool,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AffinityCookie {
     pub name: String,
     pub max_age_seconds: Option<u32>,
@@ -142,14 +143,14 @@ pub struct AffinityCookie {
     pub conditional_same_site_none: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SameSite {
     None,
     Lax,
     Strict,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Canary {
     pub weight: u32,
     pub weight_total: u32,
@@ -159,7 +160,7 @@ pub struct Canary {
     pub cookie: Option<String>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClientTls {
     pub secret: String,
     pub verify: VerifyClient,
@@ -169,7 +170,7 @@ pub struct ClientTls {
     pub match_cn: Option<String>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum VerifyClient {
     On,
     Off,
@@ -177,7 +178,7 @@ pub enum VerifyClient {
     OptionalNoCa,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Retry {
     pub on: BTreeSet<RetryOn>,
     /// Attempts in all; 0 is unlimited.
@@ -186,7 +187,7 @@ pub struct Retry {
     pub timeout: Duration,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum RetryOn {
     Error,
     Timeout,
@@ -195,7 +196,7 @@ pub enum RetryOn {
     NonIdempotent,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UpstreamTls {
     pub secret: Option<String>,
     pub verify: bool,
@@ -203,7 +204,7 @@ pub struct UpstreamTls {
     pub send_name: bool,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mirror {
     pub target: String,
     pub host: Option<String>,

@@ -89,7 +89,7 @@ impl<'a> Materials<'a> {
         }
         let verified = settings.client_tls.as_ref().filter(|tls| tls.verify != VerifyClient::Off);
         if let Some(tls) = verified {
-            match self.named(ingress, &tls.secret, true).and_then(|data| authorities(data)) {
+            match self.named(ingress, &tls.secret, true).and_then(authorities) {
                 Ok(bytes) => found.client_authorities = Some(bytes),
                 Err(lack) => tell("auth-tls-secret", lack, tls.verify != VerifyClient::OptionalNoCa),
             }

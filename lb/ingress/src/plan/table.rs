@@ -4,17 +4,19 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use weft_model::NamespacedName;
 use weft_model::ingress::{Bytes, Reference};
 
 use crate::annotations::{Canary, HttpRedirect, Settings};
 
 /// Everything that the ingress of one node does.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RouteTable {
     /// Where it listens.
     pub addresses: Vec<IpAddr>,
     pub hosts: BTreeMap<Host, Server>,
+    #[serde(with = "pairs")]
     pub backends: BTreeMap<BackendKey, Arc<Backend>>,
     /// By host name in lower case, `*.` for one label.
     pub certificates: BTreeMap<String, Certificate>,
@@ -24,7 +26,8 @@ pub struct RouteTable {
 }
 
 /// The host part of a rule. Order: exact names, wildcards, then every host.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(into = "String", from = "String")]
 pub enum Host {
     Exact(String),
     /// `*.example.com` without the `*.`: one label more.
@@ -55,6 +58,18 @@ impl Host {
     }
 }
 
+impl From<Host> for String {
+    fn from(host: Host) -> Self {
+        host.to_string()
+    }
+}
+
+impl From<String> for Host {
+    fn from(text: String) -> Self {
+        Self::of(Some(text.as_str()).filter(|text| *text != "*"))
+    }
+}
+
 impl std::fmt::Display for Host {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -66,14 +81,14 @@ impl std::fmt::Display for Host {
 }
 
 /// The routes of one host, in the order in which they are tried: the first that matches is taken.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Server {
     pub routes: Vec<Arc<Route>>,
     /// Another name of the same host: requests are redirected to it (`from-to-www-redirect`).
     pub redirect_to: Option<String>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Route {
     pub matcher: PathMatch,
     pub origin: Origin,
@@ -89,7 +104,7 @@ pub struct Route {
 }
 
 /// Where a route comes from, for people.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Origin {
     pub ingress: NamespacedName,
     /// `spec.rules[0].http.paths[1]` or `spec.defaultBackend`.
@@ -102,7 +117,7 @@ impl std::fmt::Display for Origin {
     }
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum PathMatch {
     Exact(String),
     /// By element, without a `/` at the end; empty is every path.
@@ -154,7 +169,7 @@ pub fn expression(path: &str) -> Result<regex::Regex, regex::Error> {
     regex::RegexBuilder::new(&format!("^{path}")).case_insensitive(true).size_limit(1 << 20).build()
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Action {
     Forward(BackendKey),
     Redirect(HttpRedirect),
@@ -165,7 +180,7 @@ pub enum Action {
     },
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CanaryBranch {
     pub origin: Origin,
     pub rule: Canary,
@@ -173,7 +188,7 @@ pub struct CanaryBranch {
 }
 
 /// A Service and its port as a route names it; prints as `namespace/name:port`.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct BackendKey {
     pub service: NamespacedName,
     pub port: weft_model::ingress::BackendPort,
@@ -193,7 +208,7 @@ impl std::fmt::Display for BackendKey {
     }
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Backend {
     /// In the order of their addresses.
     Endpoints(Vec<Target>),
@@ -203,7 +218,7 @@ pub enum Backend {
     Missing(String),
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Target {
     pub address: SocketAddr,
     /// It is about to end and serves still: used only where nobody else is ready.
@@ -214,7 +229,7 @@ pub struct Target {
 }
 
 /// Chain and key of a Secret, in PEM. Debug output never shows the key.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Certificate {
     pub secret: NamespacedName,
     pub chain_pem: Bytes,
@@ -228,7 +243,7 @@ impl std::fmt::Debug for Certificate {
 }
 
 /// What a route needs of Secrets and ConfigMaps.
-#[derive(Clone, Default, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RouteMaterials {
     /// User and hash, as in an htpasswd file.
     pub users: Option<BTreeMap<String, String>>,
@@ -253,5 +268,28 @@ impl std::fmt::Debug for RouteMaterials {
             .field("client_authorities", &self.client_authorities.is_some())
             .field("upstream_certificate", &self.upstream_certificate)
             .finish_non_exhaustive()
+    }
+}
+
+/// A map whose keys are no texts, as a list of pairs.
+mod pairs {
+    use std::collections::BTreeMap;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<K: Serialize, V: Serialize, S: Serializer>(
+        map: &BTreeMap<K, V>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(map)
+    }
+
+    pub(super) fn deserialize<'de, K, V, D>(deserializer: D) -> Result<BTreeMap<K, V>, D::Error>
+    where
+        K: Deserialize<'de> + Ord,
+        V: Deserialize<'de>,
+        D: Deserializer<'de>,
+    {
+        Ok(Vec::<(K, V)>::deserialize(deserializer)?.into_iter().collect())
     }
 }

@@ -111,7 +111,9 @@ fn messages(planned: &Planned<RouteTable>) -> Vec<String> {
 /// The table "Examples" of the section "Path types", row by row: kind, paths, request path, which path matches.
 #[test]
 fn the_examples_of_the_path_types_hold() {
-    let rows: &[(&[(&str, &str)], &str, Option<&str>)] = &[
+    /// Paths of the Ingress, path of the request, the path that matches.
+    type Row = (&'static [(&'static str, &'static str)], &'static str, Option<&'static str>);
+    let rows: &[Row] = &[
         (&[("Prefix", "/")], "/", Some("/")),
         (&[("Prefix", "/")], "/any/path", Some("/")),
         (&[("Exact", "/foo")], "/foo", Some("/foo")),
@@ -440,6 +442,24 @@ fn an_unknown_annotation_is_a_problem_and_the_ingress_still_routes() {
           nothing: the nearest real one is nginx.ingress.kubernetes.io/limit-rps"
         ]
     );
+}
+
+#[test]
+fn a_table_is_the_same_after_it_was_written_and_read() {
+    let (chain, key) = pair("a.example");
+    let annotations = json!({"auth-type": "basic", "auth-secret": "users", "canary-weight": "1", "affinity": "cookie",
+        "whitelist-source-range": "10.0.0.0/8", "proxy-next-upstream": "error http_503", "server-alias": "*.b.example"});
+    let planned = plan(vec![
+        service("web"),
+        slice("web", &[("10.1.0.2", true, false)]),
+        with_tls(annotations),
+        ingress_of("any", 2, json!({}), json!({"defaultBackend": backend("gone")})),
+        secret("tls", &[("tls.crt", &chain), ("tls.key", &key)]),
+        secret("users", &[("auth", "amy:x")]),
+    ]);
+    let text = serde_json::to_vec(&planned.plan).unwrap();
+    assert_eq!(serde_json::from_slice::<RouteTable>(&text).unwrap(), planned.plan);
+    assert!(planned.plan.hosts.len() == 3 && !planned.plan.certificates.is_empty());
 }
 
 #[test]

@@ -14,7 +14,7 @@ use crate::plan::table::RouteMaterials;
 
 /// Why a request is answered here.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Denial {
+pub(super) enum Denial {
     /// The client's address.
     Address,
     /// No password, or a wrong one; the realm.
@@ -27,7 +27,7 @@ pub enum Denial {
 ///
 /// # Errors
 /// What is not satisfied.
-pub fn admit(route: &CompiledRoute, client: IpAddr, headers: &HeaderMap) -> Result<(), Denial> {
+pub(super) fn admit(route: &CompiledRoute, client: IpAddr, headers: &HeaderMap) -> Result<(), Denial> {
     let settings = &route.route.settings;
     let allowed =
         settings.allow.as_ref().is_none_or(|ranges| ranges.iter().any(|range| range.contains(&client)));
@@ -65,7 +65,7 @@ fn password(materials: &RouteMaterials, headers: &HeaderMap) -> bool {
 ///
 /// # Errors
 /// It is missing or not trusted.
-pub fn client_certificate(
+pub(super) fn client_certificate(
     route: &CompiledRoute,
     shown: &[CertificateDer<'static>],
 ) -> Result<Option<&'static str>, Denial> {
@@ -89,7 +89,7 @@ pub fn client_certificate(
 }
 
 /// Status and fields of the answer to somebody who may not pass.
-pub fn answer(denial: &Denial) -> (StatusCode, Option<(header::HeaderName, String)>) {
+pub(super) fn answer(denial: &Denial) -> (StatusCode, Option<(header::HeaderName, String)>) {
     match denial {
         Denial::Address => (StatusCode::FORBIDDEN, None),
         Denial::Password(realm) => {
@@ -102,12 +102,12 @@ pub fn answer(denial: &Denial) -> (StatusCode, Option<(header::HeaderName, Strin
 }
 
 /// Whether the request only asks what it may ask.
-pub fn is_preflight(method: &Method, cors: Option<&Cors>) -> bool {
+pub(super) fn is_preflight(method: &Method, cors: Option<&Cors>) -> bool {
     cors.is_some() && method == Method::OPTIONS
 }
 
 /// The fields that an answer to this origin has.
-pub fn cors_fields(cors: &Cors, origin: Option<&str>, preflight: bool) -> Vec<(&'static str, String)> {
+pub(super) fn cors_fields(cors: &Cors, origin: Option<&str>, preflight: bool) -> Vec<(&'static str, String)> {
     let every = cors.origins.is_empty() || cors.origins.iter().any(|origin| origin == "*");
     let allowed = match origin {
         _ if every => "*".to_owned(),
@@ -147,7 +147,7 @@ fn matches_origin(known: &str, origin: &str) -> bool {
 }
 
 /// Puts fields into an answer.
-pub fn put(headers: &mut HeaderMap, fields: Vec<(&'static str, String)>) {
+pub(super) fn put(headers: &mut HeaderMap, fields: Vec<(&'static str, String)>) {
     for (name, value) in fields {
         let Ok(value) = HeaderValue::from_str(&value) else { continue };
         if name == "vary" {

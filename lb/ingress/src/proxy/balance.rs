@@ -15,10 +15,10 @@ const FAILURES: u32 = 3;
 const EJECTED: Duration = Duration::from_secs(10);
 
 /// What is known of an endpoint, whichever routes lead to it.
-pub struct Endpoint {
-    pub address: SocketAddr,
+pub(super) struct Endpoint {
+    pub(super) address: SocketAddr,
     /// Requests that it has not answered whole.
-    pub load: AtomicUsize,
+    pub(super) load: AtomicUsize,
     failures: AtomicU32,
     /// Milliseconds since `since`; before it the endpoint is left out.
     ejected_until: AtomicU64,
@@ -44,11 +44,11 @@ impl Endpoint {
         self.ejected_until.load(Ordering::Relaxed) > self.now()
     }
 
-    pub fn succeeded(&self) {
+    pub(super) fn succeeded(&self) {
         self.failures.store(0, Ordering::Relaxed);
     }
 
-    pub fn failed(&self) {
+    pub(super) fn failed(&self) {
         if self.failures.fetch_add(1, Ordering::Relaxed) + 1 >= FAILURES {
             let until = self.now() + u64::try_from(EJECTED.as_millis()).unwrap_or(u64::MAX);
             self.ejected_until.store(until, Ordering::Relaxed);
@@ -57,17 +57,17 @@ impl Endpoint {
     }
 
     /// What the affinity cookie holds for it: nothing that tells the address.
-    pub fn token(&self) -> String {
+    pub(super) fn token(&self) -> String {
         let digest = ring::digest::digest(&ring::digest::SHA256, self.address.to_string().as_bytes());
         digest.as_ref().iter().take(16).map(|byte| format!("{byte:02x}")).collect()
     }
 }
 
 /// Counts a request at its endpoint while it lives.
-pub struct Loaded(pub Arc<Endpoint>);
+pub(super) struct Loaded(pub(super) Arc<Endpoint>);
 
 impl Loaded {
-    pub fn new(endpoint: Arc<Endpoint>) -> Self {
+    pub(super) fn new(endpoint: Arc<Endpoint>) -> Self {
         endpoint.load.fetch_add(1, Ordering::Relaxed);
         Self(endpoint)
     }
@@ -81,10 +81,10 @@ impl Drop for Loaded {
 
 /// Every endpoint by its address: a change of routes keeps what is known of it.
 #[derive(Default)]
-pub struct Directory(Mutex<HashMap<SocketAddr, Arc<Endpoint>>>);
+pub(super) struct Directory(Mutex<HashMap<SocketAddr, Arc<Endpoint>>>);
 
 impl Directory {
-    pub fn of(&self, targets: &[Target]) -> Vec<Arc<Endpoint>> {
+    pub(super) fn of(&self, targets: &[Target]) -> Vec<Arc<Endpoint>> {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let endpoint = |target: &Target| {
             known.entry(target.address).or_insert_with(|| Arc::new(Endpoint::new(target.address))).clone()
@@ -92,20 +92,20 @@ impl Directory {
         targets.iter().map(endpoint).collect()
     }
 
-    pub fn one(&self, address: SocketAddr) -> Arc<Endpoint> {
+    pub(super) fn one(&self, address: SocketAddr) -> Arc<Endpoint> {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         known.entry(address).or_insert_with(|| Arc::new(Endpoint::new(address))).clone()
     }
 
     /// Forgets those that nobody holds.
-    pub fn tidy(&self) {
+    pub(super) fn tidy(&self) {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         known.retain(|_, endpoint| Arc::strong_count(endpoint) > 1);
     }
 }
 
 /// How the endpoint is chosen.
-pub enum Choice<'a> {
+pub(super) enum Choice<'a> {
     /// The value of the affinity cookie.
     Sticky(&'a str),
     /// What `upstream-hash-by` makes of the request.
@@ -114,7 +114,7 @@ pub enum Choice<'a> {
 }
 
 /// One of the endpoints that was not tried before; `None` when each was.
-pub fn choose(
+pub(super) fn choose(
     endpoints: &[Arc<Endpoint>],
     choice: &Choice<'_>,
     tried: &[SocketAddr],

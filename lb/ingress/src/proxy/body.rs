@@ -2,7 +2,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use hyper::body::Incoming;
 use tokio::time::Sleep;
 
 #[derive(Debug, thiserror::Error)]
-pub enum BodyError {
+pub(super) enum BodyError {
     #[error("the body is longer than its limit")]
     TooLong,
     #[error("nothing came for {0:?}")]
@@ -22,7 +22,7 @@ pub enum BodyError {
 }
 
 /// A body on its way to a backend or to a client.
-pub enum Body {
+pub(super) enum Body {
     Empty,
     Text(Option<Bytes>),
     Request(Limited),
@@ -30,14 +30,23 @@ pub enum Body {
 }
 
 /// A request's body: at most `left` bytes of it pass.
-pub struct Limited {
+pub(super) struct Limited {
     inner: Incoming,
     left: u64,
-    exceeded: Arc<AtomicBool>,
+    upload: Arc<Upload>,
+}
+
+/// What became of a request's body so far.
+#[derive(Default)]
+pub(super) struct Upload {
+    /// The limit was exceeded.
+    pub(super) exceeded: AtomicBool,
+    /// Pieces that were read; while it grows, nobody waits for the backend.
+    pub(super) pieces: AtomicU64,
 }
 
 /// An answer's body: no longer than `patience` between two reads. What `held` keeps lives as long as the body is read.
-pub struct Timed {
+pub(super) struct Timed {
     inner: Incoming,
     patience: Duration,
     timer: Option<Pin<Box<Sleep>>>,
@@ -45,24 +54,24 @@ pub struct Timed {
 }
 
 /// Whoever wants to know that an answer was read to its end.
-pub trait Held: Send {
+pub(super) trait Held: Send {
     fn complete(&mut self);
 }
 
 impl Body {
-    pub fn text(text: impl Into<Bytes>) -> Self {
+    pub(super) fn text(text: impl Into<Bytes>) -> Self {
         Self::Text(Some(text.into()))
     }
 
-    /// A limit of `None` is unlimited. The flag is set when the limit was exceeded.
-    pub fn request(inner: Incoming, limit_bytes: Option<u64>, exceeded: Arc<AtomicBool>) -> Self {
+    /// A limit of `None` is unlimited.
+    pub(super) fn request(inner: Incoming, limit_bytes: Option<u64>, upload: Arc<Upload>) -> Self {
         if inner.is_end_stream() {
             return Self::Empty;
         }
-        Self::Request(Limited { inner, left: limit_bytes.unwrap_or(u64::MAX), exceeded })
+        Self::Request(Limited { inner, left: limit_bytes.unwrap_or(u64::MAX), upload })
     }
 
-    pub fn answer(inner: Incoming, patience: Duration, mut held: Box<dyn Held>) -> Self {
+    pub(super) fn answer(inner: Incoming, patience: Duration, mut held: Box<dyn Held>) -> Self {
         if inner.is_end_stream() {
             held.complete();
             return Self::Empty;
@@ -71,7 +80,7 @@ impl Body {
     }
 
     /// Nothing of it can be lost by sending it a second time.
-    pub fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         matches!(self, Self::Empty)
     }
 }
@@ -89,10 +98,11 @@ impl Limited {
         match self.left.checked_sub(length) {
             Some(left) => {
                 self.left = left;
+                self.upload.pieces.fetch_add(1, Ordering::Relaxed);
                 Poll::Ready(Some(Ok(frame)))
             }
             None => {
-                self.exceeded.store(true, Ordering::Relaxed);
+                self.upload.exceeded.store(true, Ordering::Relaxed);
                 Poll::Ready(Some(Err(BodyError::TooLong)))
             }
         }

@@ -22,8 +22,8 @@ use crate::plan::table::{
 
 /// What outlives a change of routes.
 #[derive(Default)]
-pub struct Standing {
-    pub endpoints: Directory,
+pub(super) struct Standing {
+    pub(super) endpoints: Directory,
     clients: Mutex<HashMap<NamespacedName, Arc<Clients>>>,
 }
 
@@ -34,7 +34,7 @@ impl Standing {
     }
 
     /// Forgets what no table holds any more.
-    pub fn tidy(&self) {
+    pub(super) fn tidy(&self) {
         self.endpoints.tidy();
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         clients.retain(|_, known| Arc::strong_count(known) > 1);
@@ -42,41 +42,40 @@ impl Standing {
 }
 
 #[derive(Default)]
-pub struct Compiled {
+pub(super) struct Compiled {
     exact: HashMap<String, CompiledServer>,
     /// By what follows the first label.
     wildcard: HashMap<String, CompiledServer>,
     any: Option<CompiledServer>,
-    pub addresses: BTreeSet<SocketAddr>,
+    pub(super) addresses: BTreeSet<SocketAddr>,
 }
 
-pub struct CompiledServer {
+pub(super) struct CompiledServer {
     routes: Vec<Arc<CompiledRoute>>,
-    pub redirect_to: Option<String>,
+    pub(super) redirect_to: Option<String>,
 }
 
-pub struct CompiledRoute {
-    pub route: Arc<Route>,
+pub(super) struct CompiledRoute {
+    pub(super) route: Arc<Route>,
     matcher: Matcher,
-    pub upstream: Option<Upstream>,
-    pub canary: Option<(Option<Regex>, Upstream)>,
-    pub fallback: Option<Upstream>,
-    pub clients: Arc<Clients>,
-    pub client_verifier: Option<Arc<dyn ClientCertVerifier>>,
+    pub(super) upstream: Option<Upstream>,
+    pub(super) canary: Option<(Option<Regex>, Upstream)>,
+    pub(super) fallback: Option<Upstream>,
+    pub(super) clients: Arc<Clients>,
+    pub(super) client_verifier: Option<Arc<dyn ClientCertVerifier>>,
     /// Why every request gets 503: something that protects the backend is asked for and cannot be done.
-    pub closed: Option<&'static str>,
+    pub(super) closed: Option<&'static str>,
 }
 
 /// A backend and how it is spoken to.
 #[derive(Clone)]
-pub struct Upstream {
-    pub key: BackendKey,
-    pub places: Places,
-    pub speech: Speech,
+pub(super) struct Upstream {
+    pub(super) places: Places,
+    pub(super) speech: Speech,
 }
 
 #[derive(Clone)]
-pub enum Places {
+pub(super) enum Places {
     Endpoints(Arc<[Arc<Endpoint>]>),
     /// Resolved when it is asked.
     Name(String, u16),
@@ -91,7 +90,7 @@ enum Matcher {
 }
 
 /// A route that takes a request.
-pub enum Found<'a> {
+pub(super) enum Found<'a> {
     Route(&'a Arc<CompiledRoute>),
     /// The host is another name of this one.
     OtherName(&'a str),
@@ -99,7 +98,7 @@ pub enum Found<'a> {
 
 impl Compiled {
     /// With the certificates, which listeners look up by themselves.
-    pub fn new(table: &RouteTable, standing: &Standing) -> (Self, Certificates) {
+    pub(super) fn new(table: &RouteTable, standing: &Standing) -> (Self, Certificates) {
         let places: BTreeMap<&BackendKey, Places> =
             table.backends.iter().map(|(key, backend)| (key, places(backend, standing))).collect();
         let mut compiled = Self::default();
@@ -126,7 +125,7 @@ impl Compiled {
     }
 
     /// The host's own rules, else a wildcard's; where none of their paths is meant, the rules for every host.
-    pub fn find(&self, host: &str, path: &str) -> Option<Found<'_>> {
+    pub(super) fn find(&self, host: &str, path: &str) -> Option<Found<'_>> {
         let wildcard = || host.split_once('.').and_then(|(_, rest)| self.wildcard.get(rest));
         let named = self.exact.get(host).or_else(wildcard);
         if let Some(other) = named.and_then(|server| server.redirect_to.as_deref()) {
@@ -147,7 +146,7 @@ impl CompiledRoute {
     }
 
     /// `rewrite-target` with the captures of the path's expression.
-    pub fn rewritten(&self, path: &str) -> Option<String> {
+    pub(super) fn rewritten(&self, path: &str) -> Option<String> {
         let target = self.route.settings.rewrite_target.as_deref()?;
         let captures = match &self.matcher {
             Matcher::Regex(expression) => expression.captures(path),
@@ -202,7 +201,6 @@ fn route_of(
         Speech { http2: false, tls: None }
     });
     let upstream = |key: &BackendKey, speech: &Speech| Upstream {
-        key: key.clone(),
         places: places.get(key).cloned().unwrap_or(Places::None),
         speech: speech.clone(),
     };

@@ -10,7 +10,7 @@ use http::{Method, StatusCode, Uri, Version};
 
 /// Why a request is refused before any route is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
+pub(super) enum Refusal {
     #[error("Host is missing or stands there more than once (RFC 9112 3.2)")]
     Host,
     #[error("Host and the target's authority differ (RFC 9112 3.2.2)")]
@@ -24,7 +24,7 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    pub fn status(self) -> StatusCode {
+    pub(super) fn status(self) -> StatusCode {
         match self {
             Self::Connect => StatusCode::METHOD_NOT_ALLOWED,
             _ => StatusCode::BAD_REQUEST,
@@ -34,18 +34,23 @@ impl Refusal {
 
 /// What routes look at.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Admitted {
+pub(super) struct Admitted {
     /// Lower case, without port and final dot.
-    pub host: String,
+    pub(super) host: String,
     /// Host with its port, as the client wrote it.
-    pub authority: String,
+    pub(super) authority: String,
     /// Unescaped and normalised.
-    pub path: String,
+    pub(super) path: String,
 }
 
 /// # Errors
 /// Why the request gets 400 or 405.
-pub fn admit(method: &Method, uri: &Uri, version: Version, headers: &HeaderMap) -> Result<Admitted, Refusal> {
+pub(super) fn admit(
+    method: &Method,
+    uri: &Uri,
+    version: Version,
+    headers: &HeaderMap,
+) -> Result<Admitted, Refusal> {
     if method == Method::CONNECT {
         return Err(Refusal::Connect);
     }
@@ -96,7 +101,7 @@ fn bare_host(authority: &str) -> Option<String> {
 }
 
 /// Unescaped, without empty and `.` elements, `..` resolved; `None` for NUL, broken escapes and what leaves the root.
-pub fn path(raw: &str) -> Option<String> {
+pub(super) fn path(raw: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(raw.len());
     let mut rest = raw.bytes();
     while let Some(byte) = rest.next() {
@@ -143,7 +148,7 @@ const HOP_BY_HOP: [&str; 7] = [
 const KEPT: [&str; 3] = ["content-length", "host", "authorization"];
 
 /// Takes every hop-by-hop field away; returns the protocol that Upgrade asked for, when Connection says so.
-pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> Option<HeaderValue> {
+pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) -> Option<HeaderValue> {
     let named: Vec<HeaderName> = headers
         .get_all(header::CONNECTION)
         .iter()
@@ -170,7 +175,13 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> Option<HeaderValue> {
 }
 
 /// Tells the backend who asked and how. What the client said of itself is replaced: nobody in front of it is trusted.
-pub fn forwarded(headers: &mut HeaderMap, client: IpAddr, admitted: &Admitted, https: bool, port: u16) {
+pub(super) fn forwarded(
+    headers: &mut HeaderMap,
+    client: IpAddr,
+    admitted: &Admitted,
+    https: bool,
+    port: u16,
+) {
     headers.remove("forwarded");
     headers.remove("x-original-forwarded-for");
     headers.remove("proxy");
@@ -191,7 +202,7 @@ pub fn forwarded(headers: &mut HeaderMap, client: IpAddr, admitted: &Admitted, h
 }
 
 /// Whether a request may be sent twice (RFC 9110 9.2.2).
-pub fn is_idempotent(method: &Method) -> bool {
+pub(super) fn is_idempotent(method: &Method) -> bool {
     method.is_idempotent()
 }
 

@@ -12,7 +12,7 @@ use crate::annotations::Limits;
 const MAX_CLIENTS: usize = 65_536;
 
 #[derive(Default)]
-pub struct Clients(Mutex<HashMap<IpAddr, Client>>);
+pub(super) struct Clients(Mutex<HashMap<IpAddr, Client>>);
 
 #[derive(Default)]
 struct Client {
@@ -41,7 +41,7 @@ impl Bucket {
 }
 
 /// Counts one request among its client's connections while it lives.
-pub struct Counted {
+pub(super) struct Counted {
     clients: Arc<Clients>,
     client: IpAddr,
 }
@@ -59,7 +59,7 @@ impl Drop for Counted {
 ///
 /// # Errors
 /// The name of the annotation whose limit is reached.
-pub fn admit(
+pub(super) fn admit(
     clients: &Arc<Clients>,
     limits: &Limits,
     client: IpAddr,

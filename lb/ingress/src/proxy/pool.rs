@@ -20,7 +20,7 @@ use super::body::Body;
 const MAX_IDLE: usize = 64;
 
 #[derive(Debug, thiserror::Error)]
-pub enum UpstreamError {
+pub(super) enum UpstreamError {
     #[error("no connection within {0:?}")]
     ConnectTimeout(Duration),
     #[error("connect")]
@@ -31,15 +31,15 @@ pub enum UpstreamError {
 
 /// How a backend is spoken to; part of what tells pooled connections apart.
 #[derive(Clone)]
-pub struct Speech {
-    pub http2: bool,
-    pub tls: Option<Tls>,
+pub(super) struct Speech {
+    pub(super) http2: bool,
+    pub(super) tls: Option<Tls>,
 }
 
 #[derive(Clone)]
-pub struct Tls {
-    pub config: Arc<ClientConfig>,
-    pub name: ServerName<'static>,
+pub(super) struct Tls {
+    pub(super) config: Arc<ClientConfig>,
+    pub(super) name: ServerName<'static>,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -61,7 +61,7 @@ impl Key {
 }
 
 #[derive(Default)]
-pub struct Pool {
+pub(super) struct Pool {
     idle: Mutex<HashMap<Key, Vec<Idle>>>,
     shared: Mutex<HashMap<Key, (http2::SendRequest<Body>, Speech)>>,
 }
@@ -73,7 +73,7 @@ struct Idle {
 }
 
 /// A connection that takes one request.
-pub enum Connection {
+pub(super) enum Connection {
     One(http1::SendRequest<Body>),
     Shared(http2::SendRequest<Body>),
 }
@@ -81,7 +81,7 @@ pub enum Connection {
 impl Connection {
     /// # Errors
     /// The failure, and the request when nothing of it was sent.
-    pub async fn send(
+    pub(super) async fn send(
         &mut self,
         request: Request<Body>,
     ) -> Result<Response<Incoming>, (hyper::Error, Option<Request<Body>>)> {
@@ -101,7 +101,7 @@ impl Pool {
     ///
     /// # Errors
     /// Nobody answers there, in time.
-    pub async fn connection(
+    pub(super) async fn connection(
         &self,
         address: SocketAddr,
         speech: &Speech,
@@ -149,7 +149,7 @@ impl Pool {
     }
 
     /// Takes a connection back whose answer was read whole.
-    pub fn keep(&self, address: SocketAddr, speech: &Speech, connection: Connection) {
+    pub(super) fn keep(&self, address: SocketAddr, speech: &Speech, connection: Connection) {
         let Connection::One(sender) = connection else { return };
         if sender.is_closed() {
             return;
@@ -163,7 +163,7 @@ impl Pool {
     }
 
     /// Closes what is kept to endpoints that no route has any more.
-    pub fn tidy(&self, is_used: impl Fn(SocketAddr) -> bool) {
+    pub(super) fn tidy(&self, is_used: impl Fn(SocketAddr) -> bool) {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         idle.retain(|key, list| {
             list.retain(|idle| !idle.sender.is_closed());

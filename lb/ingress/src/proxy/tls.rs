@@ -34,16 +34,16 @@ fn provider() -> Arc<CryptoProvider> {
 
 /// Certificates by the name that clients ask for.
 #[derive(Default, Debug)]
-pub struct Certificates {
+pub(super) struct Certificates {
     by_name: HashMap<String, Arc<CertifiedKey>>,
     default: Option<Arc<CertifiedKey>>,
     /// Hosts that ask for a certificate of the client.
-    pub mutual: BTreeSet<String>,
+    pub(super) mutual: BTreeSet<String>,
 }
 
 impl Certificates {
     /// What cannot be used is left out: the planner has told it.
-    pub fn new<'a>(
+    pub(super) fn new<'a>(
         by_name: impl Iterator<Item = (&'a String, &'a Certificate)>,
         default: Option<&Certificate>,
         mutual: BTreeSet<String>,
@@ -75,7 +75,7 @@ impl Certificates {
     }
 
     /// Whether a client that asks for this name is to show a certificate.
-    pub fn is_mutual(&self, name: Option<&str>) -> bool {
+    pub(super) fn is_mutual(&self, name: Option<&str>) -> bool {
         name.is_some_and(|name| {
             let name = name.trim_end_matches('.').to_ascii_lowercase();
             let wildcard = name.split_once('.').map(|(_, rest)| format!("*.{rest}"));
@@ -107,9 +107,9 @@ impl ResolvesServerCert for Resolver {
 }
 
 /// Both configurations of the listeners: without and with a question for the client's certificate.
-pub struct ServerConfigs {
-    pub plain: Arc<ServerConfig>,
-    pub mutual: Arc<ServerConfig>,
+pub(super) struct ServerConfigs {
+    pub(super) plain: Arc<ServerConfig>,
+    pub(super) mutual: Arc<ServerConfig>,
 }
 
 impl ServerConfigs {
@@ -117,7 +117,7 @@ impl ServerConfigs {
     ///
     /// # Errors
     /// The provider lacks what is asked of it.
-    pub fn new(certificates: &Arc<ArcSwap<Certificates>>) -> Result<Self, TlsError> {
+    pub(super) fn new(certificates: &Arc<ArcSwap<Certificates>>) -> Result<Self, TlsError> {
         let ticketer = rustls::crypto::ring::Ticketer::new()?;
         let make = |asks: bool| -> Result<Arc<ServerConfig>, TlsError> {
             let builder =
@@ -187,7 +187,7 @@ impl ClientCertVerifier for Asking {
 ///
 /// # Errors
 /// There is no authority in the PEM.
-pub fn client_verifier(authorities_pem: &[u8]) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
+pub(super) fn client_verifier(authorities_pem: &[u8]) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
     let roots = roots(authorities_pem)?;
     let built = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider()).build();
     built.map_err(|_| TlsError::Authorities)
@@ -205,7 +205,7 @@ fn roots(pem: &[u8]) -> Result<RootCertStore, TlsError> {
 ///
 /// # Errors
 /// Certificates that cannot be used.
-pub fn client_config(
+pub(super) fn client_config(
     authorities_pem: Option<&[u8]>,
     identity: Option<&Certificate>,
     http2: bool,
