@@ -61,6 +61,7 @@ enum Command {
     /// Ask this node's agent about names
     Dns(dns::DnsArgs),
     /// Show where requests to Ingresses go
+    #[command(hide = true)]
     Ingress(ingress::IngressArgs),
     /// Say what would become of Ingresses here, annotation by annotation
     Lint(lint::LintArgs),
