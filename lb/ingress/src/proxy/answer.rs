@@ -131,9 +131,8 @@ fn variables<'a, B>(taken: &'a Taken<'_>, request: &'a Request<B>) -> variables:
 async fn late(taken: &Taken<'_>, mut request: Request<Incoming>) -> Response<Body> {
     let settings = &taken.route.route.settings;
     let client = taken.peer.address();
-    let counted = match limits::admit(&taken.route.clients, &settings.limits, client, Instant::now()) {
-        Ok(counted) => counted,
-        Err(_) => return plain(StatusCode::SERVICE_UNAVAILABLE),
+    let Ok(counted) = limits::admit(&taken.route.clients, &settings.limits, client, Instant::now()) else {
+        return plain(StatusCode::SERVICE_UNAVAILABLE);
     };
     let verified = access::client_certificate(&taken.route, &taken.peer.certificates);
     let verified = match verified

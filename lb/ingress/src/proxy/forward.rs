@@ -18,6 +18,9 @@ use super::limits::Counted;
 use super::pool::{Connection, Pool, Speech, UpstreamError};
 use crate::annotations::{Retry, RetryOn};
 
+/// Kept connections of one request that may turn out to be closed by the other side before that counts as a failure.
+const MAX_STALE: u32 = 8;
+
 /// What a request is forwarded with.
 pub(super) struct Plan<'a> {
     pub(super) pool: &'a Arc<Pool>,
@@ -58,7 +61,7 @@ impl Held for Release {
 /// One attempt's end without an answer.
 enum Failed {
     /// Nothing was sent; the request is whole.
-    Unsent(Request<Body>),
+    Unsent(Box<Request<Body>>),
     Broken,
     Timeout,
 }
@@ -72,7 +75,7 @@ pub(super) async fn forward(plan: &Plan<'_>, head: Parts, body: Body) -> Result<
         && (hygiene::is_idempotent(&head.method) || plan.retry.on.contains(&RetryOn::NonIdempotent));
     let started = Instant::now();
     let (mut tried, mut body, mut status) = (Vec::new(), Some(body), StatusCode::SERVICE_UNAVAILABLE);
-    let mut attempts = 0_u32;
+    let (mut attempts, mut stale) = (0_u32, 0_u32);
     while let Some(endpoint) = choose(&endpoints, &plan.choice, &tried) {
         if attempts > 0 && !again(plan.retry, attempts, started) {
             break;
@@ -105,7 +108,11 @@ pub(super) async fn forward(plan: &Plan<'_>, head: Parts, body: Body) -> Result<
                 return Ok(answered);
             }
             // The endpoint closed a connection that was idle: it is asked again, on another connection.
-            Err(Failed::Unsent(request)) if reused => body = Some(request.into_body()),
+            Err(Failed::Unsent(request)) if reused && stale < MAX_STALE => {
+                stale += 1;
+                body = Some(request.into_body());
+            }
+            Err(Failed::Broken) if reused && may_repeat && stale < MAX_STALE => stale += 1,
             Err(failed) => {
                 endpoint.failed();
                 tried.push(endpoint.address);
@@ -184,7 +191,7 @@ async fn attempt(
             };
             Ok(Answered { response, endpoint, held })
         }
-        Err((_, Some(request))) => Err(Failed::Unsent(request)),
+        Err((_, Some(request))) => Err(Failed::Unsent(Box::new(request))),
         Err((_, None)) => Err(Failed::Broken),
     }
 }

@@ -1,7 +1,6 @@
 //! Connections of clients: accepted, TLS by SNI, HTTP/1.1 or HTTP/2 by ALPN, each bounded in what it may hold and how long it
 //! may be silent.
 
-use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -157,12 +156,10 @@ where
     log(ended);
 }
 
-fn told(mut stop: watch::Receiver<bool>) -> impl Future<Output = ()> {
-    async move {
-        // A sender that is gone never says stop.
-        if stop.wait_for(|stop| *stop).await.is_err() {
-            std::future::pending::<()>().await;
-        }
+async fn told(mut stop: watch::Receiver<bool>) {
+    // A sender that is gone never says stop.
+    if stop.wait_for(|stop| *stop).await.is_err() {
+        std::future::pending::<()>().await;
     }
 }
 

@@ -290,11 +290,9 @@ fn a_request_with_two_framings_is_never_two_requests() {
         );
         let answer = rig.raw(text.as_bytes());
         assert!(!answer.contains("/smuggled"), "{answer}");
-        assert_eq!(
-            answer.matches("HTTP/1.1 ").filter(|_| true).count() - answer.matches("POST / HTTP/1.1").count(),
-            1,
-            "{answer}"
-        );
+        let answers = answer.lines().filter(|line| line.starts_with("HTTP/1.1 ")).count();
+        assert_eq!(answers, 1, "{answer}");
+        assert!(!answer.contains("content-length: 3"), "{answer}");
     }
 }
 
@@ -495,7 +493,7 @@ async fn http_2_over_tls_by_sni_reaches_the_backend_and_shows_a_renewed_certific
     let certificate = |host: &str| {
         let made = rcgen::generate_simple_self_signed([host.to_owned()]).unwrap();
         crate::plan::table::Certificate {
-            secret: NamespacedName::new("default", &format!("{host}-tls")),
+            secret: NamespacedName::new("default", format!("{host}-tls")),
             chain_pem: Bytes(made.cert.pem().into_bytes()),
             key_pem: Bytes(made.signing_key.serialize_pem().into_bytes()),
         }
