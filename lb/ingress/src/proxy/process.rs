@@ -78,7 +78,10 @@ pub fn run(config: &Config) -> Result<(), ProcessError> {
         Ok(())
     };
     if let Err(error) = read(&proxy) {
-        tracing::info!(%error, "no routes yet; the agent writes them");
+        tracing::info!(
+            error = weft_netstack::reconcile::chain(&error),
+            "no routes yet; the agent writes them"
+        );
     }
     let wanted = Wanted {
         addresses: wanted,
@@ -111,8 +114,9 @@ fn respond(method: &str, path: &str, read: impl Fn() -> Result<(), ReadError>) -
         ("POST", "/apply") => match read() {
             Ok(()) => Response { status: 204, body: String::new() },
             Err(error) => {
-                tracing::warn!(%error, "routes");
-                Response { status: 500, body: weft_netstack::reconcile::chain(&error) }
+                let body = weft_netstack::reconcile::chain(&error);
+                tracing::warn!(error = body, "these routes are not served; the ones before stay");
+                Response { status: 500, body }
             }
         },
         _ => Response { status: 404, body: String::new() },
