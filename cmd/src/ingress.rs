@@ -1,4 +1,4 @@
-//! `weft ingress routes` and `explain`, and the routes of the agent's socket that answer them.
+//! `weft ingress serve`, `routes` and `explain`, and the routes of the agent's socket that answer them.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,9 +14,11 @@ use weft_ingress::explain::{Question, explain, routes};
 use weft_ingress::lint::lint;
 use weft_ingress::plan::IngressPlanner;
 use weft_ingress::plan::table::RouteTable;
+use weft_ingress::proxy::process;
 use weft_model::Snapshot;
 use weft_netstack::reconcile::Planner as _;
 
+use crate::log::LogArgs;
 use crate::status::{PATIENCE, ask};
 
 #[derive(Args)]
@@ -31,6 +33,26 @@ enum Command {
     Routes(RoutesArgs),
     /// Say what becomes of a request: which object, rule and endpoint, and why not another
     Explain(ExplainArgs),
+    /// Serve the routes that the agent wrote: the proxy process
+    Serve(ServeArgs),
+}
+
+#[derive(Args)]
+struct ServeArgs {
+    /// Where ingress/routes.json is read and ingress/ingress.sock is served
+    #[arg(long, default_value = "/run/weft")]
+    run_dir: PathBuf,
+    /// Port for HTTP on each address of the table
+    #[arg(long, default_value_t = 80)]
+    http_port: u16,
+    /// Port for HTTPS
+    #[arg(long, default_value_t = 443)]
+    https_port: u16,
+    /// One for each core when it is not given
+    #[arg(long)]
+    threads: Option<usize>,
+    #[command(flatten)]
+    log: LogArgs,
 }
 
 #[derive(Args)]
@@ -53,6 +75,7 @@ struct ExplainArgs {
 
 pub(crate) fn run(args: &IngressArgs) -> anyhow::Result<()> {
     let text = match &args.command {
+        Command::Serve(args) => return serve(args),
         Command::Routes(RoutesArgs { run_dir }) => ask(run_dir, "/ingress/routes", PATIENCE)?,
         Command::Explain(ExplainArgs { method, url, run_dir }) => {
             Question::new(method, url)?;
@@ -65,6 +88,17 @@ pub(crate) fn run(args: &IngressArgs) -> anyhow::Result<()> {
         }
     };
     crate::print(&text)
+}
+
+fn serve(args: &ServeArgs) -> anyhow::Result<()> {
+    args.log.start()?;
+    process::run(&process::Config {
+        run_dir: args.run_dir.clone(),
+        http_port: args.http_port,
+        https_port: args.https_port,
+        threads: args.threads,
+    })?;
+    Ok(())
 }
 
 type Snapshots = watch::Receiver<Option<Arc<Snapshot>>>;

@@ -14,3 +14,4 @@ pub mod certificate;
 pub mod explain;
 pub mod lint;
 pub mod plan;
+pub mod proxy;

@@ -1,0 +1,479 @@
+//! What becomes of one request: refused, redirected, asked who it is, forwarded; in the order of nginx's phases.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::{Request, Response, StatusCode, Version};
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use rustls::pki_types::CertificateDer;
+
+use super::access;
+use super::balance::Choice;
+use super::body::{Body, Upload};
+use super::compiled::{CompiledRoute, Found, Upstream};
+use super::forward::{self, Answered, Plan, address, forward};
+use super::hygiene::{self, Admitted};
+use super::limits::{self, Counted};
+use super::select::{cookie, select};
+use super::variables::{self, as_path, escaped, target};
+use super::{Worker, authenticate};
+use crate::annotations::Settings;
+use crate::plan::table::Action;
+
+/// What is known of a connection.
+pub(super) struct Peer {
+    pub(super) client: SocketAddr,
+    /// The port that it came to.
+    pub(super) port: u16,
+    pub(super) https: bool,
+    /// What the client showed, its own certificate first.
+    pub(super) certificates: Vec<CertificateDer<'static>>,
+}
+
+impl Peer {
+    pub(super) fn address(&self) -> IpAddr {
+        self.client.ip().to_canonical()
+    }
+}
+
+/// A request that was admitted, with the route that takes it.
+struct Taken<'a> {
+    worker: &'a Worker,
+    peer: &'a Peer,
+    route: Arc<CompiledRoute>,
+    admitted: Admitted,
+}
+
+/// Never fails: what goes wrong has its status.
+pub(super) async fn answer(worker: &Worker, peer: &Peer, request: Request<Incoming>) -> Response<Body> {
+    let admitted = hygiene::admit(request.method(), request.uri(), request.version(), request.headers());
+    let admitted = match admitted {
+        Ok(admitted) => admitted,
+        Err(refusal) => return plain(refusal.status()),
+    };
+    let compiled = worker.proxy.compiled.load_full();
+    let route = match compiled.find(&admitted.host, &admitted.path) {
+        None => return plain(StatusCode::NOT_FOUND),
+        Some(Found::OtherName(other)) => {
+            let scheme = if peer.https { "https" } else { "http" };
+            return redirect(308, &format!("{scheme}://{other}{}", target(request.uri())));
+        }
+        Some(Found::Route(route)) => route.clone(),
+    };
+    let origin =
+        request.headers().get(header::ORIGIN).and_then(|origin| origin.to_str().ok()).map(str::to_owned);
+    let taken = Taken { worker, peer, route, admitted };
+    let settings = &taken.route.route.settings;
+    let preflight = access::is_preflight(request.method(), settings.cors.as_ref());
+    let mut response = match early(&taken, &request, preflight) {
+        Some(response) => response,
+        None => late(&taken, request).await,
+    };
+    if let Some(cors) = &settings.cors {
+        access::put(response.headers_mut(), access::cors_fields(cors, origin.as_deref(), preflight));
+    }
+    for (name, value) in &taken.route.route.materials.answer_headers {
+        if let (Ok(name), Ok(value)) = (name.parse::<HeaderName>(), HeaderValue::from_str(value)) {
+            response.headers_mut().insert(name, value);
+        }
+    }
+    // ingress-nginx's default (`hsts`), on hosts that are served over TLS.
+    if peer.https && taken.route.route.to_https {
+        let always = HeaderValue::from_static("max-age=31536000; includeSubDomains");
+        response.headers_mut().insert(header::STRICT_TRANSPORT_SECURITY, always);
+    }
+    response
+}
+
+/// nginx's rewrite phase: what is answered without asking who it is.
+fn early(taken: &Taken<'_>, request: &Request<Incoming>, preflight: bool) -> Option<Response<Body>> {
+    let (route, settings) = (&taken.route.route, &taken.route.route.settings);
+    if taken.route.closed.is_some() {
+        return Some(plain(StatusCode::SERVICE_UNAVAILABLE));
+    }
+    if route.to_https && !taken.peer.https {
+        let host = bracketed(&taken.admitted.host);
+        return Some(redirect(308, &format!("https://{host}{}", target(request.uri()))));
+    }
+    if let Some(root) = settings.app_root.as_ref().filter(|_| taken.admitted.path == "/") {
+        let scheme = if taken.peer.https { "https" } else { "http" };
+        return Some(redirect(302, &format!("{scheme}://{}{root}", taken.admitted.authority)));
+    }
+    match &route.action {
+        Action::Redirect(to) => Some(redirect(to.code, &variables(taken, request).expand(&to.url))),
+        Action::Refuse { status, .. } => {
+            Some(plain(StatusCode::from_u16(*status).unwrap_or(StatusCode::SERVICE_UNAVAILABLE)))
+        }
+        Action::Forward(_) => preflight.then(|| empty(StatusCode::NO_CONTENT)),
+    }
+}
+
+fn bracketed(host: &str) -> String {
+    if host.contains(':') { format!("[{host}]") } else { host.to_owned() }
+}
+
+fn variables<'a, B>(taken: &'a Taken<'_>, request: &'a Request<B>) -> variables::Request<'a> {
+    variables::Request {
+        method: request.method(),
+        uri: request.uri(),
+        headers: request.headers(),
+        admitted: &taken.admitted,
+        client: taken.peer.address(),
+        https: taken.peer.https,
+    }
+}
+
+/// Limits, access, then the backend.
+async fn late(taken: &Taken<'_>, mut request: Request<Incoming>) -> Response<Body> {
+    let settings = &taken.route.route.settings;
+    let client = taken.peer.address();
+    let Ok(counted) = limits::admit(&taken.route.clients, &settings.limits, client, Instant::now()) else {
+        return plain(StatusCode::SERVICE_UNAVAILABLE);
+    };
+    let verified = access::client_certificate(&taken.route, &taken.peer.certificates);
+    let verified = match verified
+        .and_then(|verified| access::admit(&taken.route, client, request.headers()).map(|()| verified))
+    {
+        Ok(verified) => verified,
+        Err(denial) => return denied(&denial),
+    };
+    let too_long = |limit: u64| content_length(request.headers()).is_some_and(|length| length > limit);
+    if settings.body_limit_bytes.is_some_and(too_long) {
+        return plain(StatusCode::PAYLOAD_TOO_LARGE);
+    }
+    let mut cookies = Vec::new();
+    if let Some(auth) = &settings.forward_auth {
+        let asked = authenticate::Question {
+            worker: taken.worker,
+            auth,
+            fields: &taken.route.route.materials.auth_headers,
+            request: &variables(taken, &request),
+        };
+        match authenticate::ask(&asked).await {
+            authenticate::Verdict::Pass(pass) => {
+                for (name, value) in pass.fields {
+                    request.headers_mut().insert(name, value);
+                }
+                cookies = pass.cookies;
+            }
+            authenticate::Verdict::Answer(response) => return response,
+        }
+    }
+    client_fields(taken, request.headers_mut(), verified);
+    let mut response = backend(taken, request, counted).await;
+    let passes = settings.forward_auth.as_ref().is_some_and(|auth| auth.always_set_cookie)
+        || authenticate::passes_cookies(response.status());
+    for cookie in cookies.into_iter().filter(|_| passes) {
+        response.headers_mut().append(header::SET_COOKIE, cookie);
+    }
+    response
+}
+
+fn content_length(headers: &HeaderMap) -> Option<u64> {
+    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+fn denied(denial: &access::Denial) -> Response<Body> {
+    let (status, field) = access::answer(denial);
+    let mut response = plain(status);
+    if let Some((name, value)) = field
+        && let Ok(value) = HeaderValue::from_str(&value)
+    {
+        response.headers_mut().insert(name, value);
+    }
+    response
+}
+
+/// `ssl-client-*`, which a client cannot write itself.
+fn client_fields(taken: &Taken<'_>, headers: &mut HeaderMap, verified: Option<&'static str>) {
+    for name in ["ssl-client-verify", "ssl-client-cert", "ssl-client-subject-dn", "ssl-client-issuer-dn"] {
+        headers.remove(name);
+    }
+    let Some(verified) = verified else { return };
+    headers.insert("ssl-client-verify", HeaderValue::from_static(verified));
+    let wanted = taken.route.route.settings.client_tls.as_ref().is_some_and(|tls| tls.pass_certificate);
+    if let Some(own) = taken.peer.certificates.first().filter(|_| wanted)
+        && let Ok(value) = HeaderValue::from_str(&escaped(&pem(own)))
+    {
+        headers.insert("ssl-client-cert", value);
+    }
+}
+
+fn pem(certificate: &CertificateDer<'_>) -> String {
+    use base64::Engine as _;
+    let encoded = base64::engine::general_purpose::STANDARD.encode(certificate);
+    let mut text = String::from("-----BEGIN CERTIFICATE-----\n");
+    for line in encoded.as_bytes().chunks(64) {
+        text.push_str(&String::from_utf8_lossy(line));
+        text.push('\n');
+    }
+    text.push_str("-----END CERTIFICATE-----\n");
+    text
+}
+
+/// To the backend; where it has no endpoint, or an answer of `custom-http-errors`, to the fallback.
+async fn backend(
+    taken: &Taken<'_>,
+    mut request: Request<Incoming>,
+    counted: Option<Counted>,
+) -> Response<Body> {
+    let settings = &taken.route.route.settings;
+    let hash = settings.hash_by.as_ref().map(|text| variables(taken, &request).expand(text));
+    let host = match &settings.upstream_vhost {
+        Some(host) => variables(taken, &request).expand(host),
+        None => taken.admitted.authority.clone(),
+    };
+    let path = path_of(taken, &request);
+    let from_client = request.version() == Version::HTTP_11;
+    let client = from_client.then(|| hyper::upgrade::on(&mut request));
+    let upload = Arc::new(Upload::default());
+    let (mut head, incoming) = request.into_parts();
+    let body = Body::request(incoming, settings.body_limit_bytes, upload.clone());
+    let upgrade = prepare(taken, &mut head.headers).filter(|_| from_client);
+    let Some((upstream, held)) = select(&taken.route, &head.headers) else {
+        return plain(StatusCode::SERVICE_UNAVAILABLE);
+    };
+    let (upstream, held) = (upstream.clone(), held.map(str::to_owned));
+    let choice = match (&held, &hash) {
+        (Some(token), _) => Choice::Sticky(token),
+        (None, Some(key)) => Choice::Hash(key),
+        (None, None) => Choice::LeastOfTwo,
+    };
+    if let Err(status) = address(&mut head, &upstream.speech, &path, &host) {
+        return plain(status);
+    }
+    if let Some(protocol) = &upgrade {
+        head.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+        head.headers.insert(header::UPGRADE, protocol.clone());
+    }
+    let errors = head.headers.clone();
+    let plan = plan(taken, &upstream, choice, upload.clone());
+    let answered = forward(&plan, head, body).await;
+    if upload.exceeded.load(Ordering::Relaxed) {
+        return plain(StatusCode::PAYLOAD_TOO_LARGE);
+    }
+    match answered {
+        Ok(answered) => {
+            let status = answered.response.status();
+            if status == StatusCode::SWITCHING_PROTOCOLS {
+                return match (client, upgrade) {
+                    (Some(client), Some(_)) => tunnel(answered, client, counted),
+                    _ => plain(StatusCode::BAD_GATEWAY),
+                };
+            }
+            if settings.custom_http_errors.contains(&status.as_u16())
+                && let Some(page) = error_page(taken, errors, status, &path).await
+            {
+                return page;
+            }
+            let sticky =
+                settings.affinity.as_ref().filter(|_| held.as_deref() != Some(&answered.endpoint.token()));
+            let set = sticky.map(|affinity| cookie(affinity, &answered.endpoint, taken.peer.https));
+            returned(taken, answered, counted, set)
+        }
+        Err(status) => match error_page(taken, errors, status, &path).await {
+            Some(page) => page,
+            None => plain(status),
+        },
+    }
+}
+
+fn plan<'a>(
+    taken: &'a Taken<'_>,
+    upstream: &'a Upstream,
+    choice: Choice<'a>,
+    upload: Arc<Upload>,
+) -> Plan<'a> {
+    let settings = &taken.route.route.settings;
+    Plan {
+        pool: &taken.worker.pool,
+        standing: &taken.worker.proxy.standing,
+        upstream,
+        choice,
+        retry: &settings.retry,
+        connect_timeout: settings.connect_timeout,
+        read_timeout: settings.read_timeout,
+        upload,
+    }
+}
+
+/// Path and query that the backend gets.
+fn path_of<B>(taken: &Taken<'_>, request: &Request<B>) -> String {
+    match taken.route.rewritten(&taken.admitted.path) {
+        None => target(request.uri()).to_owned(),
+        Some(rewritten) => {
+            let path = as_path(&rewritten);
+            match request.uri().query() {
+                Some(query) if path.contains('?') => format!("{path}&{query}"),
+                Some(query) => format!("{path}?{query}"),
+                None => path,
+            }
+        }
+    }
+}
+
+/// Makes the client's fields those of the proxy's own request; returns the protocol of an upgrade.
+fn prepare(taken: &Taken<'_>, headers: &mut HeaderMap) -> Option<HeaderValue> {
+    let upgrade = hygiene::strip_hop_by_hop(headers);
+    headers.remove(header::EXPECT);
+    hygiene::forwarded(headers, taken.peer.address(), &taken.admitted, taken.peer.https, taken.peer.port);
+    if let Some(prefix) = &taken.route.route.settings.x_forwarded_prefix
+        && let Ok(prefix) = HeaderValue::from_str(prefix)
+    {
+        headers.insert("x-forwarded-prefix", prefix);
+    }
+    upgrade
+}
+
+/// The default backend's page for a status (`custom-http-errors`), as ingress-nginx asks for it.
+async fn error_page(
+    taken: &Taken<'_>,
+    mut headers: HeaderMap,
+    status: StatusCode,
+    uri: &str,
+) -> Option<Response<Body>> {
+    let fallback = taken.route.fallback.as_ref()?;
+    let origin = &taken.route.route.origin.ingress;
+    let accept = headers.get(header::ACCEPT).cloned().unwrap_or(HeaderValue::from_static("*/*"));
+    for name in [header::CONTENT_LENGTH, header::CONNECTION, header::UPGRADE, header::CONTENT_TYPE] {
+        headers.remove(name);
+    }
+    let texts = [
+        ("x-code", status.as_str()),
+        ("x-original-uri", uri),
+        ("x-namespace", origin.namespace.as_str()),
+        ("x-ingress-name", origin.name.as_str()),
+    ];
+    for (name, value) in texts {
+        headers.insert(name, HeaderValue::from_str(value).ok()?);
+    }
+    headers.insert("x-format", accept);
+    let (mut head, ()) = Request::new(()).into_parts();
+    head.headers = headers;
+    address(&mut head, &fallback.speech, "/", &taken.admitted.authority).ok()?;
+    let plan = plan(taken, fallback, Choice::LeastOfTwo, Arc::default());
+    let answered = forward(&plan, head, Body::Empty).await.ok()?;
+    Some(returned(taken, answered, None, None))
+}
+
+/// The backend's answer as the client gets it.
+fn returned(
+    taken: &Taken<'_>,
+    answered: Answered,
+    counted: Option<Counted>,
+    cookie: Option<String>,
+) -> Response<Body> {
+    let settings = &taken.route.route.settings;
+    let (mut head, incoming) = answered.response.into_parts();
+    head.version = Version::HTTP_11;
+    head.extensions.clear();
+    hygiene::strip_hop_by_hop(&mut head.headers);
+    rewrite_fields(settings, &mut head.headers);
+    if let Some(Ok(cookie)) = cookie.map(|cookie| HeaderValue::from_str(&cookie)) {
+        head.headers.append(header::SET_COOKIE, cookie);
+    }
+    let mut held = answered.held;
+    held.counted = counted;
+    Response::from_parts(head, Body::answer(incoming, settings.read_timeout, Box::new(held)))
+}
+
+/// `proxy-redirect-*`, `proxy-cookie-domain`, `proxy-cookie-path`.
+fn rewrite_fields(settings: &Settings, headers: &mut HeaderMap) {
+    if let Some((from, to)) = settings.location.as_ref().filter(|(from, _)| from != "default") {
+        for name in [header::LOCATION, header::REFRESH] {
+            let new = headers.get(&name).and_then(|value| value.to_str().ok()).and_then(|value| {
+                let rest = value.strip_prefix(from.as_str())?;
+                HeaderValue::from_str(&format!("{to}{rest}")).ok()
+            });
+            if let Some(new) = new {
+                headers.insert(name, new);
+            }
+        }
+    }
+    if settings.cookie_domain.is_none() && settings.cookie_path.is_none() {
+        return;
+    }
+    let cookies: Vec<HeaderValue> = headers.get_all(header::SET_COOKIE).iter().cloned().collect();
+    headers.remove(header::SET_COOKIE);
+    for cookie in cookies {
+        let text = cookie.to_str().map(|text| rewritten_cookie(settings, text));
+        let cookie = text.ok().and_then(|text| HeaderValue::from_str(&text).ok()).unwrap_or(cookie);
+        headers.append(header::SET_COOKIE, cookie);
+    }
+}
+
+fn rewritten_cookie(settings: &Settings, text: &str) -> String {
+    let attribute = |attribute: &str| -> String {
+        let Some((name, value)) = attribute.trim().split_once('=') else {
+            return attribute.trim().to_owned();
+        };
+        let pair = match name.to_ascii_lowercase().as_str() {
+            "domain" => settings.cookie_domain.as_ref(),
+            "path" => settings.cookie_path.as_ref(),
+            _ => None,
+        };
+        let new = pair.and_then(|(from, to)| {
+            let rest = value.strip_prefix(from.as_str())?;
+            (name.eq_ignore_ascii_case("path") || rest.is_empty()).then(|| format!("{to}{rest}"))
+        });
+        format!("{name}={}", new.as_deref().unwrap_or(value))
+    };
+    let mut parts = text.split(';');
+    let first = parts.next().unwrap_or_default().trim().to_owned();
+    std::iter::once(first).chain(parts.map(attribute)).collect::<Vec<_>>().join("; ")
+}
+
+/// Both sides agreed on another protocol: bytes go to and fro until one side ends.
+fn tunnel(answered: Answered, client: hyper::upgrade::OnUpgrade, counted: Option<Counted>) -> Response<Body> {
+    let forward::Answered { mut response, held, .. } = answered;
+    let backend = hyper::upgrade::on(&mut response);
+    let (mut head, _) = response.into_parts();
+    head.extensions.clear();
+    let protocol = head.headers.get(header::UPGRADE).cloned();
+    hygiene::strip_hop_by_hop(&mut head.headers);
+    head.headers.remove(header::CONTENT_LENGTH);
+    head.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    if let Some(protocol) = protocol {
+        head.headers.insert(header::UPGRADE, protocol);
+    }
+    tokio::spawn(async move {
+        let _counted = (held, counted);
+        let (Ok(client), Ok(backend)) = tokio::join!(client, backend) else { return };
+        let (mut client, mut backend) = (TokioIo::new(client), TokioIo::new(backend));
+        if let Err(error) = tokio::io::copy_bidirectional(&mut client, &mut backend).await {
+            tracing::debug!(%error, "tunnel");
+        }
+    });
+    Response::from_parts(head, Body::Empty)
+}
+
+/// A status with its name as text.
+pub(super) fn plain(status: StatusCode) -> Response<Body> {
+    let text = format!("{} {}\n", status.as_u16(), status.canonical_reason().unwrap_or_default());
+    let mut response = Response::new(Body::text(text));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+    response
+}
+
+fn empty(status: StatusCode) -> Response<Body> {
+    let mut response = Response::new(Body::Empty);
+    *response.status_mut() = status;
+    response
+}
+
+/// To another URL; where it can stand in no field, 500.
+pub(super) fn redirect(code: u16, url: &str) -> Response<Body> {
+    match (StatusCode::from_u16(code), HeaderValue::from_str(url)) {
+        (Ok(status), Ok(url)) => {
+            let mut response = plain(status);
+            response.headers_mut().insert(header::LOCATION, url);
+            response
+        }
+        _ => plain(StatusCode::INTERNAL_SERVER_ERROR),
+    }
+}

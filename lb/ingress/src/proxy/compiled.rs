@@ -1,0 +1,279 @@
+//! The table of routes made ready for requests: hosts hashed, expressions compiled, endpoints with what is known of them.
+//!
+//! A change makes a new one, which takes the place of the old in one step; requests under way end on the old.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use regex::Regex;
+use rustls::pki_types::ServerName;
+use rustls::server::danger::ClientCertVerifier;
+use weft_model::NamespacedName;
+
+use super::balance::{Directory, Endpoint};
+use super::limits::Clients;
+use super::pool::{Speech, Tls};
+use super::tls::{self, Certificates};
+use crate::annotations::{BackendProtocol, VerifyClient};
+use crate::plan::table::{
+    Action, Backend, BackendKey, Host, PathMatch, Route, RouteMaterials, RouteTable, Server, expression,
+};
+
+/// What outlives a change of routes.
+#[derive(Default)]
+pub(super) struct Standing {
+    pub(super) endpoints: Directory,
+    clients: Mutex<HashMap<NamespacedName, Arc<Clients>>>,
+}
+
+impl Standing {
+    fn clients(&self, ingress: &NamespacedName) -> Arc<Clients> {
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        clients.entry(ingress.clone()).or_default().clone()
+    }
+
+    /// Forgets what no table holds any more.
+    pub(super) fn tidy(&self) {
+        self.endpoints.tidy();
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        clients.retain(|_, known| Arc::strong_count(known) > 1);
+    }
+}
+
+#[derive(Default)]
+pub(super) struct Compiled {
+    exact: HashMap<String, CompiledServer>,
+    /// By what follows the first label.
+    wildcard: HashMap<String, CompiledServer>,
+    any: Option<CompiledServer>,
+    pub(super) addresses: BTreeSet<SocketAddr>,
+}
+
+pub(super) struct CompiledServer {
+    routes: Vec<Arc<CompiledRoute>>,
+    pub(super) redirect_to: Option<String>,
+}
+
+pub(super) struct CompiledRoute {
+    pub(super) route: Arc<Route>,
+    matcher: Matcher,
+    pub(super) upstream: Option<Upstream>,
+    pub(super) canary: Option<(Option<Regex>, Upstream)>,
+    pub(super) fallback: Option<Upstream>,
+    pub(super) clients: Arc<Clients>,
+    pub(super) client_verifier: Option<Arc<dyn ClientCertVerifier>>,
+    /// Why every request gets 503: something that protects the backend is asked for and cannot be done.
+    pub(super) closed: Option<&'static str>,
+}
+
+/// A backend and how it is spoken to.
+#[derive(Clone)]
+pub(super) struct Upstream {
+    pub(super) places: Places,
+    pub(super) speech: Speech,
+}
+
+#[derive(Clone)]
+pub(super) enum Places {
+    Endpoints(Arc<[Arc<Endpoint>]>),
+    /// Resolved when it is asked.
+    Name(String, u16),
+    None,
+}
+
+enum Matcher {
+    Plain(PathMatch),
+    Regex(Regex),
+    /// An expression that cannot be compiled; the planner has told it.
+    Never,
+}
+
+/// A route that takes a request.
+pub(super) enum Found<'a> {
+    Route(&'a Arc<CompiledRoute>),
+    /// The host is another name of this one.
+    OtherName(&'a str),
+}
+
+impl Compiled {
+    /// With the certificates, which listeners look up by themselves.
+    pub(super) fn new(table: &RouteTable, standing: &Standing) -> (Self, Certificates) {
+        let places: BTreeMap<&BackendKey, Places> =
+            table.backends.iter().map(|(key, backend)| (key, places(backend, standing))).collect();
+        let mut compiled = Self::default();
+        let mut mutual = BTreeSet::new();
+        for (host, server) in &table.hosts {
+            let ready = server_of(server, &places, standing);
+            if ready.routes.iter().any(|route| asks_for_certificate(&route.route)) {
+                mutual.insert(host.to_string());
+            }
+            match host {
+                Host::Exact(name) => drop(compiled.exact.insert(name.clone(), ready)),
+                Host::Wildcard(rest) => drop(compiled.wildcard.insert(rest.clone(), ready)),
+                Host::Any => compiled.any = Some(ready),
+            }
+        }
+        for backend in table.backends.values() {
+            if let Backend::Endpoints(targets) = &**backend {
+                compiled.addresses.extend(targets.iter().map(|target| target.address));
+            }
+        }
+        let certificates =
+            Certificates::new(table.certificates.iter(), table.default_certificate.as_ref(), mutual);
+        (compiled, certificates)
+    }
+
+    /// The host's own rules, else a wildcard's; where none of their paths is meant, the rules for every host.
+    pub(super) fn find(&self, host: &str, path: &str) -> Option<Found<'_>> {
+        let wildcard = || host.split_once('.').and_then(|(_, rest)| self.wildcard.get(rest));
+        let named = self.exact.get(host).or_else(wildcard);
+        if let Some(other) = named.and_then(|server| server.redirect_to.as_deref()) {
+            return Some(Found::OtherName(other));
+        }
+        let mut servers = named.into_iter().chain(&self.any);
+        servers.find_map(|server| server.routes.iter().find(|route| route.matches(path))).map(Found::Route)
+    }
+}
+
+impl CompiledRoute {
+    fn matches(&self, path: &str) -> bool {
+        match &self.matcher {
+            Matcher::Plain(plain) => plain.matches(path),
+            Matcher::Regex(expression) => expression.is_match(path),
+            Matcher::Never => false,
+        }
+    }
+
+    /// `rewrite-target` with the captures of the path's expression.
+    pub(super) fn rewritten(&self, path: &str) -> Option<String> {
+        let target = self.route.settings.rewrite_target.as_deref()?;
+        let captures = match &self.matcher {
+            Matcher::Regex(expression) => expression.captures(path),
+            _ => None,
+        };
+        let mut text = String::with_capacity(target.len());
+        let mut rest = target.chars().peekable();
+        while let Some(letter) = rest.next() {
+            match rest.peek().and_then(|digit| digit.to_digit(10)) {
+                Some(number) if letter == '$' => {
+                    rest.next();
+                    let group = captures.as_ref().and_then(|found| found.get(number as usize));
+                    text.push_str(group.map_or("", |group| group.as_str()));
+                }
+                _ => text.push(letter),
+            }
+        }
+        if !text.starts_with('/') {
+            text.insert(0, '/');
+        }
+        Some(text)
+    }
+}
+
+fn asks_for_certificate(route: &Route) -> bool {
+    route.settings.client_tls.as_ref().is_some_and(|tls| tls.verify != VerifyClient::Off)
+}
+
+fn places(backend: &Backend, standing: &Standing) -> Places {
+    match backend {
+        Backend::Endpoints(targets) if targets.is_empty() => Places::None,
+        Backend::Endpoints(targets) => Places::Endpoints(standing.endpoints.of(targets).into()),
+        Backend::Name(name, port) => Places::Name(name.clone(), *port),
+        Backend::Missing(_) => Places::None,
+    }
+}
+
+fn server_of(server: &Server, places: &BTreeMap<&BackendKey, Places>, standing: &Standing) -> CompiledServer {
+    let routes = server.routes.iter().map(|route| Arc::new(route_of(route, places, standing))).collect();
+    CompiledServer { routes, redirect_to: server.redirect_to.clone() }
+}
+
+fn route_of(
+    route: &Arc<Route>,
+    places: &BTreeMap<&BackendKey, Places>,
+    standing: &Standing,
+) -> CompiledRoute {
+    let settings = &route.settings;
+    let mut closed = unable(route);
+    let speech = speech(route).unwrap_or_else(|_| {
+        closed = Some("the TLS of its backends cannot be set up");
+        Speech { http2: false, tls: None }
+    });
+    let upstream = |key: &BackendKey, speech: &Speech| Upstream {
+        places: places.get(key).cloned().unwrap_or(Places::None),
+        speech: speech.clone(),
+    };
+    let canary = route.canary.as_ref().map(|canary| {
+        let pattern = canary.rule.header_pattern.as_ref().map(|pattern| Regex::new(pattern));
+        (pattern.and_then(Result::ok), upstream(&canary.backend, &speech))
+    });
+    let client_verifier = verifier(&route.materials);
+    if asks_for_certificate(route) && client_verifier.is_none() && !accepts_any(route) {
+        closed = Some("the authorities of client certificates cannot be used");
+    }
+    CompiledRoute {
+        matcher: match &route.matcher {
+            PathMatch::Regex(text) => expression(text).map_or(Matcher::Never, Matcher::Regex),
+            plain => Matcher::Plain(plain.clone()),
+        },
+        upstream: match &route.action {
+            Action::Forward(key) => Some(upstream(key, &speech)),
+            _ => None,
+        },
+        canary,
+        fallback: route.fallback.as_ref().map(|key| upstream(key, &Speech { http2: false, tls: None })),
+        clients: standing.clients(&route.origin.ingress),
+        client_verifier,
+        closed: if settings.closed { Some("what protects it cannot be honoured") } else { closed },
+        route: route.clone(),
+    }
+}
+
+fn accepts_any(route: &Route) -> bool {
+    route.settings.client_tls.as_ref().is_some_and(|tls| tls.verify == VerifyClient::OptionalNoCa)
+}
+
+fn verifier(materials: &RouteMaterials) -> Option<Arc<dyn ClientCertVerifier>> {
+    tls::client_verifier(&materials.client_authorities.as_ref()?.0).ok()
+}
+
+/// What protects a backend and is not done by this proxy.
+fn unable(route: &Route) -> Option<&'static str> {
+    let client_tls = route.settings.client_tls.as_ref();
+    if route.settings.ssl_passthrough {
+        return Some("ssl-passthrough is not supported");
+    }
+    client_tls.and_then(|tls| tls.match_cn.as_ref()).map(|_| "auth-tls-match-cn is not supported")
+}
+
+fn speech(route: &Route) -> Result<Speech, tls::TlsError> {
+    let (http2, secure) = match route.settings.backend_protocol {
+        BackendProtocol::Http => (false, false),
+        BackendProtocol::Https => (false, true),
+        BackendProtocol::Grpc => (true, false),
+        BackendProtocol::Grpcs => (true, true),
+    };
+    if !secure {
+        return Ok(Speech { http2, tls: None });
+    }
+    let wanted = &route.settings.upstream_tls;
+    let authorities =
+        wanted.verify.then(|| route.materials.upstream_authorities.as_ref().map(|pem| pem.0.as_slice()));
+    let authorities = match authorities {
+        Some(None) => return Err(tls::TlsError::Authorities),
+        Some(found) => found,
+        None => None,
+    };
+    let mut config = tls::client_config(authorities, route.materials.upstream_certificate.as_ref(), http2)?;
+    if !wanted.send_name {
+        Arc::make_mut(&mut config).enable_sni = false;
+    }
+    let service = match &route.action {
+        Action::Forward(key) => format!("{}.{}.svc", key.service.name, key.service.namespace),
+        _ => String::from("backend"),
+    };
+    let name = wanted.name.clone().unwrap_or(service);
+    let name = ServerName::try_from(name).map_err(|_| tls::TlsError::Authorities)?;
+    Ok(Speech { http2, tls: Some(Tls { config, name }) })
+}

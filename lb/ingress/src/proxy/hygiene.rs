@@ -1,0 +1,289 @@
+//! What a request must be before it is looked at, and what it must lose before it goes on (RFC 9110, RFC 9112). Pure.
+//!
+//! hyper has parsed the head: obs-fold, NUL, bare LF in chunk lines and wrong lengths never come here. What it leaves to
+//! a proxy is here: one Host, a target that agrees with it, one framing, hop-by-hop fields, who the client is.
+
+use std::net::IpAddr;
+
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::{Method, StatusCode, Uri, Version};
+
+/// Why a request is refused before any route is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Refusal {
+    #[error("Host is missing or stands there more than once (RFC 9112 3.2)")]
+    Host,
+    #[error("Host and the target's authority differ (RFC 9112 3.2.2)")]
+    Authority,
+    #[error("Content-Length and Transfer-Encoding together (RFC 9112 6.1)")]
+    Framing,
+    #[error("the path holds NUL, a broken escape, or leaves the root")]
+    Path,
+    #[error("CONNECT is not for this server")]
+    Connect,
+}
+
+impl Refusal {
+    pub(super) fn status(self) -> StatusCode {
+        match self {
+            Self::Connect => StatusCode::METHOD_NOT_ALLOWED,
+            _ => StatusCode::BAD_REQUEST,
+        }
+    }
+}
+
+/// What routes look at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Admitted {
+    /// Lower case, without port and final dot.
+    pub(super) host: String,
+    /// Host with its port, as the client wrote it.
+    pub(super) authority: String,
+    /// Unescaped and normalised.
+    pub(super) path: String,
+}
+
+/// # Errors
+/// Why the request gets 400 or 405.
+pub(super) fn admit(
+    method: &Method,
+    uri: &Uri,
+    version: Version,
+    headers: &HeaderMap,
+) -> Result<Admitted, Refusal> {
+    if method == Method::CONNECT {
+        return Err(Refusal::Connect);
+    }
+    let one_length = headers.get_all(header::CONTENT_LENGTH).iter().count() <= 1;
+    if !one_length
+        || (headers.contains_key(header::CONTENT_LENGTH) && headers.contains_key(header::TRANSFER_ENCODING))
+    {
+        return Err(Refusal::Framing);
+    }
+    let authority = authority(uri, version, headers)?;
+    let host = bare_host(&authority).ok_or(Refusal::Host)?;
+    let path = path(uri.path()).ok_or(Refusal::Path)?;
+    Ok(Admitted { host, authority, path })
+}
+
+fn authority(uri: &Uri, version: Version, headers: &HeaderMap) -> Result<String, Refusal> {
+    let mut hosts = headers.get_all(header::HOST).iter();
+    let (first, second) = (hosts.next(), hosts.next());
+    if second.is_some() {
+        return Err(Refusal::Host);
+    }
+    let first = first.map(|host| host.to_str().map_err(|_| Refusal::Host)).transpose()?;
+    match (uri.authority(), first) {
+        (Some(target), Some(host)) if !target.as_str().eq_ignore_ascii_case(host) => Err(Refusal::Authority),
+        (Some(target), None) if version == Version::HTTP_11 => {
+            let _ = target;
+            Err(Refusal::Host)
+        }
+        (Some(target), _) => Ok(target.as_str().to_owned()),
+        (None, Some(host)) => Ok(host.to_owned()),
+        (None, None) => Err(Refusal::Host),
+    }
+}
+
+/// `None` for what can be no host: userinfo, spaces, an empty name, a port that is no number.
+fn bare_host(authority: &str) -> Option<String> {
+    let (host, port) = match authority.strip_prefix('[') {
+        Some(rest) => {
+            let (inner, after) = rest.split_once(']')?;
+            inner.parse::<std::net::Ipv6Addr>().ok()?;
+            (inner, after.strip_prefix(':').or(after.is_empty().then_some(""))?)
+        }
+        None => authority.split_once(':').unwrap_or((authority, "")),
+    };
+    let legal = |b: u8| b.is_ascii_alphanumeric() || b"-._~:".contains(&b);
+    let good = !host.is_empty() && host.bytes().all(legal) && port.bytes().all(|b| b.is_ascii_digit());
+    good.then(|| host.trim_end_matches('.').to_ascii_lowercase())
+}
+
+/// Unescaped, without empty and `.` elements, `..` resolved; `None` for NUL, broken escapes and what leaves the root.
+pub(super) fn path(raw: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(raw.len());
+    let mut rest = raw.bytes();
+    while let Some(byte) = rest.next() {
+        let byte = match byte {
+            b'%' => hex(rest.next()?)? * 16 + hex(rest.next()?)?,
+            other => other,
+        };
+        if byte == 0 {
+            return None;
+        }
+        bytes.push(byte);
+    }
+    let text = String::from_utf8_lossy(&bytes);
+    let mut depth = 0_i32;
+    for element in text.split('/') {
+        depth += match element {
+            "" | "." => 0,
+            ".." => -1,
+            _ => 1,
+        };
+        if depth < 0 {
+            return None;
+        }
+    }
+    Some(crate::explain::normalised(&text))
+}
+
+fn hex(digit: u8) -> Option<u8> {
+    char::from(digit).to_digit(16).and_then(|value| u8::try_from(value).ok())
+}
+
+/// Fields that are between two neighbours only, whether or not Connection names them (RFC 9110 7.6.1).
+const HOP_BY_HOP: [&str; 7] = [
+    "connection",
+    "keep-alive",
+    "proxy-connection",
+    "te",
+    "transfer-encoding",
+    "upgrade",
+    "proxy-authenticate",
+];
+
+/// Names that Connection must not take away: the framing and what says where a message goes.
+const KEPT: [&str; 3] = ["content-length", "host", "authorization"];
+
+/// Takes every hop-by-hop field away; returns the protocol that Upgrade asked for, when Connection says so.
+pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) -> Option<HeaderValue> {
+    let named: Vec<HeaderName> = headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|name| name.trim().parse().ok())
+        .collect();
+    let upgrade = named.contains(&header::UPGRADE).then(|| headers.get(header::UPGRADE).cloned()).flatten();
+    let trailers =
+        headers.get_all(header::TE).iter().any(|value| value.as_bytes().eq_ignore_ascii_case(b"trailers"));
+    for name in named
+        .iter()
+        .filter(|name| !KEPT.contains(&name.as_str()) && !name.as_str().starts_with("x-forwarded-"))
+    {
+        headers.remove(name);
+    }
+    for name in HOP_BY_HOP {
+        headers.remove(name);
+    }
+    if trailers {
+        headers.insert(header::TE, HeaderValue::from_static("trailers"));
+    }
+    upgrade
+}
+
+/// Tells the backend who asked and how. What the client said of itself is replaced: nobody in front of it is trusted.
+pub(super) fn forwarded(
+    headers: &mut HeaderMap,
+    client: IpAddr,
+    admitted: &Admitted,
+    https: bool,
+    port: u16,
+) {
+    headers.remove("forwarded");
+    headers.remove("x-original-forwarded-for");
+    headers.remove("proxy");
+    let scheme = if https { "https" } else { "http" };
+    let mut set = |name: &'static str, value: &str| {
+        if let Ok(value) = HeaderValue::from_str(value) {
+            headers.insert(name, value);
+        }
+    };
+    let client = client.to_canonical().to_string();
+    set("x-real-ip", &client);
+    set("x-forwarded-for", &client);
+    set("x-forwarded-host", &admitted.authority);
+    set("x-forwarded-port", &port.to_string());
+    set("x-forwarded-proto", scheme);
+    set("x-forwarded-scheme", scheme);
+    set("x-scheme", scheme);
+}
+
+/// Whether a request may be sent twice (RFC 9110 9.2.2).
+pub(super) fn is_idempotent(method: &Method) -> bool {
+    method.is_idempotent()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map(list: &[(&'static str, &'static str)]) -> HeaderMap {
+        let mut map = HeaderMap::new();
+        for (name, value) in list {
+            map.append(*name, HeaderValue::from_static(value));
+        }
+        map
+    }
+
+    fn asked(uri: &'static str, list: &[(&'static str, &'static str)]) -> Result<Admitted, Refusal> {
+        admit(&Method::GET, &Uri::from_static(uri), Version::HTTP_11, &map(list))
+    }
+
+    #[test]
+    fn a_request_names_one_host() {
+        assert_eq!(asked("/", &[("host", "Shop.Example.com.:80")]).unwrap().host, "shop.example.com");
+        assert_eq!(asked("/", &[("host", "[fd00::1]:80")]).unwrap().host, "fd00::1");
+        assert_eq!(asked("/", &[]), Err(Refusal::Host));
+        assert_eq!(asked("/", &[("host", "a"), ("host", "b")]), Err(Refusal::Host));
+        assert_eq!(asked("/", &[("host", "a b")]), Err(Refusal::Host));
+        assert_eq!(asked("/", &[("host", "user@a")]), Err(Refusal::Host));
+        assert_eq!(asked("http://a/", &[("host", "b")]), Err(Refusal::Authority));
+        assert_eq!(asked("http://a/", &[("host", "a")]).unwrap().host, "a");
+    }
+
+    #[test]
+    fn two_framings_are_none() {
+        let both = [("host", "a"), ("content-length", "3"), ("transfer-encoding", "chunked")];
+        assert_eq!(asked("/", &both), Err(Refusal::Framing));
+        assert_eq!(
+            asked("/", &[("host", "a"), ("content-length", "3"), ("content-length", "3")]),
+            Err(Refusal::Framing)
+        );
+    }
+
+    #[test]
+    fn routes_see_the_path_that_backends_will_make_of_it() {
+        assert_eq!(path("/a/%2e%2e/b").as_deref(), Some("/b"));
+        assert_eq!(path("/public/..%2fadmin").as_deref(), Some("/admin"));
+        assert_eq!(path("//a///b/./c/").as_deref(), Some("/a/b/c/"));
+        assert_eq!(path("/../etc"), None);
+        assert_eq!(path("/a%00"), None);
+        assert_eq!(path("/a%zz"), None);
+        assert_eq!(path("/a%4"), None);
+    }
+
+    #[test]
+    fn what_is_between_neighbours_goes_no_further() {
+        let mut headers = map(&[
+            ("connection", "X-A, close, Content-Length"),
+            ("x-a", "1"),
+            ("keep-alive", "5"),
+            ("te", "trailers"),
+            ("content-length", "3"),
+            ("x-b", "2"),
+        ]);
+        assert_eq!(strip_hop_by_hop(&mut headers), None);
+        assert_eq!(
+            headers,
+            map(&[("content-length", "3"), ("x-b", "2"), ("te", "trailers")]),
+            "the length stays: it frames the body"
+        );
+        let mut upgrade = map(&[("connection", "Upgrade"), ("upgrade", "websocket")]);
+        assert_eq!(strip_hop_by_hop(&mut upgrade), Some(HeaderValue::from_static("websocket")));
+        assert!(upgrade.is_empty());
+    }
+
+    #[test]
+    fn what_clients_say_of_themselves_is_replaced() {
+        let mut headers =
+            map(&[("x-forwarded-for", "1.2.3.4"), ("forwarded", "for=1.2.3.4"), ("proxy", "x")]);
+        let admitted = Admitted { host: "a".into(), authority: "a:80".into(), path: "/".into() };
+        forwarded(&mut headers, "::ffff:10.0.0.9".parse().unwrap(), &admitted, true, 443);
+        assert_eq!(headers.get("x-forwarded-for").unwrap(), "10.0.0.9");
+        assert_eq!(headers.get("x-forwarded-proto").unwrap(), "https");
+        assert!(headers.get("forwarded").is_none() && headers.get("proxy").is_none());
+    }
+}

@@ -1,0 +1,88 @@
+//! The proxy: from a client's connection to a backend's answer.
+//!
+//! ```text
+//!  RouteTable --compiled--> match table, certificates (swapped in one step)
+//!  listen (TLS by SNI, HTTP/1.1, HTTP/2) --answer--> hygiene -> route -> early answers -> limits -> access, authenticate
+//!      -> select (canary, affinity) -> forward: balance -> pool -> backend; its answer streams back
+//! ```
+//!
+//! Threads share the table and what is known of endpoints and clients; each has its own listeners and connections to backends.
+//! Nothing here knows of Kubernetes: flows go on while the agent is dead.
+
+mod access;
+mod answer;
+mod authenticate;
+mod balance;
+mod body;
+mod compiled;
+mod forward;
+mod htpasswd;
+mod hygiene;
+mod limits;
+pub mod listen;
+mod pool;
+pub mod process;
+mod select;
+mod tls;
+mod variables;
+
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+
+use crate::plan::table::RouteTable;
+use compiled::{Compiled, Standing};
+use pool::Pool;
+use tls::{Certificates, ServerConfigs};
+
+pub use tls::TlsError;
+
+/// What all threads share.
+pub struct Proxy {
+    compiled: ArcSwap<Compiled>,
+    certificates: Arc<ArcSwap<Certificates>>,
+    standing: Standing,
+    tls: ServerConfigs,
+}
+
+/// One thread's share.
+pub struct Worker {
+    proxy: Arc<Proxy>,
+    pool: Arc<Pool>,
+}
+
+impl Proxy {
+    /// With no route: every request gets 404.
+    ///
+    /// # Errors
+    /// TLS cannot be set up.
+    pub fn new() -> Result<Arc<Self>, TlsError> {
+        let certificates: Arc<ArcSwap<Certificates>> = Arc::default();
+        let tls = ServerConfigs::new(&certificates)?;
+        Ok(Arc::new(Self { compiled: ArcSwap::default(), certificates, standing: Standing::default(), tls }))
+    }
+
+    /// Takes another table in one step: requests under way end on the one before.
+    pub fn apply(&self, table: &RouteTable) {
+        let (compiled, certificates) = Compiled::new(table, &self.standing);
+        // A host's certificate is there before its routes are.
+        self.certificates.store(Arc::new(certificates));
+        self.compiled.store(Arc::new(compiled));
+        self.standing.tidy();
+    }
+
+    pub fn worker(self: &Arc<Self>) -> Arc<Worker> {
+        Arc::new(Worker { proxy: self.clone(), pool: Arc::default() })
+    }
+}
+
+impl Worker {
+    /// Closes connections to endpoints that no route leads to any more; for once in a while.
+    pub fn tidy(&self) {
+        let compiled = self.proxy.compiled.load();
+        self.pool.tidy(|address| compiled.addresses.contains(&address));
+    }
+}

@@ -1,0 +1,209 @@
+//! Connections to backends: HTTP/1.1 ones are kept when an answer was read whole, an HTTP/2 one is shared.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::client::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+
+use super::body::Body;
+
+/// Idle connections kept to one endpoint (`upstream-keepalive-connections` is 320 for all).
+const MAX_IDLE: usize = 64;
+
+#[derive(Debug, thiserror::Error)]
+pub(super) enum UpstreamError {
+    #[error("no connection within {0:?}")]
+    ConnectTimeout(Duration),
+    #[error("connect")]
+    Connect(#[source] std::io::Error),
+    #[error("handshake")]
+    Handshake(#[source] hyper::Error),
+}
+
+/// How a backend is spoken to; part of what tells pooled connections apart.
+#[derive(Clone)]
+pub(super) struct Speech {
+    pub(super) http2: bool,
+    pub(super) tls: Option<Tls>,
+}
+
+#[derive(Clone)]
+pub(super) struct Tls {
+    pub(super) config: Arc<ClientConfig>,
+    pub(super) name: ServerName<'static>,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Key {
+    address: SocketAddr,
+    http2: bool,
+    /// Identity of the TLS configuration, which lives as long as its key is in the pool.
+    tls: Option<(usize, String)>,
+}
+
+impl Key {
+    fn new(address: SocketAddr, speech: &Speech) -> Self {
+        let tls = speech
+            .tls
+            .as_ref()
+            .map(|tls| (Arc::as_ptr(&tls.config) as usize, tls.name.to_str().into_owned()));
+        Self { address, http2: speech.http2, tls }
+    }
+}
+
+#[derive(Default)]
+pub(super) struct Pool {
+    idle: Mutex<HashMap<Key, Vec<Idle>>>,
+    shared: Mutex<HashMap<Key, (http2::SendRequest<Body>, Speech)>>,
+}
+
+struct Idle {
+    sender: http1::SendRequest<Body>,
+    /// Keeps the identity in the key from being given to another configuration.
+    _speech: Speech,
+}
+
+/// A connection that takes one request.
+pub(super) enum Connection {
+    One(http1::SendRequest<Body>),
+    Shared(http2::SendRequest<Body>),
+}
+
+impl Connection {
+    /// # Errors
+    /// The failure, and the request when nothing of it was sent.
+    pub(super) async fn send(
+        &mut self,
+        request: Request<Body>,
+    ) -> Result<Response<Incoming>, (hyper::Error, Option<Request<Body>>)> {
+        let sent = match self {
+            Self::One(sender) => sender.try_send_request(request).await,
+            Self::Shared(sender) => sender.try_send_request(request).await,
+        };
+        sent.map_err(|mut failed| {
+            let message = failed.take_message();
+            (failed.into_error(), message)
+        })
+    }
+}
+
+impl Pool {
+    /// One that is idle, and whether it was; otherwise a new one.
+    ///
+    /// # Errors
+    /// Nobody answers there, in time.
+    pub(super) async fn connection(
+        &self,
+        address: SocketAddr,
+        speech: &Speech,
+        patience: Duration,
+    ) -> Result<(Connection, bool), UpstreamError> {
+        if speech.http2 {
+            if let Some(sender) = self.share(address, speech) {
+                return Ok((Connection::Shared(sender), true));
+            }
+        } else {
+            while let Some(mut sender) = self.take(address, speech) {
+                if sender.ready().await.is_ok() {
+                    return Ok((Connection::One(sender), true));
+                }
+            }
+        }
+        match tokio::time::timeout(patience, connect(address, speech)).await {
+            Ok(connected) => {
+                let connection = connected?;
+                if let Connection::Shared(sender) = &connection {
+                    let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+                    shared.insert(Key::new(address, speech), (sender.clone(), speech.clone()));
+                }
+                Ok((connection, false))
+            }
+            Err(_) => Err(UpstreamError::ConnectTimeout(patience)),
+        }
+    }
+
+    fn take(&self, address: SocketAddr, speech: &Speech) -> Option<http1::SendRequest<Body>> {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let list = idle.get_mut(&Key::new(address, speech))?;
+        std::iter::from_fn(|| list.pop()).map(|idle| idle.sender).find(|sender| !sender.is_closed())
+    }
+
+    fn share(&self, address: SocketAddr, speech: &Speech) -> Option<http2::SendRequest<Body>> {
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = Key::new(address, speech);
+        let (sender, _) = shared.get(&key)?;
+        if sender.is_closed() {
+            shared.remove(&key);
+            return None;
+        }
+        Some(sender.clone())
+    }
+
+    /// Takes a connection back whose answer was read whole.
+    pub(super) fn keep(&self, address: SocketAddr, speech: &Speech, connection: Connection) {
+        let Connection::One(sender) = connection else { return };
+        if sender.is_closed() {
+            return;
+        }
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let list = idle.entry(Key::new(address, speech)).or_default();
+        list.retain(|idle| !idle.sender.is_closed());
+        if list.len() < MAX_IDLE {
+            list.push(Idle { sender, _speech: speech.clone() });
+        }
+    }
+
+    /// Closes what is kept to endpoints that no route has any more.
+    pub(super) fn tidy(&self, is_used: impl Fn(SocketAddr) -> bool) {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        idle.retain(|key, list| {
+            list.retain(|idle| !idle.sender.is_closed());
+            !list.is_empty() && is_used(key.address)
+        });
+        drop(idle);
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        shared.retain(|key, (sender, _)| !sender.is_closed() && is_used(key.address));
+    }
+}
+
+async fn connect(address: SocketAddr, speech: &Speech) -> Result<Connection, UpstreamError> {
+    let stream = TcpStream::connect(address).await.map_err(UpstreamError::Connect)?;
+    stream.set_nodelay(true).map_err(UpstreamError::Connect)?;
+    match &speech.tls {
+        None => handshake(stream, speech.http2).await,
+        Some(tls) => {
+            let connector = TlsConnector::from(tls.config.clone());
+            let stream = connector.connect(tls.name.clone(), stream).await.map_err(UpstreamError::Connect)?;
+            handshake(stream, speech.http2).await
+        }
+    }
+}
+
+async fn handshake<S>(stream: S, http2: bool) -> Result<Connection, UpstreamError>
+where
+    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+{
+    let stream = TokioIo::new(stream);
+    if http2 {
+        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .handshake(stream)
+            .await
+            .map_err(UpstreamError::Handshake)?;
+        tokio::spawn(connection);
+        return Ok(Connection::Shared(sender));
+    }
+    let (sender, connection) =
+        http1::Builder::new().handshake(stream).await.map_err(UpstreamError::Handshake)?;
+    tokio::spawn(connection.with_upgrades());
+    Ok(Connection::One(sender))
+}

@@ -1,0 +1,268 @@
+//! TLS on both sides: the certificate by SNI from the table of the moment, client certificates of hosts that ask for them,
+//! and how backends are verified.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{ClientHello, ResolvesServerCert, WebPkiClientVerifier};
+use rustls::sign::CertifiedKey;
+use rustls::{
+    ClientConfig, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, SignatureScheme,
+};
+
+use crate::plan::table::Certificate;
+
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    #[error("certificate or key of {0} cannot be used")]
+    Certificate(String),
+    #[error("no authority can be read")]
+    Authorities,
+    #[error("TLS configuration")]
+    Rustls(#[from] rustls::Error),
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::ring::default_provider())
+}
+
+/// Certificates by the name that clients ask for.
+#[derive(Default, Debug)]
+pub(super) struct Certificates {
+    by_name: HashMap<String, Arc<CertifiedKey>>,
+    default: Option<Arc<CertifiedKey>>,
+    /// Hosts that ask for a certificate of the client.
+    pub(super) mutual: BTreeSet<String>,
+}
+
+impl Certificates {
+    /// What cannot be used is left out: the planner has told it.
+    pub(super) fn new<'a>(
+        by_name: impl Iterator<Item = (&'a String, &'a Certificate)>,
+        default: Option<&Certificate>,
+        mutual: BTreeSet<String>,
+    ) -> Self {
+        let mut parsed: HashMap<_, Arc<CertifiedKey>> = HashMap::new();
+        let mut key = |certificate: &Certificate| {
+            if let Some(known) = parsed.get(&certificate.secret) {
+                return Some(known.clone());
+            }
+            let made = Arc::new(certified(certificate).ok()?);
+            parsed.insert(certificate.secret.clone(), made.clone());
+            Some(made)
+        };
+        let default = default.and_then(&mut key);
+        let by_name = by_name.filter_map(|(name, one)| Some((name.clone(), key(one)?))).collect();
+        Self { by_name, default, mutual }
+    }
+
+    fn of(&self, name: Option<&str>) -> Option<Arc<CertifiedKey>> {
+        let found = name.and_then(|name| {
+            let name = name.trim_end_matches('.').to_ascii_lowercase();
+            let wildcard = || {
+                let (_, rest) = name.split_once('.')?;
+                self.by_name.get(&format!("*.{rest}"))
+            };
+            self.by_name.get(&name).or_else(wildcard)
+        });
+        found.or(self.default.as_ref()).cloned()
+    }
+
+    /// Whether a client that asks for this name is to show a certificate.
+    pub(super) fn is_mutual(&self, name: Option<&str>) -> bool {
+        name.is_some_and(|name| {
+            let name = name.trim_end_matches('.').to_ascii_lowercase();
+            let wildcard = name.split_once('.').map(|(_, rest)| format!("*.{rest}"));
+            self.mutual.contains(&name) || wildcard.is_some_and(|name| self.mutual.contains(&name))
+        })
+    }
+}
+
+fn certified(certificate: &Certificate) -> Result<CertifiedKey, TlsError> {
+    let failed = || TlsError::Certificate(certificate.secret.to_string());
+    let chain = chain(&certificate.chain_pem.0).ok_or_else(failed)?;
+    let key = PrivateKeyDer::from_pem_slice(&certificate.key_pem.0).map_err(|_| failed())?;
+    Ok(CertifiedKey::from_der(chain, key, &provider())?)
+}
+
+fn chain(pem: &[u8]) -> Option<Vec<CertificateDer<'static>>> {
+    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
+    chain.ok().filter(|chain| !chain.is_empty())
+}
+
+/// Looks in the table of the moment, so that a renewed certificate is shown to the next client.
+#[derive(Debug)]
+struct Resolver(Arc<ArcSwap<Certificates>>);
+
+impl ResolvesServerCert for Resolver {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        self.0.load().of(hello.server_name())
+    }
+}
+
+/// Both configurations of the listeners: without and with a question for the client's certificate.
+pub(super) struct ServerConfigs {
+    pub(super) plain: Arc<ServerConfig>,
+    pub(super) mutual: Arc<ServerConfig>,
+}
+
+impl ServerConfigs {
+    /// TLS 1.2 and 1.3 with rustls's suites. Tickets are sealed with keys of this process that change by themselves.
+    ///
+    /// # Errors
+    /// The provider lacks what is asked of it.
+    pub(super) fn new(certificates: &Arc<ArcSwap<Certificates>>) -> Result<Self, TlsError> {
+        let ticketer = rustls::crypto::ring::Ticketer::new()?;
+        let make = |asks: bool| -> Result<Arc<ServerConfig>, TlsError> {
+            let builder =
+                ServerConfig::builder_with_provider(provider()).with_safe_default_protocol_versions()?;
+            let builder = if asks {
+                builder.with_client_cert_verifier(Arc::new(Asking(provider())))
+            } else {
+                builder.with_no_client_auth()
+            };
+            let mut config = builder.with_cert_resolver(Arc::new(Resolver(certificates.clone())));
+            config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+            if !asks {
+                config.ticketer = ticketer.clone();
+            }
+            Ok(Arc::new(config))
+        };
+        Ok(Self { plain: make(false)?, mutual: make(true)? })
+    }
+}
+
+/// Asks for a certificate and proves that the client has its key; whether it is trusted is decided for each route, as nginx does.
+#[derive(Debug)]
+struct Asking(Arc<CryptoProvider>);
+
+impl ClientCertVerifier for Asking {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn client_auth_mandatory(&self) -> bool {
+        false
+    }
+
+    fn verify_client_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// Verifies clients of one route against its authorities.
+///
+/// # Errors
+/// There is no authority in the PEM.
+pub(super) fn client_verifier(authorities_pem: &[u8]) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
+    let roots = roots(authorities_pem)?;
+    let built = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider()).build();
+    built.map_err(|_| TlsError::Authorities)
+}
+
+fn roots(pem: &[u8]) -> Result<RootCertStore, TlsError> {
+    let mut store = RootCertStore::empty();
+    for certificate in chain(pem).ok_or(TlsError::Authorities)? {
+        store.add(certificate)?;
+    }
+    Ok(store)
+}
+
+/// How a backend is spoken to over TLS: verified against `authorities_pem`, or whoever it is (nginx's default).
+///
+/// # Errors
+/// Certificates that cannot be used.
+pub(super) fn client_config(
+    authorities_pem: Option<&[u8]>,
+    identity: Option<&Certificate>,
+    http2: bool,
+) -> Result<Arc<ClientConfig>, TlsError> {
+    let builder = ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions()?;
+    let builder = match authorities_pem {
+        Some(pem) => builder.with_root_certificates(roots(pem)?),
+        None => builder.dangerous().with_custom_certificate_verifier(Arc::new(Whoever(provider()))),
+    };
+    let mut config = match identity {
+        None => builder.with_no_client_auth(),
+        Some(identity) => {
+            let failed = || TlsError::Certificate(identity.secret.to_string());
+            let chain = chain(&identity.chain_pem.0).ok_or_else(failed)?;
+            let key = PrivateKeyDer::from_pem_slice(&identity.key_pem.0).map_err(|_| failed())?;
+            builder.with_client_auth_cert(chain, key)?
+        }
+    };
+    config.alpn_protocols = vec![if http2 { b"h2".to_vec() } else { b"http/1.1".to_vec() }];
+    Ok(Arc::new(config))
+}
+
+/// `proxy-ssl-verify: off`.
+#[derive(Debug)]
+struct Whoever(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for Whoever {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
