@@ -157,8 +157,9 @@ impl Resolver {
             return None;
         }
         let (bare, refused) = bare_refusal(&bytes);
-        let readable = has_one_question(&bytes).then(|| Request::from_bytes(bytes, client, protocol).ok());
-        let Some(request) = readable.flatten() else {
+        let readable = has_one_question(&bytes) && has_plain_name(&bytes);
+        let request = readable.then(|| Request::from_bytes(bytes, client, protocol).ok());
+        let Some(request) = request.flatten() else {
             self.stats.count_refused(refused);
             self.stats.count_response(refused.code());
             return Some(bare.into());
@@ -394,6 +395,21 @@ pub(crate) fn undeserving(bytes: &[u8], client: SocketAddr) -> Option<Dropped> {
 /// is nothing to answer. The others would only be read to be repeated.
 fn has_one_question(bytes: &[u8]) -> bool {
     matches!(bytes, [_, _, _, _, 0, 1, ..])
+}
+
+/// The question's name has no pointer: before it stands only the header, which is no name, and which is another in the answer
+/// (RFC 1035 section 4.1.4: "a prior occurance of the same name").
+fn has_plain_name(bytes: &[u8]) -> bool {
+    const POINTER: u8 = 0b1100_0000;
+    let mut at = HEADER_BYTES;
+    while let Some(&length) = bytes.get(at) {
+        match length {
+            0 => return true,
+            _ if length & POINTER != 0 => return false,
+            _ => at += 1 + usize::from(length),
+        }
+    }
+    false
 }
 
 /// The answer to a message of which only the header can be read or matters: FORMERR, or NOTIMP for another operation than
