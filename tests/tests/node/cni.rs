@@ -57,7 +57,7 @@ fn the_node_says_whose_an_address_is() {
         let [v4, v6] = <[String; 2]>::try_from(addresses(&node.add_pod("pod1"))).unwrap();
         let ipam = |args: &[&str]| run(node.weft("ipam").args(args).arg("--run-dir").arg(node.path("run")));
         let shown = ipam(&["show"]);
-        assert!(shown.starts_with("10.244.0.0/24: 1 used, 0 resting, 252 free\n"), "{shown}");
+        assert!(shown.starts_with("10.244.0.0/24: 1 used, 0 resting, 251 free\n"), "{shown}");
         let line = shown.lines().find(|line| line.contains(&v6)).unwrap();
         assert!(line.contains("default/pod1") && line.contains("used"), "{line}");
         assert!(ipam(&["explain", &v4]).starts_with(&format!("{v4} belongs to pod default/pod1\n")));
