@@ -64,9 +64,6 @@ fn used() -> Access {
         })
         .collect();
     access.entry((String::new(), "nodes".into())).or_default().insert("patch".into());
-    for by_name in ["secrets", "configmaps"] {
-        access.entry((String::new(), by_name.into())).or_default().insert("get".into());
-    }
     access.entry((String::new(), "events".into())).or_default().insert("create".into());
     access.entry((String::new(), "services/status".into())).or_default().insert("patch".into());
     access.entry(("metallb.io".into(), "ipaddresspools/status".into())).or_default().insert("patch".into());
@@ -104,8 +101,6 @@ fn every_document_is_an_object_and_comes_after_what_it_needs() {
         [
             "Namespace",
             "ServiceAccount",
-            "ClusterRole",
-            "ClusterRoleBinding",
             "ClusterRole",
             "ClusterRoleBinding",
             "Role",

@@ -24,7 +24,7 @@ const ADDRESSES: [&str; 2] = ["198.51.100.10", "2001:db8:b::10"];
 /// Of the host outside.
 const CLIENT: [&str; 2] = ["172.30.98.250", "fd00:30:98::250"];
 
-/// A LoadBalancer Service `balanced` with these lines in its spec.
+/// A LoadBalancer Service `balanced` with these lines in its spec, of a class that nobody serves but the test itself.
 fn service(more: &str) -> String {
     format!(
         "
@@ -179,7 +179,8 @@ fn source_ranges(cluster: &Cluster) -> anyhow::Result<()> {
 }
 
 fn external_ips(cluster: &Cluster) -> anyhow::Result<()> {
-    let manifest = service("  externalIPs: [203.0.113.77]\n").replace("LoadBalancer", "ClusterIP");
+    let manifest = service("  externalIPs: [203.0.113.77]\n")
+        .replace("  type: LoadBalancer\n  loadBalancerClass: example.com/by-hand\n", "");
     cluster.apply(&manifest)?;
     cluster.within(Duration::from_secs(5), "a line in the status", || {
         let status = cluster.on("node1", "weft status")?;
