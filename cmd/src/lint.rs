@@ -128,7 +128,10 @@ mod tests {
         std::fs::write(&path, format!("{}{}", ingress("a", mistake), "# only a comment\n")).unwrap();
         let text = text(&lint(&snapshot(&[path]).unwrap(), false));
         assert!(text.starts_with("Ingress default/a: works without what is named\n"), "{text}");
-        assert!(text.contains("\n1 Ingresses: 1 works without what is named\nThis version serves no Ingress"), "{text}");
+        assert!(
+            text.contains("\n1 Ingresses: 1 works without what is named\nThis version serves no Ingress"),
+            "{text}"
+        );
         assert!(!needs_correction(&text) && needs_correction("Ingress a/b: needs correction\n"));
     }
 }

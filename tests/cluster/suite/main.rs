@@ -15,6 +15,7 @@ mod dns;
 mod identity;
 mod install;
 mod load;
+mod loadbalancer;
 mod outside;
 mod pods;
 mod policy;
@@ -38,10 +39,11 @@ const fn case(says: &'static str, check: fn(&Cluster) -> anyhow::Result<()>) -> 
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
-    let areas: [(&str, &[Case]); 9] = [
+    let areas: [(&str, &[Case]); 10] = [
         ("pods", pods::CASES),
         ("services", services::CASES),
         ("outside", outside::CASES),
+        ("loadbalancer", loadbalancer::CASES),
         ("dns", dns::CASES),
         ("policy", policy::CASES),
         ("identity", identity::CASES),

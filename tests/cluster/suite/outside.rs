@@ -41,6 +41,11 @@ spec:
     )
 }
 
+/// The same with ClusterIPs only.
+fn within(more: &str) -> String {
+    service(more).replace("  type: LoadBalancer\n  loadBalancerClass: example.com/by-hand\n", "")
+}
+
 /// Applies the Service and gives it its addresses, as a controller of load balancers does; the outside reaches them by
 /// `node`.
 fn balance(cluster: &Cluster, manifest: &str, node: &str) -> anyhow::Result<()> {
@@ -179,8 +184,7 @@ fn source_ranges(cluster: &Cluster) -> anyhow::Result<()> {
 }
 
 fn external_ips(cluster: &Cluster) -> anyhow::Result<()> {
-    let manifest = service("  externalIPs: [203.0.113.77]\n")
-        .replace("  type: LoadBalancer\n  loadBalancerClass: example.com/by-hand\n", "");
+    let manifest = within("  externalIPs: [203.0.113.77]\n");
     cluster.apply(&manifest)?;
     cluster.within(Duration::from_secs(5), "a line in the status", || {
         let status = cluster.on("node1", "weft status")?;
@@ -231,9 +235,7 @@ fn affinity(cluster: &Cluster) -> anyhow::Result<()> {
 }
 
 fn distribution(cluster: &Cluster) -> anyhow::Result<()> {
-    let near = |kind: &str| {
-        service(&format!("  trafficDistribution: {kind}\n")).replace("type: LoadBalancer", "type: ClusterIP")
-    };
+    let near = |kind: &str| within(&format!("  trafficDistribution: {kind}\n"));
     cluster.apply(&near("PreferSameNode"))?;
     for node in NODES {
         let (client, server) = (cluster.pod_on("tools", node)?, cluster.pod_on("echo", node)?);
