@@ -5,6 +5,8 @@ use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::json;
 use weft_tests::node::picture::{Picture, ruleset_with_handles};
 use weft_tests::node::{DNS, NODE, Node, addresses, dig, holds_within, inside, ip, run, until};
@@ -97,6 +99,11 @@ fn a_taken_dns_port_is_named_and_the_rest_answers() {
     });
 }
 
+fn send(node: &Node, signal: Signal) {
+    let pid = Pid::from_raw(node.agent().pid().try_into().unwrap());
+    kill(pid, signal).unwrap();
+}
+
 /// `firewall-cmd --reload`, `nft flush ruleset`, `ip route flush`, a network manager that cleans up.
 #[test]
 fn what_another_program_takes_away_is_put_back_at_once() {
@@ -115,13 +122,12 @@ fn what_another_program_takes_away_is_put_back_at_once() {
             "ip address flush dev weft0",
             "ip link set weft0 down",
         ] {
+            // The agent stands still meanwhile, else it is sooner than the look.
+            send(&node, Signal::SIGSTOP);
             run(Command::new("sh").args(["-c", damage]));
+            assert_ne!(Picture::take(&[]), whole, "{damage} does no damage");
+            send(&node, Signal::SIGCONT);
             let damaged_at = Instant::now();
-            assert_ne!(
-                Picture::take(&[]),
-                whole,
-                "{damage} does no damage, or was healed too soon to be seen"
-            );
             // Long before the drift check, which comes once a minute.
             let healed = holds_within(Duration::from_secs(10), || Picture::take(&[]) == whole);
             assert!(healed, "{damage} is not healed: {:#?}", whole.differences(&Picture::take(&[])));
