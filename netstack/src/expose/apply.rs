@@ -9,7 +9,7 @@ use serde_json::Value;
 use weft_model::NamespacedName;
 
 use super::plan::Slices;
-use crate::kube::{Access, ApiFailure, Lead};
+use crate::kube::{Access, Lead};
 use crate::reconcile::{Applied, Applier, Trust};
 
 pub struct SlicesWriter {
@@ -35,13 +35,10 @@ impl Applier for SlicesWriter {
         async move {
             let mut applied = Applied::default();
             for (key, slice) in due {
-                let used = access.current();
                 let what = if slice.is_some() { "" } else { "no " };
-                match write(&used.client, &key, slice).await {
+                match access.ask(async |client| write(&client, &key, slice).await).await {
                     Ok(()) => applied.changed.push(format!("{what}EndpointSlice {key}")),
-                    Err(error) => {
-                        let failure = ApiFailure::of(&error);
-                        access.is_renewed(&used, &failure).await;
+                    Err(failure) => {
                         let sentence = failure.sentence(&access.address());
                         applied.failed.push(format!("EndpointSlice {key}: {sentence}"));
                     }

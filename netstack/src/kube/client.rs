@@ -96,10 +96,27 @@ impl Access {
         self.current.load().address.clone()
     }
 
+    /// What `ask` answers with the client of now. After a failure the next call has another client, when a file that may mend
+    /// it was replaced.
+    pub async fn ask<T, F>(&self, ask: impl FnOnce(kube::Client) -> F) -> Result<T, ApiFailure>
+    where
+        F: Future<Output = Result<T, kube::Error>>,
+    {
+        let used = self.current();
+        match ask(used.client.clone()).await {
+            Ok(answer) => Ok(answer),
+            Err(error) => {
+                let failure = ApiFailure::of(&error);
+                self.is_renewed(&used, &failure).await;
+                Err(failure)
+            }
+        }
+    }
+
     /// Asked after a failure of `used`: true when there is another client by now, because a file that may mend it was
     /// replaced. Files that cannot be used (yet) change nothing. A silent server is waited for with the client at hand,
     /// whatever rotated meanwhile: watches resume on it, and need not list anew.
-    pub async fn is_renewed(&self, used: &Current, failure: &ApiFailure) -> bool {
+    pub(super) async fn is_renewed(&self, used: &Current, failure: &ApiFailure) -> bool {
         let of_kubeconfig = matches!(self.endpoint, Endpoint::Kubeconfig(_));
         if !of_kubeconfig && matches!(failure, ApiFailure::Unreachable(_) | ApiFailure::Refused(_)) {
             return false;

@@ -9,7 +9,6 @@ use kube::core::Request;
 use serde_json::Value;
 
 use super::client::Access;
-use super::failure::ApiFailure;
 use super::lease::Lead;
 
 /// Until the next try after one that failed, and between two looks at the Lease.
@@ -26,17 +25,14 @@ pub async fn ensure(access: Arc<Access>, lead: Lead, definitions: Vec<Value>) ->
         if !lead.is_held() {
             continue;
         }
-        let used = access.current();
         let mut failed = Vec::new();
         for definition in missing {
             let name = definition["metadata"]["name"].as_str().unwrap_or_default();
-            match create(&used.client, &definition).await {
+            match access.ask(async |client| create(&client, &definition).await).await {
                 Ok(true) => tracing::info!(name, "made the CustomResourceDefinition"),
                 Ok(false) => {}
-                Err(error) => {
-                    let failure = ApiFailure::of(&error);
+                Err(failure) => {
                     tracing::debug!(?failure, name, "make the CustomResourceDefinition");
-                    access.is_renewed(&used, &failure).await;
                     failed.push(definition);
                 }
             }

@@ -4,6 +4,7 @@
 use std::borrow::Cow;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::api::Api;
 use kube::core::DynamicResourceScope;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
@@ -126,6 +127,14 @@ impl Document {
             ..ObjectMeta::default()
         };
         Self { meta, value }
+    }
+
+    /// The objects of a kind in a namespace; an empty one stands for objects that have none.
+    pub(super) fn api(client: kube::Client, kind: Kind, namespace: &str) -> Api<Self> {
+        match namespace {
+            "" => Api::all_with(client, &kind),
+            namespace => Api::namespaced_with(client, namespace, &kind),
+        }
     }
 
     /// Empty when the object has none.

@@ -16,7 +16,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kube::api::{Api, ListParams, PostParams};
+use kube::api::{ListParams, PostParams};
 use kube::core::Request;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
@@ -26,6 +26,7 @@ use weft_model::{NodeName, Notice, ObjectRef, Report, Severity, Snapshot};
 use super::client::Access;
 use super::document::{Document, Kind};
 use super::failure::ApiFailure;
+use super::now;
 use outbox::{Due, Outbox};
 
 /// How often the problems are looked at.
@@ -111,30 +112,20 @@ impl Announcer {
     /// An object that is no more, or of a kind that the API server does not have, needs no Event.
     async fn write(&self, due: &Due) -> Result<(), ApiFailure> {
         let Some(kind) = Kind::from_name(&due.notice.object.kind) else { return Ok(()) };
-        let used = self.access.current();
-        let outcome = match uid(&used.client, kind, &due.notice.object).await {
-            Ok(Some(uid)) => create(&used.client, &event(due, kind, &uid, &self.node)).await,
-            Ok(None) => Ok(()),
-            Err(error) => Err(error),
-        };
-        match outcome {
-            Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
-            Err(error) => {
-                let failure = ApiFailure::of(&error);
-                self.access.is_renewed(&used, &failure).await;
-                Err(failure)
+        let written = self.access.ask(async |client| {
+            let Some(uid) = uid(&client, kind, &due.notice.object).await? else { return Ok(()) };
+            match create(&client, &event(due, kind, &uid, &self.node)).await {
+                Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
+                outcome => outcome,
             }
-            Ok(()) => Ok(()),
-        }
+        });
+        written.await
     }
 }
 
 /// `kubectl describe` finds Events by it. A list of one needs no right that the watches do not need.
 async fn uid(client: &kube::Client, kind: Kind, object: &ObjectRef) -> Result<Option<String>, kube::Error> {
-    let api: Api<Document> = match object.namespace.as_str() {
-        "" => Api::all_with(client.clone(), &kind),
-        namespace => Api::namespaced_with(client.clone(), namespace, &kind),
-    };
+    let api = Document::api(client.clone(), kind, &object.namespace);
     let listed = api.list(&ListParams::default().fields(&format!("metadata.name={}", object.name))).await?;
     let uid = |document: &Document| document.value["metadata"]["uid"].as_str().map(str::to_owned);
     Ok(listed.items.first().and_then(uid))
@@ -157,7 +148,7 @@ fn event(due: &Due, kind: Kind, uid: &str, node: &NodeName) -> Value {
         "" => DEFAULT_NAMESPACE,
         namespace => namespace,
     };
-    let now = jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+    let now = now();
     let component = json!({"component": "weft", "host": node.0});
     json!({
         "metadata": {"name": due.name, "namespace": namespace},

@@ -24,7 +24,6 @@ use tokio::time::Instant;
 use weft_model::NodeName;
 
 use super::client::Access;
-use super::failure::ApiFailure;
 use crate::reconcile::{LoopHandle, TaskGroup};
 use election::{Election, Record, Step};
 
@@ -107,19 +106,14 @@ async fn run(access: Arc<Access>, node: NodeName, standing: watch::Sender<Standi
     look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         look.tick().await;
-        let used = access.current();
-        let asked = tokio::time::timeout(PATIENCE, campaign(&used.client, &mut election));
-        match asked.await {
+        let asked = access.ask(async |client| campaign(&client, &mut election).await);
+        match tokio::time::timeout(PATIENCE, asked).await {
             Ok(Ok(until)) => {
                 let now = Standing { until, holder: election.holder().map(str::to_owned) };
                 say(&standing.borrow(), &now, &node);
                 standing.send_replace(now);
             }
-            Ok(Err(error)) => {
-                let failure = ApiFailure::of(&error);
-                tracing::debug!(?failure, "the writer's lease");
-                access.is_renewed(&used, &failure).await;
-            }
+            Ok(Err(failure)) => tracing::debug!(?failure, "the writer's lease"),
             Err(_) => tracing::debug!("the writer's lease: no answer"),
         }
     }

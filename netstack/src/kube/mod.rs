@@ -39,3 +39,8 @@ pub use publish::{Identity, Publication, Publisher, publish};
 pub use status::{StatusWriter, Statuses, Target};
 pub use version::ServerVersion;
 pub use watch::{ApiStatus, Here, Watches, start};
+
+/// A time as metadata and statuses have it (`metav1.Time`).
+fn now() -> String {
+    jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
+}

@@ -11,7 +11,6 @@ use weft_model::{NodeName, Planned, Snapshot, WgPublicKey};
 
 use super::client::Access;
 use super::document::{Document, Kind};
-use super::failure::ApiFailure;
 use crate::reconcile::{Applied, Applier, Planner, Trust};
 
 /// What peers must know of this node.
@@ -63,16 +62,12 @@ impl Applier for Publisher {
             let Some(due) = due else {
                 return Applied::default();
             };
-            let used = access.current();
-            match publish(&used.client, &due).await {
+            match access.ask(async |client| publish(&client, &due).await).await {
                 Ok(()) => Applied {
                     changed: vec![format!("annotations of Node {}", due.node)],
                     ..Applied::default()
                 },
-                Err(error) => {
-                    let why = ApiFailure::of(&error);
-                    // The loop tries again, with the new client if there is one.
-                    access.is_renewed(&used, &why).await;
+                Err(why) => {
                     let failure =
                         format!("annotations of Node {}: {}", due.node, why.sentence(&access.address()));
                     Applied { failed: vec![failure], ..Applied::default() }

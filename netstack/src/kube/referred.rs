@@ -18,7 +18,6 @@ use tokio::sync::watch;
 use weft_model::ingress::{Answer, Reference, Referred};
 
 use super::client::Access;
-use super::failure::ApiFailure;
 use super::lower;
 
 /// In which every name is asked for once.
@@ -131,16 +130,15 @@ fn next(wanted: &BTreeSet<Reference>, last: Option<&Reference>) -> Option<Refere
 
 /// `None` when the server did not answer.
 async fn ask(access: Arc<Access>, reference: Reference) -> Option<Answer> {
-    let used = access.current();
-    match read(&used.client, &reference).await {
-        Ok(document) => lower::referred(&document).map(|(_, data)| Answer::Found(data)),
-        Err(kube::Error::Api(status)) if status.code == 404 => Some(Answer::Absent),
-        Err(error) => {
-            let failure = ApiFailure::of(&error);
-            access.is_renewed(&used, &failure).await;
-            let silent = failure.is_silence();
-            (!silent).then(|| Answer::Refused(failure.sentence(&access.address())))
-        }
+    let read = access.ask(async |client| match read(&client, &reference).await {
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
+        outcome => outcome.map(Some),
+    });
+    match read.await {
+        Ok(Some(document)) => lower::referred(&document).map(|(_, data)| Answer::Found(data)),
+        Ok(None) => Some(Answer::Absent),
+        Err(failure) if failure.is_silence() => None,
+        Err(failure) => Some(Answer::Refused(failure.sentence(&access.address()))),
     }
 }
 

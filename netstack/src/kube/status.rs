@@ -8,7 +8,7 @@ use std::future::Future;
 use std::sync::Arc;
 
 use futures::stream::{self, StreamExt as _};
-use kube::api::{Api, Patch, PatchParams};
+use kube::api::{Patch, PatchParams};
 use serde_json::{Value, json};
 use weft_model::{NamespacedName, ObjectRef};
 
@@ -16,6 +16,7 @@ use super::client::Access;
 use super::document::{Document, Kind};
 use super::failure::ApiFailure;
 use super::lease::Lead;
+use super::now;
 use crate::reconcile::{Applied, Applier, Trust};
 
 /// Requests on their way at once: a thousand Services are written in about a second, and no API server is flooded.
@@ -104,22 +105,16 @@ impl Applier for StatusWriter {
 
 /// False when there is no such object (any more).
 async fn write(access: &Access, target: &Target, status: &Value) -> Result<bool, ApiFailure> {
-    let used = access.current();
     let Target { kind, key } = target;
-    let api: Api<Document> = match key.namespace.as_str() {
-        "" => Api::all_with(used.client.clone(), kind),
-        namespace => Api::namespaced_with(used.client.clone(), namespace, kind),
-    };
     let patch = Patch::Merge(json!({ "status": stamped(status, &now()) }));
-    match api.patch_status(&key.name, &PatchParams::default(), &patch).await {
-        Ok(_) => Ok(true),
-        Err(kube::Error::Api(status)) if status.code == 404 => Ok(false),
-        Err(error) => {
-            let failure = ApiFailure::of(&error);
-            access.is_renewed(&used, &failure).await;
-            Err(failure)
+    let written = access.ask(async |client| {
+        let api = Document::api(client, *kind, &key.namespace);
+        match api.patch_status(&key.name, &PatchParams::default(), &patch).await {
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(false),
+            outcome => outcome.map(|_| true),
         }
-    }
+    });
+    written.await
 }
 
 /// Conditions without `lastTransitionTime` changed just now; planners know no time.
@@ -130,10 +125,6 @@ fn stamped(status: &Value, now: &str) -> Value {
         condition.entry("lastTransitionTime").or_insert_with(|| now.into());
     }
     status
-}
-
-fn now() -> String {
-    jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
 
 #[cfg(test)]
