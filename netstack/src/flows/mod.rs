@@ -17,6 +17,7 @@ mod tell;
 #[cfg(test)]
 mod tests;
 
+use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -25,8 +26,8 @@ use tokio::time::Instant;
 use weft_model::Snapshot;
 use weft_model::constants::LOG_GROUP_DENIED;
 
-use crate::kernel::conntrack::NewFlows;
-use crate::kernel::nflog::Nflog;
+use crate::kernel::conntrack::{ConntrackError, Flow, NewFlows};
+use crate::kernel::nflog::{Copied, Nflog, NflogError};
 use crate::kube::Notices;
 use crate::policy::Judge;
 use crate::reconcile::chain;
@@ -76,38 +77,59 @@ impl Sources {
     }
 }
 
+/// What the kernel tells of flows, some at a time.
+trait Heard: Sized {
+    type Item: Send;
+    type Error: std::error::Error + Send + 'static;
+    /// What is missing while it cannot be heard.
+    const WHAT: &'static str;
+
+    fn open() -> Result<Self, Self::Error>;
+
+    /// `None` when the kernel lost some because we were slow.
+    fn next(&mut self) -> impl Future<Output = Result<Option<Vec<Self::Item>>, Self::Error>> + Send;
+}
+
+impl Heard for Nflog {
+    type Item = Copied;
+    type Error = NflogError;
+    const WHAT: &'static str = "denied";
+
+    fn open() -> Result<Self, Self::Error> {
+        Self::open(LOG_GROUP_DENIED)
+    }
+
+    fn next(&mut self) -> impl Future<Output = Result<Option<Vec<Copied>>, NflogError>> + Send {
+        self.next()
+    }
+}
+
+impl Heard for NewFlows {
+    type Item = Flow;
+    type Error = ConntrackError;
+    const WHAT: &'static str = "allowed";
+
+    fn open() -> Result<Self, Self::Error> {
+        Self::open()
+    }
+
+    fn next(&mut self) -> impl Future<Output = Result<Option<Vec<Flow>>, ConntrackError>> + Send {
+        self.next()
+    }
+}
+
 /// Records denied flows as long as the agent runs.
 ///
 /// # Errors
 /// None; the signature is that of a task.
 pub async fn record_denied(recorded: Recorded, sources: Sources, notices: Notices) -> Result<(), String> {
     let mut teller = Teller::default();
-    let mut known = None;
-    loop {
-        match Nflog::open(LOG_GROUP_DENIED) {
-            Err(error) => tracing::warn!(error = chain(&error), "denied flows are not recorded"),
-            Ok(mut nflog) => {
-                let mut pace = Pace::default();
-                while let Ok(read) = nflog.next().await {
-                    let Some(packets) = read else {
-                        recorded.with(Ring::lose);
-                        continue;
-                    };
-                    pace.take(packets.len()).await;
-                    let Some(names) = sources.names(&mut known) else { continue };
-                    for packet in packets {
-                        let Some(record) = names.denied(&packet, now()) else { continue };
-                        teller
-                            .notice(&record, Instant::now())
-                            .into_iter()
-                            .for_each(|notice| notices.say(notice));
-                        recorded.with(|ring| ring.push(record));
-                    }
-                }
-            }
-        }
-        tokio::time::sleep(REOPEN).await;
-    }
+    let name = |names: &Names, packet: &Copied| {
+        let record = names.denied(packet, now())?;
+        teller.notice(&record, Instant::now()).into_iter().for_each(|notice| notices.say(notice));
+        Some(record)
+    };
+    follow::<Nflog>(recorded, sources, name).await
 }
 
 /// Records what conntrack begins to track and a pod has part in, as long as the agent runs.
@@ -115,20 +137,28 @@ pub async fn record_denied(recorded: Recorded, sources: Sources, notices: Notice
 /// # Errors
 /// None; the signature is that of a task.
 pub async fn record_allowed(recorded: Recorded, sources: Sources) -> Result<(), String> {
+    follow::<NewFlows>(recorded, sources, |names, flow| names.allowed(flow, now())).await
+}
+
+async fn follow<H: Heard>(
+    recorded: Recorded,
+    sources: Sources,
+    mut name: impl FnMut(&Names, &H::Item) -> Option<Record>,
+) -> Result<(), String> {
     let mut known = None;
     loop {
-        match NewFlows::open() {
-            Err(error) => tracing::warn!(error = chain(&error), "allowed flows are not recorded"),
-            Ok(mut flows) => {
+        match H::open() {
+            Err(error) => tracing::warn!(error = chain(&error), "{} flows are not recorded", H::WHAT),
+            Ok(mut heard) => {
                 let mut pace = Pace::default();
-                while let Ok(read) = flows.next().await {
-                    let Some(begun) = read else {
+                while let Ok(read) = heard.next().await {
+                    let Some(items) = read else {
                         recorded.with(Ring::lose);
                         continue;
                     };
-                    pace.take(begun.len()).await;
+                    pace.take(items.len()).await;
                     let Some(names) = sources.names(&mut known) else { continue };
-                    for record in begun.iter().filter_map(|flow| names.allowed(flow, now())) {
+                    for record in items.iter().filter_map(|item| name(&names, item)) {
                         recorded.with(|ring| ring.push(record));
                     }
                 }

@@ -98,7 +98,8 @@ mod tests {
             run("iptables-nft -t nat -A PREROUTING -j KUBE-SERVICES; ip link add kube-ipvs0 type veth");
             let folder = tempfile::tempdir().unwrap();
             let program = folder.path().join("kube-proxy");
-            fs::copy("/bin/sleep", &program).unwrap();
+            // A copy could be busy: whatever another test starts meanwhile holds it open for writing.
+            std::os::unix::fs::symlink("/bin/sleep", &program).unwrap();
             let mut process = std::process::Command::new(program).arg("60").spawn().unwrap();
             let looked = KubeProxy::look().unwrap();
             process.kill().unwrap();

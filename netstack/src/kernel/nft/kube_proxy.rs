@@ -9,6 +9,7 @@ use std::sync::PoisonError;
 
 use nix::errno::Errno;
 
+use super::foreign::{self, About};
 use super::socket::NetfilterSocket;
 use super::uapi::*;
 use super::wire::{Attributes, Message, Writer};
@@ -37,6 +38,7 @@ const CHAINS: [&str; 14] = [
 const PREFIXES: [&str; 6] = ["KUBE-SVC-", "KUBE-SVL-", "KUBE-SEP-", "KUBE-EXT-", "KUBE-FW-", "KUBE-XLB-"];
 /// For names of errors: no table of one owner.
 const THEIRS: &str = "of kube-proxy";
+const ABOUT: About = About { owner: THEIRS, doing: "delete its rules" };
 
 /// One object of kube-proxy, in the order in which they can be deleted.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -96,16 +98,8 @@ pub fn remove_leftovers() -> Result<Vec<Leftover>, NftError> {
         let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
         let now = read_generation(&mut socket, THEIRS)?;
         let found = find(&mut socket).map_err(|errno| exchange(THEIRS, "read the rule set", errno))?;
-        if found.is_empty() {
+        if foreign::commit(&mut socket, ABOUT, now, &steps(&found), write_step)? {
             return Ok(found);
-        }
-        let (batch, last) = deletion(&mut socket, &found, now);
-        let refusals =
-            socket.transact(&batch, last).map_err(|errno| exchange(THEIRS, "send a transaction", errno))?;
-        match refusals.first().map(|refusal| refusal.errno) {
-            None => return Ok(found),
-            Some(Errno::ERESTART | Errno::EINTR | Errno::EAGAIN | Errno::ENOENT) => {}
-            Some(errno) => return Err(exchange(THEIRS, "delete its rules", errno)),
         }
     }
     Err(NftError::Contended { table: THEIRS.to_owned() })
@@ -168,33 +162,21 @@ fn is_theirs(chain: &str) -> bool {
     CHAINS.contains(&chain) || PREFIXES.iter().any(|prefix| chain.starts_with(prefix))
 }
 
-/// Rules go before the chains that they lead to; the batch and its last sequence number.
-fn deletion(socket: &mut NetfilterSocket, found: &[Leftover], generation: u32) -> (Vec<u8>, u32) {
+/// Kinds of messages with what they delete: rules go before the chains that they lead to.
+fn steps(found: &[Leftover]) -> Vec<(u16, &Leftover)> {
     let chains = || found.iter().filter(|leftover| matches!(leftover, Leftover::Chain(_)));
     let jumps = found.iter().filter(|leftover| matches!(leftover, Leftover::Jump { .. }));
     let tables = found.iter().filter(|leftover| matches!(leftover, Leftover::Table { .. }));
-    let steps: Vec<(u16, &Leftover)> = jumps
+    jumps
         .chain(chains())
         .map(|leftover| (DELRULE, leftover))
         .chain(chains().map(|leftover| (DELCHAIN, leftover)))
         .chain(tables.map(|leftover| (DELTABLE, leftover)))
-        .collect();
-    let count = u32::try_from(steps.len()).unwrap_or(u32::MAX);
-    let first = socket.sequences(count + 2);
-    let mut writer = Writer::default();
-    let begin = writer.open_message(BATCH_BEGIN, NLM_F_REQUEST, first, 0, SUBSYS_NFTABLES);
-    writer.be32(NFNL_BATCH_GENID, generation);
-    writer.close_message(begin);
-    for (sequence, (kind, leftover)) in (first + 1..).zip(steps) {
-        let flags = NLM_F_REQUEST | if sequence == first + count { NLM_F_ACK } else { 0 };
-        write_step(&mut writer, sequence, flags, kind, leftover);
-    }
-    let end = writer.open_message(BATCH_END, NLM_F_REQUEST, first + count + 1, 0, SUBSYS_NFTABLES);
-    writer.close_message(end);
-    (writer.bytes().to_vec(), first + count)
+        .collect()
 }
 
-fn write_step(writer: &mut Writer, sequence: u32, flags: u16, kind: u16, leftover: &Leftover) {
+fn write_step(writer: &mut Writer, sequence: u32, flags: u16, (kind, leftover): &(u16, &Leftover)) {
+    let kind = *kind;
     let family = match leftover {
         Leftover::Jump { place, .. } | Leftover::Chain(place) => place.family,
         Leftover::Table { family, .. } => *family,

@@ -14,6 +14,7 @@
 mod batch;
 mod element;
 mod expression;
+mod foreign;
 mod generation;
 pub mod kube_proxy;
 mod observe;

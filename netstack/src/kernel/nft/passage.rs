@@ -17,7 +17,8 @@ use weft_model::ruleset::{Field, Hook, Passage, Rule, Statement};
 
 use super::batch::{HOOKS, Identity, write_body};
 use super::expression::Answer;
-use super::socket::{NetfilterSocket, Refusal};
+use super::foreign::{self, About};
+use super::socket::NetfilterSocket;
 use super::uapi::*;
 use super::wire::{Attributes, Message, Writer};
 use super::{ATTEMPTS, NftError, exchange, generation, read_generation};
@@ -28,6 +29,7 @@ const NFTA_CHAIN_POLICY_DROP: u32 = 0;
 const OWN_PREFIX: &str = "weft-";
 /// For names of errors: no table of one owner.
 const FOREIGN: &str = "of others";
+const ABOUT: About = About { owner: FOREIGN, doing: "let ours through a chain that drops" };
 
 /// What [`Passages::ensure`] found and did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -115,7 +117,8 @@ impl Passages {
             };
             let changes: Vec<(&Chain, Change<'_>)> =
                 chains.iter().flat_map(|chain| changes(chain, wanted).map(move |it| (chain, it))).collect();
-            if !commit(socket, &changes, now)? {
+            let written = foreign::commit(socket, ABOUT, now, &changes, write_change)?;
+            if !written {
                 continue;
             }
             let open: Vec<String> = chains
@@ -173,48 +176,12 @@ fn identity(chain: &Chain, rule: &Rule) -> Identity {
     Identity::of_body(rule, Answer::Unreachable, chain.ipv6())
 }
 
-/// False when others committed meanwhile, or took a chain away.
-fn commit(
-    socket: &mut NetfilterSocket,
-    changes: &[(&Chain, Change<'_>)],
-    generation: u32,
-) -> Result<bool, NftError> {
-    if changes.is_empty() {
-        return Ok(true);
-    }
-    let count = u32::try_from(changes.len()).unwrap_or(u32::MAX);
-    let first = socket.sequences(count + 2);
-    let mut writer = Writer::default();
-    let begin = writer.open_message(BATCH_BEGIN, NLM_F_REQUEST, first, 0, SUBSYS_NFTABLES);
-    writer.be32(NFNL_BATCH_GENID, generation);
-    writer.close_message(begin);
-    for (sequence, (chain, change)) in (first + 1..).zip(changes) {
-        let acknowledged = if sequence == first + count { NLM_F_ACK } else { 0 };
-        write_change(&mut writer, sequence, acknowledged, chain, change);
-    }
-    let end = writer.open_message(BATCH_END, NLM_F_REQUEST, first + count + 1, 0, SUBSYS_NFTABLES);
-    writer.close_message(end);
-    let refusals = socket
-        .transact(writer.bytes(), first + count)
-        .map_err(|errno| exchange(FOREIGN, "send a transaction", errno))?;
-    match refusals.first() {
-        None => {
-            generation::record(socket.netns_cookie(), generation.wrapping_add(1).max(1));
-            Ok(true)
-        }
-        Some(Refusal { errno: Errno::ERESTART | Errno::EINTR | Errno::EAGAIN | Errno::ENOENT, .. }) => {
-            Ok(false)
-        }
-        Some(refusal) => Err(exchange(FOREIGN, "let ours through a chain that drops", refusal.errno)),
-    }
-}
-
-fn write_change(writer: &mut Writer, sequence: u32, flags: u16, chain: &Chain, change: &Change<'_>) {
+fn write_change(writer: &mut Writer, sequence: u32, flags: u16, (chain, change): &(&Chain, Change<'_>)) {
     let (kind, more) = match change {
         Change::Add(_) => (NEWRULE, NLM_F_CREATE),
         Change::Delete(_) => (DELRULE, 0),
     };
-    let message = writer.open_message(nft(kind), NLM_F_REQUEST | flags | more, sequence, chain.family, 0);
+    let message = writer.open_message(nft(kind), flags | more, sequence, chain.family, 0);
     writer.string(NFTA_RULE_TABLE, &chain.table);
     writer.string(NFTA_RULE_CHAIN, &chain.name);
     match change {
