@@ -101,6 +101,11 @@ mod tests {
             // A copy could be busy: whatever another test starts meanwhile holds it open for writing.
             std::os::unix::fs::symlink("/bin/sleep", &program).unwrap();
             let mut process = std::process::Command::new(program).arg("60").spawn().unwrap();
+            // The kernel lets the parent go on before it names the child.
+            let comm = format!("/proc/{}/comm", process.id());
+            while fs::read_to_string(&comm).unwrap() != "kube-proxy\n" {
+                std::thread::yield_now();
+            }
             let looked = KubeProxy::look().unwrap();
             process.kill().unwrap();
             process.wait().unwrap();
