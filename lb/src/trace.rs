@@ -22,7 +22,7 @@ use crate::announce::{Announced, Plan, Standing};
 #[derive(Clone)]
 pub struct Views {
     pub snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
-    pub plan: watch::Receiver<Option<Plan>>,
+    pub plan: watch::Receiver<Option<Arc<Plan>>>,
     pub standing: watch::Receiver<Standing>,
 }
 

@@ -25,6 +25,7 @@ use weft_netstack::kernel::facts;
 use weft_netstack::kernel::netns::Rtnetlink;
 use weft_netstack::kernel::nft::Commits;
 use weft_netstack::kernel::route::losses;
+use weft_netstack::kernel::sysctl::Journal;
 use weft_netstack::kernel::vip;
 use weft_netstack::kube::{
     self, Access, Announcer, ApiStatus, Here, Identity, Lead, Notices, Publisher, StatusWriter, Watches,
@@ -259,7 +260,7 @@ async fn start_load_balancer(
         vip::remove_all(&netlink.handle).await;
         return Ok(Router::new());
     }
-    let (applier, standing, plan, announcer) = announcer(notices.clone());
+    let (applier, standing, plan, announcer) = announcer(notices.clone(), Journal::of(&config.run_dir));
     loops.start("lb", AnnouncePlanner, applier, Pace::default());
     loops.tasks.start("announcer", announcer.run());
     let writer = StatusWriter::new(access.clone(), lead.clone());

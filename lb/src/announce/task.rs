@@ -10,12 +10,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
 use weft_model::{NodeName, Notice, ObjectRef, Severity};
 use weft_netstack::kernel::lan::{Arp, Heard, Icmp4, Icmp6, Mac};
+use weft_netstack::kernel::sysctl::Journal;
 use weft_netstack::kernel::vip::Answering;
 use weft_netstack::kube::Notices;
 use weft_netstack::reconcile::{Applied, Applier, Trust, chain};
@@ -55,17 +57,18 @@ pub struct Standing {
 
 /// Hands plans to the announcer, and says what became of the last one.
 pub struct AnnounceApplier {
-    plans: watch::Sender<Option<Plan>>,
+    plans: watch::Sender<Option<Arc<Plan>>>,
     standing: watch::Receiver<Standing>,
 }
 
-/// The announcer's task, to be run, and its applier.
+/// The announcer's task, to be run, and its applier. `journal` remembers what settings of links held before.
 pub fn announcer(
     notices: Notices,
-) -> (AnnounceApplier, watch::Receiver<Standing>, watch::Receiver<Option<Plan>>, Announcer) {
+    journal: Journal,
+) -> (AnnounceApplier, watch::Receiver<Standing>, watch::Receiver<Option<Arc<Plan>>>, Announcer) {
     let (plans, plan) = watch::channel(None);
     let (standing_tx, standing) = watch::channel(Standing::default());
-    let announcer = Announcer { plan: plan.clone(), standing: standing_tx, notices };
+    let announcer = Announcer { plan: plan.clone(), standing: standing_tx, notices, journal };
     (AnnounceApplier { plans, standing: standing.clone() }, standing, plan, announcer)
 }
 
@@ -74,8 +77,10 @@ impl Applier for AnnounceApplier {
 
     fn apply(&mut self, plan: &Plan, _trust: Trust) -> impl Future<Output = Applied> + Send {
         self.plans.send_if_modified(|known| {
-            let differs = known.as_ref() != Some(plan);
-            *known = Some(plan.clone());
+            let differs = known.as_deref() != Some(plan);
+            if differs {
+                *known = Some(Arc::new(plan.clone()));
+            }
             differs
         });
         let standing = self.standing.borrow().clone();
@@ -92,9 +97,10 @@ impl Applier for AnnounceApplier {
 }
 
 pub struct Announcer {
-    plan: watch::Receiver<Option<Plan>>,
+    plan: watch::Receiver<Option<Arc<Plan>>>,
     standing: watch::Sender<Standing>,
     notices: Notices,
+    journal: Journal,
 }
 
 /// How far this node is with an address.
@@ -153,7 +159,7 @@ impl Announcer {
     /// When the kernel gives no sockets.
     pub async fn run(mut self) -> Result<(), String> {
         let Some(first) = self.next_plan().await else { return Ok(()) };
-        let work = Work::open(self.notices.clone(), first.node.clone());
+        let work = Work::open(self.notices.clone(), first.node.clone(), self.journal.clone());
         let mut work = work.map_err(|error| format!("open a socket: {error}"))?;
         work.adopt(&first).await;
         let mut turns = tokio::time::interval(TURN);
@@ -179,7 +185,7 @@ impl Announcer {
         Ok(())
     }
 
-    async fn next_plan(&mut self) -> Option<Plan> {
+    async fn next_plan(&mut self) -> Option<Arc<Plan>> {
         loop {
             if let Some(plan) = self.plan.borrow_and_update().clone() {
                 return Some(plan);
@@ -190,9 +196,9 @@ impl Announcer {
 }
 
 impl Work {
-    fn open(notices: Notices, node: NodeName) -> std::io::Result<Self> {
+    fn open(notices: Notices, node: NodeName, journal: Journal) -> std::io::Result<Self> {
         Ok(Self {
-            netlink: Answering::connect()?,
+            netlink: Answering::connect(journal)?,
             echo4: Icmp4::open()?,
             icmp6: Icmp6::open()?,
             identifier: u16::try_from(std::process::id() & 0xffff).unwrap_or(1),

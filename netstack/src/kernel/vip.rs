@@ -21,7 +21,7 @@ use weft_model::constants::ROUTE_PROTOCOL_LB;
 
 use super::link::{Links, cause};
 use super::netns::Rtnetlink;
-use super::sysctl;
+use super::sysctl::Journal;
 use crate::reconcile::{Applied, chain};
 
 const PROTOCOL: RouteProtocol = RouteProtocol::Other(ROUTE_PROTOCOL_LB);
@@ -43,31 +43,36 @@ pub enum VipError {
 }
 
 /// The kernel's entries over one connection, which lives as long as this; failures as one line each.
-pub struct Answering(Rtnetlink);
+pub struct Answering {
+    netlink: Rtnetlink,
+    journal: Journal,
+}
 
 impl Answering {
-    pub fn connect() -> io::Result<Self> {
-        Rtnetlink::connect().map(Self)
+    /// `journal` remembers settings of links that answering needs.
+    pub fn connect(journal: Journal) -> io::Result<Self> {
+        Ok(Self { netlink: Rtnetlink::connect()?, journal })
     }
 
     /// As [`observe`].
     pub async fn observe(&self) -> Result<BTreeSet<IpAddr>, String> {
-        observe(&self.0.handle).await.map_err(|error| chain(&error))
+        observe(&self.netlink.handle).await.map_err(|error| chain(&error))
     }
 
     /// As [`ensure`].
     pub async fn ensure(&self, ip: IpAddr, links: &BTreeSet<String>) -> Result<(), String> {
-        ensure(&self.0.handle, ip, links).await.map_err(|error| chain(&error))
+        ensure(&self.netlink.handle, ip, links, &self.journal).await.map_err(|error| chain(&error))
     }
 
     /// As [`remove`].
     pub async fn remove(&self, ip: IpAddr) -> Result<bool, String> {
-        remove(&self.0.handle, ip).await.map_err(|error| chain(&error))
+        remove(&self.netlink.handle, ip).await.map_err(|error| chain(&error))
     }
 
     /// Link-layer address of an Ethernet link.
     pub async fn mac(&self, link: &str) -> Result<[u8; 6], String> {
-        let found = Links::new(self.0.handle.clone()).find(link).await.map_err(|error| chain(&error))?;
+        let found =
+            Links::new(self.netlink.handle.clone()).find(link).await.map_err(|error| chain(&error))?;
         let mac = found.and_then(|link| link.mac.try_into().ok());
         mac.ok_or_else(|| format!("link {link} is no Ethernet link"))
     }
@@ -96,9 +101,14 @@ pub async fn observe(handle: &Handle) -> Result<BTreeSet<IpAddr>, VipError> {
 }
 
 /// Answers for `ip` on `links`; what is there already stays.
-pub async fn ensure(handle: &Handle, ip: IpAddr, links: &BTreeSet<String>) -> Result<(), VipError> {
+pub async fn ensure(
+    handle: &Handle,
+    ip: IpAddr,
+    links: &BTreeSet<String>,
+    journal: &Journal,
+) -> Result<(), VipError> {
     for link in links.iter().filter(|_| ip.is_ipv6()) {
-        ensure_proxy(handle, ip, link).await?;
+        ensure_proxy(handle, ip, link, journal).await?;
     }
     let added = handle.route().add(route(ip)).execute().await;
     match added.map_err(cause) {
@@ -107,13 +117,13 @@ pub async fn ensure(handle: &Handle, ip: IpAddr, links: &BTreeSet<String>) -> Re
     }
 }
 
-async fn ensure_proxy(handle: &Handle, ip: IpAddr, link: &str) -> Result<(), VipError> {
+async fn ensure_proxy(handle: &Handle, ip: IpAddr, link: &str, journal: &Journal) -> Result<(), VipError> {
     // The kernel waits at random for up to 0.8 s before it answers for another, unless told not to.
     for (name, value) in [
         (format!("net/ipv6/conf/{link}/proxy_ndp"), "1"),
         (format!("net/ipv6/neigh/{link}/proxy_delay"), "0"),
     ] {
-        sysctl::ensure(&name, value).map_err(|source| VipError::Sysctl { ip, name, source })?;
+        journal.ensure(&name, value).map_err(|source| VipError::Sysctl { ip, name, source })?;
     }
     let index = Links::new(handle.clone()).index(link).await;
     let index = index.map_err(|error| VipError::Link { ip, link: link.to_owned(), source: error.source })?;
@@ -234,12 +244,19 @@ mod tests {
             client.exec(&["ping", "-c1", "-W1", &ip.to_string()]).0
         };
         let links = BTreeSet::from(["up0".to_owned()]);
+        let folder = tempfile::tempdir().unwrap();
+        let journal = Journal::of(folder.path());
+        let settings = || {
+            let names = ["net.ipv6.conf.up0.proxy_ndp", "net.ipv6.neigh.up0.proxy_delay"];
+            names.map(|name| node.must(&["sysctl", "-n", name]).trim().to_owned())
+        };
+        let before = settings();
         for ip in ips {
             assert!(!answers(ip));
             node.block_on(async {
                 let netlink = Rtnetlink::connect().unwrap();
-                ensure(&netlink.handle, ip, &links).await.unwrap();
-                ensure(&netlink.handle, ip, &links).await.unwrap();
+                ensure(&netlink.handle, ip, &links, &journal).await.unwrap();
+                ensure(&netlink.handle, ip, &links, &journal).await.unwrap();
                 assert_eq!(observe(&netlink.handle).await.unwrap(), BTreeSet::from([ip]));
             });
             assert!(answers(ip), "{ip}: also when nobody runs");
@@ -251,5 +268,9 @@ mod tests {
             });
             assert!(!answers(ip), "{ip}");
         }
+        assert_eq!(settings(), ["1", "0"]);
+        let mut put_back = Applied::default();
+        node.block_on(async { journal.restore(&mut put_back) });
+        assert_eq!((settings(), put_back.failed), (before, vec![]));
     }
 }

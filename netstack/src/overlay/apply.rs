@@ -18,6 +18,7 @@ use crate::kernel::link::{LinkError, Links};
 use crate::kernel::nft::NftTable;
 use crate::kernel::nft::passage::Passages;
 use crate::kernel::route::Routes;
+use crate::kernel::sysctl::Journal;
 use crate::kernel::{tun, wireguard};
 use crate::reconcile::{Applied, Applier, Trust, chain};
 
@@ -71,7 +72,7 @@ impl Applier for OverlayApplier {
         let passages = self.passages.ensure(&plan.passages, trust);
         let opened = passages.as_ref().map(|outcome| outcome.open.join(", ")).unwrap_or_default();
         note(&mut applied, passages.map(|outcome| outcome.changed));
-        sysctls::apply(&plan.sysctls, Some(&self.run_dir), &mut applied);
+        sysctls::apply(&plan.sysctls, Some(&Journal::of(&self.run_dir)), &mut applied);
         // Kernel WireGuard makes its own device; the tunnel is told once the device is whole.
         let backend = match plan.backend {
             WireguardBackend::Kernel => "kernel",
@@ -182,7 +183,7 @@ pub fn peers(run_dir: &Path, backend: WireguardBackend) -> Result<Vec<PeerStatus
 
 /// Removes what the overlay put on this host: routes and rules first, the device, the table last, so that nothing leaves
 /// in clear meanwhile. Each step reports for itself. Stop agent and tunnel before: a running tunnel keeps the device.
-/// `run_dir` remembers the sysctls.
+/// `run_dir` remembers the sysctls, whoever changed them.
 pub async fn cleanup(handle: rtnetlink::Handle, run_dir: &Path) -> Applied {
     let mut applied = Routes::new(handle.clone()).apply(&Default::default(), &Default::default()).await;
     let removed = |what: &str, was_there| if was_there { vec![format!("no {what}")] } else { Vec::new() };
@@ -200,7 +201,7 @@ pub async fn cleanup(handle: rtnetlink::Handle, run_dir: &Path) -> Applied {
     note(&mut applied, passages.map(|outcome| outcome.changed));
     let table = NftTable::delete(TABLE_HOST);
     note(&mut applied, table.map(|was_there| removed(&format!("nft table {TABLE_HOST}"), was_there)));
-    sysctls::restore(run_dir, &mut applied);
+    Journal::of(run_dir).restore(&mut applied);
     applied
 }
 

@@ -11,7 +11,7 @@ use crate::objects::SERVICES;
 
 const POOLS: &str = "/apis/metallb.io/v1beta1/namespaces/default/ipaddresspools";
 const EVENTS: &str = "/api/v1/namespaces/default/events";
-const FIRST: [&str; 2] = ["172.31.0.100", "fd00:31::100"];
+pub(crate) const FIRST: [&str; 2] = ["172.31.0.100", "fd00:31::100"];
 
 /// A machine on the other end of the uplink.
 fn neighbour() {
@@ -33,12 +33,12 @@ fn answers(address: &str) -> bool {
     from_lan(&["ping", "-c1", "-W1", address])
 }
 
-fn make_pool(node: &Node) {
+pub(crate) fn make_pool(node: &Node) {
     let addresses = json!(["172.31.0.100-172.31.0.110", "fd00:31::100-fd00:31::110"]);
     node.api().create(POOLS, &json!({"metadata": {"name": "lan"}, "spec": {"addresses": addresses}}));
 }
 
-fn make_service(node: &Node, name: &str, annotations: &Value, class: Option<&str>) {
+pub(crate) fn make_service(node: &Node, name: &str, annotations: &Value, class: Option<&str>) {
     let mut spec = json!({"type": "LoadBalancer", "ipFamilyPolicy": "RequireDualStack",
         "selector": {"app": "x"}, "ports": [{"port": 80}]});
     if let Some(class) = class {

@@ -1,10 +1,11 @@
 //! `weft cleanup` takes everything away and only that.
 
 use nix::sys::signal::Signal;
+use serde_json::json;
 use weft_tests::node::picture::Picture;
 use weft_tests::node::{Node, inside, refusal, run, until, write};
 
-use crate::objects;
+use crate::{balancer, objects};
 
 /// What a host may have before Weft comes.
 fn foreign_state(node: &Node) {
@@ -58,6 +59,15 @@ fn after_cleanup_the_host_is_what_it_was_before_the_first_agent() {
         objects::make_peer(node.api(), "n2");
         until("the peer", || {
             node.status()["parts"]["peers"].as_array().is_some_and(|peers| peers.len() == 1)
+        });
+        balancer::make_pool(&node);
+        balancer::make_service(&node, "fronted", &json!({}), None);
+        let held = || run(node.weft("lb").arg("status").arg("--run-dir").arg(node.path("run")));
+        until("the addresses of the pool", || {
+            let said = held();
+            balancer::FIRST
+                .iter()
+                .all(|address| said.contains(&format!("{address}: Node n1 (this node) answers")))
         });
         node.await_ready();
         // What was there before the first agent is not forgotten by the second.
