@@ -4,19 +4,32 @@ use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
 
+/// What a Secret's PEM holds.
+pub(crate) type Pair = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
+
+/// Certificates in PEM, the host's own first; `None` when there is none or one is damaged.
+pub(crate) fn chain(pem: &[u8]) -> Option<Vec<CertificateDer<'static>>> {
+    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
+    chain.ok().filter(|chain| !chain.is_empty())
+}
+
+/// Chain and key, both PEM.
+///
+/// # Errors
+/// What is missing, with the remedy.
+pub(crate) fn pair(chain_pem: &[u8], key_pem: &[u8]) -> Result<Pair, &'static str> {
+    let chain = chain(chain_pem)
+        .ok_or("tls.crt holds no certificate in PEM; put the chain there, the host's own first")?;
+    let key = PrivateKeyDer::from_pem_slice(key_pem)
+        .map_err(|_| "tls.key holds no private key in PEM; put it there")?;
+    Ok((chain, key))
+}
+
 /// Why a chain and its key, both PEM, cannot be used, with the remedy; `None` when they can.
 pub fn objection(chain_pem: &[u8], key_pem: &[u8]) -> Option<String> {
-    let chain: Result<Vec<CertificateDer<'static>>, _> = CertificateDer::pem_slice_iter(chain_pem).collect();
-    let chain = match chain {
-        Ok(chain) if !chain.is_empty() => chain,
-        _ => {
-            return Some(
-                "tls.crt holds no certificate in PEM; put the chain there, the host's own first".to_owned(),
-            );
-        }
-    };
-    let Ok(key) = PrivateKeyDer::from_pem_slice(key_pem) else {
-        return Some("tls.key holds no private key in PEM; put it there".to_owned());
+    let (chain, key) = match pair(chain_pem, key_pem) {
+        Ok(pair) => pair,
+        Err(lack) => return Some(lack.to_owned()),
     };
     match CertifiedKey::from_der(chain, key, &rustls::crypto::ring::default_provider()) {
         Ok(_) => None,

@@ -19,8 +19,7 @@ use weft_model::objects::Bandwidth;
 
 use super::Cni;
 use super::attachment::AttachError;
-use super::hostport::lower_case;
-use super::wire::{CniError, Code};
+use super::wire::{CniError, Code, lower_case};
 use crate::kernel::link::{Link, LinkError, Links};
 use crate::kernel::shaper::{Queues, Shape, Shaper};
 use crate::kernel::sysctl;

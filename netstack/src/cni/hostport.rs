@@ -22,7 +22,7 @@ use weft_model::ruleset::{
     Verdict,
 };
 
-use super::wire::{CniError, Code};
+use super::wire::{CniError, Code, lower_case};
 use crate::kernel::conntrack::Flow;
 use crate::store::{HostPort, Lease, LeaseRecords};
 
@@ -65,17 +65,6 @@ pub(super) fn requested(config: &Value) -> Result<Vec<HostPort>, CniError> {
     match ports.windows(2).find(|pair| same(pair)) {
         None => Ok(ports),
         Some(pair) => Err(invalid(format!("{} is asked for twice", text(&pair[0])))),
-    }
-}
-
-/// The conventions say `hostPort`, containerd writes `HostPort`: plugins in Go do not tell them apart.
-pub(super) fn lower_case(given: &Value) -> Value {
-    match given {
-        Value::Array(entries) => entries.iter().map(lower_case).collect(),
-        Value::Object(fields) => {
-            fields.iter().map(|(name, value)| (name.to_ascii_lowercase(), lower_case(value))).collect()
-        }
-        other => other.clone(),
     }
 }
 

@@ -173,6 +173,18 @@ pub fn parse_args(text: &str) -> Result<BTreeMap<String, String>, CniError> {
         .collect()
 }
 
+/// A value of `runtimeConfig` with its names in lower case. The conventions say `hostPort`, containerd writes `HostPort`: plugins in
+/// Go do not tell them apart.
+pub(super) fn lower_case(given: &Value) -> Value {
+    match given {
+        Value::Array(entries) => entries.iter().map(lower_case).collect(),
+        Value::Object(fields) => {
+            fields.iter().map(|(name, value)| (name.to_ascii_lowercase(), lower_case(value))).collect()
+        }
+        other => other.clone(),
+    }
+}
+
 /// `container_id` and `ifname` of GC's `cni.dev/valid-attachments`.
 pub fn valid_attachments(config: &Value) -> Result<Vec<(String, String)>, CniError> {
     let invalid =

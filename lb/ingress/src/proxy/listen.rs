@@ -1,8 +1,10 @@
 //! Connections of clients: accepted, TLS by SNI, HTTP/1.1 or HTTP/2 by ALPN, each bounded in what it may hold and how long it
 //! may be silent.
 
+use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -113,15 +115,7 @@ where
         .max_headers(MAX_FIELDS)
         .serve_connection(TokioIo::new(stream), service)
         .with_upgrades();
-    let mut connection = std::pin::pin!(connection);
-    let ended = tokio::select! {
-        ended = connection.as_mut() => ended,
-        () = told(stop) => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
-        }
-    };
-    log(ended);
+    until_idle(connection, |connection| connection.graceful_shutdown(), stop).await;
 }
 
 async fn http_2<S>(worker: Arc<Worker>, stream: S, peer: Peer, stop: watch::Receiver<bool>)
@@ -145,26 +139,30 @@ where
         .keep_alive_interval(HEAD_TIMEOUT)
         .keep_alive_timeout(HANDSHAKE_TIMEOUT)
         .serve_connection(TokioIo::new(stream), service);
+    until_idle(connection, |connection| connection.graceful_shutdown(), stop).await;
+}
+
+/// Once told to stop it takes no further request.
+async fn until_idle<C>(connection: C, shut_down: impl FnOnce(Pin<&mut C>), stop: watch::Receiver<bool>)
+where
+    C: Future<Output = Result<(), hyper::Error>>,
+{
     let mut connection = std::pin::pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
         () = told(stop) => {
-            connection.as_mut().graceful_shutdown();
+            shut_down(connection.as_mut());
             connection.await
         }
     };
-    log(ended);
+    if let Err(error) = ended {
+        tracing::debug!(%error, "connection");
+    }
 }
 
 async fn told(mut stop: watch::Receiver<bool>) {
     // A sender that is gone never says stop.
     if stop.wait_for(|stop| *stop).await.is_err() {
         std::future::pending::<()>().await;
-    }
-}
-
-fn log(ended: Result<(), hyper::Error>) {
-    if let Err(error) = ended {
-        tracing::debug!(%error, "connection");
     }
 }

@@ -7,8 +7,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{ClientHello, ResolvesServerCert, WebPkiClientVerifier};
 use rustls::sign::CertifiedKey;
@@ -16,6 +15,7 @@ use rustls::{
     ClientConfig, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, SignatureScheme,
 };
 
+use crate::certificate::{self, Pair};
 use crate::plan::table::Certificate;
 
 #[derive(Debug, thiserror::Error)]
@@ -85,15 +85,13 @@ impl Certificates {
 }
 
 fn certified(certificate: &Certificate) -> Result<CertifiedKey, TlsError> {
-    let failed = || TlsError::Certificate(certificate.secret.to_string());
-    let chain = chain(&certificate.chain_pem.0).ok_or_else(failed)?;
-    let key = PrivateKeyDer::from_pem_slice(&certificate.key_pem.0).map_err(|_| failed())?;
+    let (chain, key) = pair(certificate)?;
     Ok(CertifiedKey::from_der(chain, key, &provider())?)
 }
 
-fn chain(pem: &[u8]) -> Option<Vec<CertificateDer<'static>>> {
-    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
-    chain.ok().filter(|chain| !chain.is_empty())
+fn pair(certificate: &Certificate) -> Result<Pair, TlsError> {
+    let pair = certificate::pair(&certificate.chain_pem.0, &certificate.key_pem.0);
+    pair.map_err(|_| TlsError::Certificate(certificate.secret.to_string()))
 }
 
 /// Looks in the table of the moment, so that a renewed certificate is shown to the next client.
@@ -123,7 +121,7 @@ impl ServerConfigs {
             let builder =
                 ServerConfig::builder_with_provider(provider()).with_safe_default_protocol_versions()?;
             let builder = if asks {
-                builder.with_client_cert_verifier(Arc::new(Asking(provider())))
+                builder.with_client_cert_verifier(Arc::new(Whoever(provider())))
             } else {
                 builder.with_no_client_auth()
             };
@@ -138,11 +136,55 @@ impl ServerConfigs {
     }
 }
 
-/// Asks for a certificate and proves that the client has its key; whether it is trusted is decided for each route, as nginx does.
-#[derive(Debug)]
-struct Asking(Arc<CryptoProvider>);
+/// Verifies clients of one route against its authorities.
+///
+/// # Errors
+/// There is no authority in the PEM.
+pub(super) fn client_verifier(authorities_pem: &[u8]) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
+    let roots = roots(authorities_pem)?;
+    let built = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider()).build();
+    built.map_err(|_| TlsError::Authorities)
+}
 
-impl ClientCertVerifier for Asking {
+fn roots(pem: &[u8]) -> Result<RootCertStore, TlsError> {
+    let mut store = RootCertStore::empty();
+    for certificate in certificate::chain(pem).ok_or(TlsError::Authorities)? {
+        store.add(certificate)?;
+    }
+    Ok(store)
+}
+
+/// How a backend is spoken to over TLS: verified against `authorities_pem`, or whoever it is (nginx's default).
+///
+/// # Errors
+/// Certificates that cannot be used.
+pub(super) fn client_config(
+    authorities_pem: Option<&[u8]>,
+    identity: Option<&Certificate>,
+    http2: bool,
+) -> Result<Arc<ClientConfig>, TlsError> {
+    let builder = ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions()?;
+    let builder = match authorities_pem {
+        Some(pem) => builder.with_root_certificates(roots(pem)?),
+        None => builder.dangerous().with_custom_certificate_verifier(Arc::new(Whoever(provider()))),
+    };
+    let mut config = match identity {
+        None => builder.with_no_client_auth(),
+        Some(identity) => {
+            let (chain, key) = pair(identity)?;
+            builder.with_client_auth_cert(chain, key)?
+        }
+    };
+    config.alpn_protocols = vec![if http2 { b"h2".to_vec() } else { b"http/1.1".to_vec() }];
+    Ok(Arc::new(config))
+}
+
+/// Proves that the other side has the key of its certificate, whoever it is: of clients each route decides whom it trusts, as nginx
+/// does, and of backends nobody asks (`proxy-ssl-verify: off`).
+#[derive(Debug)]
+struct Whoever(Arc<CryptoProvider>);
+
+impl ClientCertVerifier for Whoever {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         &[]
     }
@@ -166,7 +208,7 @@ impl ClientCertVerifier for Asking {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+        ServerCertVerifier::verify_tls12_signature(self, message, cert, dss)
     }
 
     fn verify_tls13_signature(
@@ -175,62 +217,13 @@ impl ClientCertVerifier for Asking {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+        ServerCertVerifier::verify_tls13_signature(self, message, cert, dss)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
+        ServerCertVerifier::supported_verify_schemes(self)
     }
 }
-
-/// Verifies clients of one route against its authorities.
-///
-/// # Errors
-/// There is no authority in the PEM.
-pub(super) fn client_verifier(authorities_pem: &[u8]) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
-    let roots = roots(authorities_pem)?;
-    let built = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider()).build();
-    built.map_err(|_| TlsError::Authorities)
-}
-
-fn roots(pem: &[u8]) -> Result<RootCertStore, TlsError> {
-    let mut store = RootCertStore::empty();
-    for certificate in chain(pem).ok_or(TlsError::Authorities)? {
-        store.add(certificate)?;
-    }
-    Ok(store)
-}
-
-/// How a backend is spoken to over TLS: verified against `authorities_pem`, or whoever it is (nginx's default).
-///
-/// # Errors
-/// Certificates that cannot be used.
-pub(super) fn client_config(
-    authorities_pem: Option<&[u8]>,
-    identity: Option<&Certificate>,
-    http2: bool,
-) -> Result<Arc<ClientConfig>, TlsError> {
-    let builder = ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions()?;
-    let builder = match authorities_pem {
-        Some(pem) => builder.with_root_certificates(roots(pem)?),
-        None => builder.dangerous().with_custom_certificate_verifier(Arc::new(Whoever(provider()))),
-    };
-    let mut config = match identity {
-        None => builder.with_no_client_auth(),
-        Some(identity) => {
-            let failed = || TlsError::Certificate(identity.secret.to_string());
-            let chain = chain(&identity.chain_pem.0).ok_or_else(failed)?;
-            let key = PrivateKeyDer::from_pem_slice(&identity.key_pem.0).map_err(|_| failed())?;
-            builder.with_client_auth_cert(chain, key)?
-        }
-    };
-    config.alpn_protocols = vec![if http2 { b"h2".to_vec() } else { b"http/1.1".to_vec() }];
-    Ok(Arc::new(config))
-}
-
-/// `proxy-ssl-verify: off`.
-#[derive(Debug)]
-struct Whoever(Arc<CryptoProvider>);
 
 impl ServerCertVerifier for Whoever {
     fn verify_server_cert(
