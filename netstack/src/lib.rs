@@ -9,6 +9,7 @@
 
 pub mod admin;
 pub mod cni;
+pub mod control;
 pub mod expose;
 pub mod flows;
 pub mod kernel;

@@ -9,7 +9,7 @@ use std::io::Write as _;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use weft_netstack::overlay::tunnel::control;
+use weft_netstack::control;
 use weft_netstack::reconcile::{Applied, Applier, Trust, chain};
 
 use crate::plan::table::RouteTable;

@@ -13,7 +13,8 @@ use weft_model::wireguard::PeerStatus;
 
 use super::plan::OverlayPlan;
 use super::sysctls;
-use super::tunnel::{KEY_FILE, SOCKET_FILE, STATE_FILE, TunnelState, control, read_key};
+use super::tunnel::{KEY_FILE, SOCKET_FILE, STATE_FILE, TunnelState, read_key};
+use crate::control;
 use crate::kernel::link::{LinkError, Links};
 use crate::kernel::nft::NftTable;
 use crate::kernel::nft::passage::Passages;

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use weft_netstack::overlay::tunnel::control::{self, Response};
+use weft_netstack::control::{self, Response};
 
 use super::{Proxy, TlsError, Worker, listen};
 use crate::apply::{FOLDER, ROUTES_FILE, SOCKET_FILE};
@@ -28,7 +28,7 @@ pub enum ProcessError {
     #[error(transparent)]
     Tls(#[from] TlsError),
     #[error("listen on {path}; is another `weft ingress serve` running?")]
-    Socket { path: PathBuf, source: weft_netstack::overlay::tunnel::TunnelError },
+    Socket { path: PathBuf, source: std::io::Error },
     #[error("start a thread")]
     Thread(#[source] std::io::Error),
 }

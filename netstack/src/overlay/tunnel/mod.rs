@@ -13,7 +13,6 @@
 mod allowed_ips;
 mod checksum;
 mod coalesce;
-pub mod control;
 mod device;
 mod egress;
 mod ingress;
@@ -36,9 +35,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use weft_model::WgPublicKey;
 use weft_model::wireguard::WireguardPlan;
 
-use self::control::Response;
 use self::device::Device;
 use self::noise::Identity;
+use crate::control::{self, Response};
 use crate::kernel::tun::Tun;
 
 pub const STATE_FILE: &str = "tunnel.json";
@@ -98,7 +97,8 @@ pub fn run(config: TunnelConfig) -> Result<(), TunnelError> {
         outcome => outcome?,
     }
     let socket_path = config.run_dir.join(SOCKET_FILE);
-    let listener = control::bind(&socket_path)?;
+    let listener = control::bind(&socket_path)
+        .map_err(|source| TunnelError::Socket { path: socket_path.clone(), source })?;
     let (end_tx, end_rx) = mpsc::channel();
     let of_control = device.clone();
     start("control", &end_tx, move || {

@@ -1,16 +1,10 @@
-//! The control socket: HTTP/1.1 over a Unix socket, one request a connection.
-//!
-//! ```text
-//!  POST /apply   re-reads tunnel.json -> 204, or 500 with the reason
-//!  GET  /peers   -> 200, JSON list of PeerStatus
-//! ```
+//! How the agent speaks to the processes beside it (tunnel, ingress): HTTP/1.1 over a Unix socket, one request a connection. Each
+//! takes `POST /apply`, which makes it read its document anew -> 204, or 500 with the reason.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
-
-use super::TunnelError;
 
 const TIMEOUT: Duration = Duration::from_secs(2);
 /// Request line and headers together.
@@ -21,18 +15,17 @@ pub struct Response {
     pub body: String,
 }
 
-/// Binds the socket, replacing what a tunnel that died left there. Makes the folder: after a reboot the tunnel may come
+/// Binds the socket, replacing what a process that died left there. Makes the folder: after a reboot the process may come
 /// before the agent.
-pub fn bind(path: &Path) -> Result<UnixListener, TunnelError> {
-    let failed = |source| TunnelError::Socket { path: path.to_owned(), source };
+pub fn bind(path: &Path) -> io::Result<UnixListener> {
     if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder).map_err(failed)?;
+        std::fs::create_dir_all(folder)?;
     }
     match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    UnixListener::bind(path).map_err(failed)
+    UnixListener::bind(path)
 }
 
 /// Answers requests one after another; ends when the socket fails.
@@ -72,16 +65,16 @@ fn answer_one(stream: &UnixStream, answer: impl Fn(&str, &str) -> Response) -> i
     write!(stream, "Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}", body.len())
 }
 
-/// One request to a tunnel's socket, as the agent sends it; returns the body of a 2xx answer.
+/// One request to such a socket, as the agent sends it; returns the body of a 2xx answer.
 ///
-/// Errors: no tunnel listens (`NotFound`, `ConnectionRefused`), or it answered with a failure (`Other`, its text).
+/// Errors: nobody listens (`NotFound`, `ConnectionRefused`), or it answered with a failure (`Other`, its text).
 pub fn request(socket: &Path, method: &str, path: &str) -> io::Result<String> {
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_write_timeout(Some(TIMEOUT))?;
     write!(
         stream,
-        "{method} {path} HTTP/1.1\r\nHost: tunnel\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        "{method} {path} HTTP/1.1\r\nHost: weft\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
     )?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
