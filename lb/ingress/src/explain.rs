@@ -1,5 +1,6 @@
 //! What becomes of one request and why: which object and rule take it, which endpoints answer, and why not another. Pure.
 
+use crate::path;
 use crate::plan::table::{Action, Backend, BackendKey, Host, Route, RouteTable, Server};
 
 /// A request as far as routes look at it.
@@ -44,27 +45,10 @@ impl Question {
         if host.is_empty() {
             return Err(invalid());
         }
-        let path = path.split(['?', '#']).next().unwrap_or_default();
+        let path = path::normal(path.split(['?', '#']).next().unwrap_or_default()).ok_or_else(invalid)?;
         let host = host.trim_end_matches('.').to_ascii_lowercase();
-        Ok(Self { method: method.to_ascii_uppercase(), https, host, path: normalised(path) })
+        Ok(Self { method: method.to_ascii_uppercase(), https, host, path })
     }
-}
-
-/// Without empty and `.` elements, `..` resolved, as requests are normalised before they are matched.
-pub fn normalised(path: &str) -> String {
-    let mut elements: Vec<&str> = Vec::new();
-    for element in path.split('/') {
-        match element {
-            "" | "." => {}
-            ".." => {
-                elements.pop();
-            }
-            other => elements.push(other),
-        }
-    }
-    let directory = path.ends_with('/') || path.ends_with("/.") || path.ends_with("/..");
-    let end = if directory && !elements.is_empty() { "/" } else { "" };
-    format!("/{}{end}", elements.join("/"))
 }
 
 /// Servers that may answer for a name, the more exact first: its own, a wildcard's, that of rules without a host.
@@ -245,6 +229,8 @@ mod tests {
             }
         );
         assert_eq!(Question::new("GET", "http://a").unwrap().path, "/");
+        assert_eq!(Question::new("GET", "http://a/b%2Fc").unwrap().path, "/b/c", "as requests are");
+        assert!(Question::new("GET", "http://a/%zz").is_err());
         assert!(Question::new("GET", "shop.example.com/").is_err());
         assert!(Question::new("G ET", "http://a/").is_err());
     }

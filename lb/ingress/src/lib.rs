@@ -13,5 +13,6 @@ pub mod apply;
 pub mod certificate;
 pub mod explain;
 pub mod lint;
+mod path;
 pub mod plan;
 pub mod proxy;

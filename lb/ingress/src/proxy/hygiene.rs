@@ -8,6 +8,8 @@ use std::net::IpAddr;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, StatusCode, Uri, Version};
 
+use crate::path;
+
 /// Why a request is refused before any route is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Refusal {
@@ -62,7 +64,7 @@ pub(super) fn admit(
     }
     let authority = authority(uri, version, headers)?;
     let host = bare_host(&authority).ok_or(Refusal::Host)?;
-    let path = path(uri.path()).ok_or(Refusal::Path)?;
+    let path = path::normal(uri.path()).ok_or(Refusal::Path)?;
     Ok(Admitted { host, authority, path })
 }
 
@@ -98,39 +100,6 @@ fn bare_host(authority: &str) -> Option<String> {
     let legal = |b: u8| b.is_ascii_alphanumeric() || b"-._~:".contains(&b);
     let good = !host.is_empty() && host.bytes().all(legal) && port.bytes().all(|b| b.is_ascii_digit());
     good.then(|| host.trim_end_matches('.').to_ascii_lowercase())
-}
-
-/// Unescaped, without empty and `.` elements, `..` resolved; `None` for NUL, broken escapes and what leaves the root.
-pub(super) fn path(raw: &str) -> Option<String> {
-    let mut bytes = Vec::with_capacity(raw.len());
-    let mut rest = raw.bytes();
-    while let Some(byte) = rest.next() {
-        let byte = match byte {
-            b'%' => hex(rest.next()?)? * 16 + hex(rest.next()?)?,
-            other => other,
-        };
-        if byte == 0 {
-            return None;
-        }
-        bytes.push(byte);
-    }
-    let text = String::from_utf8_lossy(&bytes);
-    let mut depth = 0_i32;
-    for element in text.split('/') {
-        depth += match element {
-            "" | "." => 0,
-            ".." => -1,
-            _ => 1,
-        };
-        if depth < 0 {
-            return None;
-        }
-    }
-    Some(crate::explain::normalised(&text))
-}
-
-fn hex(digit: u8) -> Option<u8> {
-    char::from(digit).to_digit(16).and_then(|value| u8::try_from(value).ok())
 }
 
 /// Fields that are between two neighbours only, whether or not Connection names them (RFC 9110 7.6.1).
@@ -242,17 +211,6 @@ mod tests {
             asked("/", &[("host", "a"), ("content-length", "3"), ("content-length", "3")]),
             Err(Refusal::Framing)
         );
-    }
-
-    #[test]
-    fn routes_see_the_path_that_backends_will_make_of_it() {
-        assert_eq!(path("/a/%2e%2e/b").as_deref(), Some("/b"));
-        assert_eq!(path("/public/..%2fadmin").as_deref(), Some("/admin"));
-        assert_eq!(path("//a///b/./c/").as_deref(), Some("/a/b/c/"));
-        assert_eq!(path("/../etc"), None);
-        assert_eq!(path("/a%00"), None);
-        assert_eq!(path("/a%zz"), None);
-        assert_eq!(path("/a%4"), None);
     }
 
     #[test]
