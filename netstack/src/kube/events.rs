@@ -86,10 +86,16 @@ impl Announcer {
                 continue;
             }
             for due in outbox.due(&self.standing(), Instant::now()) {
-                match self.write(&due).await {
-                    Ok(()) => outbox.said(&due, Instant::now()),
-                    Err(failure) => {
-                        tracing::debug!(failure = ?failure, object = %due.notice.object, "Event");
+                let outcome = self.write(&due).await;
+                if let Err(failure) = &outcome {
+                    tracing::debug!(?failure, object = %due.notice.object, "Event");
+                }
+                match outcome {
+                    // What one Event is refused for, such as a namespace that is about to end, keeps no other back.
+                    Ok(()) | Err(ApiFailure::Refused(_) | ApiFailure::Forbidden(_)) => {
+                        outbox.done(&due, Instant::now());
+                    }
+                    Err(_) => {
                         outbox.wait(Instant::now() + AFTER_FAILURE);
                         break;
                     }

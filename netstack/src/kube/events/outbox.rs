@@ -14,6 +14,8 @@ const SETTLES: Duration = Duration::from_secs(4);
 const AGAIN: Duration = Duration::from_secs(15 * 60);
 /// Standing notices that are written at most; the first in their order.
 const STANDING: usize = 500;
+/// Passing notices that wait at most, as while the API server is away; more are dropped.
+const PASSING: usize = 500;
 /// Passing notices of one object and reason within [`PERIOD`]; more are dropped.
 const OF_ONE_OBJECT: usize = 10;
 const PERIOD: Duration = Duration::from_secs(10 * 60);
@@ -60,7 +62,7 @@ impl Outbox {
         let object = &notice.object;
         let key = [&object.kind, &object.namespace, &object.name, &notice.reason].map(Clone::clone);
         let times = self.rates.entry(key).or_default();
-        if times.len() >= OF_ONE_OBJECT {
+        if times.len() >= OF_ONE_OBJECT || self.passing.len() >= PASSING {
             return;
         }
         times.push_back(now);
@@ -89,8 +91,8 @@ impl Outbox {
         self.passing.iter().cloned().chain(of_standing).collect()
     }
 
-    /// `due` was written.
-    pub(super) fn said(&mut self, due: &Due, now: Instant) {
+    /// `due` was written, or refused for good.
+    pub(super) fn done(&mut self, due: &Due, now: Instant) {
         self.passing.retain(|waiting| waiting.name != due.name);
         if let Some(state) = self.standing.get_mut(&due.notice) {
             state.said = Some(now);

@@ -17,7 +17,7 @@ fn a_standing_notice_is_written_once_it_has_settled_and_again_before_it_is_forgo
     assert_eq!(outbox.due(&standing, start), []);
     let due = outbox.due(&standing, after(start, 4));
     assert_eq!(due.len(), 1);
-    outbox.said(&due[0], after(start, 4));
+    outbox.done(&due[0], after(start, 4));
     assert_eq!(outbox.due(&standing, after(start, 900)), []);
     assert_eq!(outbox.due(&standing, after(start, 904)), due, "under the same name");
 }
@@ -88,7 +88,7 @@ fn after_a_failure_nothing_is_lost_and_nothing_is_due_for_a_while() {
     assert_eq!(outbox.due(&BTreeSet::new(), after(start, 9)), []);
     let due = outbox.due(&BTreeSet::new(), after(start, 10));
     assert_eq!(due.len(), 1);
-    outbox.said(&due[0], after(start, 10));
+    outbox.done(&due[0], after(start, 10));
     assert_eq!(outbox.due(&BTreeSet::new(), after(start, 11)), []);
 }
 
@@ -98,6 +98,15 @@ fn a_flood_of_problems_is_cut() {
     let standing: BTreeSet<_> = (0..2_000).map(|index| notice(&format!("web-{index}"), "port 0")).collect();
     outbox.due(&standing, start);
     assert_eq!(outbox.due(&standing, after(start, 5)).len(), STANDING);
+}
+
+#[test]
+fn passing_notices_do_not_pile_up_while_the_server_is_away() {
+    let (mut outbox, start) = (Outbox::new(1), Instant::now());
+    for index in 0..2_000 {
+        outbox.pass(notice(&format!("pod-{index}"), "denied"), start);
+    }
+    assert_eq!(outbox.due(&BTreeSet::new(), start).len(), PASSING);
 }
 
 #[test]
