@@ -101,7 +101,7 @@ fn who(plan: &Plan, ip: IpAddr, announced: &Announced, standing: &Standing) -> S
         Some(node) if *node == plan.node => {
             format!("Node {node} (this node) is to answer, and does not yet (no quorum, or it asks the LAN)")
         }
-        Some(node) => format!("Node {node} answers"),
+        Some(node) => format!("Node {node} is to answer (`weft lb status` there says whether it does)"),
         None => {
             "no node may answer (externalTrafficPolicy Local without ready endpoints, or no node selected)"
                 .to_owned()

@@ -14,7 +14,7 @@ use weft_model::{NodeName, ObjectRef, Planned, Problem, Reason, Snapshot};
 use weft_netstack::reconcile::Planner;
 
 use super::{Announced, Means, Plan};
-use crate::allocate::former_pool;
+use crate::allocate::{former_pool, service_ref};
 use crate::nodes::{willing, with_endpoints};
 use crate::pools::Pools;
 
@@ -52,7 +52,24 @@ pub fn plan(snapshot: &Snapshot) -> Planned<Plan> {
             plan.addresses.insert(ip, announced(ip, &services, &advertised, snapshot));
         }
     }
-    Planned::new(plan, interfaces_that_are_not_there(snapshot))
+    let mut problems = interfaces_that_are_not_there(snapshot);
+    problems.extend(out_of_reach(&plan));
+    Planned::new(plan, problems)
+}
+
+/// Addresses that this node is the first to answer for, and no link of it holds.
+fn out_of_reach(plan: &Plan) -> impl Iterator<Item = Problem> {
+    let mine = plan.addresses.iter().filter(|(_, announced)| {
+        announced.links.is_empty() && announced.candidates.first() == Some(&plan.node)
+    });
+    mine.flat_map(|(ip, announced)| announced.services.iter().map(move |service| (ip, service))).map(|(ip, service)| {
+        let message = format!(
+            "status.loadBalancer.ingress {ip} is on no subnet of Node {}, which is to answer for it, so nobody does; take \
+             addresses of the LAN into the IPAddressPool, or leave the node out with spec.nodeSelectors of an L2Advertisement",
+            plan.node
+        );
+        Problem::new(service_ref(service), Reason::Missing, message)
+    })
 }
 
 /// Who advertises a pool.
@@ -75,22 +92,20 @@ impl<'a> Advertised<'a> {
     }
 
     fn lets(&self, node: &Node) -> bool {
-        let selects = |one: &&Arc<L2Advertisement>| {
-            let selectors = &one.node_selectors;
-            selectors.is_empty() || selectors.iter().any(|selector| selector.matches(&node.labels))
-        };
-        self.0.is_empty() || self.0.iter().any(selects)
+        self.0.is_empty() || self.0.iter().any(|one| is_for(one, Some(node)))
     }
 
     /// On a node with these labels.
     fn lets_link(&self, node: Option<&Arc<Node>>, link: &str) -> bool {
-        let here = self.0.iter().filter(|one| {
-            one.node_selectors.is_empty()
-                || node.is_some_and(|node| one.node_selectors.iter().any(|s| s.matches(&node.labels)))
-        });
-        self.0.is_empty()
-            || here.into_iter().any(|one| one.interfaces.is_empty() || one.interfaces.contains(link))
+        let mut here = self.0.iter().filter(|one| is_for(one, node.map(Arc::as_ref)));
+        self.0.is_empty() || here.any(|one| one.interfaces.is_empty() || one.interfaces.contains(link))
     }
+}
+
+/// Without selectors it is for every node.
+fn is_for(one: &L2Advertisement, node: Option<&Node>) -> bool {
+    let selects = |node: &Node| one.node_selectors.iter().any(|selector| selector.matches(&node.labels));
+    one.node_selectors.is_empty() || node.is_some_and(selects)
 }
 
 fn announced(
@@ -140,8 +155,7 @@ fn interfaces_that_are_not_there(snapshot: &Snapshot) -> Vec<Problem> {
     let own = snapshot.own_node();
     let mut problems = Vec::new();
     for one in snapshot.l2_advertisements.values() {
-        let here = one.node_selectors.is_empty()
-            || own.is_some_and(|node| one.node_selectors.iter().any(|s| s.matches(&node.labels)));
+        let here = is_for(one, own.map(Arc::as_ref));
         let there = |name: &str| snapshot.facts.uplinks.iter().any(|link| link.name == name);
         if here && !one.interfaces.is_empty() && !one.interfaces.iter().any(|name| there(name)) {
             let names: Vec<&str> = one.interfaces.iter().map(String::as_str).collect();

@@ -112,3 +112,24 @@ fn a_node_that_goes_moves_only_its_own_addresses() {
         assert_eq!(after[ip], *node);
     }
 }
+
+#[test]
+fn an_address_on_no_subnet_of_the_node_that_is_to_answer_is_told_there_only() {
+    let pool = pool("p", &["100.64.0.0/28"]);
+    // Of several nodes the first says it; with one node that is this one.
+    let alone = |ip| [node("a", 1), pool.clone(), given(service(1), ip)];
+    let said: Vec<String> = planned(&alone("100.64.0.1")).problems.iter().map(ToString::to_string).collect();
+    assert_eq!(said.len(), 1, "{said:?}");
+    assert!(said[0].starts_with("Service "), "{said:?}");
+    assert!(said[0].contains("100.64.0.1 is on no subnet of Node a") && said[0].contains("LAN"), "{said:?}");
+    let told: Vec<bool> = (1..16)
+        .map(|last| {
+            let ip = format!("100.64.0.{last}");
+            let planned = planned(&[nodes(), vec![pool.clone(), given(service(1), &ip)]].concat());
+            let first = planned.plan.addresses.values().next().unwrap().candidates[0].clone();
+            assert_eq!(planned.problems.is_empty(), first.0 != "a", "{ip}: {first}");
+            first.0 == "a"
+        })
+        .collect();
+    assert!(told.contains(&true) && told.contains(&false));
+}
