@@ -44,7 +44,7 @@ pub(crate) async fn run(args: CleanupArgs) -> anyhow::Result<()> {
         return clean_kube_proxy(args.dry_run);
     }
     clean(&args).await?;
-    println!("nothing of Weft is left on this node");
+    say!("nothing of Weft is left on this node");
     Ok(())
 }
 
@@ -52,7 +52,7 @@ pub(crate) async fn run(args: CleanupArgs) -> anyhow::Result<()> {
 fn clean_kube_proxy(dry_run: bool) -> anyhow::Result<()> {
     let there = KubeProxy::look()?;
     for leftover in &there.leftovers {
-        println!("{} {leftover}", if dry_run { "would remove" } else { "removing" });
+        say!("{} {leftover}", if dry_run { "would remove" } else { "removing" });
     }
     if let Some(pid) = there.running.first() {
         bail!(
@@ -70,7 +70,7 @@ fn clean_kube_proxy(dry_run: bool) -> anyhow::Result<()> {
         "virtual servers of IPVS are left (link kube-ipvs0): run `kube-proxy --cleanup` or reboot"
     );
     if !dry_run || there.leftovers.is_empty() {
-        println!("no rule of kube-proxy is left in nf_tables");
+        say!("no rule of kube-proxy is left in nf_tables");
     }
     Ok(())
 }
@@ -80,7 +80,7 @@ pub(crate) async fn clean(args: &CleanupArgs) -> anyhow::Result<()> {
     let lock = start::lock(&args.run_dir)?;
     let first = remove(args).await?;
     for line in &first.removed {
-        println!("removed {}", object(line));
+        say!("removed {}", object(line));
     }
     let second = remove(args).await?;
     drop(lock);

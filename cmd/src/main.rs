@@ -1,5 +1,10 @@
 //! The binary `weft`: flags to configuration, wiring, subcommands. No decisions.
 
+/// A line on standard output, as `println!`; a reader that has seen enough (`| head`) ends nothing half done.
+macro_rules! say {
+    ($($text:tt)*) => { crate::line(format_args!($($text)*)) };
+}
+
 mod agent;
 mod cleanup;
 mod cni;
@@ -118,6 +123,13 @@ pub(crate) fn print(text: &str) -> anyhow::Result<()> {
     match std::io::stdout().lock().write_all(text.as_bytes()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
         _ => Ok(()),
+    }
+}
+
+/// For `say!`.
+pub(crate) fn line(text: std::fmt::Arguments<'_>) {
+    if let Err(error) = print(&format!("{text}\n")) {
+        eprintln!("weft: write to standard output: {error}");
     }
 }
 

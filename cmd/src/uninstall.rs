@@ -38,13 +38,13 @@ pub(crate) async fn run(args: UninstallArgs) -> anyhow::Result<()> {
         "where that is the DaemonSet's container, delete the DaemonSet first, else it brings Weft back: {DELETE_DAEMONSET}"
     ))?;
     if Path::new(STATE_DIR).join("api").exists() {
-        println!(
+        say!(
             "the DaemonSet installed this node; where it still exists it brings Weft back: {DELETE_DAEMONSET}"
         );
     }
     let what_to_clean = with_installed_folders(args);
     if conflist::remove(&what_to_clean.cni_conf_dir)? {
-        println!("removed CNI configuration");
+        say!("removed CNI configuration");
     }
     for manager in [ServiceManager::Systemd, ServiceManager::Openrc] {
         remove_units(manager)?;
@@ -54,7 +54,7 @@ pub(crate) async fn run(args: UninstallArgs) -> anyhow::Result<()> {
     remove_files()?;
     let left = left_over();
     ensure!(left.is_empty(), "these came back, is something of Weft running? {}", left.join(", "));
-    println!("nothing of Weft is left on this node");
+    say!("nothing of Weft is left on this node");
     Ok(())
 }
 
@@ -86,7 +86,7 @@ fn remove_units(manager: ServiceManager) -> anyhow::Result<()> {
         let Some(path) = manager.unit_file(unit).filter(|path| path.exists()) else { continue };
         for call in manager.stop_and_disable(unit).into_iter().filter(|_| runs) {
             services.run(&call)?;
-            println!("ran {}", call.join(" "));
+            say!("ran {}", call.join(" "));
         }
         removed |= remove(&path)?;
         if let Some(log) = manager.unit_log(unit) {
@@ -95,7 +95,7 @@ fn remove_units(manager: ServiceManager) -> anyhow::Result<()> {
     }
     for call in manager.reload().into_iter().filter(|_| removed && runs) {
         services.run(&call)?;
-        println!("ran {}", call.join(" "));
+        say!("ran {}", call.join(" "));
     }
     Ok(())
 }
@@ -103,7 +103,7 @@ fn remove_units(manager: ServiceManager) -> anyhow::Result<()> {
 fn remove(path: &Path) -> anyhow::Result<bool> {
     let removed = files::remove(path).with_context(|| format!("remove {}", path.display()))?;
     if removed {
-        println!("removed {}", path.display());
+        say!("removed {}", path.display());
     }
     Ok(removed)
 }
@@ -126,9 +126,9 @@ fn remove_folders(folders: &[PathBuf]) -> anyhow::Result<()> {
     for folder in folders {
         let name = folder.display();
         if files::remove_empty_folder(folder).with_context(|| format!("remove {name}"))? {
-            println!("removed {name}");
+            say!("removed {name}");
         } else if folder.exists() {
-            println!("left {name}: it holds files of others");
+            say!("left {name}: it holds files of others");
         }
     }
     Ok(())

@@ -84,7 +84,7 @@ pub(crate) fn run(mut args: InstallArgs) -> anyhow::Result<()> {
 
 /// One line of the report.
 pub(crate) fn say(what: &str, object: impl Display) {
-    println!("{what:<10} {object}");
+    say!("{what:<10} {object}");
 }
 
 fn invalid(error: anyhow::Error) -> anyhow::Error {

@@ -41,7 +41,7 @@ pub(super) fn wait(limit: Duration, cni_conf_dir: &Path) -> anyhow::Result<()> {
         if started_at.elapsed() >= limit {
             match answer {
                 Ok(status) => crate::print(&status::text(&status))?,
-                Err(error) => println!("{error:#}"),
+                Err(error) => say!("{error:#}"),
             }
             bail!(
                 "this node's network is installed and not ready after {} s; what is missing stands above, and 'weft status' shows it again",

@@ -52,7 +52,7 @@ pub(super) fn apply(documents: Vec<Value>) -> anyhow::Result<()> {
                 Err(error) => Err(error),
             };
             match outcome {
-                Ok(what) => println!("{title} {what}"),
+                Ok(what) => say!("{title} {what}"),
                 Err(error) => {
                     failed += 1;
                     eprintln!("{title} failed: {error:#}");
@@ -72,7 +72,7 @@ pub(super) fn delete_files(files: &[String]) -> anyhow::Result<()> {
         let mut failed = 0;
         for document in documents.iter().rev() {
             match delete(&client, document).await {
-                Ok(what) => println!("{} {what}", title_of(document)),
+                Ok(what) => say!("{} {what}", title_of(document)),
                 Err(error) => {
                     failed += 1;
                     eprintln!("{} failed: {error:#}", title_of(document));

@@ -41,24 +41,19 @@ pub(super) fn up(nodes: Option<u16>, family: Option<Family>) -> anyhow::Result<(
     }
     if api::is_up() {
         api::wait_until_it_answers(&topology)?;
-        println!("  API server   already up");
+        say!("  API server   already up");
     } else {
         let step = Instant::now();
         api::start(&topology)?;
         started += 1;
-        println!("  API server   up on 127.0.0.1:{} ({})", topology.loopback_port, seconds(step));
+        say!("  API server   up on 127.0.0.1:{} ({})", topology.loopback_port, seconds(step));
     }
     for name in topology.node_names() {
         started += usize::from(ensure_machine(&topology, &name)?);
     }
     wait_until_ready(&topology)?;
     let what = if started == 0 { "was up already" } else { "is up" };
-    println!(
-        "The lab {what}: {} nodes, {} ({}).",
-        topology.nodes,
-        family_text(topology.family),
-        seconds(begin)
-    );
+    say!("The lab {what}: {} nodes, {} ({}).", topology.nodes, family_text(topology.family), seconds(begin));
     Ok(())
 }
 
@@ -143,7 +138,7 @@ fn ensure_machine(topology: &Topology, name: &str) -> anyhow::Result<bool> {
     if !up {
         machine::start(topology, name).with_context(|| format!("start {name}"))?;
     }
-    println!("  {name:<12} {} {}", if up { "already up" } else { "up" }, addresses.join(" "));
+    say!("  {name:<12} {} {}", if up { "already up" } else { "up" }, addresses.join(" "));
     Ok(!up)
 }
 
@@ -158,7 +153,7 @@ fn wait_until_ready(topology: &Topology) -> anyhow::Result<()> {
         let late: Vec<String> =
             topology.node_names().into_iter().filter(|name| !ready.contains(name)).collect();
         if late.is_empty() {
-            println!("  nodes        Ready ({})", seconds(begin));
+            say!("  nodes        Ready ({})", seconds(begin));
             return Ok(());
         }
         if begin.elapsed() > READY_LIMIT {
@@ -201,7 +196,7 @@ fn forget_boot(path: &Path) -> anyhow::Result<()> {
 /// Ends everything and looks afterwards whether anything is left. Also after a crash in the middle of anything.
 pub(super) fn down() -> anyhow::Result<()> {
     if !Path::new(paths::RUN).exists() && !Path::new(paths::STATE).exists() {
-        println!("No lab is up.");
+        say!("No lab is up.");
         return Ok(());
     }
     let lock = lock()?;
@@ -225,7 +220,7 @@ pub(super) fn down() -> anyhow::Result<()> {
     fs::remove_dir_all(paths::RUN).with_context(|| format!("remove {}", paths::RUN))?;
     drop(lock);
     verify_nothing_left(&created)?;
-    println!("The lab is down: {ended} machines ended; no process, link, mount or file of it is left.");
+    say!("The lab is down: {ended} machines ended; no process, link, mount or file of it is left.");
     Ok(())
 }
 

@@ -92,7 +92,7 @@ pub(super) fn on_machine(name: &str, words: &[String]) -> anyhow::Result<i32> {
 
 pub(super) fn print_kubeconfig() -> anyhow::Result<()> {
     machine::topology()?;
-    println!("{}", paths::admin_kubeconfig().display());
+    say!("{}", paths::admin_kubeconfig().display());
     Ok(())
 }
 
@@ -111,27 +111,24 @@ pub(super) fn agent_process(node: &str) -> anyhow::Result<Recorded> {
 pub(super) fn kill_agent(node: &str) -> anyhow::Result<Recorded> {
     let agent = agent_process(node)?;
     agent.signal(Signal::SIGKILL)?;
-    println!("killed the agent of {node} (process {})", agent.pid);
+    say!("killed the agent of {node} (process {})", agent.pid);
     Ok(agent)
 }
 
 pub(super) fn stop_api() -> anyhow::Result<()> {
     machine::topology()?;
-    println!(
-        "{}",
-        if api::stop()? { "the API server is stopped" } else { "the API server was stopped already" }
-    );
+    say!("{}", if api::stop()? { "the API server is stopped" } else { "the API server was stopped already" });
     Ok(())
 }
 
 pub(super) fn start_api() -> anyhow::Result<()> {
     let topology = machine::topology()?;
     if api::is_up() {
-        println!("the API server was up already");
+        say!("the API server was up already");
         return Ok(());
     }
     api::start(&topology)?;
-    println!("the API server is up");
+    say!("the API server is up");
     Ok(())
 }
 
@@ -154,7 +151,7 @@ pub(super) fn print_logs(name: &str, process: Option<&str>) -> anyhow::Result<()
     }
     for (stem, text) in &logs {
         for line in String::from_utf8_lossy(text).lines() {
-            println!("{stem:<8} {line}");
+            say!("{stem:<8} {line}");
         }
     }
     Ok(())

@@ -18,11 +18,11 @@ pub(super) fn print() -> anyhow::Result<()> {
         let state = if machine::running(&name).is_ok() { "up" } else { "down" };
         machines.add_row([name.clone(), state.to_owned(), addresses.join(" "), services(&name)]);
     }
-    println!("{machines}\n\n{}", pods_table()?);
+    say!("{machines}\n\n{}", pods_table()?);
     for found in shell::all_pods()? {
         let pod = &found.record.pod;
         if let Some(complaint) = &found.record.complaint {
-            println!("{}/{}: {complaint}", pod.namespace().unwrap_or_default(), pod.name_any());
+            say!("{}/{}: {complaint}", pod.namespace().unwrap_or_default(), pod.name_any());
         }
     }
     Ok(())

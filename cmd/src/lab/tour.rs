@@ -84,12 +84,12 @@ fn require_programs() -> anyhow::Result<()> {
 impl Tour {
     fn step(&mut self, title: &str, show: fn(&Self) -> anyhow::Result<String>) {
         self.number += 1;
-        println!("\n{}. {title}", self.number);
+        say!("\n{}. {title}", self.number);
         let begin = Instant::now();
         match show(self) {
-            Ok(result) => println!("   ok: {result} ({:.1} s)", begin.elapsed().as_secs_f64()),
+            Ok(result) => say!("   ok: {result} ({:.1} s)", begin.elapsed().as_secs_f64()),
             Err(error) => {
-                println!("   FAILED: {error:#}");
+                say!("   FAILED: {error:#}");
                 self.failed.push(title.to_owned());
             }
         }
@@ -100,13 +100,13 @@ impl Tour {
         if !self.failed.is_empty() {
             bail!("{} of {} steps failed: {}", self.failed.len(), self.number, self.failed.join("; "));
         }
-        println!("\nAll {} steps hold ({seconds:.0} s). The lab is still up; try next:", self.number);
-        println!("  weft lab sh toolbox                     a shell in a pod: curl http://echo/hostname");
-        println!("  export KUBECONFIG=$(weft lab kubeconfig)  then kubectl get nodes,pods,services -o wide");
-        println!("  weft lab exec node1 -- weft status      what the agent of a node does and why");
-        println!("  weft lab status                         machines, services, pods");
-        println!("  weft lab apply -f FILE                  your own manifests");
-        println!("End it with `weft lab down`, which leaves nothing behind.");
+        say!("\nAll {} steps hold ({seconds:.0} s). The lab is still up; try next:", self.number);
+        say!("  weft lab sh toolbox                     a shell in a pod: curl http://echo/hostname");
+        say!("  export KUBECONFIG=$(weft lab kubeconfig)  then kubectl get nodes,pods,services -o wide");
+        say!("  weft lab exec node1 -- weft status      what the agent of a node does and why");
+        say!("  weft lab status                         machines, services, pods");
+        say!("  weft lab apply -f FILE                  your own manifests");
+        say!("End it with `weft lab down`, which leaves nothing behind.");
         Ok(())
     }
 
@@ -396,12 +396,12 @@ fn host(address: &str) -> String {
 }
 
 fn say(command: &str) {
-    println!("   $ {command}");
+    say!("   $ {command}");
 }
 
 fn quote(text: &str) {
     for line in text.lines() {
-        println!("     {}", line.trim_end());
+        say!("     {}", line.trim_end());
     }
 }
 

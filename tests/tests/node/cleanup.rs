@@ -166,3 +166,18 @@ fn what_a_kube_proxy_left_is_named_in_status_and_goes_on_request() {
         assert_eq!(before.differences(&picture(&node)), [""; 0]);
     });
 }
+
+#[test]
+fn cleanup_goes_on_when_nobody_reads_what_it_says() {
+    inside(|| {
+        let mut node = Node::running();
+        node.end_agent(Signal::SIGTERM);
+        node.stop_tunnel();
+        let mut command = node.cleanup_command();
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        assert!(command.stdout(writer).status().unwrap().success());
+        assert_eq!(run(&mut node.cleanup_command()), "nothing of Weft is left on this node\n");
+        assert!(!node.path("run").exists());
+    });
+}
