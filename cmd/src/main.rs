@@ -7,6 +7,7 @@ mod dns;
 mod files;
 mod install;
 mod ipam;
+mod key;
 mod lab;
 mod log;
 mod manifests;
@@ -54,6 +55,8 @@ enum Command {
     Status(status::StatusArgs),
     /// Show which pod of this node has which address
     Ipam(ipam::IpamArgs),
+    /// Show or replace this node's WireGuard key
+    Key(key::KeyArgs),
     /// Explain what network policies decide
     Policy(policy::PolicyArgs),
     /// Ask this node's agent about names
@@ -79,6 +82,7 @@ fn main() -> ExitCode {
         Command::Lab(args) => lab::run(args),
         Command::Status(args) => status::run(&args),
         Command::Ipam(args) => ipam::run(&args),
+        Command::Key(args) => key::run(&args),
         Command::Policy(args) => policy::run(&args),
         Command::Dns(args) => dns::run(&args),
         Command::Cleanup(args) => on_runtime(cleanup::run(args)),
