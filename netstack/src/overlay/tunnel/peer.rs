@@ -32,6 +32,8 @@ const MAX_JITTER_MILLIS: u64 = 333;
 const MIN_INITIATION_GAP: Duration = Duration::from_millis(20);
 /// Packets that wait for a handshake; the oldest go first.
 const MAX_QUEUED: usize = 128;
+/// Sessions kept to open what is still on its way.
+const MAX_PREVIOUS: usize = 3;
 /// Session indices of one peer: its slot in the upper 24 bits, a rolling number below.
 const SLOT_SHIFT: u32 = 8;
 pub(super) const MAX_SLOT: u32 = (1 << (32 - SLOT_SHIFT)) - 1;
@@ -106,7 +108,9 @@ pub(super) struct Peer {
     endpoint: Option<SocketAddr>,
     keepalive: Option<Duration>,
     attempt: Option<Attempt>,
-    previous: Option<Arc<Session>>,
+    /// What the peer may still send with, newest first. More than one, since two handshakes that cross leave the sides sending
+    /// with different sessions.
+    previous: VecDeque<Arc<Session>>,
     current: Option<Arc<Session>>,
     /// We answered; the initiator has not used it yet.
     next: Option<Arc<Session>>,
@@ -135,7 +139,7 @@ impl Peer {
             endpoint: None,
             keepalive: None,
             attempt: None,
-            previous: None,
+            previous: VecDeque::new(),
             current: None,
             next: None,
             greatest_timestamp: [0; 12],
@@ -204,9 +208,10 @@ impl Peer {
 
     /// A session that may still open packets.
     pub(super) fn session(&self, index: u32, now: Instant) -> Option<Arc<Session>> {
-        [&self.current, &self.next, &self.previous]
+        [&self.current, &self.next]
             .into_iter()
             .flatten()
+            .chain(&self.previous)
             .find(|session| session.local_index == index && !session.expired(now))
             .cloned()
     }
@@ -304,7 +309,6 @@ impl Peer {
         self.set_endpoint(Some(from));
         macs::stamp(&mut message, &self.mac1_key, self.fresh_cookie(now.monotonic).as_ref());
         self.next = Some(Arc::new(Session::new(local_index, remote_index, &keys, false, now.monotonic)));
-        self.previous = None;
         self.timers.erase_at = Some(now.monotonic + REJECT_AFTER_TIME * 3);
         self.note_traversal(now.monotonic);
         self.push(message.to_vec(), out);
@@ -363,8 +367,8 @@ impl Peer {
             self.set_endpoint(Some(from));
         }
         if self.next.as_ref().is_some_and(|next| next.local_index == session.local_index) {
-            self.previous = self.current.take();
-            self.current = self.next.take();
+            let replaced = std::mem::replace(&mut self.current, self.next.take());
+            self.retire(replaced);
             self.complete_handshake(now.monotonic);
             if !self.queue.is_empty() {
                 self.flush(now, out);
@@ -445,8 +449,10 @@ impl Peer {
 
     fn begin_as_initiator(&mut self, local: u32, remote: u32, keys: &TransportKeys, now: Instant) {
         let session = Arc::new(Session::new(local, remote, keys, true, now));
-        self.previous = self.next.take().or_else(|| self.current.take());
-        self.current = Some(session);
+        let replaced = self.current.replace(session);
+        self.retire(replaced);
+        let unused = self.next.take();
+        self.retire(unused);
         self.attempt = None;
     }
 
@@ -459,6 +465,14 @@ impl Peer {
         self.identity = identity;
         if self.next_identity.is_none() {
             self.timers.trial_at = None;
+        }
+    }
+
+    /// Nothing is sent with it any more; the peer may be a moment behind.
+    fn retire(&mut self, session: Option<Arc<Session>>) {
+        if let Some(session) = session {
+            self.previous.push_front(session);
+            self.previous.truncate(MAX_PREVIOUS);
         }
     }
 
@@ -500,7 +514,7 @@ impl Peer {
     /// Forgets every key; the peer starts anew with the next packet.
     fn erase(&mut self) {
         self.attempt = None;
-        self.previous = None;
+        self.previous.clear();
         self.current = None;
         self.next = None;
         self.timers.erase_at = None;

@@ -249,7 +249,7 @@ fn keys_are_forgotten_after_nine_minutes() {
     world.send(0, 1);
     world.pass(Duration::from_secs(541));
     for side in &world.sides {
-        assert!(side.peer.current.is_none() && side.peer.previous.is_none() && side.peer.next.is_none());
+        assert!(side.peer.current.is_none() && side.peer.previous.is_empty() && side.peer.next.is_none());
         assert_eq!(side.peer.next_wake(), None);
     }
 }
