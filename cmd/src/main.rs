@@ -5,10 +5,12 @@ mod cleanup;
 mod cni;
 mod dns;
 mod files;
+mod ingress;
 mod install;
 mod ipam;
 mod key;
 mod lab;
+mod lint;
 mod log;
 mod manifests;
 mod policy;
@@ -61,6 +63,10 @@ enum Command {
     Policy(policy::PolicyArgs),
     /// Ask this node's agent about names
     Dns(dns::DnsArgs),
+    /// Show where requests to Ingresses go
+    Ingress(ingress::IngressArgs),
+    /// Say what would become of Ingresses here, annotation by annotation
+    Lint(lint::LintArgs),
     /// Remove every rule, link, route and file of Weft from this node
     Cleanup(cleanup::CleanupArgs),
 }
@@ -85,6 +91,8 @@ fn main() -> ExitCode {
         Command::Key(args) => key::run(&args),
         Command::Policy(args) => policy::run(&args),
         Command::Dns(args) => dns::run(&args),
+        Command::Ingress(args) => ingress::run(&args),
+        Command::Lint(args) => lint::run(&args),
         Command::Cleanup(args) => on_runtime(cleanup::run(args)),
         Command::Manifests(args) => manifests::run(*args),
         Command::Install(args) => install::run(*args),

@@ -36,21 +36,23 @@ pub(crate) fn run(args: &PolicyArgs) -> anyhow::Result<()> {
     crate::print(&ask(&question.run_dir, &path(question), PATIENCE)?)
 }
 
-/// Request path with the question; whatever is no plain character of a name or an address is escaped.
+/// Request path with the question.
 fn path(question: &ExplainArgs) -> String {
-    let escape = |text: &str| -> String {
-        text.bytes()
-            .map(|byte| match byte {
-                b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'/' | b':' => {
-                    char::from(byte).to_string()
-                }
-                other => format!("%{other:02X}"),
-            })
-            .collect()
-    };
     let [source, destination, port] =
         [&question.source, &question.destination, &question.port].map(|text| escape(text));
     format!("/policy/explain?source={source}&destination={destination}&port={port}")
+}
+
+/// For a query: whatever is no plain character of a name or an address is escaped.
+pub(crate) fn escape(text: &str) -> String {
+    text.bytes()
+        .map(|byte| match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'/' | b':' => {
+                char::from(byte).to_string()
+            }
+            other => format!("%{other:02X}"),
+        })
+        .collect()
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@
 
 pub mod admin;
 pub mod cni;
+pub mod expose;
 pub mod kernel;
 pub mod kube;
 pub mod overlay;

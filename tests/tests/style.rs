@@ -12,7 +12,7 @@ fn root() -> PathBuf {
 /// Every `.rs` file of the workspace below the folders of its crates, as a path from the root.
 fn sources() -> Vec<PathBuf> {
     let mut found = Vec::new();
-    let mut folders: Vec<PathBuf> = ["cmd", "netstack", "dns", "embedded-manifests", "tests"]
+    let mut folders: Vec<PathBuf> = ["cmd", "netstack", "dns", "lb", "embedded-manifests", "tests"]
         .iter()
         .map(|name| root().join(name))
         .collect();

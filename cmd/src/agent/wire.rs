@@ -118,7 +118,8 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
         .merge(admin::status_router(admin.clone()))
         .merge(keys)
         .merge(policy::explain::router(snapshots.clone()))
-        .merge(crate::dns::router(explaining));
+        .merge(crate::dns::router(explaining))
+        .merge(crate::ingress::router(snapshots.clone()));
     serve_unix(tasks, &socket, router)?;
     tasks.start("observe", serve_observed(config.observe_address, admin::observe_router(admin), observed));
     tasks.start("proxy-health", serve_proxy_health(config.proxy_health_address, proxy_health, health_tx));

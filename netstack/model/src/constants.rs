@@ -20,6 +20,8 @@ pub const TUNNEL_LINK: &str = "weft0";
 pub const WIREGUARD_PORT: u16 = 51820;
 /// Host ends of pod veths: this prefix and 10 hexadecimal digits (IFNAMSIZ allows 15 characters).
 pub const POD_LINK_PREFIX: &str = "weftp";
+/// IFB devices through which a pod's packets are led when its sending rate is limited: this prefix and the digits of its link.
+pub const SHAPER_LINK_PREFIX: &str = "weftb";
 /// Link-local gateway of every pod: never routed, so it cannot collide with a podCIDR.
 pub const POD_GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 pub const POD_GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
@@ -59,3 +61,9 @@ pub const ANNOTATION_ESTABLISHED: &str = "weft.network/established";
 
 /// MTU cost of WireGuard with an IPv6 outer header: 40 + 8 + 16 + 16.
 pub const WIREGUARD_OVERHEAD_BYTES: u32 = 80;
+
+/// Namespace and name of the Service through which the outside reaches the ingress of every node.
+pub const INGRESS_SERVICE: (&str, &str) = ("weft-system", "weft-ingress");
+/// Where the ingress listens on its own address: no privilege is needed for these, and the Service has 80 and 443.
+pub const INGRESS_HTTP_PORT: u16 = 8080;
+pub const INGRESS_HTTPS_PORT: u16 = 8443;

@@ -90,6 +90,16 @@ pub struct Pod {
     pub terminated: bool,
     /// Ports of its containers that have a name, for policies that speak of names.
     pub named_ports: Vec<NamedPort>,
+    /// What its annotations limit.
+    #[serde(default)]
+    pub bandwidth: Bandwidth,
+}
+
+/// Limits of a pod's rate in bits a second, counted from the pod: ingress is what it receives. `None`: no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bandwidth {
+    pub ingress_bits: Option<u64>,
+    pub egress_bits: Option<u64>,
 }
 
 /// A named `containerPort`. One name may stand for several, in several containers or protocols.

@@ -195,6 +195,7 @@ mod tests {
             pod: Some(PodKey::new("default", pod)),
             pod_uid: String::new(),
             link: "weftp1".to_owned(),
+            bandwidth: weft_model::objects::Bandwidth::default(),
             host_ports: vec![HostPort {
                 protocol: Protocol::Tcp,
                 host_ip: Some("2001:db8::1".parse().unwrap()),

@@ -5,16 +5,23 @@ use std::net::IpAddr;
 
 use weft_model::PodKey;
 use weft_model::constants::POD_GATEWAY_MAC;
+use weft_model::objects::Bandwidth;
 
 use super::attachment::{AttachError, Attachment, gateway, make_pod_side, pod_mac};
 use super::node::NodeView;
 use super::wire::{AddResult, CniError, CniRequest, Code};
-use super::{Cni, hostport, ipam, locked};
+use super::{Cni, bandwidth, hostport, ipam, locked};
 use crate::kernel::conntrack::delete_udp_flows;
-use crate::kernel::link::Links;
+use crate::kernel::link::{LinkError, Links};
 use crate::kernel::netns::{Netns, Rtnetlink};
 use crate::reconcile::chain;
 use crate::store::{Boottime, HostPort, Lease, LeaseRecords};
+
+/// What the runtime wants beside addresses.
+struct Asked {
+    host_ports: Vec<HostPort>,
+    bandwidth: Bandwidth,
+}
 
 impl Cni {
     /// Attaches a container. On an error nothing is left behind, the lease included.
@@ -26,13 +33,16 @@ impl Cni {
             let msg = "prevResult is given: weft must be the first plugin of its list";
             return Err(CniError::new(Code::InvalidConfig, msg));
         }
-        let host_ports = hostport::requested(&request.config)?;
+        let asked = Asked {
+            host_ports: hostport::requested(&request.config)?,
+            bandwidth: bandwidth::requested(&request.config)?,
+        };
         let _held = self.locks.one(&attachment.link).await;
         let node = self.node_for_add()?;
         let netns = Netns::open(&request.netns).map_err(AttachError::from)?;
         let pod = netns.connect().map_err(AttachError::from)?;
         refuse_taken_name(&pod, &attachment, &request.netns).await?;
-        let given = self.reserve(&attachment, request, &host_ports, &node)?;
+        let given = self.reserve(&attachment, request, &asked, &node)?;
         let addresses: Vec<IpAddr> = given.keys().copied().collect();
         let attached = match self.verdicts_are_in_place(&addresses).await {
             Ok(()) => self.attach(&attachment, &netns, &pod, &given, &node).await.map_err(CniError::from),
@@ -52,7 +62,7 @@ impl Cni {
         &self,
         attachment: &Attachment,
         request: &CniRequest,
-        host_ports: &[HostPort],
+        asked: &Asked,
         node: &NodeView,
     ) -> Result<LeaseRecords, CniError> {
         let failed = |error: crate::store::StoreError| CniError::new(Code::Store, chain(&error));
@@ -66,7 +76,7 @@ impl Cni {
                 format!("container {id} has interface {ifname} already; DEL it first"),
             ));
         }
-        if let Some(refused) = hostport::refusal(host_ports, &leases, node.wireguard_port) {
+        if let Some(refused) = hostport::refusal(&asked.host_ports, &leases, node.wireguard_port) {
             return Err(refused);
         }
         let now = Boottime::now();
@@ -76,7 +86,8 @@ impl Cni {
         let mut changes: BTreeMap<IpAddr, Option<Lease>> =
             ipam::rested(&leases, now).map(|address| (address, None)).collect();
         let lease = |address: IpAddr| Lease {
-            host_ports: hostport::of_family(host_ports, address.is_ipv6()),
+            host_ports: hostport::of_family(&asked.host_ports, address.is_ipv6()),
+            bandwidth: asked.bandwidth,
             ..lease(attachment, request)
         };
         let given: LeaseRecords = given.into_iter().map(|address| (address, lease(address))).collect();
@@ -98,12 +109,25 @@ impl Cni {
         let addresses = &node.in_order(given);
         self.make_pair(attachment, netns, node.mtu_bytes).await?;
         self.ensure_host_side(&attachment.link, given, node).await?;
+        self.limit_new(&attachment.link, given).await?;
         make_pod_side(netns, &pod.handle, &attachment.ifname, addresses).await?;
         self.links().wait_until_running(&attachment.link).await?;
         Links::new(pod.handle.clone()).wait_until_running(&attachment.ifname).await?;
         self.admit(&attachment.link, given)?;
         self.take_over_flows(&attachment.link, given).await;
         Ok(addresses.clone())
+    }
+
+    /// Pods without limits, nearly all, cost nothing here.
+    async fn limit_new(&self, name: &str, given: &LeaseRecords) -> Result<(), AttachError> {
+        let Some(lease) = given.values().next() else { return Ok(()) };
+        let wanted = bandwidth::wanted(lease, self.snapshot().as_deref());
+        if wanted == Bandwidth::default() {
+            return Ok(());
+        }
+        let links = self.links();
+        let link = links.find(name).await?.ok_or_else(|| LinkError::missing("find link", name))?;
+        self.limit(&link, &wanted, &self.shaped().await?).await
     }
 
     /// A set that is gone (somebody flushed the rule set) is made anew from the leases, this one among them.
@@ -167,6 +191,7 @@ fn lease(attachment: &Attachment, request: &CniRequest) -> Lease {
         pod_uid: arg("K8S_POD_UID"),
         link: attachment.link.clone(),
         host_ports: Vec::new(),
+        bandwidth: Bandwidth::default(),
         released: None,
     }
 }

@@ -50,6 +50,7 @@ impl From<Reconciled> for Applied {
             done.rebuilt.iter().map(|address| format!("lease {address} again: its link has no lease")),
         );
         changed.extend(done.completed.iter().map(|link| format!("complete link {link}")));
+        changed.extend(done.limited.iter().map(|link| format!("limit the rate of {link} anew")));
         changed.extend(
             done.removed_links.iter().map(|link| format!("delete link {link}: it belongs to nothing")),
         );

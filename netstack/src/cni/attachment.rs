@@ -14,6 +14,7 @@ use crate::kernel::link::{LinkError, Links, VethPair};
 use crate::kernel::netns::{Netns, NetnsError};
 use crate::kernel::nft::NftError;
 use crate::kernel::route::{LinkRoute, RouteError, ensure_link_route};
+use crate::kernel::shaper::ShaperError;
 use crate::kernel::sysctl;
 use crate::reconcile::chain;
 use crate::store::{LeaseRecords, StoreError};
@@ -83,6 +84,8 @@ pub(super) enum AttachError {
     Route(#[from] RouteError),
     #[error(transparent)]
     Rules(#[from] NftError),
+    #[error(transparent)]
+    Shaper(#[from] ShaperError),
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error("set {name} to {value}")]

@@ -9,7 +9,7 @@ use weft_model::constants::TABLE_CNI;
 
 use super::attachment::{AttachError, Attachment};
 use super::wire::{CniError, CniRequest, Code};
-use super::{Cni, locked};
+use super::{Cni, bandwidth, locked};
 use crate::kernel::link::{Link, Links};
 use crate::kernel::netns::Netns;
 use crate::kernel::route::link_routes;
@@ -32,6 +32,7 @@ impl Cni {
         compare_with_previous(&request.config, &addresses)?;
         self.check_rules(&leases)?;
         self.check_host_side(&attachment, &addresses).await?;
+        self.check_limits(&attachment, &leases).await?;
         check_pod_side(request, &addresses).await
     }
 
@@ -41,6 +42,17 @@ impl Cni {
             None => Ok(()),
             Some(set) => mismatch(format!("set {set} of table {TABLE_CNI} lacks what ADD put there")),
         }
+    }
+
+    async fn check_limits(&self, attachment: &Attachment, leases: &LeaseRecords) -> Result<(), CniError> {
+        let Some(lease) = leases.values().next() else { return Ok(()) };
+        let wanted = bandwidth::wanted(lease, self.snapshot().as_deref());
+        let link = self.links().find(&attachment.link).await.map_err(AttachError::from)?;
+        let link = must_be_up(link, &attachment.link)?;
+        if self.shaped().await?.holds(&link, &wanted) {
+            return Ok(());
+        }
+        mismatch(format!("the rate limits of {} are not what its pod asks for", link.name))
     }
 
     async fn check_host_side(

@@ -36,13 +36,13 @@ pub struct Others {
 }
 
 /// The list for a plugin that finds the agent at `socket`. A runtime passes on what a capability names
-/// (`runtimeConfig.portMappings`).
+/// (`runtimeConfig.portMappings`, `runtimeConfig.bandwidth`).
 pub fn render(socket: &Path) -> String {
     let list = json!({
         "cniVersion": CNI_VERSION,
         "cniVersions": CNI_VERSIONS,
         "name": "weft",
-        "plugins": [{ "type": "weft", "socket": socket, "capabilities": { "portMappings": true } }],
+        "plugins": [{ "type": "weft", "socket": socket, "capabilities": { "bandwidth": true, "portMappings": true } }],
     });
     format!("{list:#}\n")
 }
@@ -137,7 +137,7 @@ mod tests {
     #[test]
     fn the_list_names_the_plugin_and_the_socket() {
         let list: serde_json::Value = serde_json::from_str(&render(Path::new("/a b/x.sock"))).unwrap();
-        let plugin = json!({"type": "weft", "socket": "/a b/x.sock", "capabilities": {"portMappings": true}});
+        let plugin = json!({"type": "weft", "socket": "/a b/x.sock", "capabilities": {"bandwidth": true, "portMappings": true}});
         assert_eq!(
             list,
             json!({"cniVersion": "1.0.0", "cniVersions": ["1.0.0", "1.1.0"], "name": "weft", "plugins": [plugin]})

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use weft_model::constants::POD_LINK_PREFIX;
 
 use super::attachment::Attachment;
+use super::bandwidth::ifb_of;
 use super::wire::{CniError, CniRequest, Code, valid_attachments};
 use super::{Cni, hostport, locked};
 use crate::kernel::conntrack::delete_udp_flows;
@@ -80,6 +81,7 @@ impl Cni {
     /// The link first: an element without its link lets nobody in.
     pub(super) async fn remove_from_kernel(&self, link: &str, leases: &LeaseRecords) -> Result<(), CniError> {
         self.links().delete(link).await.map_err(|error| kernel(&error))?;
+        self.links().delete(&ifb_of(link)).await.map_err(|error| kernel(&error))?;
         if let Err(error) = locked(&self.rules).withdraw(leases) {
             tracing::warn!(link, error = %chain(&error), "remove elements of table weft-cni");
         }

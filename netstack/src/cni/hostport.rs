@@ -69,15 +69,12 @@ pub(super) fn requested(config: &Value) -> Result<Vec<HostPort>, CniError> {
 }
 
 /// The conventions say `hostPort`, containerd writes `HostPort`: plugins in Go do not tell them apart.
-fn lower_case(mappings: &Value) -> Value {
-    let lower = |entry: &Value| match entry {
+pub(super) fn lower_case(given: &Value) -> Value {
+    match given {
+        Value::Array(entries) => entries.iter().map(lower_case).collect(),
         Value::Object(fields) => {
-            fields.iter().map(|(name, value)| (name.to_ascii_lowercase(), value.clone())).collect()
+            fields.iter().map(|(name, value)| (name.to_ascii_lowercase(), lower_case(value))).collect()
         }
-        other => other.clone(),
-    };
-    match mappings {
-        Value::Array(entries) => entries.iter().map(lower).collect(),
         other => other.clone(),
     }
 }

@@ -130,6 +130,7 @@ mod tests {
             pod_uid: String::new(),
             link: "weftp0".to_owned(),
             host_ports: Vec::new(),
+            bandwidth: weft_model::objects::Bandwidth::default(),
             released: released.map(Boottime),
         }
     }

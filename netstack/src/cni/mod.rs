@@ -3,19 +3,20 @@
 //! ```text
 //!  container runtime --exec--> `weft cni` --HTTP over /run/weft/agent.sock--> server --> Cni
 //!  Cni::add    lease in the Store (flushed) -> told as attachment, until the pod's verdicts are in the kernel
-//!              -> veth, addresses, routes -> nft elements -> answer
+//!              -> veth, addresses, routes, rate limits -> nft elements -> answer
 //!  Cni::del    link -> nft elements -> lease released (quarantine)
 //!  Cni::reconcile  leases <-> links of the kernel, before the first request
 //!  Loop(plan, apply)  the same whenever this Node changes and at every drift check
 //! ```
 //!
 //! Requests are imperative on purpose (request and response), the one exception from plan and apply. What is decided
-//! without IO stands in [`plan`], [`ipam`], `rules`, `spoof`, `hostport`, [`wire`] and [`conflist`].
+//! without IO stands in [`plan`], [`ipam`], `rules`, `spoof`, `hostport`, `bandwidth`, [`wire`] and [`conflist`].
 
 pub mod account;
 mod add;
 pub mod apply;
 mod attachment;
+mod bandwidth;
 mod check;
 pub mod cleanup;
 pub mod conflist;

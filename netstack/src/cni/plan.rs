@@ -1,11 +1,12 @@
 //! What the pod links of this node depend on in the Snapshot: a change of it makes them be looked at again.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use weft_model::objects::Pod;
-use weft_model::{ObjectRef, Planned, Problem, Reason, Snapshot};
+use weft_model::objects::{Bandwidth, Pod};
+use weft_model::{ObjectRef, Planned, PodKey, Problem, Reason, Snapshot};
 
 use crate::reconcile::Planner;
 
@@ -15,6 +16,8 @@ pub struct PodLinks {
     pub pod_cidrs: Vec<IpNet>,
     /// The Node's own addresses, at most one a family: sources of the routes to its pods.
     pub sources: Vec<IpAddr>,
+    /// Limits of the node's pods that have any.
+    pub bandwidths: BTreeMap<PodKey, Bandwidth>,
 }
 
 pub fn plan(snapshot: &Snapshot) -> Planned<PodLinks> {
@@ -33,19 +36,31 @@ pub fn plan(snapshot: &Snapshot) -> Planned<PodLinks> {
         }
         false => stranded(snapshot, &node.pod_cidrs),
     };
-    Planned::new(
-        PodLinks { pod_cidrs: node.pod_cidrs.clone(), sources: node.primary_ips().collect() },
-        problems,
-    )
+    let links = PodLinks {
+        pod_cidrs: node.pod_cidrs.clone(),
+        sources: node.primary_ips().collect(),
+        bandwidths: limited(snapshot).map(|pod| (pod.key.clone(), pod.bandwidth)).collect(),
+    };
+    Planned::new(links, problems)
+}
+
+fn limited(snapshot: &Snapshot) -> impl Iterator<Item = &Arc<Pod>> {
+    let is_limited = |pod: &&Arc<Pod>| pod.bandwidth != Bandwidth::default();
+    own_pods(snapshot).filter(is_limited)
+}
+
+/// Pods of this node with an address of their own.
+fn own_pods(snapshot: &Snapshot) -> impl Iterator<Item = &Arc<Pod>> {
+    let here = |pod: &&Arc<Pod>| pod.node.as_ref() == Some(&snapshot.facts.name);
+    snapshot.pods.values().filter(here).filter(|pod| !pod.host_network && !pod.terminated)
 }
 
 /// Pods from before the Node was made anew with another podCIDR: they run, and nobody else has a route to them.
 fn stranded(snapshot: &Snapshot, pod_cidrs: &[IpNet]) -> Vec<Problem> {
     let ranges: Vec<String> = pod_cidrs.iter().map(ToString::to_string).collect();
     let outside = |ip: &&IpAddr| !pod_cidrs.iter().any(|cidr| cidr.contains(*ip));
-    let here = |pod: &&Arc<Pod>| pod.node.as_ref() == Some(&snapshot.facts.name);
-    let pods = snapshot.pods.values().filter(here).filter(|pod| !pod.host_network && !pod.terminated);
-    pods.filter_map(|pod| Some((pod, pod.ips.iter().find(outside)?)))
+    own_pods(snapshot)
+        .filter_map(|pod| Some((pod, pod.ips.iter().find(outside)?)))
         .map(|(pod, ip)| {
             let message = format!(
                 "address {ip} is in no podCIDR of this Node ({}), which changed: other nodes do not reach it; delete the pod so \
@@ -71,10 +86,6 @@ impl Planner for PodLinksPlanner {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
-    use weft_model::PodKey;
-
     use super::*;
     use crate::cni::tests::rig::snapshot;
 
@@ -90,6 +101,7 @@ mod tests {
             subdomain: None,
             terminated: false,
             named_ports: vec![],
+            bandwidth: Bandwidth::default(),
         }
     }
 

@@ -5,7 +5,7 @@
 //!  lease without link          -> released (the pod is gone)
 //!  link without lease, routed  -> lease rebuilt from its host routes
 //!  link without lease or route -> deleted (an ADD that died early; its pod was never told an address)
-//!  lease with link             -> host side made complete
+//!  lease with link             -> host side made complete, rate limits as the Pod asks for them now
 //!  all live leases             -> table weft-cni
 //! ```
 
@@ -14,6 +14,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use weft_model::constants::POD_LINK_PREFIX;
+use weft_model::objects::Bandwidth;
 
 use super::attachment::host_route;
 use super::del::forget_flows;
@@ -35,6 +36,8 @@ pub struct Reconciled {
     pub completed: Vec<String>,
     /// Links that belonged to nothing.
     pub removed_links: Vec<String>,
+    /// Links whose rate limits were not what they should be.
+    pub limited: Vec<String>,
     /// Changes to table `weft-cni`.
     pub rules: Vec<String>,
     /// One line each; the next call tries again.
@@ -52,6 +55,9 @@ impl Cni {
                 let routed = links.iter().map(|link| (link.name.clone(), routed_to(link, &routes))).collect();
                 self.reconcile_leases(&mut leases, &routed, &mut done).await;
                 self.complete_host_sides(&leases, &links, &routes, &mut done).await;
+                let (limited, failed) = self.reconcile_limits(&live_links(&leases), &links).await;
+                done.limited = limited;
+                done.failed.extend(failed);
                 match locked(&self.rules).ensure(&leases) {
                     Ok(changes) => done.rules = changes,
                     Err(error) => done.failed.push(chain(&error)),
@@ -180,6 +186,7 @@ fn rebuilt(link: &str) -> Lease {
         pod_uid: String::new(),
         link: link.to_owned(),
         host_ports: Vec::new(),
+        bandwidth: Bandwidth::default(),
         released: None,
     }
 }

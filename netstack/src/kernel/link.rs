@@ -33,7 +33,8 @@ impl LinkError {
         Self { operation, link: link.to_owned(), source: cause(error) }
     }
 
-    fn missing(operation: &'static str, link: &str) -> Self {
+    /// A link that must be there is not.
+    pub fn missing(operation: &'static str, link: &str) -> Self {
         Self { operation, link: link.to_owned(), source: io::Error::from_raw_os_error(libc::ENODEV) }
     }
 

@@ -9,6 +9,7 @@ pub mod link;
 pub mod netns;
 pub mod nft;
 pub mod route;
+pub mod shaper;
 pub mod sysctl;
 #[cfg(test)]
 pub(crate) mod testing;

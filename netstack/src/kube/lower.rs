@@ -11,8 +11,8 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use weft_model::constants::{ANNOTATION_NEXT_PUBLIC_KEY, ANNOTATION_PUBLIC_KEY, ANNOTATION_WIREGUARD_PORT};
 use weft_model::objects::{
-    ConfigMap, Endpoint, EndpointPort, EndpointSlice, NamedPort, Namespace, Node, Pod, Protocol, Service,
-    ServiceKind, ServicePort, TrafficPolicy,
+    Bandwidth, ConfigMap, Endpoint, EndpointPort, EndpointSlice, NamedPort, Namespace, Node, Pod, Protocol,
+    Service, ServiceKind, ServicePort, TrafficPolicy,
 };
 use weft_model::{NamespacedName, NodeName, ObjectRef, Problem, Reason};
 
@@ -20,6 +20,7 @@ use super::wire;
 
 mod ingress;
 mod policy;
+mod quantity;
 
 pub use ingress::{ingress, ingress_class, referred};
 pub use policy::network_policy;
@@ -83,12 +84,13 @@ pub fn namespace(document: &Value) -> Lowered<Namespace> {
 }
 
 pub fn pod(document: &Value) -> Lowered<Pod> {
-    lower("Pod", document, |wire: wire::Pod, notes| {
+    lower("Pod", document, |mut wire: wire::Pod, notes| {
         let status = wire.status;
         let listed: Vec<String> = status.pod_ips.unwrap_or_default().into_iter().map(|ip| ip.ip).collect();
         let texts = if listed.is_empty() { status.pod_ip.into_iter().collect() } else { listed };
         let non_empty = |text: Option<String>| text.filter(|text| !text.is_empty());
-        let mirrored = wire.metadata.annotations.as_ref().and_then(|all| all.get(MIRROR_ANNOTATION)).cloned();
+        let annotations = wire.metadata.annotations.take().unwrap_or_default();
+        let mirrored = annotations.get(MIRROR_ANNOTATION).cloned();
         let containers = wire.spec.containers.unwrap_or_default();
         let init_containers = wire.spec.init_containers.unwrap_or_default();
         Some(Pod {
@@ -96,6 +98,10 @@ pub fn pod(document: &Value) -> Lowered<Pod> {
             ips: notes.ips("status.podIPs", &texts),
             uid: mirrored.or(wire.metadata.uid).unwrap_or_default(),
             named_ports: named_ports(containers, init_containers, notes),
+            bandwidth: Bandwidth {
+                ingress_bits: notes.bandwidth(&annotations, "kubernetes.io/ingress-bandwidth"),
+                egress_bits: notes.bandwidth(&annotations, "kubernetes.io/egress-bandwidth"),
+            },
             labels: wire.metadata.labels.unwrap_or_default(),
             node: non_empty(wire.spec.node_name).map(NodeName),
             host_network: wire.spec.host_network.unwrap_or(false),
@@ -464,6 +470,20 @@ impl Notes {
             ));
         }
         parsed
+    }
+
+    /// Bits a second, within what the kubelet accepts.
+    fn bandwidth(&mut self, annotations: &wire::Strings, name: &str) -> Option<u64> {
+        const SLOWEST: u64 = 1_000;
+        const FASTEST: u64 = 1_000_000_000_000_000;
+        let text = annotations.get(name)?;
+        let bits = quantity::whole(text).filter(|bits| (SLOWEST..=FASTEST).contains(bits));
+        if bits.is_none() {
+            self.invalid(format!(
+                "annotation {name} {text:?} is no rate from 1k to 1P bits a second, so nothing is limited; write for example 10M"
+            ));
+        }
+        bits
     }
 
     /// Seconds since the epoch; an object without a readable time counts as the youngest of all.

@@ -243,6 +243,7 @@ fn resolver(addresses: &[IpAddr]) -> Pod {
         hostname: None,
         subdomain: None,
         terminated: false,
+        bandwidth: weft_model::objects::Bandwidth::default(),
         named_ports: vec![
             port("dns", Protocol::Udp, 53),
             port("dns-tcp", Protocol::Tcp, 53),

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use weft_model::PodKey;
-use weft_model::objects::Protocol;
+use weft_model::objects::{Bandwidth, Protocol};
 
 use super::{Store, StoreError};
 
@@ -38,6 +38,9 @@ pub struct Lease {
     /// Ports of the node that lead to this address.
     #[serde(default)]
     pub host_ports: Vec<HostPort>,
+    /// What ADD was told.
+    #[serde(default)]
+    pub bandwidth: Bandwidth,
     /// Set by DEL; the address stays unused for a while.
     pub released: Option<Boottime>,
 }

@@ -21,6 +21,7 @@ fn lease(container: &str) -> Lease {
         pod_uid: "42".to_owned(),
         link: "weftp0123456789a".to_owned(),
         host_ports: Vec::new(),
+        bandwidth: weft_model::objects::Bandwidth::default(),
         released: None,
     }
 }

@@ -20,6 +20,7 @@ pub(crate) const CASES: &[Case] = &[
         "a hostPort leads to its pod from outside, nodes and pods, TCP and UDP; hostIP narrows it",
         host_ports,
     ),
+    case("bandwidth annotations limit a pod's rate, also while it runs", bandwidth),
     case("a deleted pod's address answers no more, and a new pod gets another", addresses_come_and_go),
 ];
 
@@ -296,4 +297,69 @@ fn addresses_come_and_go(cluster: &Cluster) -> anyhow::Result<()> {
         ensure!(said.trim() == new.name, "{said}");
     }
     Ok(())
+}
+
+/// "Support traffic shaping ... kubernetes.io/ingress-bandwidth and kubernetes.io/egress-bandwidth"
+/// (kubernetes.io/docs/concepts/extend-kubernetes/compute-storage-net/network-plugins).
+fn bandwidth(cluster: &Cluster) -> anyhow::Result<()> {
+    const POD: &str = "
+apiVersion: v1
+kind: Pod
+metadata:
+  name: slow
+  namespace: suite
+  annotations: {kubernetes.io/ingress-bandwidth: 8M}
+spec:
+  nodeName: node2
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: agnhost
+    image: weft.network/test:1
+    args: [netexec, --http-port=8080, --udp-port=8081]
+    readinessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1}
+";
+    cluster.apply(POD)?;
+    let checked = rates_follow_annotations(cluster);
+    cluster.delete(POD)?;
+    checked
+}
+
+fn rates_follow_annotations(cluster: &Cluster) -> anyhow::Result<()> {
+    cluster.kubectl(&["wait", "--for=condition=Ready", "pod/slow", "--timeout=60s"])?;
+    let pod = cluster.object(&["pod", "slow"])?;
+    let addresses: Vec<String> = pod["status"]["podIPs"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|ip| ip["ip"].as_str().map(str::to_owned))
+        .collect();
+    ensure!(addresses.len() == 2, "{addresses:?}");
+    limits_are(cluster, &addresses, [true, false])?;
+    cluster.kubectl(&["annotate", "pod", "slow", "kubernetes.io/ingress-bandwidth-"])?;
+    cluster.kubectl(&["annotate", "pod", "slow", "kubernetes.io/egress-bandwidth=8M"])?;
+    cluster.within(PATIENCE / 3, "the other direction is limited", || {
+        limits_are(cluster, &addresses, [false, true])
+    })
+}
+
+/// Two megabytes to the pod, and from it; at a megabyte a second they take longer than 1.5 s.
+fn limits_are(cluster: &Cluster, addresses: &[String], expected: [bool; 2]) -> anyhow::Result<()> {
+    let client = cluster.pod_on("tools", "node1")?;
+    let server = cluster.pod_on("echo", "node1")?;
+    for (address, other) in addresses.iter().zip(&server.addresses) {
+        let took = [upload(cluster, &client.name, address)?, upload(cluster, "slow", other)?];
+        let found = took.map(|seconds| seconds > 1.5);
+        ensure!(found == expected, "{address}: to the pod and from it took {took:?} s");
+    }
+    Ok(())
+}
+
+/// Seconds.
+fn upload(cluster: &Cluster, from: &str, to: &str) -> anyhow::Result<f64> {
+    let line = format!(
+        "head -c 2000000 /dev/zero | tr '\\0' x > /tmp/body; curl -sS -m 20 -o /dev/null -w '%{{time_total}}' \
+         --data-urlencode body@/tmp/body -d msg=done 'http://{}:8080/echo'",
+        in_url(to),
+    );
+    Ok(cluster.in_pod(from, &line)?.trim().parse()?)
 }

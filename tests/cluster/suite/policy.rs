@@ -346,10 +346,9 @@ fn invalid(cluster: &Cluster) -> anyhow::Result<()> {
         ensure!(problems.contains("NetworkPolicy suite/wrong: InvalidField"), "{problems}");
         Ok(())
     })?;
-    cluster.within(PATIENCE / 3, "kubectl describe shows the Event", || {
-        let said = cluster.kubectl(&["describe", "networkpolicy", "wrong"])?;
-        let events = said.split_once("Events:").map(|(_, events)| events).unwrap_or_default();
-        ensure!(events.contains("InvalidField") && events.contains("weft"), "{said}");
+    cluster.within(PATIENCE / 3, "an Event on the policy says it too", || {
+        let said = cluster.kubectl(&["events", "--for", "networkpolicy/wrong"])?;
+        ensure!(said.contains("InvalidField") && said.contains("weft.network/established"), "{said}");
         Ok(())
     })?;
     guarded.all("tools", "guarded", 8080, true)?;

@@ -2,6 +2,7 @@
 //! plugin's own code as the client.
 
 mod attach;
+mod bandwidth;
 mod faults;
 mod first_packet;
 mod hostport;

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use weft_model::Generation;
+use weft_model::objects::Bandwidth;
 
 use super::rig::{Rig, fill_with_garbage, link_of, pod_links, snapshot};
 use crate::cni::apply::PodLinksApplier;
@@ -24,6 +25,7 @@ fn lease(id: &str) -> Lease {
         pod_uid: String::new(),
         link: link_of(id),
         host_ports: Vec::new(),
+        bandwidth: Bandwidth::default(),
         released: None,
     }
 }

@@ -1,0 +1,181 @@
+//! Hands the table of routes to the process `weft ingress`: a file that is whole or absent, and a word on its socket.
+//!
+//! In: [`RouteTable`]. Outside: `ingress/routes.json` in the run directory, which the process reads at its start and whenever it
+//! is told so (`POST /apply` on `ingress/ingress.sock`). The folder belongs to the user of that process, and so does the file,
+//! because private keys stand in it.
+
+use std::future::Future;
+use std::io::Write as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use weft_netstack::overlay::tunnel::control;
+use weft_netstack::reconcile::{Applied, Applier, Trust, chain};
+
+use crate::plan::table::RouteTable;
+
+/// Folder in the run directory, and what stands in it.
+pub const FOLDER: &str = "ingress";
+pub const ROUTES_FILE: &str = "routes.json";
+pub const SOCKET_FILE: &str = "ingress.sock";
+
+#[derive(Debug, thiserror::Error)]
+pub enum RoutesError {
+    #[error("encode {ROUTES_FILE}")]
+    Encode(#[source] serde_json::Error),
+    #[error("write {path}")]
+    Write { path: PathBuf, source: std::io::Error },
+    #[error("tell the ingress on {path}: is `weft ingress` running? start it (systemctl start weft-ingress)")]
+    Tell { path: PathBuf, source: std::io::Error },
+}
+
+/// Owner of the routes file.
+pub struct RoutesApplier {
+    folder: PathBuf,
+}
+
+impl RoutesApplier {
+    pub fn new(run_dir: &Path) -> Self {
+        Self { folder: run_dir.join(FOLDER) }
+    }
+}
+
+impl Applier for RoutesApplier {
+    type Plan = RouteTable;
+
+    fn apply(&mut self, plan: &RouteTable, trust: Trust) -> impl Future<Output = Applied> + Send {
+        let folder = self.folder.clone();
+        let mut applied = Applied { details: details(plan), ..Applied::default() };
+        // A table that is not whole would take certificates away that are only being read; the one before stays meanwhile.
+        let encoded = plan.waiting.is_empty().then(|| serde_json::to_vec(plan).map_err(RoutesError::Encode));
+        async move {
+            let Some(encoded) = encoded else { return applied };
+            let outcome = match encoded {
+                Ok(text) => hand_over(&folder, &text, trust, &mut applied.changed).await,
+                Err(error) => Err(error),
+            };
+            applied.failed.extend(outcome.err().map(|error| chain(&error)));
+            applied
+        }
+    }
+}
+
+fn details(plan: &RouteTable) -> Vec<(String, String)> {
+    let routes: usize = plan.hosts.values().map(|server| server.routes.len()).sum();
+    let mut details = vec![
+        ("hosts".to_owned(), plan.hosts.len().to_string()),
+        ("routes".to_owned(), routes.to_string()),
+        ("certificates".to_owned(), plan.certificates.len().to_string()),
+    ];
+    if !plan.waiting.is_empty() {
+        let waiting: Vec<String> = plan.waiting.iter().map(ToString::to_string).collect();
+        details.push(("reading".to_owned(), waiting.join(", ")));
+    }
+    details
+}
+
+/// Writes the file when it differs, and tells the process then or when nothing is taken for granted.
+async fn hand_over(
+    folder: &Path,
+    text: &[u8],
+    trust: Trust,
+    changed: &mut Vec<String>,
+) -> Result<(), RoutesError> {
+    let path = folder.join(ROUTES_FILE);
+    let differs = std::fs::read(&path).ok().as_deref() != Some(text);
+    if differs {
+        let written = std::fs::create_dir_all(folder).and_then(|()| replace(&path, text));
+        written.map_err(|source| RoutesError::Write { path, source })?;
+        changed.push(format!("{ROUTES_FILE}: {} bytes", text.len()));
+    }
+    if differs || trust == Trust::Nothing {
+        tell(folder.join(SOCKET_FILE)).await?;
+    }
+    Ok(())
+}
+
+/// The old content or the new, never a part, for nobody but the owner of the folder.
+fn replace(path: &Path, content: &[u8]) -> std::io::Result<()> {
+    let beside = path.with_extension("json.new");
+    let mut file =
+        std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
+    let folder = path.parent().unwrap_or(Path::new("/")).metadata()?;
+    std::os::unix::fs::fchown(&file, Some(folder.uid()), Some(folder.gid()))?;
+    file.write_all(content)?;
+    std::fs::rename(&beside, path)
+}
+
+/// A process that hangs must not hold up the runtime.
+async fn tell(path: PathBuf) -> Result<(), RoutesError> {
+    let socket = path.clone();
+    let asked = tokio::task::spawn_blocking(move || control::request(&socket, "POST", "/apply")).await;
+    let answer = asked.unwrap_or_else(|error| Err(std::io::Error::other(error)));
+    answer.map(|_| ()).map_err(|source| RoutesError::Tell { path, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read as _;
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::os::unix::net::UnixListener;
+
+    use weft_model::NamespacedName;
+    use weft_model::ingress::Reference;
+
+    use super::*;
+
+    /// Answers one question and returns it.
+    fn listen(folder: &Path) -> std::thread::JoinHandle<String> {
+        std::fs::create_dir_all(folder).unwrap();
+        let socket = folder.join(SOCKET_FILE);
+        let _ = std::fs::remove_file(&socket);
+        let listener = UnixListener::bind(socket).unwrap();
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut asked = Vec::new();
+            while !asked.ends_with(b"\r\n\r\n") {
+                let mut byte = [0];
+                stream.read_exact(&mut byte).unwrap();
+                asked.extend(byte);
+            }
+            stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").unwrap();
+            String::from_utf8_lossy(&asked).into_owned()
+        })
+    }
+
+    #[tokio::test]
+    async fn a_new_table_is_written_for_one_reader_and_told_once() {
+        let run_dir = tempfile::tempdir().unwrap();
+        let folder = run_dir.path().join(FOLDER);
+        let asked = listen(&folder);
+        let mut applier = RoutesApplier::new(run_dir.path());
+        let table = RouteTable::default();
+        let applied = applier.apply(&table, Trust::Nothing).await;
+        assert_eq!((applied.changed.len(), applied.failed.as_slice()), (1, &[][..]));
+        assert!(asked.join().unwrap().starts_with("POST /apply "));
+        let path = folder.join(ROUTES_FILE);
+        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+        let read: RouteTable = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        assert_eq!(read, table);
+        assert_eq!(applier.apply(&table, Trust::Shadow).await.changed, [""; 0], "nobody is told again");
+    }
+
+    #[tokio::test]
+    async fn a_process_that_is_away_is_named_and_the_file_is_there_for_its_start() {
+        let run_dir = tempfile::tempdir().unwrap();
+        let applied = RoutesApplier::new(run_dir.path()).apply(&RouteTable::default(), Trust::Nothing).await;
+        assert!(applied.failed[0].contains("is `weft ingress` running?"), "{:?}", applied.failed);
+        assert!(run_dir.path().join(FOLDER).join(ROUTES_FILE).exists());
+    }
+
+    #[tokio::test]
+    async fn a_table_that_is_not_whole_is_not_handed_over() {
+        let run_dir = tempfile::tempdir().unwrap();
+        let waiting = [Reference::Secret(NamespacedName::new("d", "tls"))].into();
+        let table = RouteTable { waiting, ..RouteTable::default() };
+        let applied = RoutesApplier::new(run_dir.path()).apply(&table, Trust::Nothing).await;
+        assert!(applied.failed.is_empty() && applied.changed.is_empty());
+        assert!(applied.details.contains(&("reading".to_owned(), "Secret d/tls".to_owned())));
+        assert!(!run_dir.path().join(FOLDER).exists());
+    }
+}

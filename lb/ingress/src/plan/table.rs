@@ -1,0 +1,295 @@
+//! The table of routes as a value: what every request becomes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use weft_model::NamespacedName;
+use weft_model::ingress::{Bytes, Reference};
+
+use crate::annotations::{Canary, HttpRedirect, Settings};
+
+/// Everything that the ingress of one node does.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RouteTable {
+    /// Where it listens.
+    pub addresses: Vec<IpAddr>,
+    pub hosts: BTreeMap<Host, Server>,
+    #[serde(with = "pairs")]
+    pub backends: BTreeMap<BackendKey, Arc<Backend>>,
+    /// By host name in lower case, `*.` for one label.
+    pub certificates: BTreeMap<String, Certificate>,
+    pub default_certificate: Option<Certificate>,
+    /// Asked for and not answered yet: the table is not whole.
+    pub waiting: BTreeSet<Reference>,
+}
+
+/// The host part of a rule. Order: exact names, wildcards, then every host.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(into = "String", from = "String")]
+pub enum Host {
+    Exact(String),
+    /// `*.example.com` without the `*.`: one label more.
+    Wildcard(String),
+    Any,
+}
+
+impl Host {
+    pub fn of(text: Option<&str>) -> Self {
+        match text {
+            None => Self::Any,
+            Some(text) => match text.strip_prefix("*.") {
+                Some(suffix) => Self::Wildcard(suffix.to_owned()),
+                None => Self::Exact(text.to_owned()),
+            },
+        }
+    }
+
+    /// Whether a request for this name, in lower case and without a port, is meant.
+    pub fn matches(&self, name: &str) -> bool {
+        match self {
+            Self::Exact(host) => host == name,
+            Self::Wildcard(suffix) => {
+                name.split_once('.').is_some_and(|(label, rest)| !label.is_empty() && rest == suffix)
+            }
+            Self::Any => true,
+        }
+    }
+}
+
+impl From<Host> for String {
+    fn from(host: Host) -> Self {
+        host.to_string()
+    }
+}
+
+impl From<String> for Host {
+    fn from(text: String) -> Self {
+        Self::of(Some(text.as_str()).filter(|text| *text != "*"))
+    }
+}
+
+impl std::fmt::Display for Host {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Exact(host) => f.write_str(host),
+            Self::Wildcard(suffix) => write!(f, "*.{suffix}"),
+            Self::Any => f.write_str("*"),
+        }
+    }
+}
+
+/// The routes of one host, in the order in which they are tried: the first that matches is taken.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Server {
+    pub routes: Vec<Arc<Route>>,
+    /// Another name of the same host: requests are redirected to it (`from-to-www-redirect`).
+    pub redirect_to: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Route {
+    pub matcher: PathMatch,
+    pub origin: Origin,
+    pub action: Action,
+    /// Tried in order before the action: header, cookie, weight.
+    pub canary: Option<CanaryBranch>,
+    /// Answers where the backend has no endpoint, and gives the pages of `custom-http-errors`.
+    pub fallback: Option<BackendKey>,
+    pub settings: Arc<Settings>,
+    pub materials: RouteMaterials,
+    /// HTTP is redirected to HTTPS.
+    pub to_https: bool,
+}
+
+/// Where a route comes from, for people.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Origin {
+    pub ingress: NamespacedName,
+    /// `spec.rules[0].http.paths[1]` or `spec.defaultBackend`.
+    pub field: String,
+}
+
+impl std::fmt::Display for Origin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Ingress {} {}", self.ingress, self.field)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum PathMatch {
+    Exact(String),
+    /// By element, without a `/` at the end; empty is every path.
+    Prefix(String),
+    /// By character: what ingress-nginx does with ImplementationSpecific.
+    Text(String),
+    /// A case-insensitive expression that the path must begin with.
+    Regex(String),
+}
+
+impl PathMatch {
+    /// Longer goes first (Kubernetes: "precedence will be given first to the longest matching path"), Exact before others.
+    pub fn order(&self) -> (std::cmp::Reverse<usize>, u8, &str) {
+        let (rank, text) = match self {
+            Self::Exact(text) => (0, text),
+            Self::Prefix(text) => (1, text),
+            Self::Text(text) => (2, text),
+            Self::Regex(text) => (3, text),
+        };
+        (std::cmp::Reverse(text.len()), rank, text)
+    }
+
+    /// Whether a normalised path is meant; an expression is compiled anew, so this is for explanations.
+    pub fn matches(&self, path: &str) -> bool {
+        match self {
+            Self::Exact(text) => path == text,
+            Self::Prefix(text) => {
+                path.strip_prefix(text.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+            }
+            Self::Text(text) => path.starts_with(text.as_str()),
+            Self::Regex(text) => expression(text).is_ok_and(|expression| expression.is_match(path)),
+        }
+    }
+}
+
+impl std::fmt::Display for PathMatch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Exact(text) => write!(f, "= {text}"),
+            Self::Prefix(text) => write!(f, "{text}/"),
+            Self::Text(text) => write!(f, "{text}*"),
+            Self::Regex(text) => write!(f, "~* ^{text}"),
+        }
+    }
+}
+
+/// The expression that a path of a regex host stands for, as ingress-nginx makes it: `~* "^PATH"`.
+pub fn expression(path: &str) -> Result<regex::Regex, regex::Error> {
+    regex::RegexBuilder::new(&format!("^{path}")).case_insensitive(true).size_limit(1 << 20).build()
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Action {
+    Forward(BackendKey),
+    Redirect(HttpRedirect),
+    /// Answered with this status; why, for people.
+    Refuse {
+        status: u16,
+        why: String,
+    },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CanaryBranch {
+    pub origin: Origin,
+    pub rule: Canary,
+    pub backend: BackendKey,
+}
+
+/// A Service and its port as a route names it; prints as `namespace/name:port`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct BackendKey {
+    pub service: NamespacedName,
+    pub port: weft_model::ingress::BackendPort,
+    /// Its ClusterIP instead of its endpoints (`service-upstream`).
+    pub by_service: bool,
+}
+
+impl std::fmt::Display for BackendKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{}:{}{}",
+            self.service,
+            self.port,
+            if self.by_service { " (by its ClusterIP)" } else { "" }
+        )
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Backend {
+    /// In the order of their addresses.
+    Endpoints(Vec<Target>),
+    /// An ExternalName Service: a name and a port.
+    Name(String, u16),
+    /// 503, and why.
+    Missing(String),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Target {
+    pub address: SocketAddr,
+    /// It is about to end and serves still: used only where nobody else is ready.
+    pub terminating: bool,
+    /// `namespace/name`, for people.
+    pub pod: Option<NamespacedName>,
+    pub node: Option<String>,
+}
+
+/// Chain and key of a Secret, in PEM. Debug output never shows the key.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Certificate {
+    pub secret: NamespacedName,
+    pub chain_pem: Bytes,
+    pub key_pem: Bytes,
+}
+
+impl std::fmt::Debug for Certificate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Certificate({})", self.secret)
+    }
+}
+
+/// What a route needs of Secrets and ConfigMaps.
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RouteMaterials {
+    /// User and hash, as in an htpasswd file.
+    pub users: Option<BTreeMap<String, String>>,
+    /// Headers to the authenticator.
+    pub auth_headers: BTreeMap<String, String>,
+    /// Headers added to answers.
+    pub answer_headers: BTreeMap<String, String>,
+    /// Authorities of client certificates, PEM.
+    pub client_authorities: Option<Bytes>,
+    /// Certificate, key and authorities for backends, PEM.
+    pub upstream_certificate: Option<Certificate>,
+    pub upstream_authorities: Option<Bytes>,
+}
+
+impl std::fmt::Debug for RouteMaterials {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let users = self.users.as_ref().map(|users| users.keys().collect::<Vec<_>>());
+        f.debug_struct("RouteMaterials")
+            .field("users", &users)
+            .field("auth_headers", &self.auth_headers)
+            .field("answer_headers", &self.answer_headers)
+            .field("client_authorities", &self.client_authorities.is_some())
+            .field("upstream_certificate", &self.upstream_certificate)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A map whose keys are no texts, as a list of pairs.
+mod pairs {
+    use std::collections::BTreeMap;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<K: Serialize, V: Serialize, S: Serializer>(
+        map: &BTreeMap<K, V>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(map)
+    }
+
+    pub(super) fn deserialize<'de, K, V, D>(deserializer: D) -> Result<BTreeMap<K, V>, D::Error>
+    where
+        K: Deserialize<'de> + Ord,
+        V: Deserialize<'de>,
+        D: Deserializer<'de>,
+    {
+        Ok(Vec::<(K, V)>::deserialize(deserializer)?.into_iter().collect())
+    }
+}

@@ -1,0 +1,511 @@
+//! The sentences and tables of the Kubernetes Ingress documentation and API reference, one by one.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+use weft_model::ingress::IngressConfig;
+use weft_model::node_facts::WireguardBackend;
+use weft_model::{ClusterConfig, Generation, NodeFacts, ProxyConfig};
+use weft_netstack::kube::Cluster;
+
+use super::table::{Action, Backend, Host};
+use super::*;
+use crate::explain::{Question, decide, explain};
+
+fn config() -> ClusterConfig {
+    ClusterConfig {
+        cluster_cidrs: vec![],
+        service_cidrs: vec![],
+        cluster_dns: vec![],
+        cluster_domain: "cluster.local".to_owned(),
+        wireguard_port: 51820,
+        proxy: ProxyConfig::default(),
+        ingress: IngressConfig {
+            on: true,
+            classes: BTreeSet::from(["weft".to_owned()]),
+            adopt_nginx: true,
+            default_certificate: None,
+        },
+    }
+}
+
+pub(crate) fn snapshot(documents: Vec<Value>) -> Snapshot {
+    let facts = NodeFacts {
+        name: "node-a".into(),
+        uplinks: vec![],
+        wireguard_backend: WireguardBackend::Userspace,
+        foreign_routes: vec![],
+    };
+    Cluster::from_documents(documents).snapshot(Generation(1), Arc::new(config()), Arc::new(facts))
+}
+
+fn plan(documents: Vec<Value>) -> Planned<RouteTable> {
+    IngressPlanner::default().plan(&snapshot(documents))
+}
+
+fn backend(service: &str) -> Value {
+    json!({"service": {"name": service, "port": {"number": 80}}})
+}
+
+fn path(kind: &str, path: &str, service: &str) -> Value {
+    json!({"path": path, "pathType": kind, "backend": backend(service)})
+}
+
+fn ingress_of(name: &str, day: u8, annotations: Value, spec: Value) -> Value {
+    let mut spec = spec;
+    if spec.get("ingressClassName").is_none() {
+        spec["ingressClassName"] = json!("weft");
+    }
+    json!({"kind": "Ingress", "spec": spec, "metadata": {
+        "name": name, "namespace": "default", "creationTimestamp": format!("2026-01-{day:02}T00:00:00Z"),
+        "annotations": annotations.as_object().unwrap().iter()
+            .map(|(key, value)| (format!("nginx.ingress.kubernetes.io/{key}"), value.clone()))
+            .collect::<serde_json::Map<_, _>>()}})
+}
+
+fn rules(host: Option<&str>, paths: &[Value]) -> Value {
+    let mut rule = json!({"http": {"paths": paths}});
+    if let Some(host) = host {
+        rule["host"] = json!(host);
+    }
+    json!({"rules": [rule]})
+}
+
+fn service(name: &str) -> Value {
+    json!({"kind": "Service", "metadata": {"name": name, "namespace": "default"},
+        "spec": {"clusterIP": "10.96.0.9", "ports": [{"port": 80, "name": "http"}]}})
+}
+
+fn slice(service: &str, endpoints: &[(&str, bool, bool)]) -> Value {
+    let endpoints: Vec<Value> = endpoints
+        .iter()
+        .map(|(address, ready, terminating)| {
+            json!({"addresses": [address], "nodeName": "node-b", "targetRef": {"kind": "Pod", "name": "p"},
+                "conditions": {"ready": ready, "serving": true, "terminating": terminating}})
+        })
+        .collect();
+    json!({"kind": "EndpointSlice", "metadata": {"name": format!("{service}-1"), "namespace": "default",
+        "labels": {"kubernetes.io/service-name": service}}, "addressType": "IPv4",
+        "ports": [{"name": "http", "port": 8080}], "endpoints": endpoints})
+}
+
+/// The Service that a request goes to, or the status or redirect that answers it.
+fn answer(planned: &Planned<RouteTable>, url: &str) -> String {
+    let question = Question::new("GET", url).unwrap();
+    match decide(&planned.plan, &question.host, &question.path) {
+        None => "404".to_owned(),
+        Some((_, route)) if route.to_https && !question.https => "https".to_owned(),
+        Some((_, route)) => match &route.action {
+            Action::Forward(key) => key.service.name.clone(),
+            Action::Redirect(redirect) => format!("{} {}", redirect.code, redirect.url),
+            Action::Refuse { status, .. } => status.to_string(),
+        },
+    }
+}
+
+fn messages(planned: &Planned<RouteTable>) -> Vec<String> {
+    planned.problems.iter().map(ToString::to_string).collect()
+}
+
+/// The table "Examples" of the section "Path types", row by row: kind, paths, request path, which path matches.
+#[test]
+fn the_examples_of_the_path_types_hold() {
+    /// Paths of the Ingress, path of the request, the path that matches.
+    type Row = (&'static [(&'static str, &'static str)], &'static str, Option<&'static str>);
+    let rows: &[Row] = &[
+        (&[("Prefix", "/")], "/", Some("/")),
+        (&[("Prefix", "/")], "/any/path", Some("/")),
+        (&[("Exact", "/foo")], "/foo", Some("/foo")),
+        (&[("Exact", "/foo")], "/bar", None),
+        (&[("Exact", "/foo")], "/foo/", None),
+        (&[("Exact", "/foo/")], "/foo", None),
+        (&[("Prefix", "/foo")], "/foo", Some("/foo")),
+        (&[("Prefix", "/foo")], "/foo/", Some("/foo")),
+        (&[("Prefix", "/foo/")], "/foo", Some("/foo/")),
+        (&[("Prefix", "/foo/")], "/foo/", Some("/foo/")),
+        (&[("Prefix", "/aaa/bb")], "/aaa/bbb", None),
+        (&[("Prefix", "/aaa/bbb")], "/aaa/bbb", Some("/aaa/bbb")),
+        (&[("Prefix", "/aaa/bbb/")], "/aaa/bbb", Some("/aaa/bbb/")),
+        (&[("Prefix", "/aaa/bbb")], "/aaa/bbb/", Some("/aaa/bbb")),
+        (&[("Prefix", "/aaa/bbb")], "/aaa/bbb/ccc", Some("/aaa/bbb")),
+        (&[("Prefix", "/aaa/bbb")], "/aaa/bbbxyz", None),
+        (&[("Prefix", "/"), ("Prefix", "/aaa")], "/aaa/ccc", Some("/aaa")),
+        (&[("Prefix", "/"), ("Prefix", "/aaa"), ("Prefix", "/aaa/bbb")], "/aaa/bbb", Some("/aaa/bbb")),
+        (&[("Prefix", "/"), ("Prefix", "/aaa"), ("Prefix", "/aaa/bbb")], "/ccc", Some("/")),
+        (&[("Prefix", "/aaa")], "/ccc", None),
+        (&[("Prefix", "/foo"), ("Exact", "/foo")], "/foo", Some("/foo")),
+    ];
+    for (paths, request, expected) in rows {
+        let named = |(i, (kind, text)): (usize, &(&str, &str))| path(kind, text, &format!("s{i}"));
+        let list: Vec<Value> = paths.iter().enumerate().map(named).collect();
+        let planned = plan(vec![ingress_of("web", 1, json!({}), rules(None, &list))]);
+        let got = answer(&planned, &format!("http://any.example{request}"));
+        // "In some cases ... Exact path type [is given precedence] over prefix path type."
+        let exact = |index: &usize| paths[*index].0 == "Exact";
+        let index = expected.map(|text| {
+            let of_text: Vec<usize> = (0..paths.len()).filter(|i| paths[*i].1 == text).collect();
+            of_text.iter().copied().find(exact).unwrap_or(of_text[0])
+        });
+        let wanted = index.map_or("404".to_owned(), |i| format!("s{i}"));
+        assert_eq!(got, wanted, "{paths:?} {request}");
+    }
+}
+
+/// The table of the section "Hostname wildcards".
+#[test]
+fn a_wildcard_covers_exactly_one_label() {
+    let planned =
+        plan(vec![ingress_of("web", 1, json!({}), rules(Some("*.foo.com"), &[path("Prefix", "/", "web")]))]);
+    assert_eq!(answer(&planned, "http://bar.foo.com/"), "web", "matches based on shared suffix");
+    assert_eq!(answer(&planned, "http://baz.bar.foo.com/"), "404", "wildcard only covers a single DNS label");
+    assert_eq!(answer(&planned, "http://foo.com/"), "404", "wildcard only covers a single DNS label");
+}
+
+#[test]
+fn an_exact_host_goes_before_a_wildcard_and_both_before_every_host() {
+    let planned = plan(vec![
+        ingress_of("any", 1, json!({}), rules(None, &[path("Prefix", "/", "any")])),
+        ingress_of("wild", 2, json!({}), rules(Some("*.foo.com"), &[path("Prefix", "/", "wild")])),
+        ingress_of("own", 3, json!({}), rules(Some("a.foo.com"), &[path("Prefix", "/x", "own")])),
+    ]);
+    assert_eq!(answer(&planned, "http://a.foo.com/x"), "own");
+    assert_eq!(answer(&planned, "http://b.foo.com/x"), "wild");
+    assert_eq!(answer(&planned, "http://other.example/x"), "any");
+    assert_eq!(answer(&planned, "http://a.foo.com/y"), "any", "a rule without a host is for all traffic");
+}
+
+/// "If no rules are specified, all traffic is sent to the default backend"; "if none of the hosts or paths match, the traffic is
+/// routed to your default backend".
+#[test]
+fn the_default_backend_takes_what_nothing_matches() {
+    let planned = plan(vec![ingress_of("all", 1, json!({}), json!({"defaultBackend": backend("fallback")}))]);
+    assert_eq!(answer(&planned, "http://any.example/any"), "fallback");
+    let mut spec = rules(Some("a.example"), &[path("Prefix", "/x", "web")]);
+    spec["defaultBackend"] = backend("fallback");
+    let planned = plan(vec![ingress_of("one", 1, json!({}), spec)]);
+    assert_eq!(answer(&planned, "http://a.example/x/1"), "web");
+    assert_eq!(answer(&planned, "http://a.example/y"), "fallback");
+    assert_eq!(answer(&planned, "http://b.example/y"), "404", "its rules are for another host");
+}
+
+#[test]
+fn an_ingress_of_another_class_is_none_of_our_business() {
+    let of = |class: &str| {
+        let mut spec = rules(None, &[path("Prefix", "/", "web")]);
+        spec["ingressClassName"] = json!(class);
+        answer(&plan(vec![ingress_of("web", 1, json!({}), spec)]), "http://a.example/")
+    };
+    assert_eq!((of("weft").as_str(), of("nginx").as_str(), of("traefik").as_str()), ("web", "web", "404"));
+}
+
+#[test]
+fn of_two_that_claim_one_path_the_older_wins_and_the_newer_is_told() {
+    let one = |name: &str, day, text: &str| {
+        ingress_of(name, day, json!({}), rules(Some("a.example"), &[path("Prefix", text, name)]))
+    };
+    let planned =
+        plan(vec![service("older"), service("newer"), one("newer", 2, "/foo/"), one("older", 1, "/foo")]);
+    assert_eq!(answer(&planned, "http://a.example/foo"), "older");
+    assert_eq!(
+        messages(&planned),
+        [
+            "Ingress default/newer: Conflict: spec.rules[0].http.paths[0]: a.example/foo/ belongs to the older Ingress \
+          default/older spec.rules[0].http.paths[0], so requests go there; remove one of the two"
+        ]
+    );
+}
+
+#[test]
+fn with_one_rewrite_all_paths_of_the_host_are_expressions() {
+    let planned = plan(vec![
+        ingress_of(
+            "api",
+            1,
+            json!({"rewrite-target": "/$2"}),
+            rules(Some("a.example"), &[path("ImplementationSpecific", "/api/v1(/|$)(.*)", "api")]),
+        ),
+        ingress_of("web", 2, json!({}), rules(Some("a.example"), &[path("Exact", "/Web", "web")])),
+        ingress_of("other", 3, json!({}), rules(Some("b.example"), &[path("Exact", "/Web", "other")])),
+    ]);
+    assert_eq!(answer(&planned, "http://a.example/api/v1/things"), "api");
+    assert_eq!(answer(&planned, "http://a.example/API/V1"), "api", "case-insensitive");
+    assert_eq!(answer(&planned, "http://a.example/api/v10"), "404");
+    assert_eq!(answer(&planned, "http://a.example/website"), "web", "even Exact is a prefix there");
+    assert_eq!(answer(&planned, "http://b.example/website"), "404", "another host is not concerned");
+}
+
+#[test]
+fn a_path_that_is_no_expression_answers_503_and_is_told() {
+    let planned = plan(vec![ingress_of(
+        "api",
+        1,
+        json!({"use-regex": "true"}),
+        rules(
+            Some("a.example"),
+            &[path("ImplementationSpecific", "/api/(v1", "api"), path("Prefix", "/ok", "api")],
+        ),
+    )]);
+    assert_eq!(answer(&planned, "http://a.example/api/v1"), "503");
+    assert_eq!(answer(&planned, "http://a.example/ok"), "api");
+    let told = messages(&planned);
+    assert!(
+        told.iter()
+            .any(|it| it.contains("spec.rules[0].http.paths[0].path \"/api/(v1\" is no regular expression")),
+        "{told:#?}"
+    );
+}
+
+#[test]
+fn endpoints_are_those_that_are_ready() {
+    let web = ingress_of("web", 1, json!({}), rules(None, &[path("Prefix", "/", "web")]));
+    let endpoints = |list: &[(&str, bool, bool)]| {
+        let planned = plan(vec![web.clone(), service("web"), slice("web", list)]);
+        let backend = planned.plan.backends.values().next().unwrap().clone();
+        let Backend::Endpoints(targets) = &*backend else { panic!("{backend:?}") };
+        targets.iter().map(|it| (it.address.to_string(), it.terminating)).collect::<Vec<_>>()
+    };
+    assert_eq!(
+        endpoints(&[("10.1.0.3", true, false), ("10.1.0.2", true, false), ("10.1.0.4", false, true)]),
+        [("10.1.0.2:8080".to_owned(), false), ("10.1.0.3:8080".to_owned(), false)]
+    );
+    assert_eq!(
+        endpoints(&[("10.1.0.4", false, true)]),
+        [("10.1.0.4:8080".to_owned(), true)],
+        "better than nobody"
+    );
+    assert!(endpoints(&[]).is_empty());
+}
+
+#[test]
+fn a_backend_that_does_not_exist_is_told_and_answers_503() {
+    let web = |port: Value| {
+        let path =
+            json!({"path": "/", "pathType": "Prefix", "backend": {"service": {"name": "web", "port": port}}});
+        ingress_of("web", 1, json!({}), rules(None, &[path]))
+    };
+    let told = |documents: Vec<Value>| messages(&plan(documents)).join("\n");
+    assert_eq!(
+        told(vec![web(json!({"number": 80}))]),
+        "Ingress default/web: Missing: spec.rules[0].http.paths[0].backend: there is no Service default/web; requests get 503 \
+         meanwhile"
+    );
+    assert!(
+        told(vec![service("web"), web(json!({"number": 81}))])
+            .contains("Service default/web has no port 81 (it has 80 http)")
+    );
+    assert_eq!(told(vec![service("web"), web(json!({"name": "http"}))]), "", "named ports");
+}
+
+#[test]
+fn a_canary_joins_the_rule_of_another_ingress() {
+    let app = |name: &str, day, annotations: Value| {
+        ingress_of(name, day, annotations, rules(Some("a.example"), &[path("Prefix", "/", name)]))
+    };
+    let planned = plan(vec![
+        service("main"),
+        service("v2"),
+        service("v3"),
+        app("v2", 1, json!({"canary": "true", "canary-weight": "10"})),
+        app("main", 2, json!({})),
+        app("v3", 3, json!({"canary": "true", "canary-weight": "5"})),
+    ]);
+    assert_eq!(answer(&planned, "http://a.example/"), "main");
+    let (_, route) = decide(&planned.plan, "a.example", "/").unwrap();
+    let canary = route.canary.as_ref().unwrap();
+    assert_eq!((canary.backend.service.name.as_str(), canary.rule.weight), ("v2", 10));
+    assert!(messages(&planned)[0].starts_with(
+        "Ingress default/v3: Conflict: spec.rules[0].http.paths[0]: a.example/ has the canary of"
+    ));
+    let alone = plan(vec![service("v2"), app("v2", 1, json!({"canary": "true"}))]);
+    assert!(messages(&alone)[0].contains("there is nothing to be the canary of"));
+}
+
+fn secret(name: &str, data: &[(&str, &str)]) -> Value {
+    let data: serde_json::Map<_, _> =
+        data.iter().map(|(key, value)| ((*key).to_owned(), json!(value))).collect();
+    json!({"kind": "Secret", "metadata": {"name": name, "namespace": "default"}, "stringData": data})
+}
+
+fn pair(host: &str) -> (String, String) {
+    let made = rcgen::generate_simple_self_signed([host.to_owned()]).unwrap();
+    (made.cert.pem(), made.signing_key.serialize_pem())
+}
+
+fn with_tls(annotations: Value) -> Value {
+    let mut spec = rules(Some("a.example"), &[path("Prefix", "/", "web")]);
+    spec["tls"] = json!([{"hosts": ["a.example"], "secretName": "tls"}]);
+    ingress_of("web", 1, annotations, spec)
+}
+
+#[test]
+fn a_host_with_a_certificate_redirects_to_https_unless_told_otherwise() {
+    let (chain, key) = pair("a.example");
+    let of = |annotations: Value| {
+        let planned = plan(vec![
+            service("web"),
+            with_tls(annotations),
+            secret("tls", &[("tls.crt", &chain), ("tls.key", &key)]),
+        ]);
+        assert_eq!(messages(&planned), [""; 0]);
+        assert!(planned.plan.certificates.contains_key("a.example") && planned.plan.waiting.is_empty());
+        (answer(&planned, "http://a.example/"), answer(&planned, "https://a.example/"))
+    };
+    assert_eq!(of(json!({})), ("https".to_owned(), "web".to_owned()));
+    assert_eq!(of(json!({"ssl-redirect": "false"})), ("web".to_owned(), "web".to_owned()));
+    let plain = ingress_of(
+        "web",
+        1,
+        json!({"force-ssl-redirect": "true"}),
+        rules(None, &[path("Prefix", "/", "web")]),
+    );
+    assert_eq!(answer(&plan(vec![plain]), "http://a.example/"), "https", "even without a TLS block");
+}
+
+#[test]
+fn a_certificate_that_cannot_be_used_is_told_and_the_routes_stay() {
+    let (chain, key) = pair("a.example");
+    let (_, other) = pair("a.example");
+    let told = |secrets: Vec<Value>| {
+        let planned = plan([vec![service("web"), with_tls(json!({}))], secrets].concat());
+        assert_eq!(answer(&planned, "https://a.example/"), "web");
+        assert!(planned.plan.certificates.is_empty());
+        (messages(&planned).join("\n"), planned.plan.waiting.len())
+    };
+    assert_eq!(told(vec![]), (String::new(), 1), "it is being asked for");
+    let mismatch = told(vec![secret("tls", &[("tls.crt", &chain), ("tls.key", &other)])]).0;
+    assert!(
+        mismatch.contains("spec.tls[0].secretName: Secret default/tls: tls.key is not the key of"),
+        "{mismatch}"
+    );
+    assert!(mismatch.ends_with("a self-signed certificate answers meanwhile"), "{mismatch}");
+    assert!(told(vec![secret("tls", &[("tls.key", &key)])]).0.contains("the Secret has no tls.crt"));
+}
+
+#[test]
+fn a_backend_whose_users_are_unknown_lets_nobody_in() {
+    let annotations = json!({"auth-type": "basic", "auth-secret": "users"});
+    let web = ingress_of("web", 1, annotations, rules(None, &[path("Prefix", "/", "web")]));
+    let with = |data: &[(&str, &str)]| plan(vec![service("web"), web.clone(), secret("users", data)]);
+    assert_eq!(answer(&with(&[("wrong", "x")]), "http://a/"), "503");
+    let good = with(&[("auth", "amy:$apr1$x\n# note\nbob:{SHA}y\n")]);
+    assert_eq!(answer(&good, "http://a/"), "web");
+    let (_, route) = decide(&good.plan, "a", "/").unwrap();
+    assert_eq!(route.materials.users.as_ref().unwrap().keys().collect::<Vec<_>>(), ["amy", "bob"]);
+    let foreign = json!({"auth-type": "basic", "auth-secret": "kube-system/admin"});
+    let foreign =
+        plan(vec![service("web"), ingress_of("web", 1, foreign, rules(None, &[path("Prefix", "/", "web")]))]);
+    assert_eq!(answer(&foreign, "http://a/"), "503");
+    assert!(messages(&foreign)[0].contains("is of another namespace"), "{:?}", messages(&foreign));
+}
+
+#[test]
+fn an_alias_is_one_more_name_unless_a_rule_has_it() {
+    let planned = plan(vec![
+        service("web"),
+        service("b"),
+        ingress_of(
+            "web",
+            1,
+            json!({"server-alias": "alias.example,b.example"}),
+            rules(Some("a.example"), &[path("Prefix", "/", "web")]),
+        ),
+        ingress_of("b", 2, json!({}), rules(Some("b.example"), &[path("Prefix", "/", "b")])),
+    ]);
+    assert_eq!(answer(&planned, "http://alias.example/"), "web");
+    assert_eq!(answer(&planned, "http://b.example/"), "b");
+    assert!(messages(&planned)[0].contains("annotation server-alias: b.example belongs to"));
+}
+
+#[test]
+fn www_is_redirected_to_the_name_of_the_rule() {
+    let web = ingress_of(
+        "web",
+        1,
+        json!({"from-to-www-redirect": "true"}),
+        rules(Some("a.example"), &[path("Prefix", "/", "web")]),
+    );
+    let planned = plan(vec![web]);
+    let server = &planned.plan.hosts[&Host::Exact("www.a.example".to_owned())];
+    assert_eq!(server.redirect_to.as_deref(), Some("a.example"));
+}
+
+#[test]
+fn an_unknown_annotation_is_a_problem_and_the_ingress_still_routes() {
+    let web = ingress_of("web", 1, json!({"rate-limit": "100"}), rules(None, &[path("Prefix", "/", "web")]));
+    let planned = plan(vec![service("web"), web]);
+    assert_eq!(answer(&planned, "http://a/"), "web");
+    assert_eq!(
+        messages(&planned),
+        [
+            "Ingress default/web: NotSupported: annotation nginx.ingress.kubernetes.io/rate-limit does not exist and changes \
+          nothing: the nearest real one is nginx.ingress.kubernetes.io/limit-rps"
+        ]
+    );
+}
+
+#[test]
+fn a_table_is_the_same_after_it_was_written_and_read() {
+    let (chain, key) = pair("a.example");
+    let annotations = json!({"auth-type": "basic", "auth-secret": "users", "canary-weight": "1", "affinity": "cookie",
+        "whitelist-source-range": "10.0.0.0/8", "proxy-next-upstream": "error http_503", "server-alias": "*.b.example"});
+    let planned = plan(vec![
+        service("web"),
+        slice("web", &[("10.1.0.2", true, false)]),
+        with_tls(annotations),
+        ingress_of("any", 2, json!({}), json!({"defaultBackend": backend("gone")})),
+        secret("tls", &[("tls.crt", &chain), ("tls.key", &key)]),
+        secret("users", &[("auth", "amy:x")]),
+    ]);
+    let text = serde_json::to_vec(&planned.plan).unwrap();
+    assert_eq!(serde_json::from_slice::<RouteTable>(&text).unwrap(), planned.plan);
+    assert!(planned.plan.hosts.len() == 3 && !planned.plan.certificates.is_empty());
+}
+
+#[test]
+fn a_plan_made_with_memories_equals_one_made_anew() {
+    let mut planner = IngressPlanner::default();
+    let web = |kind: &str| ingress_of("web", 1, json!({}), rules(None, &[path(kind, "/", "web")]));
+    let stages = [
+        vec![web("Prefix")],
+        vec![web("Prefix"), service("web")],
+        vec![web("Exact"), service("web"), slice("web", &[("10.1.0.2", true, false)])],
+        vec![web("Exact"), service("web"), slice("web", &[("10.1.0.3", true, false)])],
+        vec![],
+    ];
+    for stage in stages {
+        let snapshot = snapshot(stage);
+        assert_eq!(planner.plan(&snapshot), IngressPlanner::default().plan(&snapshot));
+    }
+}
+
+#[test]
+fn an_explanation_names_object_rule_endpoints_and_why_not_another() {
+    let planned = plan(vec![
+        service("web"),
+        service("api"),
+        slice("api", &[("10.1.0.2", true, false)]),
+        ingress_of(
+            "web",
+            1,
+            json!({}),
+            rules(
+                Some("a.example"),
+                &[path("Prefix", "/", "web"), path("Prefix", "/api", "api"), path("Exact", "/x", "web")],
+            ),
+        ),
+    ]);
+    let text = explain(&planned.plan, &Question::new("GET", "http://a.example/api/1").unwrap()).join("\n");
+    assert_eq!(
+        text,
+        "GET http://a.example/api/1\n\
+         taken by Ingress default/web spec.rules[0].http.paths[1]: host a.example, path /api/\n\
+         backend default/api:80: one of\n  \
+           10.1.0.2:8080 Pod default/p on node-b\n\
+         not Ingress default/web spec.rules[0].http.paths[2]: host a.example, path = /x: /api/1 is not meant\n\
+         not Ingress default/web spec.rules[0].http.paths[0]: host a.example, path /: it matches too, and a longer path or a \
+         more exact host goes first"
+    );
+    let nowhere = explain(&planned.plan, &Question::new("GET", "http://b.example/").unwrap());
+    assert_eq!(nowhere[1], "404: no rule has the host b.example, and none is for every host");
+}
