@@ -67,12 +67,6 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
         kube::start(tasks, access.clone(), config.cluster.clone(), here, initial);
     let lead = lease::start(tasks, access.clone(), config.node.clone());
 
-    let rotation = Rotation::open(
-        config.state_dir.clone(),
-        config.run_dir.clone(),
-        config.cluster.wireguard_port,
-        snapshots.clone(),
-    )?;
     let dns = start_dns(config, leases.clone());
     let overlay = overlay_applier(config, tasks)?;
     let mut loops = Loops { tasks, snapshots: snapshots.clone(), handles: Vec::new() };
@@ -84,9 +78,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let proxy_health = proxy.health();
     loops.start("proxy", ProxyPlanner::default(), proxy, Pace::default());
     loops.start("dns", dns.planner, dns.applier, Pace::default());
-    let publishing = Publishing { identity: rotation.identity() };
-    let publish = loops.start("publish", publishing, Publisher::new(access.clone()), Pace::default());
-    loops.tasks.start("rotation", rotation.clone().run(config.max_key_age, publish));
+    let rotation = publish_key(&mut loops, config, &access)?;
     let (policy, judge) = start_policy(&mut loops, config.network_policy, impatient)?.unzip();
     let sources = Sources {
         snapshots: snapshots.clone(),
@@ -141,11 +133,27 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     tasks.start("readiness", readiness::tell(sources.clone(), found));
     let folder = config.cni_conf_dir.clone();
     tasks.start("conflist", Conflist { folder, socket, sources, found: found_tx }.run());
-    let saver = durable.map(|store| Saver { store, snapshots });
-    if let Some(saver) = saver.clone() {
-        tasks.start("saver", saver.run());
-    }
-    Ok(saver)
+    Ok(durable.map(|store| start_saver(tasks, Saver { store, snapshots })))
+}
+
+/// The own Node says which key is this node's, and which one comes next.
+fn publish_key(
+    loops: &mut Loops<'_>,
+    config: &Config,
+    access: &Arc<Access>,
+) -> anyhow::Result<Arc<Rotation>> {
+    let (state_dir, run_dir) = (config.state_dir.clone(), config.run_dir.clone());
+    let rotation =
+        Rotation::open(state_dir, run_dir, config.cluster.wireguard_port, loops.snapshots.clone())?;
+    let publishing = Publishing { identity: rotation.identity() };
+    let publish = loops.start("publish", publishing, Publisher::new(access.clone()), Pace::default());
+    loops.tasks.start("rotation", rotation.clone().run(config.max_key_age, publish));
+    Ok(rotation)
+}
+
+fn start_saver(tasks: &mut TaskGroup, saver: Saver) -> Saver {
+    tasks.start("saver", saver.clone().run());
+    saver
 }
 
 /// Without it the node works, until it reboots while the API server is away.
