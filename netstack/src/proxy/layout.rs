@@ -8,7 +8,7 @@
 //!   out of an uplink with a source that is neither this host's nor a pod's of this node.
 //! * Who may come to a load balancer's address is judged in the same chain before that, on the packet as the client sent it.
 //! * Reject and drop look at what DNAT left, in prerouting and output: a ClusterIP needs no route to be refused. Only the
-//!   first packets of connections are looked at, so that nothing is paid for the others.
+//!   first packets of connections, and those that conntrack knows nothing of, are looked at, so that nothing is paid for the others.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -18,6 +18,7 @@ use ipnet::IpNet;
 use weft_model::constants::{
     MARK_MASQUERADE, POD_LINK_PREFIX, PRIORITY_DNAT, PRIORITY_FILTER, PRIORITY_SNAT, TABLE_PROXY, TUNNEL_LINK,
 };
+use weft_model::objects::Protocol;
 use weft_model::ruleset::{
     Base, Chain, ChainKind, CtState, Datum, ElementData, Elements, Field, Hook, KeyType, Rule, Set, SetData,
     Statement, Table, Verdict,
@@ -172,6 +173,7 @@ pub(super) fn address(ipv6: bool) -> KeyType {
 /// Answers that nobody is there.
 pub(super) const REJECT: &str = "reject";
 const UNANSWERED: &str = "unanswered";
+const UNTRANSLATED: &str = "untranslated";
 
 /// The table without any Service.
 pub(super) fn skeleton(site: &Site) -> Table {
@@ -202,6 +204,7 @@ pub(super) fn skeleton(site: &Site) -> Table {
         ("filter-prerouting".to_owned(), filter(Hook::Prerouting)),
         ("filter-output".to_owned(), filter(Hook::Output)),
         (UNANSWERED.to_owned(), Chain { base: None, rules: unanswered(site) }),
+        (UNTRANSLATED.to_owned(), Chain { base: None, rules: untranslated(site) }),
         (REJECT.to_owned(), Chain { base: None, rules: vec![Rule::new(vec![Statement::Reject])] }),
     ]);
     table
@@ -213,9 +216,29 @@ fn nat(hook: Hook, priority: i32, rules: Vec<Rule>) -> Chain {
 
 fn filter(hook: Hook) -> Chain {
     let base = Base { kind: ChainKind::Filter, hook, priority: PRIORITY_FILTER };
-    let first_packet = Statement::CtState { states: vec![CtState::New], negated: false };
-    let unanswered = Statement::Verdict(Verdict::Jump(UNANSWERED.to_owned()));
-    Chain { base: Some(base), rules: vec![Rule::new(vec![first_packet, unanswered])] }
+    let jump = |state, chain: &str| {
+        let state = Statement::CtState { states: vec![state], negated: false };
+        Rule::new(vec![state, Statement::Verdict(Verdict::Jump(chain.to_owned()))])
+    };
+    let mut rules = vec![jump(CtState::New, UNANSWERED)];
+    if hook == Hook::Prerouting {
+        rules.push(jump(CtState::Invalid, UNTRANSLATED));
+    }
+    Chain { base: Some(base), rules }
+}
+
+/// The kernel translates no TCP segment that is outside its connection's window: a client of a Service would see it come from
+/// the pod, and end the connection (kubernetes issue 74839). To a Service's address it would leave for nowhere.
+fn untranslated(site: &Site) -> Vec<Rule> {
+    let from = site.cluster_cidrs.iter().map(|cidr| (cidr, Field::source(cidr.addr().is_ipv6())));
+    let to = site.service_cidrs.iter().map(|cidr| (cidr, Field::destination(cidr.addr().is_ipv6())));
+    let rule = |(cidr, field): (&IpNet, Field)| {
+        let tcp = Statement::equals(Field::L4Protocol, Datum::Protocol(Protocol::Tcp));
+        let range = Statement::equals(field, Datum::Net(*cidr));
+        Rule::new(vec![tcp, range, Statement::Verdict(Verdict::Drop)])
+            .comment("outside its connection's window")
+    };
+    from.chain(to).map(rule).collect()
 }
 
 /// Packets of pods and from outside. Those from anywhere in the cluster's pod ranges count as internal.

@@ -3,6 +3,7 @@
 
 mod affinity;
 mod outside;
+mod window;
 
 use std::fs::File;
 use std::io::{ErrorKind, Read as _, Write as _};
