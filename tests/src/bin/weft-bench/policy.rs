@@ -336,16 +336,16 @@ impl Bench {
         ensure!(rules.contains("jump in-"), "no pod is isolated");
         let peer = Peer::of(&self.own);
         let mut rates = [0, 1].map(|_| [Vec::new(), Vec::new(), Vec::new()]);
-        for family in 0..2 {
+        for (family, [ours, none, theirs]) in rates.iter_mut().enumerate() {
             let at = SocketAddr::new(self.own[server][family], PORT);
             let listener = within(server, move || Ok(TcpListener::bind(at)?))?;
             std::thread::spawn(move || listener.incoming().for_each(drop));
             for _ in 0..ROUNDS {
-                rates[family][0].push(within(client, move || rate(at))?);
+                ours.push(within(client, move || rate(at))?);
                 nft("delete table inet weft-policy")?;
-                rates[family][1].push(within(client, move || rate(at))?);
+                none.push(within(client, move || rate(at))?);
                 peer.sync()?;
-                rates[family][2].push(within(client, move || rate(at))?);
+                theirs.push(within(client, move || rate(at))?);
                 peer.remove()?;
                 nft(&rules)?;
             }

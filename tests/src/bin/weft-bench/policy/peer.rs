@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::process::Command;
 use std::time::Instant;
 
-use super::{APPS, NAMESPACES, OWN_PODS, PODS, POLICIES, PORT, addresses, app, feed, namespace, rules};
+use super::{APPS, NAMESPACES, PODS, POLICIES, PORT, addresses, app, feed, namespace, rules};
 
 /// What `ipset restore` and `iptables-restore` read, by family.
 pub(super) struct Peer {
@@ -45,9 +45,9 @@ impl Peer {
     /// One full sync, in milliseconds. Making the text is not counted.
     pub(super) fn sync(&self) -> anyhow::Result<f64> {
         let started_at = Instant::now();
-        for family in 0..2 {
-            feed(Command::new("ipset").args(["restore", "-exist"]), &self.sets[family])?;
-            feed(Command::new(COMMANDS[family]).args(["-w", "5"]), &self.rules[family])?;
+        for ((sets, rules), command) in self.sets.iter().zip(&self.rules).zip(COMMANDS) {
+            feed(Command::new("ipset").args(["restore", "-exist"]), sets)?;
+            feed(Command::new(command).args(["-w", "5"]), rules)?;
         }
         Ok(started_at.elapsed().as_secs_f64() * 1000.0)
     }
@@ -94,8 +94,8 @@ fn restore(family: usize, own: &[[IpAddr; 2]]) -> String {
             );
         }
     }
-    for pod in 0..OWN_PODS {
-        let address = own[pod][family];
+    for (pod, own_addresses) in own.iter().enumerate() {
+        let address = own_addresses[family];
         let _ = writeln!(chains, ":KUBE-POD-FW-{pod} - [0:0]");
         let _ = writeln!(text, "-A KUBE-POD-FW-{pod} -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT");
         let of_pod =
