@@ -268,8 +268,21 @@ impl Node {
         if let Some(previous) = previous {
             config["prevResult"] = previous.clone();
         }
-        let args =
-            format!("IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME={pod};K8S_POD_UID=u-{pod}");
+        self.attach(verb, config, pod, &format!("u-{pod}"), netns)
+    }
+
+    /// The same of a pod that the API server has, by its uid; in the namespace that bears its name.
+    pub fn cni_of(&self, verb: &str, pod: &str, uid: &str) -> Cni {
+        let text = std::fs::read_to_string(self.path("cni/05-weft.conflist")).expect("pods can come");
+        let list: Value = serde_json::from_str(&text).expect("a conflist is JSON");
+        let mut config = list["plugins"][0].clone();
+        config["name"] = list["name"].clone();
+        config["cniVersion"] = "1.0.0".into();
+        self.attach(verb, config, pod, uid, &netns(pod))
+    }
+
+    fn attach(&self, verb: &str, config: Value, pod: &str, uid: &str, netns: &str) -> Cni {
+        let args = format!("IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME={pod};K8S_POD_UID={uid}");
         let mut command = Command::new(self.path("bin/weft"));
         command.env_clear().env("CNI_COMMAND", verb).env("CNI_CONTAINERID", pod).env("CNI_IFNAME", "eth0");
         command.env("CNI_PATH", self.path("bin")).env("CNI_ARGS", args);

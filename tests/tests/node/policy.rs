@@ -5,7 +5,7 @@ use std::process::Command;
 use nix::sys::signal::Signal;
 use serde_json::json;
 use weft_tests::node::picture::ruleset_with_handles;
-use weft_tests::node::{Node, UPLINK_ADDRESSES, addresses, inside, refusal, run, until};
+use weft_tests::node::{NODE, Node, UPLINK_ADDRESSES, addresses, inside, refusal, run, until};
 
 const POLICIES: &str = "/apis/networking.k8s.io/v1/namespaces/default/networkpolicies";
 
@@ -73,6 +73,72 @@ fn switching_the_engine_off_removes_every_rule_and_says_so() {
         node.start_agent();
         node.await_ready();
         until("the rules are back", || rules().contains("isolated by default/deny-all"));
+    });
+}
+
+/// Both verdicts while they happen, by name, as text and as JSON, through filters.
+#[test]
+fn flows_are_followed_as_they_happen() {
+    inside(|| {
+        let (node, _) = isolated();
+        let free = json!({"podSelector": {"matchLabels": {"free": "yes"}}, "policyTypes": ["Egress"], "egress": [{}]});
+        node.api().create(POLICIES, &json!({"metadata": {"name": "free"}, "spec": free}));
+        let labels = json!({"free": "yes"});
+        let metadata = json!({"name": "pod2", "namespace": "default", "labels": labels, "uid": "u-pod2"});
+        let containers = json!([{"name": "a", "image": "a"}]);
+        let spec = json!({"nodeName": NODE, "containers": containers});
+        let pod = node
+            .api()
+            .create("/api/v1/namespaces/default/pods", &json!({"metadata": metadata, "spec": spec}));
+        let uid = pod["metadata"]["uid"].as_str().unwrap().to_owned();
+        weft_tests::node::ip("netns add pod2");
+        let _ = node.cni_of("ADD", "pod2", &uid).succeeded();
+        let follow = |more: &[&str]| {
+            let mut command = node.weft("flows");
+            command.args(["--follow", "--port", "9"]).args(more).arg("--run-dir").arg(node.path("run"));
+            let output = tempfile::NamedTempFile::new().unwrap();
+            let child = command.stdout(output.reopen().unwrap()).spawn().unwrap();
+            (child, output)
+        };
+        let mut all = follow(&["-o", "json"]);
+        let mut denied = follow(&["--verdict", "denied"]);
+        let said = |output: &tempfile::NamedTempFile| std::fs::read_to_string(output.path()).unwrap();
+        until("both pods' flows of both families are followed", || {
+            for pod in ["pod1", "pod2"] {
+                for to in UPLINK_ADDRESSES {
+                    let script = format!("exec 3<>/dev/udp/{to}/9; echo x >&3");
+                    let _ = Command::new("ip").args(["netns", "exec", pod, "bash", "-c", &script]).output();
+                }
+            }
+            let text = said(&all.1);
+            let has = |verdict: &str, to: &str| {
+                text.lines().any(|line| {
+                    let record: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
+                    record["verdict"] == verdict && record["destination"]["address"] == to
+                })
+            };
+            ["allowed", "denied"].iter().all(|verdict| UPLINK_ADDRESSES.iter().all(|to| has(verdict, to)))
+        });
+        for line in said(&all.1).lines() {
+            let record: serde_json::Value = serde_json::from_str(line).unwrap();
+            let (pod, by) = (&record["source"]["pod"], record["decided_by"].as_str().unwrap());
+            match record["verdict"].as_str() {
+                Some("allowed") => {
+                    assert!(*pod == "default/pod2" && by == "default/free egress[0]", "{line}")
+                }
+                _ => assert!(*pod == "default/pod1" && by.contains("isolated by default/deny-all"), "{line}"),
+            }
+        }
+        until("the filtered ones too", || said(&denied.1).lines().count() >= 2);
+        assert!(
+            said(&denied.1).lines().all(|line| line.contains(" DENIED  default/pod1 ")),
+            "{}",
+            said(&denied.1)
+        );
+        for (child, _) in [&mut all, &mut denied] {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
     });
 }
 

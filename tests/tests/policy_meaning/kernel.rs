@@ -1,7 +1,9 @@
-//! A sample of the random worlds in the real kernel: the planned table is applied in a node of namespaces, every packet of TCP
-//! and UDP is sent for real, and what arrives is what the evaluator expects. SCTP is left to the tracer.
+//! A sample of the random worlds in the real kernel: the planned tables of policies and proxy are applied in a node of namespaces,
+//! every packet of TCP and UDP is sent for real, to addresses of Services too, and what arrives is what the evaluator expects.
+//! SCTP is left to the tracer.
 //!
-//! Packets are made by hand, with their number as source port, so that one look at the receivers tells about all of them.
+//! Packets are made by hand and bear their number (also as source port, which a masquerade changes), so that one look at the
+//! receivers tells about all of them.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -17,6 +19,7 @@ use nix::sys::socket::{
 use proptest::strategy::ValueTree as _;
 use proptest::test_runner::{Config, TestRunner};
 use weft_netstack::policy::PolicyApplier;
+use weft_netstack::proxy::ProxyApplier;
 use weft_netstack::reconcile::{Applier, Trust};
 
 use super::*;
@@ -75,6 +78,12 @@ impl Spaces {
             let bits = if own.contains(':') { 128 } else { 32 };
             run(&format!("ip addr add {own}/{bits} dev lo"));
         }
+        // The way to a Service's address is decided before it is translated; any will do.
+        for range in
+            ["10.96.0.0/16", "198.51.100.0/24", "fd00:96::/112", "2001:db8:b::/64", "2001:db8:e::/64"]
+        {
+            run(&format!("ip route add {range} dev eth0"));
+        }
         spaces
     }
 
@@ -117,14 +126,15 @@ fn raw(ipv6: bool, protocol: Protocol) -> OwnedFd {
     socket(family, SockType::Raw, SockFlag::SOCK_NONBLOCK, protocol).unwrap()
 }
 
-/// Transport header and checksum (RFC 9293, RFC 768) of a first packet without content.
+/// Transport header and checksum (RFC 9293, RFC 768) of a first packet; its number is the sequence number, or the content.
 fn segment(packet: &Packet) -> Vec<u8> {
     let ports = [packet.source.port(), packet.destination.port()].map(u16::to_be_bytes).concat();
-    let (rest, at): (&[u8], usize) = match packet.protocol {
-        Protocol::Tcp => (&[0, 0, 0, 1, 0, 0, 0, 0, 0x50, 2, 0xff, 0xff, 0, 0, 0, 0], 16),
-        _ => (&[0, 8, 0, 0], 6),
+    let [high, low] = packet.source.port().to_be_bytes();
+    let (rest, at): (Vec<u8>, usize) = match packet.protocol {
+        Protocol::Tcp => (vec![0, 0, high, low, 0, 0, 0, 0, 0x50, 2, 0xff, 0xff, 0, 0, 0, 0], 16),
+        _ => (vec![0, 10, 0, 0, high, low], 6),
     };
-    let mut bytes = [ports.as_slice(), rest].concat();
+    let mut bytes = [ports, rest].concat();
     let octets = |address: IpAddr| match address {
         IpAddr::V4(address) => address.octets().to_vec(),
         IpAddr::V6(address) => address.octets().to_vec(),
@@ -181,22 +191,31 @@ fn receivers(spaces: &Spaces) -> Receivers {
     all
 }
 
-/// Numbers of the packets that have arrived where they were sent to.
-fn arrived(receivers: &Receivers, packets: &BTreeMap<u16, Packet>) -> BTreeSet<u16> {
+/// A packet, and where it has to arrive.
+struct Sent {
+    packet: Packet,
+    behind: SocketAddr,
+}
+
+/// Numbers of the packets that have arrived where they were meant to.
+fn arrived(receivers: &Receivers, packets: &BTreeMap<u16, Sent>) -> BTreeSet<u16> {
     let mut arrived = BTreeSet::new();
     for (space, ipv6, protocol, socket) in receivers {
         let mut buffer = [0; 256];
         while let Ok(length) = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
             let header = if *ipv6 { 0 } else { usize::from(buffer[0] & 15) * 4 };
-            let Some([a, b, c, d]) = buffer[..length].get(header..header + 4) else { continue };
-            let (source, destination) = (u16::from_be_bytes([*a, *b]), u16::from_be_bytes([*c, *d]));
-            let sent = packets.get(&source).filter(|packet| {
-                packet.destination.port() == destination
+            let Some(bytes) = buffer[..length].get(header..) else { continue };
+            let word =
+                |at: usize| bytes.get(at..at + 2).map_or(0, |pair| u16::from_be_bytes([pair[0], pair[1]]));
+            let destination = word(2);
+            let number = word(if *protocol == Protocol::Tcp { 6 } else { 8 });
+            let sent = packets.get(&number).filter(|Sent { packet, behind }| {
+                behind.port() == destination
                     && packet.protocol == *protocol
-                    && packet.destination.is_ipv6() == *ipv6
-                    && space_of(packet.destination.ip()) == *space
+                    && behind.is_ipv6() == *ipv6
+                    && space_of(behind.ip()) == *space
             });
-            arrived.extend(sent.map(|_| source));
+            arrived.extend(sent.map(|_| number));
         }
     }
     arrived
@@ -222,28 +241,37 @@ fn packets() -> Vec<Packet> {
     all
 }
 
+type Appliers = (PolicyApplier, ProxyApplier);
+
 /// One world: the verdict of the kernel on each packet is the expected one.
-fn check_world(world: &World, spaces: &Spaces, receivers: &Receivers, applier: &mut PolicyApplier) {
-    let plan = PolicyPlanner::default().plan(&snapshot(world)).plan;
-    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-    let applied = runtime.block_on(applier.apply(&plan, Trust::Shadow));
-    assert_eq!(applied.failed, Vec::<String>::new());
-    let numbered: BTreeMap<u16, Packet> = (FIRST_PORT..)
-        .zip(packets())
-        .map(|(number, packet)| {
-            (number, Packet { source: SocketAddr::new(packet.source.ip(), number), ..packet })
-        })
-        .collect();
+fn check_world(world: &World, spaces: &Spaces, receivers: &Receivers, appliers: &mut Appliers) {
+    let snapshot = snapshot(world);
+    let plan = PolicyPlanner::default().plan(&snapshot).plan;
+    let proxy = ProxyPlanner::default().plan(&snapshot).plan;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let applied = runtime.block_on(async {
+        let of_proxy = appliers.1.apply(&proxy, Trust::Shadow).await.failed;
+        [appliers.0.apply(&plan, Trust::Shadow).await.failed, of_proxy].concat()
+    });
+    assert_eq!(applied, Vec::<String>::new());
+    let direct = packets().into_iter().map(|packet| Sent { behind: packet.destination, packet });
+    let called = calls(world).into_iter().map(|Call { packet, behind, .. }| Sent { packet, behind });
+    let number = |(number, mut sent): (u16, Sent)| {
+        sent.packet.source.set_port(number);
+        (number, sent)
+    };
+    let numbered: BTreeMap<u16, Sent> = (FIRST_PORT..).zip(direct.chain(called)).map(number).collect();
     for space in 0..=NODE {
-        let from_here = numbered.values().filter(|packet| space_of(packet.source.ip()) == space).cloned();
-        let from_here: Vec<Packet> = from_here.collect();
+        let packets = numbered.values().map(|sent| &sent.packet);
+        let from_here: Vec<Packet> =
+            packets.filter(|packet| space_of(packet.source.ip()) == space).cloned().collect();
         spaces.within(space, move || from_here.iter().for_each(send));
     }
-    let expected: BTreeSet<u16> = numbered
-        .iter()
-        .filter(|(_, packet)| super::expected(packet, world))
-        .map(|(number, _)| *number)
-        .collect();
+    let is_expected = |Sent { packet, behind }: &Sent| {
+        super::expected(&Packet { destination: *behind, ..packet.clone() }, world)
+    };
+    let expected: BTreeSet<u16> =
+        numbered.iter().filter(|(_, sent)| is_expected(sent)).map(|(number, _)| *number).collect();
     let mut got = BTreeSet::new();
     let deadline = Instant::now() + Duration::from_secs(3);
     while got != expected && Instant::now() < deadline {
@@ -255,13 +283,16 @@ fn check_world(world: &World, spaces: &Spaces, receivers: &Receivers, applier: &
     got.append(&mut arrived(receivers, &numbered));
     let wrong: Vec<String> = got
         .symmetric_difference(&expected)
-        .map(|number| format!("{:?} arrived: {}", numbered[number], got.contains(number)))
+        .map(|number| {
+            let Sent { packet, behind } = &numbered[number];
+            format!("{packet:?} to {behind} arrived: {}", got.contains(number))
+        })
         .collect();
     assert!(
         wrong.is_empty(),
         "{} wrong, such as {:?}\n{world:#?}\n{}",
         wrong.len(),
-        &wrong[..wrong.len().min(5)],
+        &wrong[..wrong.len().min(8)],
         plan.table
     );
 }
@@ -278,12 +309,13 @@ fn the_kernel_gives_the_verdict_of_the_kubernetes_text() {
         unshare(CloneFlags::CLONE_NEWNET).unwrap();
         let spaces = Spaces::make();
         let receivers = receivers(&spaces);
-        let mut applier = PolicyApplier::new();
+        let mut appliers = (PolicyApplier::new(), ProxyApplier::new());
         let mut runner = TestRunner::new(Config::default());
         for _ in 0..cases {
             let world = world().new_tree(&mut runner).unwrap().current();
-            check_world(&world, &spaces, &receivers, &mut applier);
+            check_world(&world, &spaces, &receivers, &mut appliers);
         }
+        println!("{cases} worlds in the real kernel");
     });
     if let Err(panic) = thread.join() {
         std::panic::resume_unwind(panic);

@@ -10,6 +10,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod kernel;
+mod services;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -25,8 +26,11 @@ use weft_model::snapshot::AttachedPod;
 use weft_model::{ClusterConfig, Generation, NodeFacts, PodKey, Snapshot};
 use weft_netstack::kube::Cluster;
 use weft_netstack::policy::{PolicyPlan, PolicyPlanner};
+use weft_netstack::proxy::{ProxyPlan, ProxyPlanner};
 use weft_netstack::reconcile::Planner;
 use weft_tests::trace::{Origin, Outcome, Packet, Routes, trace};
+
+use services::{Call, calls};
 
 const OWN: &str = "node-a";
 const OTHER: &str = "node-b";
@@ -100,6 +104,7 @@ struct World {
     namespaces: BTreeMap<&'static str, BTreeMap<&'static str, &'static str>>,
     pods: Vec<TestPod>,
     policies: Vec<Value>,
+    services: Vec<services::TestService>,
 }
 
 // Random worlds.
@@ -253,13 +258,13 @@ fn policy(i: usize) -> impl Strategy<Value = Value> {
 
 fn world() -> impl Strategy<Value = World> {
     let policies = (0..6usize).prop_flat_map(|n| (0..n).map(policy).collect::<Vec<_>>());
-    (prop::collection::vec(labels(), NAMESPACES.len()), pods(), policies).prop_map(
-        |(labels, pods, policies)| {
+    (prop::collection::vec(labels(), NAMESPACES.len()), pods(), policies, services::services()).prop_map(
+        |(labels, pods, policies, services)| {
             let named = NAMESPACES.into_iter().zip(labels).map(|(name, mut labels)| {
                 labels.insert("kubernetes.io/metadata.name", name);
                 (name, labels)
             });
-            World { namespaces: named.collect(), pods, policies }
+            World { namespaces: named.collect(), pods, policies, services }
         },
     )
 }
@@ -294,6 +299,7 @@ fn documents(world: &World) -> Vec<Value> {
         }));
     }
     all.extend(world.policies.iter().cloned());
+    all.extend(world.services.iter().flat_map(services::TestService::documents));
     all
 }
 
@@ -304,7 +310,10 @@ fn snapshot(world: &World) -> Snapshot {
         cluster_dns: DNS.iter().map(|text| ip(text)).collect(),
         cluster_domain: "cluster.local".to_owned(),
         wireguard_port: 51820,
-        proxy: weft_model::ProxyConfig::default(),
+        proxy: weft_model::ProxyConfig {
+            external_ip_ranges: services::EXTERNAL_RANGES.map(|range| range.parse().unwrap()).to_vec(),
+            ..Default::default()
+        },
         ingress: weft_model::IngressConfig { on: true, ..Default::default() },
     };
     let facts = NodeFacts {
@@ -550,6 +559,28 @@ fn check(world: &World, plan: &PolicyPlan) -> [usize; 2] {
     seen
 }
 
+/// The same for what is called through Services: the rules of proxy and policies in one node, the verdict that on the pod or node
+/// behind. Counts as [`check`] does.
+fn check_services(world: &World, plan: &PolicyPlan, proxy: &ProxyPlan) -> [usize; 2] {
+    let table = services::both(&plan.table, &proxy.table);
+    let mut seen = [0, 0];
+    for Call { origin, packet, behind } in calls(world) {
+        let translated = Packet { destination: behind, ..packet.clone() };
+        let allowed = expected(&translated, world);
+        let outcome = trace(&table, &Node, origin, &packet, 0, &mut BTreeMap::new());
+        let passed = match outcome {
+            Outcome::Passed { destination, .. } => {
+                assert_eq!(destination, behind, "{packet:?} from {origin:?}");
+                true
+            }
+            _ => false,
+        };
+        assert_eq!(passed, allowed, "{packet:?} to {behind} from {origin:?}: {outcome:?}\n{table}");
+        seen[usize::from(!allowed)] += 1;
+    }
+    seen
+}
+
 fn cases(usual: u32) -> u32 {
     std::env::var("WEFT_MEANING_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(usual)
 }
@@ -559,7 +590,10 @@ proptest! {
 
     #[test]
     fn every_packet_meets_the_verdict_of_the_kubernetes_text(world in world()) {
-        check(&world, &PolicyPlanner::default().plan(&snapshot(&world)).plan);
+        let snapshot = snapshot(&world);
+        let plan = PolicyPlanner::default().plan(&snapshot).plan;
+        check(&world, &plan);
+        check_services(&world, &plan, &ProxyPlanner::default().plan(&snapshot).plan);
     }
 }
 
@@ -585,11 +619,16 @@ fn random_worlds_show_both_verdicts() {
     use proptest::strategy::ValueTree as _;
     use proptest::test_runner::TestRunner;
     let mut runner = TestRunner::deterministic();
-    let mut seen = [0, 0];
+    let (mut seen, mut through_services) = ([0, 0], [0, 0]);
+    let add = |sum: &mut [usize; 2], counts: [usize; 2]| *sum = [sum[0] + counts[0], sum[1] + counts[1]];
     for _ in 0..20 {
         let world = world().new_tree(&mut runner).unwrap().current();
-        let counts = check(&world, &PolicyPlanner::default().plan(&snapshot(&world)).plan);
-        seen = [seen[0] + counts[0], seen[1] + counts[1]];
+        let snapshot = snapshot(&world);
+        let plan = PolicyPlanner::default().plan(&snapshot).plan;
+        add(&mut seen, check(&world, &plan));
+        let proxy = ProxyPlanner::default().plan(&snapshot).plan;
+        add(&mut through_services, check_services(&world, &plan, &proxy));
     }
     assert!(seen.iter().all(|count| *count > 2000), "too few allowed or denied: {seen:?}");
+    assert!(through_services.iter().all(|count| *count > 500), "through Services: {through_services:?}");
 }
