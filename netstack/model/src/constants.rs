@@ -58,6 +58,7 @@ pub const MARK_MASQUERADE: u32 = 0x0800_0000;
 /// Node annotations, written by the node's own agent only (decision 15).
 pub const ANNOTATION_PUBLIC_KEY: &str = "weft.network/public-key";
 pub const ANNOTATION_WIREGUARD_PORT: &str = "weft.network/wireguard-port";
+pub const ANNOTATION_LINKS: &str = "weft.network/links";
 
 /// NetworkPolicy annotation: `keep` lets connections that the policy would deny end by themselves; `cut`, the default, ends them.
 pub const ANNOTATION_ESTABLISHED: &str = "weft.network/established";

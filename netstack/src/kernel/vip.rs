@@ -20,6 +20,7 @@ use rtnetlink::Handle;
 use weft_model::constants::ROUTE_PROTOCOL_LB;
 
 use super::link::{Links, cause};
+use super::nft::answers::{AnswerRules, Answers};
 use super::netns::Rtnetlink;
 use super::sysctl::Journal;
 use crate::reconcile::{Applied, chain};
@@ -81,6 +82,9 @@ impl Answering {
 /// Takes all of ours away; one line for each address and each failure.
 pub async fn remove_all(handle: &Handle) -> Applied {
     let mut applied = Applied::default();
+    if let Err(error) = AnswerRules::default().apply(&Answers::default()) {
+        applied.failed.push(chain(&error));
+    }
     match observe(handle).await {
         Err(error) => applied.failed.push(chain(&error)),
         Ok(present) => {

@@ -1,4 +1,4 @@
-//! What this node tells the others: its WireGuard identity, as annotations of its own Node (decision 15). A planner and an
+//! What this node tells the others: its WireGuard identity and which subnets its links hold, as annotations of its own Node (decision 15). A planner and an
 //! applier like any other, so the generic Loop retries it; it writes only while the Node says something else.
 
 use std::future::Future;
@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use kube::api::{Api, Patch, PatchParams};
 use serde_json::json;
-use weft_model::constants::{ANNOTATION_PUBLIC_KEY, ANNOTATION_WIREGUARD_PORT};
+use weft_model::constants::{ANNOTATION_LINKS, ANNOTATION_PUBLIC_KEY, ANNOTATION_WIREGUARD_PORT};
+use weft_model::node_facts::LinkSubnets;
 use weft_model::{NodeName, Planned, Snapshot, WgPublicKey};
 
 use super::client::Access;
@@ -25,6 +26,7 @@ pub struct Identity {
 pub struct Publication {
     pub node: NodeName,
     pub identity: Identity,
+    pub links: LinkSubnets,
 }
 
 impl Planner for Identity {
@@ -32,12 +34,14 @@ impl Planner for Identity {
 
     /// Nothing while the own Node is unknown or known from the Store only: then the API server has not been seen.
     fn plan(&mut self, snapshot: &Snapshot) -> Planned<Self::Plan> {
+        let links = snapshot.facts.link_subnets();
         let due = snapshot.own_node().filter(|node| {
-            let differs =
-                node.public_key != Some(self.public_key) || node.wireguard_port != Some(self.wireguard_port);
+            let differs = node.public_key != Some(self.public_key)
+                || node.wireguard_port != Some(self.wireguard_port)
+                || node.links.as_ref() != Some(&links);
             differs && !snapshot.from_store
         });
-        let plan = due.map(|node| Publication { node: node.name.clone(), identity: self.clone() });
+        let plan = due.map(|node| Publication { node: node.name.clone(), identity: self.clone(), links: links.clone() });
         Planned::new(plan, Vec::new())
     }
 }
@@ -77,13 +81,14 @@ impl Applier for Publisher {
     }
 }
 
-/// Merge-patches the two annotations and nothing else.
+/// Merge-patches these annotations and nothing else.
 pub async fn publish(client: &kube::Client, publication: &Publication) -> Result<(), kube::Error> {
     let api: Api<Document> = Api::all_with(client.clone(), &Kind::Node);
     let Identity { public_key, wireguard_port } = &publication.identity;
     let annotations = json!({
         ANNOTATION_PUBLIC_KEY: public_key.to_string(),
         ANNOTATION_WIREGUARD_PORT: wireguard_port.to_string(),
+        ANNOTATION_LINKS: publication.links.to_string(),
     });
     let patch = json!({ "metadata": { "annotations": annotations } });
     api.patch(&publication.node.0, &PatchParams::default(), &Patch::Merge(patch)).await.map(|_| ())
