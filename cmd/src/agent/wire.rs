@@ -271,7 +271,8 @@ async fn start_load_balancer(
     loops.tasks.start("lead", lease::wake(lead.clone(), vec![statuses]));
     let definitions = crate::manifests::documents(weft_manifests::METALLB)?;
     loops.tasks.start("definitions", definitions::ensure(access.clone(), lead.clone(), definitions));
-    let views = weft_lb::trace::Views { snapshots: loops.snapshots.clone(), plan, standing: standing.clone() };
+    let views =
+        weft_lb::trace::Views { snapshots: loops.snapshots.clone(), plan, standing: standing.clone() };
     let malformed = Counters {
         name: "lb_malformed_packets",
         help: "Packets of the LAN that were dropped because they are not well-formed, by protocol",

@@ -5,8 +5,9 @@
 //!                                                     -> what another is to have: answer until his claim is heard, then withdraw
 //! ```
 //!
-//! A peer whose kernel left four echoes in a row unanswered is dead, half a second after the last answer at most, and lives again when it answered for a second.
-//! The kernels answer the echoes, so an agent that restarts moves nothing; what its kernel answers for when it starts, it keeps.
+//! A peer whose kernel left four echoes in a row unanswered is dead, half a second after its last answer at most, and lives again when
+//! it answered for a second. The kernels answer the echoes, so an agent that restarts moves nothing; what its kernel answers for when
+//! it starts, it keeps.
 //! Agents send the echoes, so who sends none for seconds has no agent, and others take over in order what his kernel answers for.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -130,19 +131,32 @@ pub struct Announcer {
 
 /// How far this node is with an address.
 enum Phase {
-    Asking { since: Instant, asked: u32, answered: Option<Mac> },
-    Held { told: usize, tell_at: Instant },
+    Asking {
+        since: Instant,
+        asked: u32,
+        answered: Option<Mac>,
+    },
+    Held {
+        told: usize,
+        tell_at: Instant,
+    },
     /// Another node is to have it: still answered for until he claims it.
-    Yielding { since: Instant, claimed: bool },
-    Contested { until: Instant },
+    Yielding {
+        since: Instant,
+        claimed: bool,
+    },
+    Contested {
+        until: Instant,
+    },
 }
 
 impl Phase {
-    fn is_due(&self, now: Instant) -> bool {
+    /// `None`: in the next turn.
+    fn due_at(&self) -> Option<Instant> {
         match self {
-            Self::Held { tell_at, .. } => now >= *tell_at,
-            Self::Contested { until } => now >= *until,
-            Self::Asking { .. } | Self::Yielding { .. } => true,
+            Self::Held { tell_at, .. } => Some(*tell_at),
+            Self::Contested { until } => Some(*until),
+            Self::Asking { .. } | Self::Yielding { .. } => None,
         }
     }
 
@@ -209,6 +223,10 @@ struct Work {
     /// What `mine` was elected of.
     elected_of: Option<(Arc<Plan>, Alive)>,
     mine: BTreeSet<IpAddr>,
+    /// When an address is to be looked at again, if nothing happens before.
+    look_at: Instant,
+    /// When the kernel's entries are to be looked at again.
+    verify_at: Instant,
     standing: Standing,
     notices: Notices,
     node: NodeName,
@@ -276,6 +294,8 @@ impl Work {
             before: BTreeMap::new(),
             elected_of: None,
             mine: BTreeSet::new(),
+            look_at: Instant::now(),
+            verify_at: Instant::now() + TOLD_PERIODICALLY,
             standing: Standing::default(),
             notices,
             node,
@@ -327,7 +347,12 @@ impl Work {
         if plan_is_new || self.elected_of.as_ref().is_none_or(|(_, known)| *known != alive) {
             self.mine = elect(plan, &alive);
             self.elected_of = Some((plan.clone(), alive.clone()));
+            self.look_at = Instant::now();
         }
+        if Instant::now() < self.look_at {
+            return;
+        }
+        self.verify(plan).await;
         let changed = self.let_go(plan, &alive).await | self.pursue_all(plan).await;
         self.before.retain(|ip, (node, since)| {
             self.mine.contains(ip) && alive.kernels.contains(node) && since.elapsed() < HANDOVER
@@ -335,6 +360,32 @@ impl Work {
         if changed || plan_is_new || self.before.len() != self.standing.before.len() {
             self.settle(plan);
         }
+        let now = Instant::now();
+        let dues = self.phases.values().map(|phase| phase.due_at().unwrap_or(now));
+        self.look_at = dues.min().unwrap_or(now).min(self.verify_at);
+    }
+
+    /// Puts back what others took away of the kernel's entries and rules.
+    async fn verify(&mut self, plan: &Plan) {
+        let now = Instant::now();
+        if now < self.verify_at {
+            return;
+        }
+        self.verify_at = now + TOLD_PERIODICALLY;
+        self.ruled = None;
+        match self.netlink.complete().await {
+            Ok(complete) => {
+                let held = self.phases.iter().filter(|(_, phase)| phase.answers()).map(|(ip, _)| *ip);
+                let missing: Vec<IpAddr> = held.filter(|ip| !complete.contains(ip)).collect();
+                for ip in missing {
+                    if let Some(announced) = plan.addresses.get(&ip) {
+                        self.ensure(ip, announced).await;
+                    }
+                }
+            }
+            Err(error) => self.failed(error),
+        }
+        self.settle(plan);
     }
 
     /// The peers as they are heard of.
@@ -380,7 +431,7 @@ impl Work {
 
     async fn pursue_all(&mut self, plan: &Plan) -> bool {
         let now = Instant::now();
-        let due = |ip: &&IpAddr| self.phases.get(*ip).is_none_or(|phase| phase.is_due(now));
+        let due = |ip: &&IpAddr| self.phases.get(*ip).and_then(Phase::due_at).is_none_or(|at| now >= at);
         let due: Vec<IpAddr> = self.mine.iter().filter(due).copied().collect();
         let mut claimed = Vec::new();
         for ip in due {
@@ -407,7 +458,8 @@ impl Work {
     fn settle(&mut self, plan: &Plan) {
         let answering: Vec<IpAddr> =
             self.phases.iter().filter(|(_, phase)| phase.answers()).map(|(ip, _)| *ip).collect();
-        let links = |ip: &IpAddr| plan.addresses.get(ip).map(|announced| names(&announced.links)).unwrap_or_default();
+        let links =
+            |ip: &IpAddr| plan.addresses.get(ip).map(|announced| names(&announced.links)).unwrap_or_default();
         let node_on_lan = |ip: IpAddr, node: &NodeName| {
             let peer = plan.peers.get(node)?;
             peer.lan.iter().copied().find(|lan| lan.is_ipv6() == ip.is_ipv6())
@@ -521,6 +573,7 @@ impl Work {
             Some(Phase::Held { tell_at, .. }) => {
                 *tell_at = (*tell_at).min(Instant::now() + TOLD_AGAIN[1]);
                 self.ruled = None;
+                self.look_at = self.look_at.min(*tell_at);
             }
             _ => {}
         }
@@ -565,7 +618,6 @@ impl Work {
                 }
             }
             Phase::Held { told, tell_at } if now >= tell_at => {
-                self.ensure(ip, announced).await;
                 if self.ruled.is_none() {
                     self.phases.insert(ip, Phase::Held { told, tell_at });
                     self.settle(plan);

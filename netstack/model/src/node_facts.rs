@@ -82,7 +82,8 @@ pub enum WireguardBackend {
 impl NodeFacts {
     /// What other nodes are told of the uplinks.
     pub fn link_subnets(&self) -> LinkSubnets {
-        let of_link = |link: &Uplink| link.subnets.iter().map(|net| (link.name.clone(), *net)).collect::<Vec<_>>();
+        let of_link =
+            |link: &Uplink| link.subnets.iter().map(|net| (link.name.clone(), *net)).collect::<Vec<_>>();
         LinkSubnets(self.uplinks.iter().flat_map(of_link).collect())
     }
 

@@ -8,8 +8,8 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::balancer::Balancer;
-use crate::node_facts::LinkSubnets;
 use crate::ids::{NamespacedName, NodeName, PodKey, ServiceKey, SliceKey, WgPublicKey};
+use crate::node_facts::LinkSubnets;
 
 pub type Labels = BTreeMap<String, String>;
 

@@ -20,8 +20,8 @@ use rtnetlink::Handle;
 use weft_model::constants::ROUTE_PROTOCOL_LB;
 
 use super::link::{Links, cause};
-use super::nft::answers::{AnswerRules, Answers};
 use super::netns::Rtnetlink;
+use super::nft::answers::{AnswerRules, Answers};
 use super::sysctl::Journal;
 use crate::reconcile::{Applied, chain};
 
@@ -58,6 +58,15 @@ impl Answering {
     /// As [`observe`].
     pub async fn observe(&self) -> Result<BTreeSet<IpAddr>, String> {
         observe(&self.netlink.handle).await.map_err(|error| chain(&error))
+    }
+
+    /// Addresses for which all entries are there.
+    pub async fn complete(&self) -> Result<BTreeSet<IpAddr>, String> {
+        let mut complete = self.observe().await?;
+        let proxies = proxies(&self.netlink.handle).await.map_err(|error| chain(&error))?;
+        let proxied: BTreeSet<IpAddr> = proxies.iter().filter_map(proxied).collect();
+        complete.retain(|ip| ip.is_ipv4() || proxied.contains(ip));
+        Ok(complete)
     }
 
     /// As [`ensure`].

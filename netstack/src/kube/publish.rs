@@ -41,7 +41,11 @@ impl Planner for Identity {
                 || node.links.as_ref() != Some(&links);
             differs && !snapshot.from_store
         });
-        let plan = due.map(|node| Publication { node: node.name.clone(), identity: self.clone(), links: links.clone() });
+        let plan = due.map(|node| Publication {
+            node: node.name.clone(),
+            identity: self.clone(),
+            links: links.clone(),
+        });
         Planned::new(plan, Vec::new())
     }
 }

@@ -99,12 +99,18 @@ impl AnswerRules {
         for _ in 0..ATTEMPTS {
             let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
             let now = read_generation(socket, TABLE)?;
-            let written = foreign::commit(socket, ABOUT, now, &messages, |writer, sequence, flags, message| {
-                let open =
-                    writer.open_message(nft(message.kind), flags | message.flags, sequence, message.family, 0);
-                (message.write)(writer);
-                writer.close_message(open);
-            })?;
+            let written =
+                foreign::commit(socket, ABOUT, now, &messages, |writer, sequence, flags, message| {
+                    let open = writer.open_message(
+                        nft(message.kind),
+                        flags | message.flags,
+                        sequence,
+                        message.family,
+                        0,
+                    );
+                    (message.write)(writer);
+                    writer.close_message(open);
+                })?;
             if written {
                 return Ok(());
             }
@@ -201,7 +207,8 @@ fn tables(answers: &Answers) -> Vec<Message> {
             all.extend(set(family, HERE, &[KeyType::Ipv4Address, KeyType::LinkName], pairs.collect()));
             all.extend(arp_chain());
         } else {
-            let before = answers.before.iter().filter(|(ip, node)| ip.is_ipv6() == ipv6 && node.is_ipv6() == ipv6);
+            let before =
+                answers.before.iter().filter(|(ip, node)| ip.is_ipv6() == ipv6 && node.is_ipv6() == ipv6);
             all.extend(map(family, &addresses, before.map(|(ip, node)| (*ip, *node)).collect()));
             all.extend(handover_chain(family));
         }
@@ -325,7 +332,10 @@ fn arp_chain() -> Vec<Message> {
         }),
         rule(NFPROTO_ARP, INPUT, |e| {
             e.load(NETWORK_HEADER, ARP_TARGET, 4).lookup(HELD, false);
-            e.load(NETWORK_HEADER, ARP_TARGET, 4).meta(META_IIFNAME, REG32_FIRST + 1).lookup(HERE, true).drop();
+            e.load(NETWORK_HEADER, ARP_TARGET, 4)
+                .meta(META_IIFNAME, REG32_FIRST + 1)
+                .lookup(HERE, true)
+                .drop();
         }),
     ]
 }
@@ -343,7 +353,10 @@ fn discovery_chain() -> Vec<Message> {
             e.load(TRANSPORT_HEADER, DISCOVERY_TARGET, 16).lookup(HELD, false).remember(YIELDED);
         }),
         rule(NFPROTO_IPV6, CHAIN, |e| {
-            of_kind(e, SOLICITATION).load(TRANSPORT_HEADER, DISCOVERY_TARGET, 16).lookup(YIELDED, false).drop();
+            of_kind(e, SOLICITATION)
+                .load(TRANSPORT_HEADER, DISCOVERY_TARGET, 16)
+                .lookup(YIELDED, false)
+                .drop();
         }),
     ]
 }

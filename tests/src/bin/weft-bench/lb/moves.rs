@@ -61,7 +61,13 @@ fn failover(weft: &Path, lab: &Lab, pair: [IpAddr; 2], node: &str) -> anyhow::Re
     let of = |samples: &Vec<f64>, family: &str| {
         let documented = ("MetalLB's documentation", METALLB_SECONDS);
         [
-            Row::alone(&format!("failover, {family}, p50"), "s", median(samples.clone()), Better::Lower, None),
+            Row::alone(
+                &format!("failover, {family}, p50"),
+                "s",
+                median(samples.clone()),
+                Better::Lower,
+                None,
+            ),
             Row::documented(
                 &format!("failover, {family}, p99 of {TRIALS}"),
                 "s",

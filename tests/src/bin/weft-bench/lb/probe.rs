@@ -113,7 +113,8 @@ pub(super) fn run(words: &[&str]) -> anyhow::Result<()> {
 }
 
 fn ask(to: SocketAddr, patience: Duration) -> Result<(), String> {
-    let mut stream = TcpStream::connect_timeout(&to, patience).map_err(|error| format!("connect: {error}"))?;
+    let mut stream =
+        TcpStream::connect_timeout(&to, patience).map_err(|error| format!("connect: {error}"))?;
     let mut talk = || {
         stream.set_read_timeout(Some(patience))?;
         stream.write_all(b"GET /hostname HTTP/1.0\r\nHost: probe\r\n\r\n")?;
