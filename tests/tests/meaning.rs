@@ -115,6 +115,7 @@ fn node(name: &str, cidrs: [&str; 2], ips: [&str; 2]) -> (NodeName, Arc<Node>) {
         cordoned: false,
         links: None,
         public_key: None,
+        next_public_key: None,
         wireguard_port: None,
     };
     (name.into(), Arc::new(node))

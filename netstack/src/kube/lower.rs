@@ -9,7 +9,9 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use weft_model::constants::{ANNOTATION_LINKS, ANNOTATION_PUBLIC_KEY, ANNOTATION_WIREGUARD_PORT};
+use weft_model::constants::{
+    ANNOTATION_LINKS, ANNOTATION_NEXT_PUBLIC_KEY, ANNOTATION_PUBLIC_KEY, ANNOTATION_WIREGUARD_PORT,
+};
 use weft_model::objects::{
     Bandwidth, ConfigMap, Endpoint, EndpointPort, EndpointSlice, NamedPort, Namespace, Node, Pod, Protocol,
     Service, ServiceKind, ServicePort, TrafficPolicy,
@@ -63,6 +65,7 @@ pub fn node(document: &Value) -> Lowered<Node> {
             cordoned: wire.spec.unschedulable.unwrap_or(false),
             links: notes.annotation(&annotations, ANNOTATION_LINKS),
             public_key: notes.annotation(&annotations, ANNOTATION_PUBLIC_KEY),
+            next_public_key: notes.annotation(&annotations, ANNOTATION_NEXT_PUBLIC_KEY),
             wireguard_port: notes.annotation(&annotations, ANNOTATION_WIREGUARD_PORT),
             name: NodeName(meta.name),
             uid: meta.uid.unwrap_or_default(),

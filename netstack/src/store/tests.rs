@@ -58,6 +58,7 @@ fn node() -> Node {
         cordoned: false,
         links: None,
         public_key: Some(WgPublicKey([7; 32])),
+        next_public_key: None,
         wireguard_port: Some(51820),
     }
 }

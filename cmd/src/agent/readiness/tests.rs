@@ -37,6 +37,7 @@ fn snapshot(from_store: bool) -> Snapshot {
         cordoned: false,
         links: None,
         public_key: None,
+        next_public_key: None,
         wireguard_port: None,
     };
     let config = ClusterConfig {

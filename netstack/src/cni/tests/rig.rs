@@ -134,6 +134,7 @@ pub(in crate::cni) fn snapshot(pod_cidrs: &[&str]) -> Snapshot {
         cordoned: false,
         links: None,
         public_key: None,
+        next_public_key: None,
         wireguard_port: None,
     };
     Snapshot {

@@ -66,6 +66,7 @@ fn cluster(services: Vec<Service>, slices: Vec<EndpointSlice>) -> Snapshot {
         cordoned: false,
         links: None,
         public_key: None,
+        next_public_key: None,
         wireguard_port: None,
     };
     let config = ClusterConfig {
