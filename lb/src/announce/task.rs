@@ -417,7 +417,7 @@ impl Work {
             let succeeded = has_quorum(plan, &alive.kernels) && elected(plan, alive, ip).is_some();
             match self.phases.get(&ip) {
                 Some(Phase::Held { .. }) if succeeded => {
-                    drop(self.phases.insert(ip, Phase::Yielding { since: now, claimed: false }));
+                    self.phases.insert(ip, Phase::Yielding { since: now, claimed: false });
                 }
                 Some(Phase::Yielding { since, claimed: false }) if succeeded && now - *since < YIELD => {}
                 _ => {
