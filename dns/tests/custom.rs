@@ -263,6 +263,8 @@ fn nodes_are_found_by_their_names_until_they_leave() {
             next_public_key: None,
             wireguard_port: None,
             leaving: false,
+            cordoned: false,
+            links: None,
         };
         cluster.nodes = Arc::new([(node.name.clone(), Arc::new(node))].into());
         let silent = UdpSocket::bind("127.0.0.3:53").unwrap();

@@ -63,7 +63,13 @@ pub fn allocate(snapshot: &Snapshot) -> Allocation {
     let (by_nodes, by_pools): (Vec<_>, Vec<_>) =
         services.into_iter().partition(|(_, balancer)| of_nodes(balancer));
 
-    let mut desk = Desk { snapshot, pools: &pools, holders: BTreeMap::new(), problems: &mut problems };
+    let mut desk = Desk {
+        snapshot,
+        pools: &pools,
+        holders: BTreeMap::new(),
+        taken: BTreeMap::new(),
+        problems: &mut problems,
+    };
     let mut grants: BTreeMap<ServiceKey, Grant> = BTreeMap::new();
     for (service, balancer) in &by_pools {
         grants.insert(service.key.clone(), desk.keep(service, balancer));
@@ -93,6 +99,8 @@ struct Desk<'a> {
     snapshot: &'a Snapshot,
     pools: &'a Pools,
     holders: BTreeMap<IpAddr, Vec<&'a Arc<Service>>>,
+    /// By pool and family: how many of its first addresses somebody holds, so that each Service need not look at all.
+    taken: BTreeMap<(&'a str, bool), usize>,
     problems: &'a mut Vec<Problem>,
 }
 
@@ -193,10 +201,19 @@ impl<'a> Desk<'a> {
     fn release(&mut self, service: &Arc<Service>, ip: IpAddr) {
         if let Some(holders) = self.holders.get_mut(&ip) {
             holders.retain(|holder| holder.key != service.key);
+            if holders.is_empty() {
+                self.holders.remove(&ip);
+                self.taken.clear();
+            }
         }
     }
 
-    fn find(&self, service: &Service, balancer: &Balancer, ipv6: bool) -> Result<(IpAddr, String), String> {
+    fn find(
+        &mut self,
+        service: &Service,
+        balancer: &Balancer,
+        ipv6: bool,
+    ) -> Result<(IpAddr, String), String> {
         if balancer.unreadable {
             return Err("it asks for an address that cannot be read, so it gets none; correct it".to_owned());
         }
@@ -212,9 +229,11 @@ impl<'a> Desk<'a> {
             None => self.pools.offering(service, self.snapshot),
         };
         let found = candidates.iter().find_map(|pool| {
-            let mut addresses = self.pools.addresses(pool, ipv6);
-            let ip = addresses.find(|ip| self.sharable(service, *ip))?;
-            Some((ip, pool.object.key.name.clone()))
+            let ip = match balancer.sharing_key {
+                Some(_) => self.pools.addresses(pool, ipv6).find(|ip| self.sharable(service, *ip)),
+                None => self.first_free(pool, ipv6),
+            };
+            Some((ip?, pool.object.key.name.clone()))
         });
         found.ok_or_else(|| {
             let named: Vec<&str> = candidates.iter().map(|pool| pool.object.key.name.as_str()).collect();
@@ -223,6 +242,15 @@ impl<'a> Desk<'a> {
                 named => format!("no {family} address is free in IPAddressPool {}; add some to spec.addresses", named.join(", ")),
             }
         })
+    }
+
+    fn first_free(&mut self, pool: &'a Pool, ipv6: bool) -> Option<IpAddr> {
+        let slot = (pool.object.key.name.as_str(), ipv6);
+        let taken = self.taken.get(&slot).copied().unwrap_or(0);
+        let mut rest = self.pools.addresses(pool, ipv6).enumerate().skip(taken);
+        let (number, ip) = rest.find(|(_, ip)| !self.holders.contains_key(ip))?;
+        self.taken.insert(slot, number);
+        Some(ip)
     }
 
     fn admitting(&self, name: &str, service: &Service) -> Result<&'a Pool, String> {

@@ -53,7 +53,18 @@ fn answer(views: &Views, text: impl FnOnce(&Snapshot, &Plan, &Standing) -> Strin
 
 /// Who answers, as this node sees it.
 fn answering<'a>(announced: &'a Announced, standing: &Standing) -> Option<&'a NodeName> {
-    announced.candidates.iter().find(|node| !standing.dead.contains(*node))
+    announced
+        .candidates
+        .iter()
+        .find(|node| !standing.dead.contains(*node) && !standing.silent.contains(*node))
+}
+
+fn state(node: &NodeName, standing: &Standing) -> &'static str {
+    match (standing.dead.contains(node), standing.silent.contains(node)) {
+        (true, _) => " (dead)",
+        (_, true) => " (its agent is silent)",
+        _ => "",
+    }
 }
 
 pub fn status(snapshot: &Snapshot, plan: &Plan, standing: &Standing) -> String {
@@ -114,12 +125,12 @@ pub fn trace(snapshot: &Snapshot, plan: &Plan, standing: &Standing, ip: IpAddr) 
     match plan.addresses.get(&ip) {
         Some(announced) => {
             let _ = writeln!(text, "answers    {}", who(plan, ip, announced, standing));
-            let order: Vec<String> = announced
-                .candidates
-                .iter()
-                .map(|node| format!("{node}{}", if standing.dead.contains(node) { " (dead)" } else { "" }))
-                .collect();
+            let order: Vec<String> =
+                announced.candidates.iter().map(|node| format!("{node}{}", state(node, standing))).collect();
             let _ = writeln!(text, "in order   {}", order.join(", "));
+            if let Some(node) = standing.before.get(&ip) {
+                let _ = writeln!(text, "before     {node}: connections that it knows go on there");
+            }
             let links: Vec<&str> = announced.links.keys().map(String::as_str).collect();
             let _ = writeln!(text, "links here {}", links.join(", "));
             let mac = standing.macs.iter().filter(|(link, _)| announced.links.contains_key(*link));

@@ -112,6 +112,8 @@ fn node(name: &str, cidrs: [&str; 2], ips: [&str; 2]) -> (NodeName, Arc<Node>) {
         pod_cidrs: cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect(),
         internal_ips: ips.iter().map(|text| ip(text)).collect(),
         leaving: false,
+        cordoned: false,
+        links: None,
         public_key: None,
         next_public_key: None,
         wireguard_port: None,

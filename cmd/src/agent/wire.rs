@@ -89,7 +89,8 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let told = Told { attachments: attachments_tx, verdicts: policy.map(|policy| policy.reports()) };
     let cni = open_cni(snapshots.clone(), leases, sources.readiness(), told).await?;
     let (notices, passing) = Notices::channel();
-    let balancer = start_load_balancer(&mut loops, config, &access, (&lead, notices.clone())).await?;
+    let (balancer, balancer_counters) =
+        start_load_balancer(&mut loops, config, &access, (&lead, notices.clone())).await?;
     let pod_links = loops.start("cni", PodLinksPlanner, PodLinksApplier::new(cni.clone()), Pace::default());
     let handles = loops.handles;
     let reports = handles.iter().map(LoopHandle::reports).collect();
@@ -113,6 +114,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
         said("writer", move || lead.text()),
         said("cni", move || others.borrow().note.clone()),
     ]);
+    admin.counters.extend(balancer_counters);
     admin.parts.extend((!config.network_policy).then(|| said("policy", || POLICY_OFF.to_owned())));
     let admin = Arc::new(admin);
     let socket = config.run_dir.join("agent.sock");
@@ -268,11 +270,11 @@ async fn start_load_balancer(
     config: &Config,
     access: &Arc<Access>,
     (lead, notices): (&Lead, Notices),
-) -> anyhow::Result<Router> {
+) -> anyhow::Result<(Router, Option<Counters>)> {
     if !config.load_balancer {
         let netlink = Rtnetlink::connect().context("open an rtnetlink socket")?;
         vip::remove_all(&netlink.handle).await;
-        return Ok(Router::new());
+        return Ok((Router::new(), None));
     }
     let (applier, standing, plan, announcer) = announcer(notices.clone(), Journal::of(&config.run_dir));
     loops.start("lb", AnnouncePlanner, applier, Pace::default());
@@ -283,7 +285,18 @@ async fn start_load_balancer(
     loops.tasks.start("lead", lease::wake(lead.clone(), vec![statuses]));
     let definitions = crate::manifests::documents(weft_manifests::METALLB)?;
     loops.tasks.start("definitions", definitions::ensure(access.clone(), lead.clone(), definitions));
-    Ok(weft_lb::trace::router(weft_lb::trace::Views { snapshots: loops.snapshots.clone(), plan, standing }))
+    let views =
+        weft_lb::trace::Views { snapshots: loops.snapshots.clone(), plan, standing: standing.clone() };
+    let malformed = Counters {
+        name: "lb_malformed_packets",
+        help: "Packets of the LAN that were dropped because they are not well-formed, by protocol",
+        label: "protocol",
+        read: Box::new(move || {
+            let malformed = standing.borrow().malformed;
+            vec![("arp", malformed.arp), ("neighbour discovery", malformed.neighbour_discovery)]
+        }),
+    };
+    Ok((weft_lb::trace::router(views), Some(malformed)))
 }
 
 /// Flows are told by whom policies decide about: with the engine off there is nothing to ask, and nothing is recorded.

@@ -8,16 +8,28 @@ use weft_model::NodeName;
 
 use super::Plan;
 
-/// `alive` holds the other nodes that answer. Without a quorum this node answers for nothing: the other part of the cluster does.
-pub fn elect(plan: &Plan, alive: &BTreeSet<NodeName>) -> BTreeSet<IpAddr> {
-    if !has_quorum(plan, alive) {
+/// The other nodes as this one sees them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Alive {
+    /// Their kernels answer.
+    pub kernels: BTreeSet<NodeName>,
+    /// Those of them whose agents are heard of.
+    pub agents: BTreeSet<NodeName>,
+}
+
+/// Each address that this node answers for. Without a quorum there is none: the other part of the cluster answers.
+pub fn elect(plan: &Plan, alive: &Alive) -> BTreeSet<IpAddr> {
+    if !has_quorum(plan, &alive.kernels) {
         return BTreeSet::new();
     }
-    let lives = |node: &&NodeName| **node == plan.node || alive.contains(*node);
-    let mine = plan.addresses.iter().filter(|(_, announced)| {
-        announced.candidates.iter().find(lives).is_some_and(|first| *first == plan.node)
-    });
-    mine.map(|(ip, _)| *ip).collect()
+    let mine = plan.addresses.keys().filter(|ip| elected(plan, alive, **ip) == Some(&plan.node));
+    mine.copied().collect()
+}
+
+/// Who is to answer for an address, as this node sees the others; whether there is a quorum is not asked.
+pub(super) fn elected<'a>(plan: &'a Plan, alive: &Alive, ip: IpAddr) -> Option<&'a NodeName> {
+    let lives = |node: &&NodeName| **node == plan.node || alive.agents.contains(*node);
+    plan.addresses.get(&ip)?.candidates.iter().find(lives)
 }
 
 /// More than half of the nodes see each other. Of two equal halves the one with the first name wins; of two nodes either may,
@@ -37,7 +49,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::announce::{Announced, Means};
+    use crate::announce::{Announced, Means, Peer};
 
     fn names(letters: &str) -> Vec<NodeName> {
         letters.chars().map(|letter| NodeName(letter.to_string())).collect()
@@ -51,12 +63,19 @@ mod tests {
             links: BTreeMap::new(),
         };
         let ip: IpAddr = "192.0.2.1".parse().unwrap();
-        let peers = names(all).into_iter().filter(|name| name.0 != node).map(|name| (name, ip)).collect();
+        let peer = || Peer { overlay: ip, lan: vec![] };
+        let peers = names(all).into_iter().filter(|name| name.0 != node).map(|name| (name, peer())).collect();
         Plan { node: node.into(), addresses: BTreeMap::from([(ip, announced)]), peers }
     }
 
     fn answers(node: &str, all: &str, candidates: &str, alive: &str) -> bool {
-        !elect(&seen_by(node, all, candidates), &names(alive).into_iter().collect()).is_empty()
+        answers_beside(node, all, candidates, alive, alive)
+    }
+
+    fn answers_beside(node: &str, all: &str, candidates: &str, kernels: &str, agents: &str) -> bool {
+        let of = |letters| names(letters).into_iter().collect();
+        let alive = Alive { kernels: of(kernels), agents: of(agents) };
+        !elect(&seen_by(node, all, candidates), &alive).is_empty()
     }
 
     #[test]
@@ -74,6 +93,13 @@ mod tests {
         assert!(!answers("d", "abcd", "dabc", "c"), "half, without it");
         assert!(answers("a", "ab", "ba", ""), "one of two");
         assert!(answers("a", "a", "a", ""), "alone");
+    }
+
+    #[test]
+    fn an_agent_that_is_silent_serves_nothing_and_still_counts_for_the_quorum() {
+        assert!(answers_beside("a", "abc", "bac", "bc", "c"), "b's kernel lives, its agent does not");
+        assert!(answers_beside("a", "abc", "bac", "bc", ""), "most kernels live");
+        assert!(!answers_beside("c", "abc", "bac", "ab", "a"));
     }
 
     proptest! {

@@ -13,9 +13,9 @@ use weft_model::objects::{Node, Service, host_address};
 use weft_model::{NodeName, ObjectRef, Planned, Problem, Reason, Snapshot};
 use weft_netstack::reconcile::Planner;
 
-use super::{Announced, Means, Plan};
+use super::{Announced, Means, Peer, Plan};
 use crate::allocate::{former_pool, service_ref};
-use crate::nodes::{willing, with_endpoints};
+use crate::nodes::{reluctant, with_endpoints};
 use crate::pools::Pools;
 
 #[derive(Default)]
@@ -95,6 +95,15 @@ impl<'a> Advertised<'a> {
         self.0.is_empty() || self.0.iter().any(|one| is_for(one, Some(node)))
     }
 
+    /// A link of it that may be used holds the subnet. A node that has not said what its links hold may.
+    fn reaches(&self, node: &Arc<Node>, ip: IpAddr, snapshot: &Snapshot) -> bool {
+        let own = (node.name == snapshot.facts.name).then(|| snapshot.facts.link_subnets());
+        own.as_ref().or(node.links.as_ref()).is_none_or(|links| {
+            let mut holding = links.0.iter().filter(|(_, net)| net.contains(&ip));
+            holding.any(|(link, _)| self.lets_link(Some(node), link))
+        })
+    }
+
     /// On a node with these labels.
     fn lets_link(&self, node: Option<&Arc<Node>>, link: &str) -> bool {
         let mut here = self.0.iter().filter(|one| is_for(one, node.map(Arc::as_ref)));
@@ -114,7 +123,13 @@ fn announced(
     advertised: &Advertised<'_>,
     snapshot: &Snapshot,
 ) -> Announced {
-    let nodes: Vec<&Arc<Node>> = snapshot.nodes.values().filter(|node| advertised.lets(node)).collect();
+    let selected: Vec<&Arc<Node>> = snapshot.nodes.values().filter(|node| advertised.lets(node)).collect();
+    let reaching = |node: &&Arc<Node>| advertised.reaches(node, ip, snapshot);
+    let nodes: Vec<&Arc<Node>> = match selected.iter().copied().filter(reaching).collect::<Vec<_>>() {
+        // The first says that it is out of reach.
+        none if none.is_empty() => selected,
+        some => some,
+    };
     let local: Vec<BTreeSet<NodeName>> =
         services.iter().filter_map(|(service, _)| with_endpoints(service, snapshot)).collect();
     // A node that serves all of them, if there is one; else one that serves some.
@@ -122,9 +137,12 @@ fn announced(
     let serves_some =
         |node: &&Arc<Node>| local.is_empty() || local.iter().any(|names| names.contains(&node.name));
     let of_all: Vec<&Arc<Node>> = nodes.iter().copied().filter(serves_all).collect();
-    let able = if of_all.is_empty() { nodes.into_iter().filter(serves_some).collect() } else { of_all };
-    let mut candidates: Vec<NodeName> = willing(able).into_iter().map(|node| node.name.clone()).collect();
-    candidates.sort_by_cached_key(|node| (std::cmp::Reverse(weight(ip, node)), node.clone()));
+    let mut able: Vec<&Arc<Node>> =
+        if of_all.is_empty() { nodes.into_iter().filter(serves_some).collect() } else { of_all };
+    able.sort_by_cached_key(|node| {
+        (reluctant(node), std::cmp::Reverse(weight(ip, &node.name)), node.name.clone())
+    });
+    let candidates = able.into_iter().map(|node| node.name.clone()).collect();
     let own = snapshot.own_node();
     let links = snapshot.facts.uplinks.iter().filter(|link| {
         link.subnets.iter().any(|net| net.contains(&ip)) && advertised.lets_link(own, &link.name)
@@ -142,12 +160,15 @@ fn weight(ip: IpAddr, node: &NodeName) -> [u8; 32] {
     Sha256::digest(format!("{ip} {node}")).into()
 }
 
-/// The first `host` address of each other node that has a key: others are not in the overlay yet.
-fn peers(snapshot: &Snapshot) -> BTreeMap<NodeName, IpAddr> {
+/// The other nodes that have a key (others are not in the overlay yet), each at the first of its `host` addresses.
+fn peers(snapshot: &Snapshot) -> BTreeMap<NodeName, Peer> {
     let others = snapshot.nodes.values().filter(|node| node.name != snapshot.facts.name);
     let in_overlay = others.filter(|node| node.public_key.is_some());
     in_overlay
-        .filter_map(|node| Some((node.name.clone(), node.pod_cidrs.iter().find_map(host_address)?)))
+        .filter_map(|node| {
+            let overlay = node.pod_cidrs.iter().find_map(host_address)?;
+            Some((node.name.clone(), Peer { overlay, lan: node.primary_ips().collect() }))
+        })
         .collect()
 }
 

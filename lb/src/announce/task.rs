@@ -1,11 +1,14 @@
 //! The announcer: the owner of the kernel entries by which this node answers, and the only place here that knows time.
 //!
 //! ```text
-//!  every 50 ms: hear who lives, hear the LAN -> elect -> for each address: ask three times -> claim and tell -> tell again
+//!  every 50 ms: hear who lives, hear the LAN -> elect -> for each address: ask -> claim and tell -> tell again
+//!                                                     -> what another is to have: answer until his claim is heard, then withdraw
 //! ```
 //!
-//! A peer that left five echoes in a row unanswered (half a second) is dead, and lives again when it answered for a second. The
-//! kernels answer the echoes, so an agent that restarts moves nothing; what its kernel answers for when it starts, it keeps.
+//! A peer whose kernel left four echoes in a row unanswered is dead, half a second after its last answer at most, and lives again when
+//! it answered for a second. The kernels answer the echoes, so an agent that restarts moves nothing; what its kernel answers for when
+//! it starts, it keeps.
+//! Agents send the echoes, so who sends none for seconds has no agent, and others take over in order what his kernel answers for.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -17,20 +20,32 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use weft_model::{NodeName, Notice, ObjectRef, Severity};
 use weft_netstack::kernel::lan::{Arp, Heard, Icmp4, Icmp6, Mac};
+use weft_netstack::kernel::nft::answers::{AnswerRules, Answers};
 use weft_netstack::kernel::sysctl::Journal;
 use weft_netstack::kernel::vip::Answering;
 use weft_netstack::kube::Notices;
 use weft_netstack::reconcile::{Applied, Applier, Trust, chain};
 
-use super::{Announced, Plan, elect, names};
+use super::elect::{elected, has_quorum};
+use super::{Alive, Announced, Plan, elect, names};
 
 /// One turn.
 const TURN: Duration = Duration::from_millis(50);
 /// Between two echoes to a peer.
 const ECHO_TURNS: u64 = 2;
+/// Between two tries to open a link that could not be opened.
+const LINK_TURNS: u64 = 20;
 /// Echoes without an answer after which a peer is dead, and answers after which it lives again.
-const DEAD_AFTER: u32 = 5;
+const DEAD_AFTER: u32 = 4;
 const ALIVE_AFTER: u32 = 10;
+/// An agent that is not heard of for this long is no restart.
+const AGENT_SILENT: Duration = Duration::from_secs(5);
+/// Until a node that is to go silent does so although it heard no claim.
+const YIELD: Duration = Duration::from_secs(2);
+/// How long connections that began at the node before go on there.
+const HANDOVER: Duration = Duration::from_secs(600);
+/// Between two questions for the cards of the peers.
+const CARDS_ASKED: Duration = Duration::from_millis(250);
 /// Questions to the LAN before an address is claimed, one a turn.
 const QUESTIONS: u32 = 3;
 /// Somebody who answers for this long is no predecessor that is about to withdraw.
@@ -49,10 +64,21 @@ pub struct Standing {
     /// Addresses that somebody else answers for, with his link-layer address.
     pub contested: BTreeMap<IpAddr, String>,
     pub dead: BTreeSet<NodeName>,
+    /// Nodes whose kernels answer and whose agents do not.
+    pub silent: BTreeSet<NodeName>,
+    /// Addresses that came in order, with the nodes that still have connections of theirs.
+    pub before: BTreeMap<IpAddr, NodeName>,
     /// Link-layer addresses of the links in use.
     pub macs: BTreeMap<String, String>,
-    pub malformed: u64,
+    pub malformed: Malformed,
     pub failures: Vec<String>,
+}
+
+/// Packets that were dropped because they are not well-formed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Malformed {
+    pub arp: u64,
+    pub neighbour_discovery: u64,
 }
 
 /// Hands plans to the announcer, and says what became of the last one.
@@ -105,21 +131,60 @@ pub struct Announcer {
 
 /// How far this node is with an address.
 enum Phase {
-    Asking { since: Instant, asked: u32, answered: Option<Mac> },
-    Held { told: usize, tell_at: Instant },
-    Contested { until: Instant },
+    Asking {
+        since: Instant,
+        asked: u32,
+        answered: Option<Mac>,
+    },
+    Held {
+        told: usize,
+        tell_at: Instant,
+    },
+    /// Another node is to have it: still answered for until he claims it.
+    Yielding {
+        since: Instant,
+        claimed: bool,
+    },
+    Contested {
+        until: Instant,
+    },
+}
+
+impl Phase {
+    /// `None`: in the next turn.
+    fn due_at(&self) -> Option<Instant> {
+        match self {
+            Self::Held { tell_at, .. } => Some(*tell_at),
+            Self::Contested { until } => Some(*until),
+            Self::Asking { .. } | Self::Yielding { .. } => None,
+        }
+    }
+
+    /// The kernel has entries for it.
+    fn answers(&self) -> bool {
+        matches!(self, Self::Held { .. } | Self::Yielding { .. })
+    }
 }
 
 /// How well a peer answers.
-#[derive(Default)]
 struct Pulse {
     unanswered: u32,
     /// In a row, while it is dead.
     answered: u32,
     dead: bool,
+    /// When its agent was heard of, or when it was first listened to.
+    agent_heard: Instant,
 }
 
 impl Pulse {
+    fn from_now() -> Self {
+        Self { unanswered: 0, answered: 0, dead: false, agent_heard: Instant::now() }
+    }
+
+    fn is_silent(&self) -> bool {
+        self.agent_heard.elapsed() > AGENT_SILENT
+    }
+
     fn sent(&mut self) {
         self.unanswered += 1;
         if self.unanswered > DEAD_AFTER {
@@ -147,6 +212,21 @@ struct Work {
     pulses: BTreeMap<NodeName, Pulse>,
     links: BTreeMap<LinkId, Arp>,
     phases: BTreeMap<IpAddr, Phase>,
+    rules: AnswerRules,
+    /// What the rules say now; `None` when they may say anything.
+    ruled: Option<Answers>,
+    /// Whose a link-layer address is.
+    cards: BTreeMap<Mac, NodeName>,
+    cards_asked: Option<Instant>,
+    /// Of addresses that came in order: from whom, and when.
+    before: BTreeMap<IpAddr, (NodeName, Instant)>,
+    /// What `mine` was elected of.
+    elected_of: Option<(Arc<Plan>, Alive)>,
+    mine: BTreeSet<IpAddr>,
+    /// When an address is to be looked at again, if nothing happens before.
+    look_at: Instant,
+    /// When the kernel's entries are to be looked at again.
+    verify_at: Instant,
     standing: Standing,
     notices: Notices,
     node: NodeName,
@@ -170,7 +250,9 @@ impl Announcer {
             work.turn(&plan, turn).await;
             self.standing.send_if_modified(|known| {
                 let differs = *known != work.standing;
-                *known = work.standing.clone();
+                if differs {
+                    known.clone_from(&work.standing);
+                }
                 differs
             });
             if plan.addresses.is_empty() && work.phases.is_empty() {
@@ -205,18 +287,36 @@ impl Work {
             pulses: BTreeMap::new(),
             links: BTreeMap::new(),
             phases: BTreeMap::new(),
+            rules: AnswerRules::default(),
+            ruled: None,
+            cards: BTreeMap::new(),
+            cards_asked: None,
+            before: BTreeMap::new(),
+            elected_of: None,
+            mine: BTreeSet::new(),
+            look_at: Instant::now(),
+            verify_at: Instant::now() + TOLD_PERIODICALLY,
             standing: Standing::default(),
             notices,
             node,
         })
     }
 
-    /// What the kernel answers for already is held, without a question; what no plan has is withdrawn in the first turn.
+    /// What the kernel answers for already is held, without a question; what no plan has is withdrawn in the first turn. What another
+    /// node claimed meanwhile is his.
     async fn adopt(&mut self, plan: &Plan) {
+        let yielded = self.rules.yielded().unwrap_or_else(|error| {
+            self.failed(chain(&error));
+            BTreeSet::new()
+        });
         match self.netlink.observe().await {
             Ok(present) => {
-                let held = || Phase::Held { told: 0, tell_at: Instant::now() };
-                self.phases = present.into_iter().map(|ip| (ip, held())).collect();
+                let now = Instant::now();
+                let phase = |ip: &IpAddr| match yielded.contains(ip) {
+                    true => Phase::Yielding { since: now, claimed: true },
+                    false => Phase::Held { told: 0, tell_at: now },
+                };
+                self.phases = present.into_iter().map(|ip| (ip, phase(&ip))).collect();
             }
             Err(error) => self.failed(error),
         }
@@ -230,30 +330,159 @@ impl Work {
         }
     }
 
-    async fn turn(&mut self, plan: &Plan, turn: u64) {
-        self.open_links(plan).await;
+    async fn turn(&mut self, plan: &Arc<Plan>, turn: u64) {
+        let plan_is_new = !self.elected_of.as_ref().is_some_and(|(known, _)| Arc::ptr_eq(known, plan));
+        if plan_is_new {
+            self.pulses.retain(|name, _| plan.peers.contains_key(name));
+            self.cards.retain(|_, name| plan.peers.contains_key(name));
+        }
+        if plan_is_new || turn.is_multiple_of(LINK_TURNS) {
+            self.open_links(plan).await;
+        }
         self.hear(plan);
-        self.pulses.retain(|name, _| plan.peers.contains_key(name));
         if turn.is_multiple_of(ECHO_TURNS) {
             self.send_echoes(plan);
         }
-        let lives = |name: &&NodeName| !self.pulses.get(*name).is_some_and(|pulse| pulse.dead);
-        let alive: BTreeSet<NodeName> = plan.peers.keys().filter(lives).cloned().collect();
-        self.standing.dead = plan.peers.keys().filter(|name| !alive.contains(*name)).cloned().collect();
-        let mine = elect(plan, &alive);
-        let lost: Vec<IpAddr> = self.phases.keys().filter(|ip| !mine.contains(*ip)).copied().collect();
-        for ip in lost {
-            self.withdraw(ip).await;
+        let alive = self.alive(plan);
+        if plan_is_new || self.elected_of.as_ref().is_none_or(|(_, known)| *known != alive) {
+            self.mine = elect(plan, &alive);
+            self.elected_of = Some((plan.clone(), alive.clone()));
+            self.look_at = Instant::now();
         }
-        for ip in mine {
-            if let Some(announced) = plan.addresses.get(&ip).filter(|it| !it.links.is_empty()) {
-                self.pursue(ip, announced).await;
+        if Instant::now() < self.look_at {
+            return;
+        }
+        self.verify(plan).await;
+        let changed = self.let_go(plan, &alive).await | self.pursue_all(plan).await;
+        self.before.retain(|ip, (node, since)| {
+            self.mine.contains(ip) && alive.kernels.contains(node) && since.elapsed() < HANDOVER
+        });
+        if changed || plan_is_new || self.before.len() != self.standing.before.len() {
+            self.settle(plan);
+        }
+        let now = Instant::now();
+        let dues = self.phases.values().map(|phase| phase.due_at().unwrap_or(now));
+        self.look_at = dues.min().unwrap_or(now).min(self.verify_at);
+    }
+
+    /// Puts back what others took away of the kernel's entries and rules.
+    async fn verify(&mut self, plan: &Plan) {
+        let now = Instant::now();
+        if now < self.verify_at {
+            return;
+        }
+        self.verify_at = now + TOLD_PERIODICALLY;
+        self.ruled = None;
+        match self.netlink.complete().await {
+            Ok(complete) => {
+                let held = self.phases.iter().filter(|(_, phase)| phase.answers()).map(|(ip, _)| *ip);
+                let missing: Vec<IpAddr> = held.filter(|ip| !complete.contains(ip)).collect();
+                for ip in missing {
+                    if let Some(announced) = plan.addresses.get(&ip) {
+                        self.ensure(ip, announced).await;
+                    }
+                }
+            }
+            Err(error) => self.failed(error),
+        }
+        self.settle(plan);
+    }
+
+    /// The peers as they are heard of.
+    fn alive(&mut self, plan: &Plan) -> Alive {
+        let mut alive = Alive::default();
+        (self.standing.dead, self.standing.silent) = Default::default();
+        for name in plan.peers.keys() {
+            let pulse = self.pulses.get(name);
+            if pulse.is_some_and(|pulse| pulse.dead) {
+                self.standing.dead.insert(name.clone());
+                continue;
+            }
+            alive.kernels.insert(name.clone());
+            if pulse.is_some_and(Pulse::is_silent) {
+                self.standing.silent.insert(name.clone());
+            } else {
+                alive.agents.insert(name.clone());
             }
         }
-        let macs = self.links.iter().map(|((name, _), arp)| (name.clone(), text(arp.mac)));
-        self.standing.macs = macs.collect();
-        let held = self.phases.iter().filter(|(_, phase)| matches!(phase, Phase::Held { .. }));
-        self.standing.held = held.map(|(ip, _)| *ip).collect();
+        alive
+    }
+
+    /// Addresses that this node is not to answer for: those that a living node is to have are answered for until he claims them.
+    async fn let_go(&mut self, plan: &Plan, alive: &Alive) -> bool {
+        let now = Instant::now();
+        let others: Vec<IpAddr> = self.phases.keys().filter(|ip| !self.mine.contains(*ip)).copied().collect();
+        let mut changed = false;
+        for ip in others {
+            let succeeded = has_quorum(plan, &alive.kernels) && elected(plan, alive, ip).is_some();
+            match self.phases.get(&ip) {
+                Some(Phase::Held { .. }) if succeeded => {
+                    self.phases.insert(ip, Phase::Yielding { since: now, claimed: false });
+                }
+                Some(Phase::Yielding { since, claimed: false }) if succeeded && now - *since < YIELD => {}
+                _ => {
+                    self.withdraw(ip).await;
+                    changed = true;
+                }
+            }
+        }
+        changed
+    }
+
+    async fn pursue_all(&mut self, plan: &Plan) -> bool {
+        let now = Instant::now();
+        let due = |ip: &&IpAddr| self.phases.get(*ip).and_then(Phase::due_at).is_none_or(|at| now >= at);
+        let due: Vec<IpAddr> = self.mine.iter().filter(due).copied().collect();
+        let mut claimed = Vec::new();
+        for ip in due {
+            if let Some(announced) = plan.addresses.get(&ip).filter(|it| !it.links.is_empty()) {
+                let answered = self.phases.get(&ip).is_some_and(Phase::answers);
+                self.pursue(ip, announced, plan).await;
+                if !answered && self.phases.get(&ip).is_some_and(Phase::answers) {
+                    claimed.push((ip, announced));
+                }
+            }
+        }
+        if !claimed.is_empty() {
+            // The rules come before the claim: they forget what others claimed.
+            self.settle(plan);
+        }
+        for (ip, announced) in &claimed {
+            self.tell(*ip, announced);
+            self.say_claimed(*ip, announced);
+        }
+        !claimed.is_empty()
+    }
+
+    /// Makes the rules and what people are told those of the phases.
+    fn settle(&mut self, plan: &Plan) {
+        let answering: Vec<IpAddr> =
+            self.phases.iter().filter(|(_, phase)| phase.answers()).map(|(ip, _)| *ip).collect();
+        let links =
+            |ip: &IpAddr| plan.addresses.get(ip).map(|announced| names(&announced.links)).unwrap_or_default();
+        let node_on_lan = |ip: IpAddr, node: &NodeName| {
+            let peer = plan.peers.get(node)?;
+            peer.lan.iter().copied().find(|lan| lan.is_ipv6() == ip.is_ipv6())
+        };
+        let before = self.before.iter().filter_map(|(ip, (node, _))| Some((*ip, node_on_lan(*ip, node)?)));
+        let answers = Answers {
+            held: answering.iter().map(|ip| (*ip, links(ip))).collect(),
+            own: self.links.values().map(|arp| arp.mac).collect(),
+            before: before.collect(),
+        };
+        if self.ruled.as_ref() != Some(&answers) {
+            match self.rules.apply(&answers) {
+                Ok(()) => self.ruled = Some(answers),
+                Err(error) => {
+                    self.ruled = None;
+                    self.failed(chain(&error));
+                }
+            }
+        }
+        self.standing.macs =
+            self.links.iter().map(|((name, _), arp)| (name.clone(), text(arp.mac))).collect();
+        self.standing.held = answering.into_iter().collect();
+        self.standing.before = self.before.iter().map(|(ip, (node, _))| (*ip, node.clone())).collect();
     }
 
     /// One ARP socket for each link in use; a link that went and came has another index, and so a new socket.
@@ -275,15 +504,15 @@ impl Work {
     }
 
     fn send_echoes(&mut self, plan: &Plan) {
-        for (name, ip) in &plan.peers {
-            let sent = match ip {
-                IpAddr::V4(ip) => self.echo4.echo(*ip, self.identifier),
-                IpAddr::V6(ip) => self.icmp6.echo(*ip, self.identifier),
+        for (name, peer) in &plan.peers {
+            let sent = match peer.overlay {
+                IpAddr::V4(ip) => self.echo4.echo(ip, self.identifier),
+                IpAddr::V6(ip) => self.icmp6.echo(ip, self.identifier),
             };
             if let Err(error) = sent {
                 tracing::trace!(%error, node = %name, "echo");
             }
-            self.pulses.entry(name.clone()).or_default().sent();
+            self.pulses.entry(name.clone()).or_insert_with(Pulse::from_now).sent();
         }
     }
 
@@ -298,44 +527,81 @@ impl Work {
         let own: BTreeSet<Mac> = self.links.values().map(|arp| arp.mac).collect();
         let mut said = Vec::new();
         for arp in self.links.values() {
-            while let Ok(Some(one)) = arp.next(&mut self.standing.malformed) {
+            while let Ok(Some(one)) = arp.next(&mut self.standing.malformed.arp) {
                 said.push(one);
             }
         }
         for one in said.into_iter().filter(|one| !own.contains(&one.mac)) {
-            self.answered(one.ip.into(), one.mac);
+            self.answered(plan, one.ip.into(), one.mac);
         }
     }
 
     fn take(&mut self, plan: &Plan, heard: Heard) {
         match heard {
             Heard::Echo { from, identifier } if identifier == self.identifier => {
-                let peer = plan.peers.iter().find(|(_, ip)| **ip == from).map(|(name, _)| name);
-                if let Some(pulse) = peer.and_then(|name| self.pulses.get_mut(name)) {
+                if let Some(pulse) = self.pulse_of(plan, from) {
                     pulse.replied();
                 }
             }
+            Heard::Request { from } => {
+                if let Some(pulse) = self.pulse_of(plan, from) {
+                    pulse.agent_heard = Instant::now();
+                }
+            }
             Heard::Advertisement { ip, mac } if self.links.values().all(|arp| arp.mac != mac) => {
-                self.answered(ip.into(), mac);
+                self.answered(plan, ip.into(), mac);
+            }
+            Heard::Malformed => self.standing.malformed.neighbour_discovery += 1,
+            _ => {}
+        }
+    }
+
+    fn pulse_of(&mut self, plan: &Plan, from: IpAddr) -> Option<&mut Pulse> {
+        let (name, _) = plan.peers.iter().find(|(_, peer)| peer.overlay == from)?;
+        self.pulses.get_mut(name)
+    }
+
+    /// Another machine says that it has an address.
+    fn answered(&mut self, plan: &Plan, ip: IpAddr, mac: Mac) {
+        if let Some((node, _)) = plan.peers.iter().find(|(_, peer)| peer.lan.contains(&ip)) {
+            self.cards.insert(mac, node.clone());
+        }
+        match self.phases.get_mut(&ip) {
+            Some(Phase::Asking { answered, .. }) => *answered = Some(mac),
+            Some(Phase::Yielding { claimed, .. }) => *claimed = true,
+            // RFC 5227 2.4: defended by telling again, with rules that have forgotten the claim.
+            Some(Phase::Held { tell_at, .. }) => {
+                *tell_at = (*tell_at).min(Instant::now() + TOLD_AGAIN[1]);
+                self.ruled = None;
+                self.look_at = self.look_at.min(*tell_at);
             }
             _ => {}
         }
     }
 
-    /// Another machine says that it has an address.
-    fn answered(&mut self, ip: IpAddr, mac: Mac) {
-        match self.phases.get_mut(&ip) {
-            Some(Phase::Asking { answered, .. }) => *answered = Some(mac),
-            // RFC 5227 2.4: defended by telling again.
-            Some(Phase::Held { tell_at, .. }) => *tell_at = (*tell_at).min(Instant::now() + TOLD_AGAIN[1]),
-            _ => {}
+    /// Asks for the link-layer addresses of the peers, so that a predecessor is known from a stranger.
+    fn ask_for_cards(&mut self, ip: IpAddr, announced: &Announced, plan: &Plan) {
+        if self.cards_asked.is_some_and(|asked| asked.elapsed() < CARDS_ASKED) {
+            return;
+        }
+        self.cards_asked = Some(Instant::now());
+        let known: BTreeSet<&NodeName> = self.cards.values().collect();
+        let unknown = plan.peers.iter().filter(|(name, _)| !known.contains(name));
+        for lan in unknown.flat_map(|(_, peer)| &peer.lan).filter(|lan| lan.is_ipv6() == ip.is_ipv6()) {
+            self.ask(*lan, announced);
         }
     }
 
-    async fn pursue(&mut self, ip: IpAddr, announced: &Announced) {
+    async fn pursue(&mut self, ip: IpAddr, announced: &Announced, plan: &Plan) {
         let now = Instant::now();
         let phase = self.phases.remove(&ip).unwrap_or(Phase::Asking { since: now, asked: 0, answered: None });
         let next = match phase {
+            Phase::Asking { answered: Some(mac), .. } if self.cards.contains_key(&mac) => {
+                // A node of this cluster that goes silent as soon as it hears the claim.
+                let node = self.cards[&mac].clone();
+                self.before.insert(ip, (node, now));
+                self.claim(ip, announced).await
+            }
             Phase::Asking { since, answered: Some(mac), .. } if now - since > CONTESTED => {
                 self.contest(ip, mac, announced);
                 Phase::Contested { until: now + LATER }
@@ -344,6 +610,7 @@ impl Work {
                 // An answer begins the count anew: who is about to withdraw is waited for.
                 let asked = if answered.is_some() { 0 } else { asked };
                 if asked < QUESTIONS {
+                    self.ask_for_cards(ip, announced, plan);
                     self.ask(ip, announced);
                     Phase::Asking { since, asked: asked + 1, answered: None }
                 } else {
@@ -351,10 +618,20 @@ impl Work {
                 }
             }
             Phase::Held { told, tell_at } if now >= tell_at => {
-                self.ensure(ip, announced).await;
+                if self.ruled.is_none() {
+                    self.phases.insert(ip, Phase::Held { told, tell_at });
+                    self.settle(plan);
+                }
                 self.tell(ip, announced);
                 let gap = TOLD_AGAIN.get(told).copied().unwrap_or(TOLD_PERIODICALLY);
                 Phase::Held { told: told + 1, tell_at: now + gap }
+            }
+            // It came back before anybody claimed it.
+            Phase::Yielding { claimed: false, .. } => Phase::Held { told: 0, tell_at: now },
+            Phase::Yielding { claimed: true, .. } => {
+                self.phases.insert(ip, phase);
+                self.withdraw(ip).await;
+                Phase::Asking { since: now, asked: 0, answered: None }
             }
             Phase::Contested { until } if now >= until => {
                 Phase::Asking { since: now, asked: 0, answered: None }
@@ -364,17 +641,20 @@ impl Work {
         self.phases.insert(ip, next);
     }
 
+    /// The kernel answers from now on; the LAN is told when all that is claimed in this turn is ruled.
     async fn claim(&mut self, ip: IpAddr, announced: &Announced) -> Phase {
         self.standing.contested.remove(&ip);
         self.ensure(ip, announced).await;
-        self.tell(ip, announced);
+        Phase::Held { told: 0, tell_at: Instant::now() + TOLD_AGAIN[0] }
+    }
+
+    fn say_claimed(&self, ip: IpAddr, announced: &Announced) {
         tracing::info!(%ip, "this node answers for the address");
         for service in &announced.services {
             let message = format!("announcing {ip} from node {} with protocol \"layer2\"", self.node);
             let object = ObjectRef::new("Service", &service.namespace, &service.name);
             self.notices.say(Notice::new(object, Severity::Normal, "nodeAssigned", message));
         }
-        Phase::Held { told: 0, tell_at: Instant::now() + TOLD_AGAIN[0] }
     }
 
     async fn ensure(&mut self, ip: IpAddr, announced: &Announced) {
@@ -401,7 +681,7 @@ impl Work {
     async fn withdraw(&mut self, ip: IpAddr) {
         let phase = self.phases.remove(&ip);
         self.standing.contested.remove(&ip);
-        if matches!(phase, Some(Phase::Held { .. })) {
+        if phase.is_some_and(|phase| phase.answers()) {
             match self.netlink.remove(ip).await {
                 Ok(_) => tracing::info!(%ip, "this node no longer answers for the address"),
                 Err(error) => {
@@ -413,14 +693,14 @@ impl Work {
         }
     }
 
-    fn ask(&mut self, ip: IpAddr, announced: &Announced) {
+    fn ask(&self, ip: IpAddr, announced: &Announced) {
         self.on_links(ip, announced, |arp, icmp6, index| match ip {
             IpAddr::V4(ip) => arp.ask(ip),
             IpAddr::V6(ip) => icmp6.ask(index, ip, arp.mac),
         });
     }
 
-    fn tell(&mut self, ip: IpAddr, announced: &Announced) {
+    fn tell(&self, ip: IpAddr, announced: &Announced) {
         self.on_links(ip, announced, |arp, icmp6, index| match ip {
             IpAddr::V4(ip) => arp.tell(ip),
             IpAddr::V6(ip) => icmp6.tell(index, ip, arp.mac),

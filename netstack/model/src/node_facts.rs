@@ -1,6 +1,8 @@
 //! What the kernel of this node shows, as an input of planning: read by `netstack::kernel`, never guessed.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::str::FromStr;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -46,6 +48,30 @@ pub struct Uplink {
     pub subnets: Vec<IpNet>,
 }
 
+/// Which link of a node holds which subnet; as text `LINK=CIDR` with blanks between.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkSubnets(pub BTreeSet<(String, IpNet)>);
+
+impl std::fmt::Display for LinkSubnets {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let pairs: Vec<String> = self.0.iter().map(|(link, net)| format!("{link}={net}")).collect();
+        f.write_str(&pairs.join(" "))
+    }
+}
+
+impl FromStr for LinkSubnets {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        // A link's name may hold any character but `/` and blanks.
+        let pair = |word: &str| {
+            let (link, net) = word.rsplit_once('=')?;
+            Some((link.to_owned(), net.parse().ok()?))
+        };
+        text.split_whitespace().map(pair).collect::<Option<BTreeSet<_>>>().map(Self).ok_or(())
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum WireguardBackend {
@@ -54,6 +80,13 @@ pub enum WireguardBackend {
 }
 
 impl NodeFacts {
+    /// What other nodes are told of the uplinks.
+    pub fn link_subnets(&self) -> LinkSubnets {
+        let of_link =
+            |link: &Uplink| link.subnets.iter().map(|net| (link.name.clone(), *net)).collect::<Vec<_>>();
+        LinkSubnets(self.uplinks.iter().flat_map(of_link).collect())
+    }
+
     /// MTU of the smallest uplink that carries one of `addresses`, else of the smallest uplink, else 1500.
     pub fn underlay_mtu_bytes(&self, addresses: &[IpAddr]) -> u32 {
         let carrying =
@@ -63,5 +96,20 @@ impl NodeFacts {
             .min()
             .or_else(|| self.uplinks.iter().map(|link| link.mtu_bytes).min())
             .unwrap_or(1500)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_node_says_of_its_links_is_understood_and_nothing_else() {
+        let text = "br=0=192.0.2.0/24 eth0=192.0.2.0/24 eth0=2001:db8::/64";
+        assert_eq!(text.parse::<LinkSubnets>().unwrap().to_string(), text);
+        assert_eq!("".parse(), Ok(LinkSubnets::default()));
+        for wrong in ["eth0", "eth0=", "eth0=192.0.2.0/33", "eth0=192.0.2.0/24 x"] {
+            assert_eq!(wrong.parse::<LinkSubnets>(), Err(()), "{wrong}");
+        }
     }
 }

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::balancer::Balancer;
 use crate::ids::{NamespacedName, NodeName, PodKey, ServiceKey, SliceKey, WgPublicKey};
+use crate::node_facts::LinkSubnets;
 
 pub type Labels = BTreeMap<String, String>;
 
@@ -26,6 +27,12 @@ pub struct Node {
     /// About to be removed: deleted, or tainted by the cluster autoscaler (KEP-3836).
     #[serde(default)]
     pub leaving: bool,
+    /// `spec.unschedulable`: the node is about to be drained.
+    #[serde(default)]
+    pub cordoned: bool,
+    /// Annotation `weft.network/links`; `None` for a node whose agent has not said.
+    #[serde(default)]
+    pub links: Option<LinkSubnets>,
     /// Annotation `weft.network/public-key`.
     pub public_key: Option<WgPublicKey>,
     /// Annotation `weft.network/next-public-key`: replaces `public_key` soon; peers accept both.

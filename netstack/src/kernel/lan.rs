@@ -146,14 +146,22 @@ pub enum Heard {
         from: IpAddr,
         identifier: u16,
     },
+    /// An echo request from that address; the kernel answers it.
+    Request {
+        from: IpAddr,
+    },
     /// A neighbour advertisement for `ip` with the sender's link-layer address.
     Advertisement {
         ip: Ipv6Addr,
         mac: Mac,
     },
+    /// A neighbour advertisement that RFC 4861 7.1.2 or 4.4 does not allow, or one without a link-layer address.
+    Malformed,
     Other,
 }
 
+const ECHO_REQUEST_V4: u8 = 8;
+const ECHO_REPLY_V4: u8 = 0;
 const ECHO_REQUEST_V6: u8 = 128;
 const ECHO_REPLY_V6: u8 = 129;
 const SOLICITATION: u8 = 135;
@@ -169,9 +177,9 @@ impl Icmp6 {
             set_option(&socket, libc::IPPROTO_IPV6, option, &HOP_LIMIT)?;
         }
         set_option(&socket, libc::IPPROTO_IPV6, libc::IPV6_MULTICAST_LOOP, &0)?;
-        // Of the 256 types only these two pass (RFC 3542 3.2: a set bit blocks).
+        // Of the 256 types only these three pass (RFC 3542 3.2: a set bit blocks).
         let mut filter = [u32::MAX; 8];
-        for kind in [ECHO_REPLY_V6, ADVERTISEMENT] {
+        for kind in [ECHO_REQUEST_V6, ECHO_REPLY_V6, ADVERTISEMENT] {
             filter[usize::from(kind >> 5)] &= !(1 << (kind & 31));
         }
         set_option(&socket, libc::IPPROTO_ICMPV6, 1, &filter)?;
@@ -226,15 +234,18 @@ fn discovery(kind: u8, flags: u8, ip: Ipv6Addr, option: u8, mac: Mac) -> [u8; 32
     message
 }
 
-/// What an ICMPv6 message says; anything malformed is `Other`.
+/// What an ICMPv6 message says.
 pub fn heard_v6(message: &[u8], from: Ipv6Addr) -> Heard {
     let target = || <[u8; 16]>::try_from(message.get(8..24)?).ok().map(Ipv6Addr::from);
     match message.first() {
         Some(&ECHO_REPLY_V6) => identifier(message)
             .map_or(Heard::Other, |identifier| Heard::Echo { from: from.into(), identifier }),
+        Some(&ECHO_REQUEST_V6) => Heard::Request { from: from.into() },
         Some(&ADVERTISEMENT) => match (target(), target_mac(message.get(24..).unwrap_or_default())) {
-            (Some(ip), Some(mac)) => Heard::Advertisement { ip, mac },
-            _ => Heard::Other,
+            (Some(ip), Some(mac)) if !ip.is_multicast() && mac[0] & 1 == 0 => {
+                Heard::Advertisement { ip, mac }
+            }
+            _ => Heard::Malformed,
         },
         _ => Heard::Other,
     }
@@ -259,14 +270,15 @@ pub struct Icmp4(OwnedFd);
 impl Icmp4 {
     pub fn open() -> io::Result<Self> {
         let socket = socket(libc::AF_INET, libc::IPPROTO_ICMP)?;
-        // ICMP_FILTER of linux/icmp.h: a set bit blocks the type; only echo replies (0) pass.
+        // ICMP_FILTER of linux/icmp.h: a set bit blocks the type.
         const ICMP_FILTER: libc::c_int = 1;
-        set_option(&socket, libc::SOL_RAW, ICMP_FILTER, &!1u32)?;
+        let passing = 1u32 << ECHO_REPLY_V4 | 1 << ECHO_REQUEST_V4;
+        set_option(&socket, libc::SOL_RAW, ICMP_FILTER, &!passing)?;
         Ok(Self(socket))
     }
 
     pub fn echo(&self, to: Ipv4Addr, identifier: u16) -> io::Result<()> {
-        let mut message = echo(8, identifier);
+        let mut message = echo(ECHO_REQUEST_V4, identifier);
         let sum = checksum(&message);
         message[2..4].copy_from_slice(&sum.to_be_bytes());
         let to = SockaddrIn::from(SocketAddrV4::new(to, 0));
@@ -289,10 +301,13 @@ impl Icmp4 {
 /// The IPv4 header comes with the message.
 pub fn heard_v4(packet: &[u8], from: Ipv4Addr) -> Heard {
     let header = packet.first().map_or(0, |first| usize::from(first & 15) * 4);
-    let message = packet.get(header..).filter(|message| message.first() == Some(&0));
-    message
-        .and_then(identifier)
-        .map_or(Heard::Other, |identifier| Heard::Echo { from: from.into(), identifier })
+    let message = packet.get(header..).unwrap_or_default();
+    match message.first() {
+        Some(&ECHO_REQUEST_V4) => Heard::Request { from: from.into() },
+        Some(&ECHO_REPLY_V4) => identifier(message)
+            .map_or(Heard::Other, |identifier| Heard::Echo { from: from.into(), identifier }),
+        _ => Heard::Other,
+    }
 }
 
 fn echo(kind: u8, identifier: u16) -> [u8; 8] {
@@ -357,6 +372,17 @@ mod tests {
             let _ = heard_v4(&bytes, Ipv4Addr::LOCALHOST);
             let _ = heard_v6(&bytes, Ipv6Addr::LOCALHOST);
             let _ = target_mac(&bytes);
+        }
+
+        #[test]
+        fn an_advertisement_that_is_cut_or_names_a_group_is_malformed(cut in 1..32usize, mac in any::<Mac>()) {
+            let ip: Ipv6Addr = "2001:db8::7".parse().unwrap();
+            let message = discovery(ADVERTISEMENT, 0, ip, 2, mac);
+            prop_assert_eq!(heard_v6(&message[..cut], ip), Heard::Malformed);
+            let expected = if mac[0] & 1 == 0 { Heard::Advertisement { ip, mac } } else { Heard::Malformed };
+            prop_assert_eq!(heard_v6(&message, ip), expected);
+            let group = discovery(ADVERTISEMENT, 0, ALL_NODES, 2, MAC);
+            prop_assert_eq!(heard_v6(&group, ip), Heard::Malformed);
         }
 
         #[test]

@@ -21,6 +21,7 @@ use weft_model::constants::ROUTE_PROTOCOL_LB;
 
 use super::link::{Links, cause};
 use super::netns::Rtnetlink;
+use super::nft::answers::{AnswerRules, Answers};
 use super::sysctl::Journal;
 use crate::reconcile::{Applied, chain};
 
@@ -59,6 +60,15 @@ impl Answering {
         observe(&self.netlink.handle).await.map_err(|error| chain(&error))
     }
 
+    /// Addresses for which all entries are there.
+    pub async fn complete(&self) -> Result<BTreeSet<IpAddr>, String> {
+        let mut complete = self.observe().await?;
+        let proxies = proxies(&self.netlink.handle).await.map_err(|error| chain(&error))?;
+        let proxied: BTreeSet<IpAddr> = proxies.iter().filter_map(proxied).collect();
+        complete.retain(|ip| ip.is_ipv4() || proxied.contains(ip));
+        Ok(complete)
+    }
+
     /// As [`ensure`].
     pub async fn ensure(&self, ip: IpAddr, links: &BTreeSet<String>) -> Result<(), String> {
         ensure(&self.netlink.handle, ip, links, &self.journal).await.map_err(|error| chain(&error))
@@ -81,6 +91,9 @@ impl Answering {
 /// Takes all of ours away; one line for each address and each failure.
 pub async fn remove_all(handle: &Handle) -> Applied {
     let mut applied = Applied::default();
+    if let Err(error) = AnswerRules::default().apply(&Answers::default()) {
+        applied.failed.push(chain(&error));
+    }
     match observe(handle).await {
         Err(error) => applied.failed.push(chain(&error)),
         Ok(present) => {

@@ -1,4 +1,4 @@
-//! What this node tells the others: its WireGuard identity, as annotations of its own Node (decision 15). A planner and an
+//! What this node tells the others: its WireGuard identity and which subnets its links hold, as annotations of its own Node (decision 15). A planner and an
 //! applier like any other, so the generic Loop retries it; it writes only while the Node says something else.
 
 use std::future::Future;
@@ -7,7 +7,10 @@ use std::sync::Arc;
 use kube::api::{Api, Patch, PatchParams};
 use serde_json::json;
 use tokio::sync::watch;
-use weft_model::constants::{ANNOTATION_NEXT_PUBLIC_KEY, ANNOTATION_PUBLIC_KEY, ANNOTATION_WIREGUARD_PORT};
+use weft_model::constants::{
+    ANNOTATION_LINKS, ANNOTATION_NEXT_PUBLIC_KEY, ANNOTATION_PUBLIC_KEY, ANNOTATION_WIREGUARD_PORT,
+};
+use weft_model::node_facts::LinkSubnets;
 use weft_model::objects::Node;
 use weft_model::{NodeName, Planned, Snapshot, WgPublicKey};
 
@@ -29,6 +32,7 @@ pub struct Identity {
 pub struct Publication {
     pub node: NodeName,
     pub identity: Identity,
+    pub links: LinkSubnets,
 }
 
 impl Identity {
@@ -52,8 +56,15 @@ impl Planner for Publishing {
     /// Nothing while the own Node is unknown or known from the Store only: then the API server has not been seen.
     fn plan(&mut self, snapshot: &Snapshot) -> Planned<Self::Plan> {
         let identity = self.identity.borrow().clone();
-        let due = snapshot.own_node().filter(|node| identity.differs(node) && !snapshot.from_store);
-        let plan = due.map(|node| Publication { node: node.name.clone(), identity: identity.clone() });
+        let links = snapshot.facts.link_subnets();
+        let due = snapshot.own_node().filter(|node| {
+            (identity.differs(node) || node.links.as_ref() != Some(&links)) && !snapshot.from_store
+        });
+        let plan = due.map(|node| Publication {
+            node: node.name.clone(),
+            identity: identity.clone(),
+            links: links.clone(),
+        });
         Planned::new(plan, Vec::new())
     }
 }
@@ -102,6 +113,7 @@ pub async fn publish(client: &kube::Client, publication: &Publication) -> Result
         // `null` takes away what a rotation left there (RFC 7386).
         ANNOTATION_NEXT_PUBLIC_KEY: next_public_key.map(|key| key.to_string()),
         ANNOTATION_WIREGUARD_PORT: wireguard_port.to_string(),
+        ANNOTATION_LINKS: publication.links.to_string(),
     });
     let patch = json!({ "metadata": { "annotations": annotations } });
     api.patch(&publication.node.0, &PatchParams::default(), &Patch::Merge(patch)).await.map(|_| ())

@@ -36,6 +36,7 @@ pub(super) struct NodeSpec {
     #[serde(rename = "podCIDRs")]
     pub pod_cidrs: Option<Vec<String>>,
     pub taints: Option<Vec<Taint>>,
+    pub unschedulable: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize)]

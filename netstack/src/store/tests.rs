@@ -55,6 +55,8 @@ fn node() -> Node {
         pod_cidrs: vec!["10.244.1.0/24".parse().unwrap(), "fd00:1::/64".parse().unwrap()],
         internal_ips: vec![address("192.0.2.1"), address("2001:db8::1")],
         leaving: false,
+        cordoned: false,
+        links: None,
         public_key: Some(WgPublicKey([7; 32])),
         next_public_key: None,
         wireguard_port: Some(51820),

@@ -34,6 +34,8 @@ fn snapshot(from_store: bool) -> Snapshot {
         pod_cidrs: vec!["10.42.0.0/24".parse().unwrap()],
         internal_ips: vec![],
         leaving: false,
+        cordoned: false,
+        links: None,
         public_key: None,
         next_public_key: None,
         wireguard_port: None,

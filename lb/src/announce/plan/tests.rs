@@ -125,11 +125,59 @@ fn an_address_on_no_subnet_of_the_node_that_is_to_answer_is_told_there_only() {
     let told: Vec<bool> = (1..16)
         .map(|last| {
             let ip = format!("100.64.0.{last}");
-            let planned = planned(&[nodes(), vec![pool.clone(), given(service(1), &ip)]].concat());
+            let elsewhere = nodes().into_iter().map(|mut node| {
+                node["metadata"]["annotations"]["weft.network/links"] = "eth0=198.51.100.0/24".into();
+                node
+            });
+            let objects = elsewhere.chain([pool.clone(), given(service(1), &ip)]).collect::<Vec<_>>();
+            let planned = planned(&objects);
             let first = planned.plan.addresses.values().next().unwrap().candidates[0].clone();
             assert_eq!(planned.problems.is_empty(), first.0 != "a", "{ip}: {first}");
             first.0 == "a"
         })
         .collect();
     assert!(told.contains(&true) && told.contains(&false));
+}
+
+fn order(objects: &[Value]) -> Vec<String> {
+    let plan = planned(objects).plan;
+    plan.addresses.values().flat_map(|it| &it.candidates).map(|name| name.0.clone()).collect()
+}
+
+#[test]
+fn a_node_that_is_cordoned_leaves_or_is_labelled_to_be_left_out_serves_only_when_nobody_else_can() {
+    let service = given(service(1), "198.51.100.1");
+    let before = order(&with(vec![service.clone()]));
+    let changes = [
+        json!({"spec": {"unschedulable": true}}),
+        json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}}),
+        json!({"metadata": {"labels": {"node.kubernetes.io/exclude-from-external-load-balancers": ""}}}),
+    ];
+    for change in changes {
+        let mut objects = with(vec![service.clone()]);
+        let first =
+            objects.iter_mut().find(|object| object["metadata"]["name"] == before[0].as_str()).unwrap();
+        for (part, fields) in change.as_object().unwrap() {
+            for (field, value) in fields.as_object().unwrap() {
+                first[part][field] = value.clone();
+            }
+        }
+        let expected = [before[1].clone(), before[2].clone(), before[0].clone()];
+        assert_eq!(order(&objects), expected, "{change}");
+    }
+}
+
+#[test]
+fn of_nodes_that_say_what_their_links_hold_only_those_with_the_subnet_on_a_link_that_may_be_used_are_elected()
+{
+    let links = |objects: &mut Vec<Value>, name: &str, links: &str| {
+        let node = objects.iter_mut().find(|object| object["metadata"]["name"] == name).unwrap();
+        node["metadata"]["annotations"]["weft.network/links"] = links.into();
+    };
+    let mut objects = with(vec![given(service(1), "198.51.100.1")]);
+    links(&mut objects, "b", "eth0=203.0.113.0/24 eth0=2001:db8::/64");
+    links(&mut objects, "c", "eth7=198.51.100.0/24");
+    assert_eq!(candidates(&objects), texts(&["a", "c"]), "a is this node, b is elsewhere");
+    objects.push(advertisement(json!({"interfaces": ["eth7"]})));
+    assert_eq!(candidates(&objects), texts(&["c"]), "this node has no eth7");
 }

@@ -131,6 +131,8 @@ pub(in crate::cni) fn snapshot(pod_cidrs: &[&str]) -> Snapshot {
         pod_cidrs: pod_cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect(),
         internal_ips: vec!["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()],
         leaving: false,
+        cordoned: false,
+        links: None,
         public_key: None,
         next_public_key: None,
         wireguard_port: None,

@@ -11,6 +11,7 @@
 //! the rule set it was made for: when anybody else changed anything meanwhile, the kernel refuses it and it is made
 //! anew. Policies of base chains are always accept. Nothing is ever flushed that is right.
 
+pub mod answers;
 mod batch;
 mod element;
 mod expression;

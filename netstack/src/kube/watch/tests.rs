@@ -474,6 +474,7 @@ async fn the_identity_is_written_once_with_a_merge_patch_of_the_own_node_only() 
     assert_eq!((applied.changed.len(), applied.failed), (1, vec![]));
     let annotations = json!({
         "weft.network/public-key": public_key.to_string(), "weft.network/wireguard-port": "51820",
+        "weft.network/links": snapshot.facts.link_subnets().to_string(),
     });
     let written = rig.server.lock().unwrap().patches.clone();
     let mut with_null = annotations.clone();

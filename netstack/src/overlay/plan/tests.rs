@@ -29,6 +29,8 @@ fn node(number: u8, ipv4: bool, ipv6: bool) -> Node {
         pod_cidrs,
         internal_ips,
         leaving: false,
+        cordoned: false,
+        links: None,
         public_key: Some(WgPublicKey([number; 32])),
         next_public_key: None,
         wireguard_port: None,

@@ -63,6 +63,8 @@ fn cluster(services: Vec<Service>, slices: Vec<EndpointSlice>) -> Snapshot {
         pod_cidrs: vec!["10.244.0.0/16".parse().unwrap()],
         internal_ips: vec!["192.0.2.1".parse().unwrap()],
         leaving: false,
+        cordoned: false,
+        links: None,
         public_key: None,
         next_public_key: None,
         wireguard_port: None,

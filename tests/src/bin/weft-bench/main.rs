@@ -12,6 +12,7 @@ mod agent;
 mod cluster;
 mod cni;
 mod dns;
+mod lb;
 mod overlay;
 mod proxy;
 mod rig;
@@ -24,8 +25,8 @@ use anyhow::{Context as _, bail};
 use row::Row;
 
 /// What can be measured today; the areas of the road map that are not built yet are named, not silently left out.
-const AREAS: [&str; 6] = ["agent", "cni", "proxy", "dns", "overlay", "cluster"];
-const LATER: [&str; 3] = ["policy", "lb", "ingress"];
+const AREAS: [&str; 7] = ["agent", "cni", "proxy", "dns", "overlay", "lb", "cluster"];
+const LATER: [&str; 2] = ["policy", "ingress"];
 
 fn main() -> ExitCode {
     match run() {
@@ -41,6 +42,7 @@ fn run() -> anyhow::Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
         ["--inside", area, weft] => inside(area, weft.into()),
+        ["--probe", words @ ..] => lb::probe(words),
         [weft] => AREAS.iter().try_for_each(|area| measure(area, weft)),
         [weft, area] if AREAS.contains(area) => measure(area, weft),
         [_, area] if LATER.contains(area) => bail!("{area} has no benchmark yet"),
@@ -54,6 +56,7 @@ fn measure(area: &str, weft: &str) -> anyhow::Result<()> {
         std::fs::canonicalize(weft).with_context(|| format!("no binary at {weft}; 'make build' makes it"))?;
     let rows = match area {
         "cluster" => cluster::measure(&weft)?,
+        "lb" => lb::measure(&weft)?,
         _ => outside(area, &weft)?,
     };
     let folder = PathBuf::from("target/bench");
@@ -84,9 +87,10 @@ fn inside(area: &str, weft: PathBuf) -> anyhow::Result<()> {
         "proxy" => proxy::measure(&weft)?,
         "dns" => dns::measure(&weft)?,
         "overlay" => overlay::measure(&weft)?,
-        other => match other.strip_prefix("cluster/") {
-            Some(part) => cluster::inside(part, &weft)?,
-            None => bail!("no area {other}"),
+        other => match other.split_once('/') {
+            Some(("cluster", part)) => cluster::inside(part, &weft)?,
+            Some(("lb", part)) => lb::inside(part, &weft)?,
+            _ => bail!("no area {other}"),
         },
     };
     println!("{}", serde_json::to_string(&rows)?);

@@ -67,12 +67,17 @@ impl Rig {
 
     /// The tunnel and the agent; returns the instant before the agent was started.
     pub(crate) fn start_agent(&mut self) -> anyhow::Result<Instant> {
+        self.start_agent_with(&[])
+    }
+
+    /// With further flags for the agent.
+    pub(crate) fn start_agent_with(&mut self, flags: &[&str]) -> anyhow::Result<Instant> {
         let folder = self.folder.path().to_owned();
         let dirs = |command: &mut Command| {
             command.arg("--run-dir").arg(folder.join("run")).arg("--state-dir").arg(folder.join("state"));
         };
         let mut agent = Command::new(&self.weft);
-        agent.args(["agent", "--node-name", NODE, "--cluster-dns", CLUSTER_DNS]).args(CIDRS);
+        agent.args(["agent", "--node-name", NODE, "--cluster-dns", CLUSTER_DNS]).args(CIDRS).args(flags);
         agent.arg("--kubeconfig").arg(folder.join("kubeconfig"));
         agent.arg("--cni-conf-dir").arg(folder.join("cni")).arg("--cni-bin-dir").arg(folder.join("bin"));
         dirs(&mut agent);
@@ -85,6 +90,17 @@ impl Rig {
         dirs(&mut tunnel);
         self.children.push(("tunnel", tunnel.stderr(log(&folder, "tunnel")?).spawn()?));
         Ok(started_at)
+    }
+
+    /// Ends the agent and its tunnel, so that others may begin.
+    pub(crate) fn end_agent(&mut self) -> anyhow::Result<()> {
+        for (_, child) in self.children.iter_mut().filter(|(name, _)| matches!(*name, "agent" | "tunnel")) {
+            child.kill()?;
+            child.wait()?;
+        }
+        self.children.retain(|(name, _)| !matches!(*name, "agent" | "tunnel"));
+        std::fs::remove_file(self.folder.path().join("cni/05-weft.conflist"))?;
+        Ok(())
     }
 
     pub(crate) fn await_ready(&self) -> anyhow::Result<()> {

@@ -69,6 +69,24 @@ impl Row {
     }
 }
 
+impl Row {
+    /// A figure beside one that a peer's documentation gives; `target` is of Weft's own figure.
+    pub(crate) fn documented(
+        name: &str,
+        unit: &str,
+        weft: f64,
+        (peer_name, peer): (&str, f64),
+        target: f64,
+    ) -> Self {
+        Self {
+            peer: Some(peer),
+            peer_name: Some(peer_name.to_owned()),
+            ratio: Some(weft / peer),
+            ..Self::alone(name, unit, weft, Better::Lower, target)
+        }
+    }
+}
+
 impl Better {
     fn holds(self, figure: f64, target: f64) -> bool {
         match self {
