@@ -14,6 +14,9 @@ pub const DAEMONSET: &str = include_str!("../manifests/daemonset.yaml");
 /// The Service of the cluster's DNS; addresses and families are put in.
 pub const KUBE_DNS: &str = include_str!("../manifests/kube-dns.yaml");
 
+/// IngressClass, Service and rights of the ingress; printed where Ingresses are served.
+pub const INGRESS: &str = include_str!("../manifests/ingress.yaml");
+
 /// Unit files, as they are written.
 pub mod units {
     pub const SYSTEMD_AGENT: &str = include_str!("../units/systemd/weft-agent.service");
