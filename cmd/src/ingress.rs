@@ -124,7 +124,10 @@ fn snapshot(snapshots: &Snapshots) -> Result<Arc<Snapshot>, (StatusCode, String)
 fn table(snapshots: &Snapshots) -> Result<RouteTable, (StatusCode, String)> {
     let snapshot = snapshot(snapshots)?;
     if !snapshot.config.ingress.on {
-        return Err((StatusCode::UNPROCESSABLE_ENTITY, "Ingresses are not served by this node".to_owned()));
+        return Err((
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "Ingresses are not served here: --ingress is off".to_owned(),
+        ));
     }
     Ok(IngressPlanner::default().plan(&snapshot).plan)
 }

@@ -66,6 +66,7 @@ fn render(args: ManifestsArgs) -> anyhow::Result<String> {
         documents.push(serde_yaml_ng::to_string(&daemonset)?);
     }
     documents.push(serde_yaml_ng::to_string(&kube_dns(&cluster.cluster_dns)?)?);
+    documents.extend(cluster.ingress.on.then(|| weft_manifests::INGRESS.to_owned()));
     Ok(documents.join("---\n"))
 }
 

@@ -13,6 +13,8 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 use weft_lb::announce::{AnnouncePlanner, announcer};
 use weft_lb::status::{StatusApplier, StatusPlanner};
+use weft_ingress::apply::RoutesApplier;
+use weft_ingress::plan::IngressPlanner;
 use weft_model::constants::WIREGUARD_OVERHEAD_BYTES;
 use weft_model::snapshot::Attachments;
 use weft_model::{NodeFacts, Report, Snapshot};
@@ -21,6 +23,8 @@ use weft_netstack::cni::apply::PodLinksApplier;
 use weft_netstack::cni::plan::PodLinksPlanner;
 use weft_netstack::cni::{self, Cni, PodMtu, Readiness, loopback};
 use weft_netstack::flows::{self, Recorded};
+use weft_netstack::expose::apply::SlicesWriter;
+use weft_netstack::expose::plan::{IngressStatusPlanner, SlicesPlanner};
 use weft_netstack::kernel::facts;
 use weft_netstack::kernel::netns::Rtnetlink;
 use weft_netstack::kernel::nft::Commits;
@@ -81,6 +85,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     loops.start("dns", dns.planner, dns.applier, Pace::default());
     loops.start("publish", identity, Publisher::new(access.clone()), Pace::default());
     let (policy, judge) = start_policy(&mut loops, config.network_policy, impatient)?.unzip();
+    let written = start_ingress(&mut loops, config, &access, &lead);
     let sources = Sources {
         snapshots: snapshots.clone(),
         api: status.clone(),
@@ -98,6 +103,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let announcer =
         Announcer { access, node: config.node.clone(), snapshots: snapshots.clone(), reports, passing };
     tasks.start("events", announcer.run());
+    tasks.start("ingress-writer", lease::wake(lead.clone(), written));
     watch_others(tasks, &handles, [overlay, pod_links])?;
 
     let (observed, observe_outcome) = watch::channel(String::new());
@@ -235,6 +241,30 @@ fn obstacle_texts(sources: Sources, found: watch::Receiver<Configurations>) -> R
         let of_node = sources.obstacles().into_iter().map(|obstacle| obstacle.sentence);
         of_node.chain(found.borrow().objection.clone()).collect()
     })
+}
+
+/// Routes for the process `weft ingress`, and what the one writer says of it; returns the loops of the latter.
+fn start_ingress(
+    loops: &mut Loops<'_>,
+    config: &Config,
+    access: &Arc<Access>,
+    lead: &Lead,
+) -> Vec<LoopHandle> {
+    if !config.cluster.ingress.on {
+        return Vec::new();
+    }
+    loops.start("ingress", IngressPlanner::default(), RoutesApplier::new(&config.run_dir), Pace::default());
+    let slices = SlicesWriter::new(access.clone(), lead.clone());
+    let statuses = IngressStatusPlanner { on: config.ingress_status };
+    vec![
+        loops.start("ingress-endpoints", SlicesPlanner, slices, Pace::default()),
+        loops.start(
+            "ingress-status",
+            statuses,
+            StatusWriter::new(access.clone(), lead.clone()),
+            Pace::default(),
+        ),
+    ]
 }
 
 /// Switched off, it leaves nothing behind of an agent that had it on.
