@@ -11,10 +11,10 @@ use axum::Router;
 use nix::errno::Errno;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
-use weft_lb::announce::{AnnouncePlanner, announcer};
-use weft_lb::status::{StatusApplier, StatusPlanner};
 use weft_ingress::apply::RoutesApplier;
 use weft_ingress::plan::IngressPlanner;
+use weft_lb::announce::{AnnouncePlanner, announcer};
+use weft_lb::status::{StatusApplier, StatusPlanner};
 use weft_model::constants::WIREGUARD_OVERHEAD_BYTES;
 use weft_model::snapshot::Attachments;
 use weft_model::{NodeFacts, Report, Snapshot};
@@ -22,9 +22,8 @@ use weft_netstack::admin::{self, Admin, Counters, Read};
 use weft_netstack::cni::apply::PodLinksApplier;
 use weft_netstack::cni::plan::PodLinksPlanner;
 use weft_netstack::cni::{self, Cni, PodMtu, Readiness, loopback};
-use weft_netstack::flows::{self, Recorded};
-use weft_netstack::expose::apply::SlicesWriter;
 use weft_netstack::expose::plan::{IngressStatusPlanner, SlicesPlanner};
+use weft_netstack::flows::{self, Recorded};
 use weft_netstack::kernel::facts;
 use weft_netstack::kernel::netns::Rtnetlink;
 use weft_netstack::kernel::nft::Commits;
@@ -32,8 +31,8 @@ use weft_netstack::kernel::route::losses;
 use weft_netstack::kernel::sysctl::Journal;
 use weft_netstack::kernel::vip;
 use weft_netstack::kube::{
-    self, Access, Announcer, ApiStatus, Here, Identity, Lead, Notices, Publisher, StatusWriter, Watches,
-    definitions, lease,
+    self, Access, Announcer, ApiStatus, Here, Identity, Lead, Notices, Publisher, SlicesWriter, StatusWriter,
+    Watches, definitions, lease,
 };
 use weft_netstack::overlay::{self, OverlayApplier, OverlayPlanner, tunnel};
 use weft_netstack::policy::{self, Judge, PolicyApplier, PolicyPlanner};
@@ -85,7 +84,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     loops.start("dns", dns.planner, dns.applier, Pace::default());
     loops.start("publish", identity, Publisher::new(access.clone()), Pace::default());
     let (policy, judge) = start_policy(&mut loops, config.network_policy, impatient)?.unzip();
-    let written = start_ingress(&mut loops, config, &access, &lead);
+    start_ingress(&mut loops, config, &access, &lead, impatient).await;
     let sources = Sources {
         snapshots: snapshots.clone(),
         api: status.clone(),
@@ -103,7 +102,6 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let announcer =
         Announcer { access, node: config.node.clone(), snapshots: snapshots.clone(), reports, passing };
     tasks.start("events", announcer.run());
-    tasks.start("ingress-writer", lease::wake(lead.clone(), written));
     watch_others(tasks, &handles, [overlay, pod_links])?;
 
     let (observed, observe_outcome) = watch::channel(String::new());
@@ -243,28 +241,27 @@ fn obstacle_texts(sources: Sources, found: watch::Receiver<Configurations>) -> R
     })
 }
 
-/// Routes for the process `weft ingress`, and what the one writer says of it; returns the loops of the latter.
-fn start_ingress(
+/// Routes for the process `weft ingress`, and what the one writer says of it; switched off, what was served is served no longer.
+async fn start_ingress(
     loops: &mut Loops<'_>,
     config: &Config,
     access: &Arc<Access>,
     lead: &Lead,
-) -> Vec<LoopHandle> {
+    impatient: Pace,
+) {
     if !config.cluster.ingress.on {
-        return Vec::new();
+        if let Err(error) = weft_ingress::apply::withdraw(&config.run_dir).await {
+            tracing::warn!(error = chain(&error), "Ingresses are still served");
+        }
+        return;
     }
-    loops.start("ingress", IngressPlanner::default(), RoutesApplier::new(&config.run_dir), Pace::default());
+    loops.start("ingress", IngressPlanner::default(), RoutesApplier::new(&config.run_dir), impatient);
     let slices = SlicesWriter::new(access.clone(), lead.clone());
-    let statuses = IngressStatusPlanner { on: config.ingress_status };
-    vec![
-        loops.start("ingress-endpoints", SlicesPlanner, slices, Pace::default()),
-        loops.start(
-            "ingress-status",
-            statuses,
-            StatusWriter::new(access.clone(), lead.clone()),
-            Pace::default(),
-        ),
-    ]
+    let slices = loops.start("ingress-endpoints", SlicesPlanner, slices, Pace::default());
+    let writer = StatusWriter::new(access.clone(), lead.clone());
+    let planner = IngressStatusPlanner { on: config.ingress_status };
+    let statuses = loops.start("ingress-status", planner, writer, Pace::default());
+    loops.tasks.start("ingress-lead", lease::wake(lead.clone(), vec![slices, statuses]));
 }
 
 /// Switched off, it leaves nothing behind of an agent that had it on.
