@@ -78,9 +78,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let impatient = Pace { max_backoff: Duration::from_secs(1), ..Pace::default() };
     let overlay =
         loops.start("overlay", OverlayPlanner { open_firewalls: config.open_firewalls }, overlay, impatient);
-    let proxy = ProxyApplier::new();
-    let proxy_health = proxy.health();
-    loops.start("proxy", ProxyPlanner::default(), proxy, Pace::default());
+    let proxy_health = start_proxy(&mut loops);
     loops.start("dns", dns.planner, dns.applier, Pace::default());
     loops.start("publish", identity, Publisher::new(access.clone()), Pace::default());
     let (policy, judge) = start_policy(&mut loops, config.network_policy, impatient)?.unzip();
@@ -239,6 +237,13 @@ fn obstacle_texts(sources: Sources, found: watch::Receiver<Configurations>) -> R
         let of_node = sources.obstacles().into_iter().map(|obstacle| obstacle.sentence);
         of_node.chain(found.borrow().objection.clone()).collect()
     })
+}
+
+fn start_proxy(loops: &mut Loops<'_>) -> Arc<ProxyHealth> {
+    let proxy = ProxyApplier::new();
+    let health = proxy.health();
+    loops.start("proxy", ProxyPlanner::default(), proxy, Pace::default());
+    health
 }
 
 /// Routes for the process `weft ingress`, and what the one writer says of it; switched off, what was served is served no longer.
