@@ -137,6 +137,27 @@ impl Cluster {
         self.kubectl(&["wait", "--for=condition=Ready", "nodes", "--all", "--timeout=90s"]).map(drop)
     }
 
+    /// Waits until the fixtures of a node that was away are back, reachable across nodes, and named by every node's resolver.
+    pub(crate) fn node_is_back(&self, node: &str) -> anyhow::Result<()> {
+        self.within(PATIENCE, "nodes Ready", || self.nodes_ready())?;
+        self.within(PATIENCE, "the pods of the node", || {
+            let echo = self.pod_on("echo", node)?;
+            ensure!(echo.addresses.len() == 2, "{} has {:?}", echo.name, echo.addresses);
+            for client in self.pods("tools")? {
+                let named =
+                    self.in_pod(&client.name, "dig +short echo-headless.suite.svc.cluster.local A")?;
+                ensure!(named.contains(&echo.addresses[0]), "{} is told {named}", client.name);
+                for address in &echo.addresses {
+                    let line = format!("curl -sS -m 2 'http://{}:8080/hostname'", in_url(address));
+                    ensure!(self.in_pod(&client.name, &line)?.trim() == echo.name, "{address}");
+                }
+                let said = self.in_pod(&client.name, "curl -sS -m 3 http://steady/hostname")?;
+                ensure!(said.trim() == "steady", "{said}");
+            }
+            Ok(())
+        })
+    }
+
     /// `weft status -o json` of a node.
     pub(crate) fn status(&self, node: &str) -> anyhow::Result<Value> {
         serde_json::from_str(&self.on(node, "weft status -o json")?).context("the status is JSON")

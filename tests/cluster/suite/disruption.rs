@@ -207,29 +207,10 @@ fn api_server_away(cluster: &Cluster) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The fixtures of a node that was away are back, and reachable across nodes.
-fn back(cluster: &Cluster, node: &str) -> anyhow::Result<()> {
-    cluster.within(PATIENCE, "nodes Ready", || cluster.nodes_ready())?;
-    cluster.within(PATIENCE, "the pods of the node", || {
-        let pod = cluster.pod_on("echo", node)?;
-        cluster.pod_on("tools", node)?;
-        ensure!(pod.addresses.len() == 2, "{} has {:?}", pod.name, pod.addresses);
-        let client = cluster.pod_on("tools", "node1")?;
-        for address in &pod.addresses {
-            let line = format!("curl -sS -m 2 'http://{}:8080/hostname'", in_url(address));
-            ensure!(cluster.in_pod(&client.name, &line)?.trim() == pod.name, "{address}");
-        }
-        let client = cluster.pod_on("tools", node)?;
-        let said = cluster.in_pod(&client.name, "curl -sS -m 3 http://steady/hostname")?;
-        ensure!(said.trim() == "steady", "{said}");
-        Ok(())
-    })
-}
-
 fn node_reboots(cluster: &Cluster) -> anyhow::Result<()> {
     let load = Load::on_established_connections(cluster, "node1", "steady")?;
     cluster.power("cycle", "node3")?;
-    back(cluster, "node3")?;
+    cluster.node_is_back("node3")?;
     load.unharmed("while another node rebooted")
 }
 
@@ -244,6 +225,6 @@ fn reboot_without_api_server(cluster: &Cluster) -> anyhow::Result<()> {
     });
     cluster.control_plane("start", "kube-apiserver")?;
     meanwhile?;
-    back(cluster, "node3")?;
+    cluster.node_is_back("node3")?;
     load.unharmed("while another node rebooted without API server")
 }

@@ -2,6 +2,7 @@
 //! (`getent`), musl's (`resolve`), BIND's `dig`.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 
@@ -24,6 +25,8 @@ pub(crate) const CASES: &[Case] = &[
     case("autopath answers the first question of a pod's search path", autopath),
 ];
 
+/// A change is known on every node in this time.
+const PATIENCE: Duration = Duration::from_secs(10);
 const SUFFIX: &str = "suite.svc.cluster.local";
 
 fn lines(said: &str) -> BTreeSet<String> {
@@ -59,8 +62,11 @@ fn headless(cluster: &Cluster) -> anyhow::Result<()> {
     for (index, kind) in ["A", "AAAA"].into_iter().enumerate() {
         let expected: BTreeSet<_> =
             cluster.pods("echo")?.into_iter().map(|pod| pod.addresses[index].clone()).collect();
-        let said = cluster.in_pod(&client.name, &format!("dig +short echo-headless.{SUFFIX} {kind}"))?;
-        ensure!(lines(&said) == expected, "{kind}: {said}");
+        cluster.within(PATIENCE, "every pod named", || {
+            let said = cluster.in_pod(&client.name, &format!("dig +short echo-headless.{SUFFIX} {kind}"))?;
+            ensure!(lines(&said) == expected, "{kind}: {said}");
+            Ok(())
+        })?;
     }
     Ok(())
 }
@@ -117,7 +123,7 @@ spec: {type: ExternalName, externalName: echo.suite.svc.cluster.local}
 ";
     cluster.apply(SERVICE)?;
     let client = cluster.pod_on("tools", "node1")?;
-    cluster.within(std::time::Duration::from_secs(5), "the CNAME", || {
+    cluster.within(Duration::from_secs(5), "the CNAME", || {
         let said = cluster.in_pod(&client.name, &format!("dig +short elsewhere.{SUFFIX} CNAME"))?;
         ensure!(said.trim() == format!("echo.{SUFFIX}."), "{said}");
         let said = cluster.in_pod(&client.name, "curl -sS -m 5 http://elsewhere/hostname")?;
@@ -181,8 +187,6 @@ fn config_map(text: &str) -> String {
         "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: coredns-custom, namespace: kube-system}}\ndata:\n  suite.override: |\n{indented}"
     )
 }
-
-const PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
 
 fn custom(cluster: &Cluster) -> anyhow::Result<()> {
     let good = config_map(

@@ -136,7 +136,7 @@ fn power_cut(cluster: &Cluster) -> anyhow::Result<()> {
             Ok(())
         });
         cluster.power("on", victim)?;
-        cluster.within(PATIENCE, "nodes Ready", || cluster.nodes_ready())?;
+        cluster.node_is_back(victim)?;
         moved
     })
 }
