@@ -18,8 +18,8 @@ use super::{Proxy, TlsError, Worker, listen};
 use crate::apply::{FOLDER, ROUTES_FILE, SOCKET_FILE, folder};
 use crate::plan::table::RouteTable;
 
-/// For how long open connections may go on after SIGTERM.
-const DRAIN: Duration = Duration::from_secs(30);
+/// For how long open connections may go on after SIGTERM. The next process listens only afterwards.
+const DRAIN: Duration = Duration::from_secs(10);
 /// Between two tries to listen on an address that is not there yet.
 const RETRY: Duration = Duration::from_secs(1);
 const TIDY: Duration = Duration::from_secs(30);
