@@ -14,6 +14,7 @@ mod flows;
 mod ingress;
 mod install;
 mod ipam;
+mod key;
 mod lab;
 mod lb;
 mod lint;
@@ -63,6 +64,8 @@ enum Command {
     Status(status::StatusArgs),
     /// Show which pod of this node has which address
     Ipam(ipam::IpamArgs),
+    /// Show or replace this node's WireGuard key
+    Key(key::KeyArgs),
     /// Explain what network policies decide
     Policy(policy::PolicyArgs),
     /// Show which addresses Services have, and who answers for them
@@ -96,6 +99,7 @@ fn main() -> ExitCode {
         Command::Lab(args) => lab::run(args),
         Command::Status(args) => status::run(&args),
         Command::Ipam(args) => ipam::run(&args),
+        Command::Key(args) => key::run(&args),
         Command::Policy(args) => policy::run(&args),
         Command::Lb(args) => lb::run(&args),
         Command::Flows(args) => flows::run(&args),

@@ -49,7 +49,16 @@ fn answer(run_dir: &Path) -> anyhow::Result<String> {
 /// What the agent whose socket is in `run_dir` answers to `GET path`.
 pub(crate) fn ask(run_dir: &Path, path: &str, patience: Duration) -> anyhow::Result<String> {
     let socket = run_dir.join("agent.sock");
-    fetch(&socket, path, patience).map_err(|error| match error.is::<Refused>() {
+    request(&socket, "GET", path, patience)
+}
+
+/// As [`ask`], for what the agent is to do.
+pub(crate) fn tell(run_dir: &Path, path: &str, patience: Duration) -> anyhow::Result<String> {
+    request(&run_dir.join("agent.sock"), "POST", path, patience)
+}
+
+fn request(socket: &Path, method: &str, path: &str, patience: Duration) -> anyhow::Result<String> {
+    fetch(socket, method, path, patience).map_err(|error| match error.is::<Refused>() {
         true => error,
         false => error.context(format!(
             "no agent answers on {}; is 'weft agent' running on this node?",
@@ -58,17 +67,19 @@ pub(crate) fn ask(run_dir: &Path, path: &str, patience: Duration) -> anyhow::Res
     })
 }
 
-/// Body of `GET path` over a Unix socket; HTTP/1.0, so the answer ends with the connection. What the agent refuses is an error.
-fn fetch(socket: &Path, path: &str, patience: Duration) -> anyhow::Result<String> {
+/// Body of the answer over a Unix socket; HTTP/1.0, so the answer ends with the connection. What the agent refuses is an error.
+fn fetch(socket: &Path, method: &str, path: &str, patience: Duration) -> anyhow::Result<String> {
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(patience))?;
-    write!(stream, "GET {path} HTTP/1.0\r\nHost: weft\r\n\r\n")?;
+    write!(stream, "{method} {path} HTTP/1.0\r\nHost: weft\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     let (head, body) = answer.split_once("\r\n\r\n").context("not an HTTP answer")?;
     match head.split(' ').nth(1) {
         Some("200") => Ok(body.to_owned()),
-        Some("400" | "404" | "422") if !body.is_empty() => Err(Refused(body.trim_end().to_owned()).into()),
+        Some("400" | "404" | "409" | "422" | "500") if !body.is_empty() => {
+            Err(Refused(body.trim_end().to_owned()).into())
+        }
         _ => anyhow::bail!("{}", head.lines().next().unwrap_or_default()),
     }
 }
@@ -113,6 +124,9 @@ pub(crate) fn text(status: &Status) -> String {
     lines.extend(
         status.parts.get("writer").and_then(|part| part.as_str()).map(|text| format!("writer: {text}")),
     );
+    let rotation = status.parts.get("key rotation").and_then(|part| part.as_str());
+    let running = rotation.filter(|text| !text.is_empty());
+    lines.extend(running.map(|text| format!("key rotation: {text}")));
     lines.extend(status.parts.get("peers").map(peers));
     lines.join("\n") + "\n"
 }

@@ -260,6 +260,7 @@ fn nodes_are_found_by_their_names_until_they_leave() {
             pod_cidrs: Vec::new(),
             internal_ips: vec![ip("192.0.2.11"), ip("2001:db8::11")],
             public_key: None,
+            next_public_key: None,
             wireguard_port: None,
             leaving: false,
         };

@@ -113,6 +113,7 @@ fn node(name: &str, cidrs: [&str; 2], ips: [&str; 2]) -> (NodeName, Arc<Node>) {
         internal_ips: ips.iter().map(|text| ip(text)).collect(),
         leaving: false,
         public_key: None,
+        next_public_key: None,
         wireguard_port: None,
     };
     (name.into(), Arc::new(node))

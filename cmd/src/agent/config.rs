@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use axum::http::Uri;
@@ -50,6 +51,9 @@ pub(crate) struct AgentArgs {
     /// UDP port of the overlay, the same on every node
     #[arg(long, default_value_t = weft_model::constants::WIREGUARD_PORT)]
     wireguard_port: u16,
+    /// Replace the node's WireGuard key when it is this many days old; 0: only on `weft key rotate`
+    #[arg(long, default_value_t = 0)]
+    key_rotation_days: u32,
     /// Let pods pass the firewalls of other programs (Docker, ufw, firewalld) that drop what they forward
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
     open_firewalls: bool,
@@ -110,6 +114,7 @@ pub(crate) struct Config {
     pub(crate) api_server: Endpoint,
     pub(crate) cluster: ClusterConfig,
     pub(crate) open_firewalls: bool,
+    pub(crate) max_key_age: Option<Duration>,
     pub(crate) resolv_conf: PathBuf,
     pub(crate) cni_conf_dir: PathBuf,
     pub(crate) cni_bin_dir: PathBuf,
@@ -131,6 +136,8 @@ impl AgentArgs {
             api_server: endpoint(self.kubeconfig, self.api_server, self.token_file, self.ca_file)?,
             cluster,
             open_firewalls: self.open_firewalls,
+            max_key_age: (self.key_rotation_days > 0)
+                .then(|| Duration::from_secs(u64::from(self.key_rotation_days) * 86_400)),
             resolv_conf: self.resolv_conf,
             cni_conf_dir: self.cni_conf_dir,
             cni_bin_dir: self.cni_bin_dir,

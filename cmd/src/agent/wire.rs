@@ -31,16 +31,17 @@ use weft_netstack::kernel::route::losses;
 use weft_netstack::kernel::sysctl::Journal;
 use weft_netstack::kernel::vip;
 use weft_netstack::kube::{
-    self, Access, Announcer, ApiStatus, Here, Identity, Lead, Notices, Publisher, SlicesWriter, StatusWriter,
-    Watches, definitions, lease,
+    self, Access, Announcer, ApiStatus, Here, Lead, Notices, Publisher, Publishing, SlicesWriter,
+    StatusWriter, Watches, definitions, lease,
 };
-use weft_netstack::overlay::{self, OverlayApplier, OverlayPlanner, tunnel};
+use weft_netstack::overlay::rotation::Rotation;
+use weft_netstack::overlay::{self, OverlayApplier, OverlayPlanner};
 use weft_netstack::policy::{self, Judge, PolicyApplier, PolicyPlanner};
 use weft_netstack::proxy::{ProxyApplier, ProxyHealth, ProxyPlanner};
 use weft_netstack::reconcile::{
     Applier, Loop, LoopHandle, Pace, Planner, TaskGroup, Watchfulness, chain, vigil,
 };
-use weft_netstack::store::{Opened, SnapshotRead, Store, StoreError, key};
+use weft_netstack::store::{Opened, SnapshotRead, Store, StoreError};
 
 use super::config::Config;
 use super::handover;
@@ -57,7 +58,6 @@ const POLICY_OFF: &str = "off (--network-policy off): every NetworkPolicy is ign
 /// Starts every part of the node in `tasks`.
 pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Result<Option<Saver>> {
     let access = Arc::new(Access::open(config.api_server.clone()).await?);
-    let private_key = key::load_or_create_key(&config.state_dir.join("wireguard.key"))?;
     let durable = open_durable(&config.state_dir.join("store"));
     let leases = Arc::new(open_store(&config.run_dir.join("store"))?);
     let (facts_rx, follow_facts) = facts::watch(config.node.clone(), config.cluster.ranges()).await?;
@@ -70,7 +70,6 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
         kube::start(tasks, access.clone(), config.cluster.clone(), here, initial);
     let lead = lease::start(tasks, access.clone(), config.node.clone());
 
-    let identity = identity(private_key, config);
     let dns = start_dns(config, leases.clone());
     let overlay = overlay_applier(config, tasks)?;
     let mut loops = Loops { tasks, snapshots: snapshots.clone(), handles: Vec::new() };
@@ -80,7 +79,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
         loops.start("overlay", OverlayPlanner { open_firewalls: config.open_firewalls }, overlay, impatient);
     let proxy_health = start_proxy(&mut loops);
     loops.start("dns", dns.planner, dns.applier, Pace::default());
-    loops.start("publish", identity, Publisher::new(access.clone()), Pace::default());
+    let rotation = publish_key(&mut loops, config, &access)?;
     let (policy, judge) = start_policy(&mut loops, config.network_policy, impatient)?.unzip();
     start_ingress(&mut loops, config, &access, &lead, impatient).await;
     let sources = Sources {
@@ -108,7 +107,9 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let obstacles = obstacle_texts(sources.clone(), found.clone());
     let mut admin = admin(config, handles, snapshots.clone(), status, facts_rx, dns.stats, obstacles);
     let others = found.clone();
+    let (rotating, keys) = (rotation.clone(), overlay::rotation::router(rotation));
     admin.parts.extend([
+        said("key rotation", move || rotating.progress().unwrap_or_default()),
         said("observe", move || observe_outcome.borrow().clone()),
         said("proxy health", move || health_outcome.borrow().clone()),
         said("writer", move || lead.text()),
@@ -120,6 +121,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let explaining = crate::dns::Explaining { explainer: dns.explainer, snapshots: snapshots.clone() };
     let router = cni::server::router(cni)
         .merge(admin::status_router(admin.clone()))
+        .merge(keys)
         .merge(policy::explain::router(snapshots.clone()))
         .merge(crate::dns::router(explaining))
         .merge(crate::ingress::router(snapshots.clone()))
@@ -133,15 +135,27 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     tasks.start("readiness", readiness::tell(sources.clone(), found));
     let folder = config.cni_conf_dir.clone();
     tasks.start("conflist", Conflist { folder, socket, sources, found: found_tx }.run());
-    let saver = durable.map(|store| Saver { store, snapshots });
-    if let Some(saver) = saver.clone() {
-        tasks.start("saver", saver.run());
-    }
-    Ok(saver)
+    Ok(durable.map(|store| start_saver(tasks, Saver { store, snapshots })))
 }
 
-fn identity(private_key: [u8; 32], config: &Config) -> Identity {
-    Identity { public_key: tunnel::public_key(private_key), wireguard_port: config.cluster.wireguard_port }
+/// The own Node says which key is this node's, and which one comes next.
+fn publish_key(
+    loops: &mut Loops<'_>,
+    config: &Config,
+    access: &Arc<Access>,
+) -> anyhow::Result<Arc<Rotation>> {
+    let (state_dir, run_dir) = (config.state_dir.clone(), config.run_dir.clone());
+    let rotation =
+        Rotation::open(state_dir, run_dir, config.cluster.wireguard_port, loops.snapshots.clone())?;
+    let publishing = Publishing { identity: rotation.identity() };
+    let publish = loops.start("publish", publishing, Publisher::new(access.clone()), Pace::default());
+    loops.tasks.start("rotation", rotation.clone().run(config.max_key_age, publish));
+    Ok(rotation)
+}
+
+fn start_saver(tasks: &mut TaskGroup, saver: Saver) -> Saver {
+    tasks.start("saver", saver.clone().run());
+    saver
 }
 
 /// Without it the node works, until it reboots while the API server is away.

@@ -57,6 +57,8 @@ pub const MARK_MASQUERADE: u32 = 0x0800_0000;
 
 /// Node annotations, written by the node's own agent only (decision 15).
 pub const ANNOTATION_PUBLIC_KEY: &str = "weft.network/public-key";
+/// The key that replaces it as soon as the peers know it.
+pub const ANNOTATION_NEXT_PUBLIC_KEY: &str = "weft.network/next-public-key";
 pub const ANNOTATION_WIREGUARD_PORT: &str = "weft.network/wireguard-port";
 
 /// NetworkPolicy annotation: `keep` lets connections that the policy would deny end by themselves; `cut`, the default, ends them.

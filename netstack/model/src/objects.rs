@@ -28,6 +28,9 @@ pub struct Node {
     pub leaving: bool,
     /// Annotation `weft.network/public-key`.
     pub public_key: Option<WgPublicKey>,
+    /// Annotation `weft.network/next-public-key`: replaces `public_key` soon; peers accept both.
+    #[serde(default)]
+    pub next_public_key: Option<WgPublicKey>,
     /// Annotation `weft.network/wireguard-port`.
     pub wireguard_port: Option<u16>,
 }

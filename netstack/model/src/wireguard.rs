@@ -11,6 +11,9 @@ use crate::ids::WgPublicKey;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WireguardPlan {
     pub listen_port: u16,
+    /// Public keys of this node that its Node names, the one to come last.
+    #[serde(default)]
+    pub own_keys: Vec<WgPublicKey>,
     pub peers: BTreeMap<WgPublicKey, WireguardPeer>,
 }
 
@@ -18,6 +21,9 @@ pub struct WireguardPlan {
 pub struct WireguardPeer {
     /// Name of the peer's Node, for people.
     pub node: String,
+    /// The key the peer is about to change to; the overlay accepts it beside the present one.
+    #[serde(default)]
+    pub next_key: Option<WgPublicKey>,
     pub endpoint: Option<SocketAddr>,
     /// podCIDRs and node addresses of the peer, sorted.
     pub allowed_ips: Vec<IpNet>,
@@ -28,6 +34,9 @@ pub struct WireguardPeer {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PeerStatus {
     pub public_key: WgPublicKey,
+    /// The key of ours that the peer accepted last; unknown with kernel WireGuard.
+    #[serde(default)]
+    pub own_key: Option<WgPublicKey>,
     pub endpoint: Option<SocketAddr>,
     /// Seconds since the last completed handshake.
     pub last_handshake_seconds: Option<u64>,

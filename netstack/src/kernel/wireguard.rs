@@ -114,6 +114,7 @@ fn status(peer: &PeerInfo) -> PeerStatus {
     let since = |at: SystemTime| SystemTime::now().duration_since(at).unwrap_or_default().as_secs();
     PeerStatus {
         public_key: WgPublicKey(peer.config.public_key.0),
+        own_key: None,
         endpoint: peer.config.endpoint,
         last_handshake_seconds: peer.stats.last_handshake_time.map(since),
         received_bytes: peer.stats.rx_bytes,

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use weft_model::constants::{ANNOTATION_PUBLIC_KEY, ANNOTATION_WIREGUARD_PORT};
+use weft_model::constants::{ANNOTATION_NEXT_PUBLIC_KEY, ANNOTATION_PUBLIC_KEY, ANNOTATION_WIREGUARD_PORT};
 use weft_model::objects::{
     Bandwidth, ConfigMap, Endpoint, EndpointPort, EndpointSlice, NamedPort, Namespace, Node, Pod, Protocol,
     Service, ServiceKind, ServicePort, TrafficPolicy,
@@ -61,6 +61,7 @@ pub fn node(document: &Value) -> Lowered<Node> {
             leaving: meta.deletion_timestamp.is_some()
                 || taints.any(|taint| taint.key == TO_BE_DELETED_TAINT),
             public_key: notes.annotation(&annotations, ANNOTATION_PUBLIC_KEY),
+            next_public_key: notes.annotation(&annotations, ANNOTATION_NEXT_PUBLIC_KEY),
             wireguard_port: notes.annotation(&annotations, ANNOTATION_WIREGUARD_PORT),
             name: NodeName(meta.name),
             uid: meta.uid.unwrap_or_default(),

@@ -36,7 +36,7 @@ pub use document::{CONFIG_MAP, Document, Kind};
 pub use events::{Announcer, Notices};
 pub use failure::{Address, ApiFailure, Distrust};
 pub use lease::Lead;
-pub use publish::{Identity, Publication, Publisher, publish};
+pub use publish::{Identity, Publication, Publisher, Publishing, publish};
 pub use slices::{Slices, SlicesWriter};
 pub use status::{StatusWriter, Statuses, Target};
 pub use version::ServerVersion;

@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use kube::api::{Api, Patch, PatchParams};
 use serde_json::json;
-use weft_model::constants::{ANNOTATION_PUBLIC_KEY, ANNOTATION_WIREGUARD_PORT};
+use tokio::sync::watch;
+use weft_model::constants::{ANNOTATION_NEXT_PUBLIC_KEY, ANNOTATION_PUBLIC_KEY, ANNOTATION_WIREGUARD_PORT};
+use weft_model::objects::Node;
 use weft_model::{NodeName, Planned, Snapshot, WgPublicKey};
 
 use super::client::Access;
@@ -17,6 +19,8 @@ use crate::reconcile::{Applied, Applier, Planner, Trust};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
     pub public_key: WgPublicKey,
+    /// What replaces it as soon as they know it.
+    pub next_public_key: Option<WgPublicKey>,
     pub wireguard_port: u16,
 }
 
@@ -27,17 +31,29 @@ pub struct Publication {
     pub identity: Identity,
 }
 
-impl Planner for Identity {
+impl Identity {
+    /// `node` says something else.
+    pub fn differs(&self, node: &Node) -> bool {
+        node.public_key != Some(self.public_key)
+            || node.next_public_key != self.next_public_key
+            || node.wireguard_port != Some(self.wireguard_port)
+    }
+}
+
+/// The identity as it is at any time.
+#[derive(Debug)]
+pub struct Publishing {
+    pub identity: watch::Receiver<Identity>,
+}
+
+impl Planner for Publishing {
     type Plan = Option<Publication>;
 
     /// Nothing while the own Node is unknown or known from the Store only: then the API server has not been seen.
     fn plan(&mut self, snapshot: &Snapshot) -> Planned<Self::Plan> {
-        let due = snapshot.own_node().filter(|node| {
-            let differs =
-                node.public_key != Some(self.public_key) || node.wireguard_port != Some(self.wireguard_port);
-            differs && !snapshot.from_store
-        });
-        let plan = due.map(|node| Publication { node: node.name.clone(), identity: self.clone() });
+        let identity = self.identity.borrow().clone();
+        let due = snapshot.own_node().filter(|node| identity.differs(node) && !snapshot.from_store);
+        let plan = due.map(|node| Publication { node: node.name.clone(), identity: identity.clone() });
         Planned::new(plan, Vec::new())
     }
 }
@@ -77,12 +93,14 @@ impl Applier for Publisher {
     }
 }
 
-/// Merge-patches the two annotations and nothing else.
+/// Merge-patches the annotations and nothing else.
 pub async fn publish(client: &kube::Client, publication: &Publication) -> Result<(), kube::Error> {
     let api: Api<Document> = Api::all_with(client.clone(), &Kind::Node);
-    let Identity { public_key, wireguard_port } = &publication.identity;
+    let Identity { public_key, next_public_key, wireguard_port } = &publication.identity;
     let annotations = json!({
         ANNOTATION_PUBLIC_KEY: public_key.to_string(),
+        // `null` takes away what a rotation left there (RFC 7386).
+        ANNOTATION_NEXT_PUBLIC_KEY: next_public_key.map(|key| key.to_string()),
         ANNOTATION_WIREGUARD_PORT: wireguard_port.to_string(),
     });
     let patch = json!({ "metadata": { "annotations": annotations } });

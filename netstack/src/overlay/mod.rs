@@ -12,6 +12,7 @@
 pub mod apply;
 pub mod plan;
 mod quarantine;
+pub mod rotation;
 mod rules;
 mod standing;
 mod sysctls;

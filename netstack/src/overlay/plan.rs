@@ -174,7 +174,9 @@ impl<'a> View<'a> {
 
     fn wireguard(&self, problems: &mut Vec<Problem>) -> WireguardPlan {
         let listen_port = self.own.map_or(self.snapshot.config.wireguard_port, |own| self.port(own.node));
-        let mut plan = WireguardPlan { listen_port, ..WireguardPlan::default() };
+        let own_keys = self.own.map(|own| own.node.public_key.into_iter().chain(own.node.next_public_key));
+        let own_keys = own_keys.into_iter().flatten().collect();
+        let mut plan = WireguardPlan { listen_port, own_keys, ..WireguardPlan::default() };
         for other in self.others() {
             let Some(key) = other.node.public_key else { continue };
             let endpoint = self.endpoint(other);
@@ -186,7 +188,9 @@ impl<'a> View<'a> {
             let mut allowed_ips: Vec<IpNet> = other.pod_cidrs.iter().copied().chain(addresses).collect();
             allowed_ips.sort();
             let node = other.node.name.0.clone();
-            plan.peers.insert(key, WireguardPeer { node, endpoint, allowed_ips, keepalive_seconds: None });
+            let next_key = other.node.next_public_key.filter(|next| *next != key);
+            let peer = WireguardPeer { node, next_key, endpoint, allowed_ips, keepalive_seconds: None };
+            plan.peers.insert(key, peer);
         }
         plan
     }

@@ -81,6 +81,11 @@ fn addresses(node: &Node, config: &ClusterConfig, problems: &mut Vec<Problem>) -
     good
 }
 
+/// The present key and the one to come.
+fn keys(node: &Node) -> impl Iterator<Item = WgPublicKey> {
+    node.public_key.into_iter().chain(node.next_public_key)
+}
+
 #[derive(Default)]
 struct Claims {
     pod_cidrs: Vec<(IpNet, String)>,
@@ -102,8 +107,8 @@ impl Claims {
             })
         };
         let key = || {
-            let key = candidate.node.public_key.as_ref()?;
-            Some((format!("public key {key}"), self.keys.get(key)?.as_str()))
+            keys(candidate.node)
+                .find_map(|key| Some((format!("public key {key}"), self.keys.get(&key)?.as_str())))
         };
         cidr.or_else(address).or_else(key)
     }
@@ -112,6 +117,6 @@ impl Claims {
         let owner = &candidate.node.name.0;
         self.pod_cidrs.extend(candidate.pod_cidrs.iter().map(|cidr| (*cidr, owner.clone())));
         self.addresses.extend(candidate.addresses.iter().map(|address| (*address, owner.clone())));
-        self.keys.extend(candidate.node.public_key.map(|key| (key, owner.clone())));
+        self.keys.extend(keys(candidate.node).map(|key| (key, owner.clone())));
     }
 }

@@ -31,6 +31,12 @@ pub fn load_or_create_key(path: &Path) -> Result<[u8; 32], KeyError> {
     }
 }
 
+/// The key at `from` takes the place of the one at `to`, at once and for good.
+pub fn replace(from: &Path, to: &Path) -> io::Result<()> {
+    fs::rename(from, to)?;
+    File::open(to.parent().unwrap_or(Path::new(".")))?.sync_all()
+}
+
 fn parse(text: &str) -> Option<[u8; 32]> {
     STANDARD.decode(text).ok()?.try_into().ok()
 }
@@ -76,6 +82,16 @@ mod tests {
         assert_eq!(fs::read_dir(folder.path().join("state")).unwrap().count(), 1);
         assert_ne!(load_or_create_key(&folder.path().join("other.key")).unwrap(), made);
         assert_eq!((made[0] & 7, made[31] & 192), (0, 64));
+    }
+
+    #[test]
+    fn the_next_key_takes_the_place_of_the_old_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, next) = (folder.path().join("wireguard.key"), folder.path().join("wireguard.key.next"));
+        load_or_create_key(&path).unwrap();
+        let made = load_or_create_key(&next).unwrap();
+        replace(&next, &path).unwrap();
+        assert_eq!((load_or_create_key(&path).unwrap(), next.exists()), (made, false));
     }
 
     #[test]

@@ -56,6 +56,7 @@ fn node() -> Node {
         internal_ips: vec![address("192.0.2.1"), address("2001:db8::1")],
         leaving: false,
         public_key: Some(WgPublicKey([7; 32])),
+        next_public_key: None,
         wireguard_port: Some(51820),
     }
 }

@@ -1,7 +1,7 @@
 //! What goes wrong on every cluster, under load: processes killed, runtimes restarted, the API server away, a node without
 //! power. Not one request may fail on a connection that stands, nor on a new one through a Service.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use rand::RngExt as _;
@@ -21,6 +21,7 @@ pub(crate) const CASES: &[Case] = &[
     ),
     case("the first packets of new pods arrive, while agents are killed", first_packets),
     case("tunnels killed: established connections go on", tunnels_killed),
+    case("keys of all nodes rotated at once: not one packet is lost", keys_rotated),
     case("a kubelet restart is not noticed", kubelet_restarted),
     case("a restart of the container runtime is not noticed", runtime_restarted),
     case("the API server away: connections, new connections and DNS go on", api_server_away),
@@ -146,6 +147,61 @@ fn tunnels_killed(cluster: &Cluster) -> anyhow::Result<()> {
         std::thread::sleep(Duration::from_secs(2));
     }
     unharmed(&loads, "after nine kills")
+}
+
+/// The public key that a node uses and, while it is being replaced, the next one.
+fn keys(cluster: &Cluster, node: &str) -> anyhow::Result<Vec<String>> {
+    let shown = cluster.on(node, "weft key show")?;
+    let key = |line: &str| {
+        let (what, rest) = line.split_once("key ")?;
+        ["", "next "].contains(&what).then(|| rest.split_whitespace().next().map(str::to_owned))?
+    };
+    Ok(shown.lines().filter_map(key).collect())
+}
+
+/// From a pod to pods on the other nodes, 100 packets a second of each family to each: none may be lost while it happens.
+fn none_lost_while(cluster: &Cluster, happens: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    const PACKETS: u32 = 2000;
+    let client = cluster.pod_on("tools", "node1")?;
+    let servers = [cluster.pod_on("echo", "node2")?, cluster.pod_on("echo", "node3")?];
+    let addresses: Vec<&String> = servers.iter().flat_map(|pod| &pod.addresses).collect();
+    let line = |address: &String| format!("ping -q -i 0.01 -w 60 -c {PACKETS} {address}");
+    std::thread::scope(|scope| {
+        let pings: Vec<_> = addresses
+            .iter()
+            .map(|address| scope.spawn(|| cluster.in_pod(&client.name, &line(address))))
+            .collect();
+        std::thread::sleep(Duration::from_secs(2));
+        let happened = happens();
+        for ping in pings {
+            let said = ping.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            ensure!(said.contains(&format!("{PACKETS} packets transmitted, {PACKETS} ")), "{said}");
+        }
+        happened
+    })
+}
+
+fn keys_rotated(cluster: &Cluster) -> anyhow::Result<()> {
+    let loads = loads(cluster)?;
+    let before = NODES.iter().map(|node| keys(cluster, node)).collect::<anyhow::Result<Vec<_>>>()?;
+    none_lost_while(cluster, || {
+        for node in NODES {
+            cluster.on(node, "weft key rotate")?;
+        }
+        let started_at = Instant::now();
+        for (node, before) in NODES.iter().zip(&before) {
+            cluster.within(Duration::from_secs(30), "the next key has taken over", || {
+                let now = keys(cluster, node)?;
+                ensure!(now.len() == 1 && now != *before, "{node}: {now:?} after {before:?}");
+                let annotations = &cluster.object(&["node", node])?["metadata"]["annotations"];
+                ensure!(annotations["weft.network/public-key"] == now[0], "{node}: {annotations}");
+                Ok(())
+            })?;
+        }
+        println!("        all keys replaced after {:.1} s", started_at.elapsed().as_secs_f32());
+        Ok(())
+    })?;
+    unharmed(&loads, "after every key was replaced")
 }
 
 fn restarted(cluster: &Cluster, unit: &str) -> anyhow::Result<()> {

@@ -35,6 +35,7 @@ fn snapshot(from_store: bool) -> Snapshot {
         internal_ips: vec![],
         leaving: false,
         public_key: None,
+        next_public_key: None,
         wireguard_port: None,
     };
     let config = ClusterConfig {

@@ -132,6 +132,7 @@ pub(in crate::cni) fn snapshot(pod_cidrs: &[&str]) -> Snapshot {
         internal_ips: vec!["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()],
         leaving: false,
         public_key: None,
+        next_public_key: None,
         wireguard_port: None,
     };
     Snapshot {

@@ -462,12 +462,13 @@ async fn losing_the_server_changes_nothing_but_the_status_and_it_is_found_again(
 
 #[tokio::test]
 async fn the_identity_is_written_once_with_a_merge_patch_of_the_own_node_only() {
-    use crate::kube::{Identity, Publisher};
+    use crate::kube::{Identity, Publisher, Publishing};
     use crate::reconcile::{Applier, Planner, Trust};
     let mut rig = Rig::start(None, |server| server.set("nodes", json!({"metadata": {"name": "n1"}}))).await;
     let snapshot = rig.until("the Node", |s| s.own_node().is_some()).await;
     let public_key = weft_model::WgPublicKey([7; 32]);
-    let mut identity = Identity { public_key, wireguard_port: 51820 };
+    let identity = Identity { public_key, next_public_key: None, wireguard_port: 51820 };
+    let mut identity = Publishing { identity: tokio::sync::watch::Sender::new(identity).subscribe() };
     let due = identity.plan(&snapshot).plan;
     let applied = Publisher::new(rig.access.clone()).apply(&due, Trust::Nothing).await;
     assert_eq!((applied.changed.len(), applied.failed), (1, vec![]));
@@ -475,7 +476,9 @@ async fn the_identity_is_written_once_with_a_merge_patch_of_the_own_node_only() 
         "weft.network/public-key": public_key.to_string(), "weft.network/wireguard-port": "51820",
     });
     let written = rig.server.lock().unwrap().patches.clone();
-    let expected = json!({"metadata": {"annotations": annotations}});
+    let mut with_null = annotations.clone();
+    with_null["weft.network/next-public-key"] = json!(null);
+    let expected = json!({"metadata": {"annotations": with_null}});
     assert_eq!(written, [("/api/v1/nodes/n1".to_owned(), expected)]);
     let node = json!({"metadata": {"name": "n1", "annotations": annotations}});
     rig.watching().await;

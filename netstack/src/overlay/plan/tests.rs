@@ -30,6 +30,7 @@ fn node(number: u8, ipv4: bool, ipv6: bool) -> Node {
         internal_ips,
         leaving: false,
         public_key: Some(WgPublicKey([number; 32])),
+        next_public_key: None,
         wireguard_port: None,
     }
 }

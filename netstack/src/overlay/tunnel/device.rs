@@ -12,17 +12,18 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use weft_model::WgPublicKey;
 use weft_model::wireguard::{PeerStatus, WireguardPeer};
 
-use super::TunnelState;
 use super::allowed_ips::AllowedIps;
 use super::macs::Admissions;
 use super::noise::Identity;
 use super::peer::{MAX_SLOT, Now, Outbox, Peer};
+use super::session::REJECT_AFTER_TIME;
+use super::{KeyPairs, TunnelState};
 use crate::kernel::tun::Tun;
 use crate::kernel::udp::UdpSocket;
 
@@ -32,13 +33,20 @@ pub(super) const RECEIVE_TIMEOUT: Duration = Duration::from_secs(1);
 const MAX_TIMER_SLEEP: Duration = Duration::from_millis(500);
 const MIN_TIMER_SLEEP: Duration = Duration::from_millis(10);
 
+/// A key pair that was replaced is answered for this long: all that was made with it has ended by then (whitepaper,
+/// section 6.3).
+const RETIRED_FOR: Duration = REJECT_AFTER_TIME.saturating_mul(3);
+
 pub(super) struct PeerEntry {
     pub(super) slot: u32,
-    pub(super) key: WgPublicKey,
     state: Mutex<Peer>,
 }
 
 impl PeerEntry {
+    fn new(identities: &Identities, key: WgPublicKey, slot: u32) -> Self {
+        Self { slot, state: Mutex::new(Peer::new(identities.current.clone(), key, slot)) }
+    }
+
     /// A panic elsewhere leaves the state whole enough: every step of the state machine is a plain assignment.
     pub(super) fn lock(&self) -> MutexGuard<'_, Peer> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -49,6 +57,8 @@ impl PeerEntry {
 pub(super) struct Table {
     slots: Vec<Option<Arc<PeerEntry>>>,
     by_key: BTreeMap<WgPublicKey, (Arc<PeerEntry>, WireguardPeer)>,
+    /// By the key that the peer is about to change to.
+    by_next_key: BTreeMap<WgPublicKey, Arc<PeerEntry>>,
     /// To the slot.
     pub(super) allowed: AllowedIps<u32>,
     pub(super) mtu_bytes: usize,
@@ -65,7 +75,9 @@ impl Table {
             .values()
             .flat_map(|(entry, peer)| peer.allowed_ips.iter().map(|prefix| (*prefix, entry.slot)));
         let allowed = AllowedIps::new(prefixes);
-        Self { slots, by_key, allowed, mtu_bytes }
+        let by_next_key =
+            by_key.values().filter_map(|(entry, peer)| Some((peer.next_key?, entry.clone()))).collect();
+        Self { slots, by_key, by_next_key, allowed, mtu_bytes }
     }
 
     pub(super) fn peer(&self, slot: u32) -> Option<&Arc<PeerEntry>> {
@@ -73,7 +85,13 @@ impl Table {
     }
 
     pub(super) fn peer_by_key(&self, key: &WgPublicKey) -> Option<&Arc<PeerEntry>> {
-        self.by_key.get(key).map(|(entry, _)| entry)
+        self.by_key.get(key).map(|(entry, _)| entry).or_else(|| self.by_next_key.get(key))
+    }
+
+    /// Also a peer that was known to change to `key`.
+    fn known(&self, key: &WgPublicKey) -> Option<&(Arc<PeerEntry>, WireguardPeer)> {
+        let changed = || self.by_key.values().find(|(_, peer)| peer.next_key.as_ref() == Some(key));
+        self.by_key.get(key).or_else(changed)
     }
 
     fn peers(&self) -> impl Iterator<Item = &Arc<PeerEntry>> {
@@ -99,8 +117,35 @@ impl Sockets {
     }
 }
 
+/// The key pairs that this node goes by.
+pub(super) struct Identities {
+    pub(super) current: Arc<Identity>,
+    /// Replaces the current one soon; peers that accept it are greeted with it already.
+    next: Option<Arc<Identity>>,
+    /// What the current one replaced, and when: peers that have not heard of it still call the old one.
+    retired: Option<(Arc<Identity>, Instant)>,
+}
+
+impl Identities {
+    fn all(&self) -> impl Iterator<Item = &Arc<Identity>> {
+        [Some(&self.current), self.next.as_ref(), self.retired.as_ref().map(|(identity, _)| identity)]
+            .into_iter()
+            .flatten()
+    }
+
+    /// The owner of one of our public keys; nobody calls a retired one for long.
+    pub(super) fn owner(&self, key: &WgPublicKey, now: Instant) -> Option<&Arc<Identity>> {
+        let gone = |identity: &Identity| {
+            self.retired.as_ref().is_some_and(|(retired, at)| {
+                retired.public == identity.public && now.saturating_duration_since(*at) >= RETIRED_FOR
+            })
+        };
+        self.all().find(|identity| identity.public == *key).filter(|identity| !gone(identity))
+    }
+}
+
 pub(super) struct Device {
-    pub(super) identity: Arc<Identity>,
+    identities: ArcSwap<Identities>,
     pub(super) tun: Tun,
     pub(super) admissions: Mutex<Admissions>,
     table: ArcSwap<Table>,
@@ -112,9 +157,11 @@ pub(super) struct Device {
 
 impl Device {
     pub(super) fn new(identity: Identity, tun: Tun) -> Self {
-        let admissions = Admissions::new(&identity.public.0, Now::read().monotonic);
+        let mut admissions = Admissions::new(Now::read().monotonic);
+        admissions.set_keys([identity.public].into_iter());
+        let identities = Identities { current: Arc::new(identity), next: None, retired: None };
         Self {
-            identity: Arc::new(identity),
+            identities: ArcSwap::from_pointee(identities),
             tun,
             admissions: Mutex::new(admissions),
             table: ArcSwap::from_pointee(Table::new(BTreeMap::new(), 1420)),
@@ -122,6 +169,10 @@ impl Device {
             applying: Mutex::new(()),
             send_failed: AtomicBool::new(false),
         }
+    }
+
+    pub(super) fn identities(&self) -> Arc<Identities> {
+        self.identities.load_full()
     }
 
     pub(super) fn table(&self) -> Arc<Table> {
@@ -136,7 +187,7 @@ impl Device {
     /// configured one changed. New peers with an endpoint are greeted at once.
     ///
     /// Errors: the port is taken; peers are not changed then.
-    pub(super) fn apply(&self, state: &TunnelState) -> io::Result<()> {
+    pub(super) fn apply(&self, state: &TunnelState, keys: KeyPairs) -> io::Result<()> {
         let _guard = self.applying.lock().unwrap_or_else(PoisonError::into_inner);
         let port = state.wireguard.listen_port;
         if self.sockets().is_none_or(|sockets| sockets.port != port) {
@@ -144,19 +195,23 @@ impl Device {
         }
         let old = self.table();
         let now = Now::read();
+        let identities = self.renew_identities(keys, now.monotonic);
         let mut free = free_slots(&old, state);
         let mut greet = Vec::new();
         let mut by_key = BTreeMap::new();
-        for (key, wanted) in state.wireguard.peers.iter().filter(|(key, _)| **key != self.identity.public) {
-            let known = old.by_key.get(key);
+        for (key, wanted) in
+            state.wireguard.peers.iter().filter(|(key, _)| identities.all().all(|own| own.public != **key))
+        {
+            let known = old.known(key);
             let entry = match known {
                 Some((entry, _)) => entry.clone(),
                 None => match free.next() {
-                    Some(slot) => Arc::new(self.new_peer(*key, slot)),
+                    Some(slot) => Arc::new(PeerEntry::new(&identities, *key, slot)),
                     None => break,
                 },
             };
-            configure(&entry, known.map(|(_, peer)| peer), wanted, now);
+            configure(&entry, key, known.map(|(_, peer)| peer), wanted, now);
+            entry.lock().set_identities(&identities.current, identities.next.as_ref(), now.monotonic);
             if known.is_none() {
                 greet.push(entry.clone());
             }
@@ -170,8 +225,22 @@ impl Device {
         Ok(())
     }
 
-    fn new_peer(&self, key: WgPublicKey, slot: u32) -> PeerEntry {
-        PeerEntry { slot, key, state: Mutex::new(Peer::new(self.identity.clone(), key, slot)) }
+    /// The pairs that stay keep their place; one that is no longer current is retired.
+    fn renew_identities(&self, KeyPairs { current, next }: KeyPairs, now: Instant) -> Arc<Identities> {
+        let old = self.identities();
+        let kept = |new: Identity| {
+            let known = old.all().find(|identity| identity.public == new.public);
+            known.cloned().unwrap_or_else(|| Arc::new(new))
+        };
+        let (current, next) = (kept(current), next.map(kept));
+        let changed = current.public != old.current.public;
+        let retired = if changed { Some((old.current.clone(), now)) } else { old.retired.clone() };
+        let renewed = Arc::new(Identities { current, next, retired });
+        let mut admissions = self.admissions.lock().unwrap_or_else(PoisonError::into_inner);
+        admissions.set_keys(renewed.all().map(|identity| identity.public));
+        drop(admissions);
+        self.identities.store(renewed.clone());
+        renewed
     }
 
     /// Runs one step of the state machine and sends what it wants sent.
@@ -216,11 +285,13 @@ impl Device {
         let now = Now::read().monotonic;
         let table = self.table();
         table
-            .peers()
-            .map(|entry| {
+            .by_key
+            .iter()
+            .map(|(key, (entry, _))| {
                 let peer = entry.lock();
                 PeerStatus {
-                    public_key: entry.key,
+                    public_key: *key,
+                    own_key: peer.confirmed(),
                     endpoint: peer.endpoint(),
                     last_handshake_seconds: peer.seconds_since_handshake(now),
                     received_bytes: peer.received_bytes,
@@ -257,8 +328,18 @@ fn free_slots(old: &Table, state: &TunnelState) -> impl Iterator<Item = u32> + u
     (0..=needed.min(MAX_SLOT)).filter(move |slot| !taken.contains(slot))
 }
 
-fn configure(entry: &PeerEntry, old: Option<&WireguardPeer>, wanted: &WireguardPeer, now: Now) {
+fn configure(
+    entry: &PeerEntry,
+    key: &WgPublicKey,
+    old: Option<&WireguardPeer>,
+    wanted: &WireguardPeer,
+    now: Now,
+) {
     let mut peer = entry.lock();
+    // A peer that has called with its next key is called by it.
+    if Some(peer.key) != wanted.next_key {
+        peer.set_key(*key);
+    }
     if wanted.endpoint.is_some() && old.is_none_or(|old| old.endpoint != wanted.endpoint) {
         peer.set_endpoint(wanted.endpoint);
     }

@@ -6,6 +6,8 @@ use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use weft_model::WgPublicKey;
+
 use super::allowed_ips::addresses;
 use super::coalesce::{Coalescer, Located};
 use super::device::{Device, PeerEntry, RECEIVE_TIMEOUT, Table};
@@ -128,13 +130,16 @@ impl Opening<'_> {
 /// Initiations, responses and cookie replies; anything else is ignored.
 fn handshake(device: &Device, table: &Table, datagram: &[u8], from: SocketAddr, now: Now) {
     match parse(datagram) {
-        Some(Message::Initiation(message)) if admitted(device, datagram, from, now) => {
-            let Ok(initiation) = read_initiation(&device.identity, message) else { return };
+        Some(Message::Initiation(message)) => {
+            let Some(called) = admitted(device, datagram, from, now) else { return };
+            let identities = device.identities();
+            let Some(identity) = identities.owner(&called, now.monotonic) else { return };
+            let Ok(initiation) = read_initiation(identity, message) else { return };
             if let Some(entry) = table.peer_by_key(&initiation.remote) {
                 device.with_peer(entry, |peer, out| peer.consume_initiation(initiation, from, now, out));
             }
         }
-        Some(Message::Response(message)) if admitted(device, datagram, from, now) => {
+        Some(Message::Response(message)) if admitted(device, datagram, from, now).is_some() => {
             respond(device, table, message, from, now);
         }
         Some(Message::CookieReply(message)) => {
@@ -152,16 +157,17 @@ fn respond(device: &Device, table: &Table, message: &[u8; RESPONSE_LEN], from: S
     }
 }
 
-fn admitted(device: &Device, message: &[u8], from: SocketAddr, now: Now) -> bool {
+/// The key of ours that the message is meant for.
+fn admitted(device: &Device, message: &[u8], from: SocketAddr, now: Now) -> Option<WgPublicKey> {
     let mut admissions = device.admissions.lock().unwrap_or_else(PoisonError::into_inner);
     let admission = admissions.judge(message, from, now.monotonic);
     drop(admissions);
     match admission {
-        Admission::Process => true,
+        Admission::Process(key) => Some(key),
         Admission::Reply(reply) => {
             device.send(from, &reply, reply.len());
-            false
+            None
         }
-        Admission::Drop => false,
+        Admission::Drop => None,
     }
 }

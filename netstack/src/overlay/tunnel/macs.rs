@@ -11,6 +11,7 @@ use blake2::digest::{FixedOutput, KeyInit, Mac, Update};
 use blake2::{Blake2s256, Blake2sMac, Digest};
 use chacha20poly1305::aead::AeadInPlace;
 use chacha20poly1305::{XChaCha20Poly1305, XNonce};
+use weft_model::WgPublicKey;
 
 use super::message::{COOKIE_REPLY_LEN, MACS_LEN, TYPE_COOKIE_REPLY, u32_at};
 
@@ -89,16 +90,29 @@ pub(super) fn open_cookie(
 /// What to do with a handshake message.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Admission {
-    Process,
+    /// It is for the owner of this key.
+    Process(WgPublicKey),
     /// We are under load and the sender has not proved its address: answer with this instead.
     Reply([u8; COOKIE_REPLY_LEN]),
     Drop,
 }
 
+/// A public key of ours, with what is derived from it.
+struct OwnKey {
+    public: WgPublicKey,
+    mac1: [u8; 32],
+    cookie: [u8; 32],
+}
+
+impl OwnKey {
+    fn new(public: WgPublicKey) -> Self {
+        Self { public, mac1: mac1_key(&public.0), cookie: cookie_key(&public.0) }
+    }
+}
+
 /// Guards the expensive part of handshakes; one per device.
 pub(super) struct Admissions {
-    mac1_key: [u8; 32],
-    cookie_key: [u8; 32],
+    keys: Vec<OwnKey>,
     secret: [u8; 32],
     secret_until: Option<Instant>,
     second: Instant,
@@ -108,10 +122,9 @@ pub(super) struct Admissions {
 }
 
 impl Admissions {
-    pub(super) fn new(public_key: &[u8; 32], now: Instant) -> Self {
+    pub(super) fn new(now: Instant) -> Self {
         Self {
-            mac1_key: mac1_key(public_key),
-            cookie_key: cookie_key(public_key),
+            keys: Vec::new(),
             secret: [0; 32],
             secret_until: None,
             second: now,
@@ -121,23 +134,29 @@ impl Admissions {
         }
     }
 
+    /// Messages to the owners of these keys are for us.
+    pub(super) fn set_keys(&mut self, keys: impl Iterator<Item = WgPublicKey>) {
+        self.keys = keys.map(OwnKey::new).collect();
+    }
+
     /// Judges an initiation or a response (their last 32 bytes are the macs).
     pub(super) fn judge(&mut self, message: &[u8], from: SocketAddr, now: Instant) -> Admission {
         let (body, macs) = message.split_at(message.len() - MACS_LEN);
         let (mac1, mac2) = macs.split_at(16);
-        if !valid_mac(&self.mac1_key, &[body], mac1) {
+        let meant = |key: &&OwnKey| valid_mac(&key.mac1, &[body], mac1);
+        let Some(&OwnKey { public, cookie: cookie_key, .. }) = self.keys.iter().find(meant) else {
             return Admission::Drop;
-        }
+        };
         if !self.under_load(now) {
-            return Admission::Process;
+            return Admission::Process(public);
         }
         let cookie = self.cookie(from, now);
         if !valid_mac(&cookie, &[body, mac1], mac2) {
-            return self.reply(message, mac1, &cookie).map_or(Admission::Drop, Admission::Reply);
+            return reply(&cookie_key, message, mac1, &cookie).map_or(Admission::Drop, Admission::Reply);
         }
         let count = self.by_address.entry(from.ip()).or_default();
         *count += 1;
-        if *count > PER_ADDRESS_PER_SECOND { Admission::Drop } else { Admission::Process }
+        if *count > PER_ADDRESS_PER_SECOND { Admission::Drop } else { Admission::Process(public) }
     }
 
     fn under_load(&mut self, now: Instant) -> bool {
@@ -165,19 +184,24 @@ impl Admissions {
             IpAddr::V6(address) => mac(&self.secret, &[&address.octets(), &port]),
         }
     }
+}
 
-    fn reply(&self, message: &[u8], mac1: &[u8], cookie: &Cookie) -> Option<[u8; COOKIE_REPLY_LEN]> {
-        let mut reply = [0; COOKIE_REPLY_LEN];
-        reply[0..4].copy_from_slice(&TYPE_COOKIE_REPLY.to_le_bytes());
-        reply[4..8].copy_from_slice(&u32_at(message, 4)?.to_le_bytes());
-        let nonce: [u8; 24] = rand::random();
-        reply[8..32].copy_from_slice(&nonce);
-        reply[32..48].copy_from_slice(cookie);
-        let cipher = <XChaCha20Poly1305 as chacha20poly1305::KeyInit>::new((&self.cookie_key).into());
-        let tag = cipher.encrypt_in_place_detached(&nonce.into(), mac1, &mut reply[32..48]).ok()?;
-        reply[48..64].copy_from_slice(&tag);
-        Some(reply)
-    }
+fn reply(
+    cookie_key: &[u8; 32],
+    message: &[u8],
+    mac1: &[u8],
+    cookie: &Cookie,
+) -> Option<[u8; COOKIE_REPLY_LEN]> {
+    let mut reply = [0; COOKIE_REPLY_LEN];
+    reply[0..4].copy_from_slice(&TYPE_COOKIE_REPLY.to_le_bytes());
+    reply[4..8].copy_from_slice(&u32_at(message, 4)?.to_le_bytes());
+    let nonce: [u8; 24] = rand::random();
+    reply[8..32].copy_from_slice(&nonce);
+    reply[32..48].copy_from_slice(cookie);
+    let cipher = <XChaCha20Poly1305 as chacha20poly1305::KeyInit>::new(cookie_key.into());
+    let tag = cipher.encrypt_in_place_detached(&nonce.into(), mac1, &mut reply[32..48]).ok()?;
+    reply[48..64].copy_from_slice(&tag);
+    Some(reply)
 }
 
 #[cfg(test)]
@@ -192,38 +216,48 @@ mod tests {
         (message, mac1)
     }
 
+    fn admissions(now: Instant) -> Admissions {
+        let mut admissions = Admissions::new(now);
+        admissions.set_keys([WgPublicKey([8; 32]), WgPublicKey(OWNER)].into_iter());
+        admissions
+    }
+
     #[test]
     fn a_wrong_mac1_is_dropped_before_any_expensive_work() {
         let now = Instant::now();
         let (mut message, _) = stamped(None);
         message[20] ^= 1;
         let from = "192.0.2.1:5".parse().unwrap();
-        assert_eq!(Admissions::new(&OWNER, now).judge(&message, from, now), Admission::Drop);
+        assert_eq!(admissions(now).judge(&message, from, now), Admission::Drop);
     }
 
     #[test]
     fn under_load_an_address_proves_itself_with_the_cookie() {
         let now = Instant::now();
-        let mut admissions = Admissions::new(&OWNER, now);
+        let mut admissions = admissions(now);
         let from: SocketAddr = "[2001:db8::1]:51820".parse().unwrap();
         let (message, mac1) = stamped(None);
         for _ in 0..LOAD_PER_SECOND {
-            assert_eq!(admissions.judge(&message, from, now), Admission::Process);
+            assert_eq!(admissions.judge(&message, from, now), Admission::Process(WgPublicKey(OWNER)));
         }
         let Admission::Reply(reply) = admissions.judge(&message, from, now) else { panic!("no cookie") };
         let cookie = open_cookie(&reply, &cookie_key(&OWNER), &mac1).unwrap();
         let (with_mac2, _) = stamped(Some(&cookie));
-        assert_eq!(admissions.judge(&with_mac2, from, now), Admission::Process);
+        assert_eq!(admissions.judge(&with_mac2, from, now), Admission::Process(WgPublicKey(OWNER)));
         let elsewhere = "[2001:db8::1]:51821".parse().unwrap();
         assert!(matches!(admissions.judge(&with_mac2, elsewhere, now), Admission::Reply(_)));
         let later = now + Duration::from_secs(3);
-        assert_eq!(admissions.judge(&message, from, later), Admission::Process, "the load is over");
+        assert_eq!(
+            admissions.judge(&message, from, later),
+            Admission::Process(WgPublicKey(OWNER)),
+            "the load is over"
+        );
     }
 
     #[test]
     fn a_cookie_reply_to_another_message_is_refused() {
         let now = Instant::now();
-        let mut admissions = Admissions::new(&OWNER, now);
+        let mut admissions = admissions(now);
         let from = "192.0.2.1:5".parse().unwrap();
         let (message, mac1) = stamped(None);
         for _ in 0..LOAD_PER_SECOND {

@@ -43,12 +43,14 @@ use crate::kernel::tun::Tun;
 pub const STATE_FILE: &str = "tunnel.json";
 pub const SOCKET_FILE: &str = "tunnel.sock";
 pub const KEY_FILE: &str = "wireguard.key";
+/// Holds the key to come while it is being introduced to the peers.
+pub const NEXT_KEY_FILE: &str = "wireguard.key.next";
 
 #[derive(Clone, Debug)]
 pub struct TunnelConfig {
     /// Holds `tunnel.json` and `tunnel.sock`.
     pub run_dir: PathBuf,
-    /// Holds `wireguard.key`.
+    /// Holds `wireguard.key` and, during a rotation, `wireguard.key.next`.
     pub state_dir: PathBuf,
     /// Name of the TUN device, usually `weft0`.
     pub link: String,
@@ -86,12 +88,12 @@ pub enum TunnelError {
 
 /// Runs the tunnel until SIGTERM or SIGINT (`Ok`) or until a part of it fails. Blocks; the device stays.
 pub fn run(config: TunnelConfig) -> Result<(), TunnelError> {
-    let identity = Identity::new(read_key(&config.state_dir.join(KEY_FILE))?);
+    let Keys { current, .. } = Keys::read(&config.state_dir)?;
     let tun =
         Tun::open(&config.link).map_err(|source| TunnelError::Tun { link: config.link.clone(), source })?;
-    let device = Arc::new(Device::new(identity, tun));
+    let device = Arc::new(Device::new(Identity::new(current), tun));
     let state_path = config.run_dir.join(STATE_FILE);
-    match apply(&device, &state_path) {
+    match apply(&device, &state_path, &config.state_dir) {
         // Without an agent so far: wait for its word.
         Err(TunnelError::ReadState { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
         outcome => outcome?,
@@ -100,13 +102,13 @@ pub fn run(config: TunnelConfig) -> Result<(), TunnelError> {
     let listener = control::bind(&socket_path)
         .map_err(|source| TunnelError::Socket { path: socket_path.clone(), source })?;
     let (end_tx, end_rx) = mpsc::channel();
-    let of_control = device.clone();
+    let (of_control, state_dir) = (device.clone(), config.state_dir);
     start("control", &end_tx, move || {
-        control::serve(&listener, |method, path| answer(&of_control, &state_path, method, path))
+        control::serve(&listener, |method, path| answer(&of_control, &state_path, &state_dir, method, path))
     })?;
     start_data_path(&device, &end_tx)?;
     start("signals", &end_tx, wait_for_signal)?;
-    tracing::info!(link = config.link, key = %device.identity.public, "tunnel runs");
+    tracing::info!(link = config.link, key = %device.identities().current.public, "tunnel runs");
     // Every sender lives in a thread that reports before it ends, and one is here: an answer always comes.
     let outcome = match end_rx.recv() {
         Ok(("signals", error)) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
@@ -166,9 +168,9 @@ fn start(
     thread.map(|_| ()).map_err(TunnelError::Thread)
 }
 
-fn answer(device: &Device, state_path: &Path, method: &str, path: &str) -> Response {
+fn answer(device: &Device, state_path: &Path, state_dir: &Path, method: &str, path: &str) -> Response {
     match (method, path) {
-        ("POST", "/apply") => match apply(device, state_path) {
+        ("POST", "/apply") => match apply(device, state_path, state_dir) {
             Ok(()) => Response { status: 204, body: String::new() },
             Err(error) => Response { status: 500, body: crate::reconcile::chain(&error) },
         },
@@ -180,15 +182,47 @@ fn answer(device: &Device, state_path: &Path, method: &str, path: &str) -> Respo
     }
 }
 
-fn apply(device: &Device, state_path: &Path) -> Result<(), TunnelError> {
+fn apply(device: &Device, state_path: &Path, state_dir: &Path) -> Result<(), TunnelError> {
     let path = || state_path.to_owned();
     let text = std::fs::read(state_path).map_err(|source| TunnelError::ReadState { path: path(), source })?;
     let state: TunnelState =
         serde_json::from_slice(&text).map_err(|source| TunnelError::InvalidState { path: path(), source })?;
     let port = state.wireguard.listen_port;
-    device.apply(&state).map_err(|source| TunnelError::Port { port, source })?;
+    let keys = Keys::read(state_dir)?.pairs(&state.wireguard.own_keys);
+    device.apply(&state, keys).map_err(|source| TunnelError::Port { port, source })?;
     tracing::info!(peers = state.wireguard.peers.len(), port, "configuration applied");
     Ok(())
+}
+
+/// This node's private keys.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Keys {
+    pub current: [u8; 32],
+    pub next: Option<[u8; 32]>,
+}
+
+impl Keys {
+    /// Errors: a file that is there is no key, or the current one is not there.
+    pub fn read(state_dir: &Path) -> Result<Self, TunnelError> {
+        let current = read_key(&state_dir.join(KEY_FILE))?;
+        let next = match read_key(&state_dir.join(NEXT_KEY_FILE)) {
+            Ok(key) => Some(key),
+            Err(TunnelError::ReadKey { source, .. }) if source.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(error),
+        };
+        Ok(Self { current, next })
+    }
+
+    /// The next one counts once the node's own Node has named it: before that no peer can know it.
+    fn pairs(self, named: &[WgPublicKey]) -> KeyPairs {
+        let next = self.next.map(Identity::new).filter(|next| named.contains(&next.public));
+        KeyPairs { current: Identity::new(self.current), next }
+    }
+}
+
+struct KeyPairs {
+    current: Identity,
+    next: Option<Identity>,
 }
 
 /// The public key of a private key.

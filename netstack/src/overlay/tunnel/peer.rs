@@ -32,6 +32,8 @@ const MAX_JITTER_MILLIS: u64 = 333;
 const MIN_INITIATION_GAP: Duration = Duration::from_millis(20);
 /// Packets that wait for a handshake; the oldest go first.
 const MAX_QUEUED: usize = 128;
+/// Sessions kept to open what is still on its way.
+const MAX_PREVIOUS: usize = 3;
 /// Session indices of one peer: its slot in the upper 24 bits, a rolling number below.
 const SLOT_SHIFT: u32 = 8;
 pub(super) const MAX_SLOT: u32 = (1 << (32 - SLOT_SHIFT)) - 1;
@@ -66,6 +68,7 @@ pub(super) struct Reservation {
 }
 
 struct Attempt {
+    identity: Arc<Identity>,
     state: HandshakeState,
     local_index: u32,
     mac1: [u8; 16],
@@ -82,6 +85,8 @@ struct Timers {
     keepalive_at: Option<Instant>,
     another_keepalive: bool,
     persistent_at: Option<Instant>,
+    /// When the identity to come is tried again.
+    trial_at: Option<Instant>,
     /// When every key of the peer is forgotten.
     erase_at: Option<Instant>,
     /// The current session was already renewed because it is about to be rejected.
@@ -89,7 +94,12 @@ struct Timers {
 }
 
 pub(super) struct Peer {
+    /// Of ours, as the peer is known to accept it.
     identity: Arc<Identity>,
+    /// Replaces `identity` as soon as the peer has answered to it.
+    next_identity: Option<Arc<Identity>>,
+    /// The key of ours that a completed handshake was made with.
+    confirmed: Option<WgPublicKey>,
     pub(super) key: WgPublicKey,
     mac1_key: [u8; 32],
     cookie_key: [u8; 32],
@@ -98,7 +108,9 @@ pub(super) struct Peer {
     endpoint: Option<SocketAddr>,
     keepalive: Option<Duration>,
     attempt: Option<Attempt>,
-    previous: Option<Arc<Session>>,
+    /// What the peer may still send with, newest first. More than one, since two handshakes that cross leave the sides sending
+    /// with different sessions.
+    previous: VecDeque<Arc<Session>>,
     current: Option<Arc<Session>>,
     /// We answered; the initiator has not used it yet.
     next: Option<Arc<Session>>,
@@ -117,6 +129,8 @@ impl Peer {
     pub(super) fn new(identity: Arc<Identity>, key: WgPublicKey, slot: u32) -> Self {
         Self {
             identity,
+            next_identity: None,
+            confirmed: None,
             key,
             mac1_key: macs::mac1_key(&key.0),
             cookie_key: macs::cookie_key(&key.0),
@@ -125,7 +139,7 @@ impl Peer {
             endpoint: None,
             keepalive: None,
             attempt: None,
-            previous: None,
+            previous: VecDeque::new(),
             current: None,
             next: None,
             greatest_timestamp: [0; 12],
@@ -137,6 +151,39 @@ impl Peer {
             received_bytes: 0,
             sent_bytes: 0,
         }
+    }
+
+    /// The peer goes by another key from now on; its sessions stay.
+    pub(super) fn set_key(&mut self, key: WgPublicKey) {
+        if self.key != key {
+            self.key = key;
+            self.mac1_key = macs::mac1_key(&key.0);
+            self.cookie_key = macs::cookie_key(&key.0);
+            self.cookie = None;
+        }
+    }
+
+    /// What we go by. With `next`, handshakes are tried with it, beside the sessions there are, until the peer answers to
+    /// one: from then on it is used with this peer. A peer that has answered is not taken back to `current`.
+    pub(super) fn set_identities(
+        &mut self,
+        current: &Arc<Identity>,
+        next: Option<&Arc<Identity>>,
+        now: Instant,
+    ) {
+        let adopted = next.is_some_and(|next| next.public == self.identity.public);
+        let renewed = !adopted && self.identity.public != current.public;
+        if renewed {
+            self.identity = current.clone();
+            self.attempt = None;
+        }
+        self.next_identity = next.filter(|_| !adopted).cloned();
+        self.timers.trial_at = (self.next_identity.is_some() || renewed).then_some(now);
+    }
+
+    /// The key of ours that the peer accepted last.
+    pub(super) fn confirmed(&self) -> Option<WgPublicKey> {
+        self.confirmed
     }
 
     pub(super) fn endpoint(&self) -> Option<SocketAddr> {
@@ -161,9 +208,10 @@ impl Peer {
 
     /// A session that may still open packets.
     pub(super) fn session(&self, index: u32, now: Instant) -> Option<Arc<Session>> {
-        [&self.current, &self.next, &self.previous]
+        [&self.current, &self.next]
             .into_iter()
             .flatten()
+            .chain(&self.previous)
             .find(|session| session.local_index == index && !session.expired(now))
             .cloned()
     }
@@ -207,6 +255,10 @@ impl Peer {
 
     /// Sends an initiation, unless one is on its way.
     pub(super) fn start_handshake(&mut self, now: Now, out: &mut Outbox) {
+        self.start_handshake_as(self.identity.clone(), now, out);
+    }
+
+    fn start_handshake_as(&mut self, identity: Arc<Identity>, now: Now, out: &mut Outbox) {
         let since = match &self.attempt {
             Some(attempt) if now.monotonic < attempt.sent_at + REKEY_TIMEOUT => return,
             Some(attempt) => attempt.since,
@@ -217,14 +269,14 @@ impl Peer {
         }
         let local_index = self.take_index();
         let timestamp = noise::timestamp(now.wall);
-        let Ok((state, mut message)) = noise::initiate(&self.identity, &self.key, &timestamp, local_index)
-        else {
+        let Ok((state, mut message)) = noise::initiate(&identity, &self.key, &timestamp, local_index) else {
             return;
         };
         let mac1 = macs::stamp(&mut message, &self.mac1_key, self.fresh_cookie(now.monotonic).as_ref());
         let jitter = Duration::from_millis(rand::random_range(0..=MAX_JITTER_MILLIS));
         let retry_at = now.monotonic + REKEY_TIMEOUT + jitter;
-        self.attempt = Some(Attempt { state, local_index, mac1, sent_at: now.monotonic, since, retry_at });
+        let sent_at = now.monotonic;
+        self.attempt = Some(Attempt { identity, state, local_index, mac1, sent_at, since, retry_at });
         self.note_traversal(now.monotonic);
         self.push(message.to_vec(), out);
     }
@@ -245,15 +297,18 @@ impl Peer {
         }
         let (timestamp, remote_index, local_index) =
             (initiation.timestamp, initiation.sender, self.take_index());
+        let remote = initiation.remote;
         let Ok((mut message, keys)) = noise::respond(initiation, local_index) else {
             return false;
         };
         self.greatest_timestamp = timestamp;
+        if remote != self.key {
+            self.set_key(remote);
+        }
         self.last_initiation_read = Some(now.monotonic);
         self.set_endpoint(Some(from));
         macs::stamp(&mut message, &self.mac1_key, self.fresh_cookie(now.monotonic).as_ref());
         self.next = Some(Arc::new(Session::new(local_index, remote_index, &keys, false, now.monotonic)));
-        self.previous = None;
         self.timers.erase_at = Some(now.monotonic + REJECT_AFTER_TIME * 3);
         self.note_traversal(now.monotonic);
         self.push(message.to_vec(), out);
@@ -277,7 +332,9 @@ impl Peer {
         let Ok(keys) = noise::read_response(&mut attempt.state, message) else {
             return false;
         };
+        let identity = attempt.identity.clone();
         self.begin_as_initiator(receiver, remote_index, &keys, now.monotonic);
+        self.confirm(identity);
         self.set_endpoint(Some(from));
         self.complete_handshake(now.monotonic);
         self.flush(now, out);
@@ -310,8 +367,8 @@ impl Peer {
             self.set_endpoint(Some(from));
         }
         if self.next.as_ref().is_some_and(|next| next.local_index == session.local_index) {
-            self.previous = self.current.take();
-            self.current = self.next.take();
+            let replaced = std::mem::replace(&mut self.current, self.next.take());
+            self.retire(replaced);
             self.complete_handshake(now.monotonic);
             if !self.queue.is_empty() {
                 self.flush(now, out);
@@ -344,6 +401,11 @@ impl Peer {
                 self.timers.keepalive_at = Some(now.monotonic + KEEPALIVE_TIMEOUT);
             }
         }
+        if due(self.timers.trial_at) {
+            self.timers.trial_at = self.next_identity.is_some().then(|| now.monotonic + REKEY_TIMEOUT);
+            let identity = self.next_identity.as_ref().unwrap_or(&self.identity).clone();
+            self.start_handshake_as(identity, now, out);
+        }
         if due(self.timers.persistent_at) {
             self.timers.persistent_at = self.keepalive.map(|interval| now.monotonic + interval);
             self.send_keepalive(now, out);
@@ -355,7 +417,7 @@ impl Peer {
         let silent_at = self.timers.unanswered_since.map(|since| since + KEEPALIVE_TIMEOUT + REKEY_TIMEOUT);
         let retry_at = self.attempt.as_ref().map(|attempt| attempt.retry_at);
         let timers = &self.timers;
-        [timers.erase_at, timers.keepalive_at, timers.persistent_at, silent_at, retry_at]
+        [timers.erase_at, timers.keepalive_at, timers.persistent_at, timers.trial_at, silent_at, retry_at]
             .into_iter()
             .flatten()
             .min()
@@ -387,9 +449,31 @@ impl Peer {
 
     fn begin_as_initiator(&mut self, local: u32, remote: u32, keys: &TransportKeys, now: Instant) {
         let session = Arc::new(Session::new(local, remote, keys, true, now));
-        self.previous = self.next.take().or_else(|| self.current.take());
-        self.current = Some(session);
+        let replaced = self.current.replace(session);
+        self.retire(replaced);
+        let unused = self.next.take();
+        self.retire(unused);
         self.attempt = None;
+    }
+
+    /// The peer has answered to `identity`.
+    fn confirm(&mut self, identity: Arc<Identity>) {
+        self.confirmed = Some(identity.public);
+        if self.next_identity.as_ref().is_some_and(|next| next.public == identity.public) {
+            self.next_identity = None;
+        }
+        self.identity = identity;
+        if self.next_identity.is_none() {
+            self.timers.trial_at = None;
+        }
+    }
+
+    /// Nothing is sent with it any more; the peer may be a moment behind.
+    fn retire(&mut self, session: Option<Arc<Session>>) {
+        if let Some(session) = session {
+            self.previous.push_front(session);
+            self.previous.truncate(MAX_PREVIOUS);
+        }
     }
 
     fn complete_handshake(&mut self, now: Instant) {
@@ -430,7 +514,7 @@ impl Peer {
     /// Forgets every key; the peer starts anew with the next packet.
     fn erase(&mut self) {
         self.attempt = None;
-        self.previous = None;
+        self.previous.clear();
         self.current = None;
         self.next = None;
         self.timers.erase_at = None;

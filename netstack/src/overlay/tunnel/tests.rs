@@ -35,6 +35,7 @@ struct Host {
     netns: NamedNetns,
     dir: tempfile::TempDir,
     key: WgPublicKey,
+    next_key: Option<WgPublicKey>,
     process: Option<Child>,
 }
 
@@ -51,7 +52,14 @@ impl Host {
         let text = base64::engine::general_purpose::STANDARD.encode(private) + "\n";
         std::fs::write(dir.path().join(KEY_FILE), text).unwrap();
         let key = public_key(private);
-        Self { number, netns: NamedNetns::new(&format!("h{number}")), dir, key, process: None }
+        Self {
+            number,
+            netns: NamedNetns::new(&format!("h{number}")),
+            dir,
+            key,
+            next_key: None,
+            process: None,
+        }
     }
 
     fn underlay(&self, ipv6: bool) -> IpAddr {
@@ -118,6 +126,7 @@ impl Host {
         let peer = |(host, ipv6): &(&Host, bool)| {
             let peer = WireguardPeer {
                 node: format!("node-{}", host.number),
+                next_key: host.next_key,
                 endpoint: Some(SocketAddr::new(host.underlay(*ipv6), PORT)),
                 allowed_ips: host.ranges().iter().map(|range| range.parse().unwrap()).collect(),
                 keepalive_seconds: None,
@@ -125,7 +134,9 @@ impl Host {
             (host.key, peer)
         };
         let peers: BTreeMap<_, _> = peers.iter().map(peer).collect();
-        let state = TunnelState { wireguard: WireguardPlan { listen_port: PORT, peers }, mtu_bytes: MTU };
+        let own_keys = std::iter::once(self.key).chain(self.next_key).collect();
+        let wireguard = WireguardPlan { listen_port: PORT, own_keys, peers };
+        let state = TunnelState { wireguard, mtu_bytes: MTU };
         std::fs::write(self.dir.path().join(STATE_FILE), serde_json::to_vec(&state).unwrap()).unwrap();
     }
 
@@ -355,6 +366,68 @@ fn sigterm_ends_the_tunnel_and_leaves_the_device() {
     assert!(status.success(), "{status}");
     assert!(!hosts[0].dir.path().join(SOCKET_FILE).exists());
     assert!(hosts[0].netns.must(&["ip", "link", "show", LINK]).contains("weft0"));
+}
+
+#[test]
+fn a_key_is_replaced_without_a_lost_packet() {
+    if !needs_root() {
+        return;
+    }
+    let (_switch, mut hosts) = three();
+    hosts[0].reaches(hosts[1].inner(false), PATIENCE);
+    hosts[0].reaches(hosts[2].inner(true), PATIENCE);
+    hosts[1].reaches(hosts[2].inner(false), PATIENCE);
+    let flood = |from: &Host, to: IpAddr| {
+        Command::new("ip")
+            .args(["netns", "exec", &from.netns.name])
+            .args(["ping", "-q", "-i", "0.002", "-c", "3000", "-W", "1", &to.to_string()])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap()
+    };
+    let (first, second, third) = (hosts[0].inner(false), hosts[1].inner(true), hosts[2].inner(true));
+    let floods = [flood(&hosts[1], first), flood(&hosts[0], second), flood(&hosts[0], third)];
+    let old = hosts[0].key;
+    let next = [0x41; 32];
+    std::fs::write(hosts[0].dir.path().join(NEXT_KEY_FILE), next).unwrap();
+    hosts[0].next_key = Some(public_key(next));
+    let tell = |hosts: &[Host; 3], order: [usize; 3]| {
+        for number in order {
+            let others: Vec<(&Host, bool)> = hosts
+                .iter()
+                .filter(|other| other.number != hosts[number].number)
+                .map(|other| (other, other.number + hosts[number].number == 4))
+                .collect();
+            hosts[number].write_state(&others);
+            hosts[number].ask("POST", "/apply");
+        }
+    };
+    // The owner offers the key before its peers have heard of it.
+    tell(&hosts, [0, 1, 2]);
+    let start = Instant::now();
+    let accepted = |host: &Host, by: &Host| host.status(by).own_key == Some(public_key(next));
+    while !(accepted(&hosts[0], &hosts[1]) && accepted(&hosts[0], &hosts[2])) {
+        assert!(start.elapsed() < PATIENCE, "the peers do not answer to the next key");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // And its peers hear last that it has taken over.
+    std::fs::rename(hosts[0].dir.path().join(NEXT_KEY_FILE), hosts[0].dir.path().join(KEY_FILE)).unwrap();
+    (hosts[0].key, hosts[0].next_key) = (public_key(next), None);
+    tell(&hosts, [0, 2, 1]);
+    for flood in floods {
+        let said = String::from_utf8(flood.wait_with_output().unwrap().stdout).unwrap();
+        assert!(said.contains("3000 packets transmitted, 3000 received, 0% packet loss"), "{said}");
+    }
+    assert!(hosts[1].status(&hosts[0]).received_bytes > 1000 * 100, "the counters go on under the new key");
+    // The new key carries handshakes by itself, and the old one opens nothing any more.
+    hosts[1].kill();
+    hosts[1].start();
+    hosts[1].reaches(hosts[0].inner(false), PATIENCE);
+    let keys = |host: &Host| -> Vec<WgPublicKey> {
+        let peers: Vec<PeerStatus> = serde_json::from_str(&host.ask("GET", "/peers")).unwrap();
+        peers.iter().map(|peer| peer.public_key).collect()
+    };
+    assert!(keys(&hosts[1]).contains(&public_key(next)) && !keys(&hosts[1]).contains(&old));
 }
 
 /// An independent implementation as the peer: WEFT_WIREGUARD_GO names its binary.

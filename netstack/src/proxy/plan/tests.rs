@@ -64,6 +64,7 @@ fn cluster(services: Vec<Service>, slices: Vec<EndpointSlice>) -> Snapshot {
         internal_ips: vec!["192.0.2.1".parse().unwrap()],
         leaving: false,
         public_key: None,
+        next_public_key: None,
         wireguard_port: None,
     };
     let config = ClusterConfig {

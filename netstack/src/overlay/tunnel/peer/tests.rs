@@ -249,7 +249,7 @@ fn keys_are_forgotten_after_nine_minutes() {
     world.send(0, 1);
     world.pass(Duration::from_secs(541));
     for side in &world.sides {
-        assert!(side.peer.current.is_none() && side.peer.previous.is_none() && side.peer.next.is_none());
+        assert!(side.peer.current.is_none() && side.peer.previous.is_empty() && side.peer.next.is_none());
         assert_eq!(side.peer.next_wake(), None);
     }
 }
@@ -308,12 +308,13 @@ fn a_cookie_is_used_in_the_next_attempt() {
     let mut world = World::new();
     let (now, mut out) = (world.now(), Outbox::new());
     let bob = world.sides[1].identity.public;
-    let mut admissions = Admissions::new(&bob.0, now.monotonic);
+    let mut admissions = Admissions::new(now.monotonic);
+    admissions.set_keys([bob].into_iter());
     world.sides[0].peer.start_handshake(now, &mut out);
     let reply = loop {
         match admissions.judge(&out[0], world.sides[0].address, now.monotonic) {
             Admission::Reply(reply) => break reply,
-            Admission::Process => {}
+            Admission::Process(_) => {}
             Admission::Drop => panic!("mac1 is right"),
         }
     };
@@ -324,5 +325,5 @@ fn a_cookie_is_used_in_the_next_attempt() {
         admissions.judge(&out[0], "192.0.2.9:9".parse().unwrap(), later.monotonic);
     }
     world.sides[0].peer.tick(later, &mut retry);
-    assert_eq!(admissions.judge(&retry[0], world.sides[0].address, later.monotonic), Admission::Process);
+    assert_eq!(admissions.judge(&retry[0], world.sides[0].address, later.monotonic), Admission::Process(bob));
 }
