@@ -131,8 +131,10 @@ fn what_the_ingress_needs_is_printed_where_it_is_on() {
     let of_ingress = |flags: &[&str]| -> Vec<String> {
         let named = |object: &Value| {
             let text = serde_yaml_ng::to_string(object).unwrap();
-            (text.contains("ingress/") || text.contains("weft-ingress") || text.contains("secrets"))
-                .then(|| object["kind"].as_str().unwrap().to_owned())
+            (text.contains("weft.network/ingress")
+                || text.contains("weft-ingress")
+                || text.contains("secrets"))
+            .then(|| object["kind"].as_str().unwrap().to_owned())
         };
         printed(flags).iter().filter(|object| object["kind"] != "DaemonSet").filter_map(named).collect()
     };
