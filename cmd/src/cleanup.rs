@@ -137,7 +137,7 @@ async fn remove(args: &CleanupArgs) -> anyhow::Result<Outcome> {
     outcome.removed.extend(overlay.changed);
     outcome.failed.extend(overlay.failed);
 
-    for name in ["store", "tunnel.json", "tunnel.sock", "agent.sock"] {
+    for name in ["store", "tunnel.json", "tunnel.sock", "agent.sock", "ingress"] {
         let path = args.run_dir.join(name);
         outcome.note(&path.display().to_string(), remove_any(&path));
     }

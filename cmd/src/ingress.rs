@@ -3,11 +3,15 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use anyhow::Context as _;
 use axum::Router;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::routing::get;
 use clap::{Args, Subcommand};
+use nix::sys::prctl;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::unistd::{Gid, Uid, geteuid, setgroups, setresgid, setresuid};
 use serde::Deserialize;
 use tokio::sync::watch;
 use weft_ingress::explain::{Question, explain, routes};
@@ -16,6 +20,7 @@ use weft_ingress::plan::IngressPlanner;
 use weft_ingress::plan::table::RouteTable;
 use weft_ingress::proxy::process;
 use weft_model::Snapshot;
+use weft_model::constants::{INGRESS_HTTP_PORT, INGRESS_HTTPS_PORT, INGRESS_USER};
 use weft_netstack::reconcile::Planner as _;
 
 use crate::log::LogArgs;
@@ -33,7 +38,7 @@ enum Command {
     Routes(RoutesArgs),
     /// Say what becomes of a request: which object, rule and endpoint, and why not another
     Explain(ExplainArgs),
-    /// Serve the routes that the agent wrote: the proxy process
+    /// Serve the routes that the agent wrote: the proxy process, which gives up the rights of root as soon as it listens
     Serve(ServeArgs),
 }
 
@@ -43,10 +48,10 @@ struct ServeArgs {
     #[arg(long, default_value = "/run/weft")]
     run_dir: PathBuf,
     /// Port for HTTP on each address of the table
-    #[arg(long, default_value_t = 80)]
+    #[arg(long, default_value_t = INGRESS_HTTP_PORT)]
     http_port: u16,
     /// Port for HTTPS
-    #[arg(long, default_value_t = 443)]
+    #[arg(long, default_value_t = INGRESS_HTTPS_PORT)]
     https_port: u16,
     /// One for each core when it is not given
     #[arg(long)]
@@ -92,14 +97,33 @@ pub(crate) fn run(args: &IngressArgs) -> anyhow::Result<()> {
 
 fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     args.log.start()?;
-    process::run(&process::Config {
-        run_dir: args.run_dir.clone(),
-        http_port: args.http_port,
-        https_port: args.https_port,
-        threads: args.threads,
-    })?;
+    let control = process::bind(&args.run_dir)?;
+    give_up_root().context("give up the rights of root")?;
+    process::run(
+        &process::Config {
+            run_dir: args.run_dir.clone(),
+            http_port: args.http_port,
+            https_port: args.https_port,
+            threads: args.threads,
+        },
+        control,
+    )?;
     Ok(())
 }
+
+/// For ever: the process becomes a user that owns nothing on this host, with no capability and no way back.
+fn give_up_root() -> nix::Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    if geteuid().is_root() {
+        setgroups(&[])?;
+        setresgid(Gid::from(INGRESS_USER), Gid::from(INGRESS_USER), Gid::from(INGRESS_USER))?;
+        setresuid(Uid::from(INGRESS_USER), Uid::from(INGRESS_USER), Uid::from(INGRESS_USER))?;
+    }
+    prctl::set_no_new_privs()
+}
+
+const NOT_SERVED: &str = "Ingresses are not served here: the agent runs with --ingress off";
 
 type Snapshots = watch::Receiver<Option<Arc<Snapshot>>>;
 
@@ -124,7 +148,7 @@ fn snapshot(snapshots: &Snapshots) -> Result<Arc<Snapshot>, (StatusCode, String)
 fn table(snapshots: &Snapshots) -> Result<RouteTable, (StatusCode, String)> {
     let snapshot = snapshot(snapshots)?;
     if !snapshot.config.ingress.on {
-        return Err((StatusCode::UNPROCESSABLE_ENTITY, "Ingresses are not served by this node".to_owned()));
+        return Err((StatusCode::UNPROCESSABLE_ENTITY, NOT_SERVED.to_owned()));
     }
     Ok(IngressPlanner::default().plan(&snapshot).plan)
 }
@@ -147,5 +171,11 @@ async fn answer_explain(State(snapshots): State<Snapshots>, Query(asked): Query<
 }
 
 async fn answer_lint(State(snapshots): State<Snapshots>) -> Answer {
-    Ok(crate::lint::text(&lint(&*snapshot(&snapshots)?, true)))
+    let snapshot = snapshot(&snapshots)?;
+    let mut text = crate::lint::text(&lint(&snapshot, true));
+    if !snapshot.config.ingress.on {
+        text.push_str(NOT_SERVED);
+        text.push('\n');
+    }
+    Ok(text)
 }

@@ -37,8 +37,6 @@ pub(crate) fn run(args: &LintArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-const NOT_SERVED: &str = "This version serves no Ingress yet: keep the controller that you have. The verdicts say what is planned.";
-
 /// A verdict each, and the numbers in the end.
 pub(crate) fn text(verdicts: &[Verdict]) -> String {
     let mut text: String = verdicts.iter().map(ToString::to_string).collect();
@@ -51,7 +49,7 @@ pub(crate) fn text(verdicts: &[Verdict]) -> String {
         .collect();
     match verdicts.len() {
         0 => text.push_str("There is no Ingress.\n"),
-        number => text.push_str(&format!("{number} Ingresses: {}\n{NOT_SERVED}\n", counts.join(", "))),
+        number => text.push_str(&format!("{number} Ingresses: {}\n", counts.join(", "))),
     }
     text
 }
@@ -128,10 +126,7 @@ mod tests {
         std::fs::write(&path, format!("{}{}", ingress("a", mistake), "# only a comment\n")).unwrap();
         let text = text(&lint(&snapshot(&[path]).unwrap(), false));
         assert!(text.starts_with("Ingress default/a: works without what is named\n"), "{text}");
-        assert!(
-            text.contains("\n1 Ingresses: 1 works without what is named\nThis version serves no Ingress"),
-            "{text}"
-        );
+        assert!(text.contains("\n1 Ingresses: 1 works without what is named\n"), "{text}");
         assert!(!needs_correction(&text) && needs_correction("Ingress a/b: needs correction\n"));
     }
 }

@@ -74,8 +74,7 @@ enum Command {
     Flows(flows::FlowsArgs),
     /// Ask this node's agent about names
     Dns(dns::DnsArgs),
-    /// Show where requests to Ingresses go
-    #[command(hide = true)]
+    /// Show where requests to Ingresses go; `serve` answers them
     Ingress(ingress::IngressArgs),
     /// Say what would become of Ingresses here, annotation by annotation
     Lint(lint::LintArgs),

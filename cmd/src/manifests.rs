@@ -66,17 +66,19 @@ fn render(args: ManifestsArgs) -> anyhow::Result<String> {
         documents.push(serde_yaml_ng::to_string(&daemonset)?);
     }
     documents.push(serde_yaml_ng::to_string(&kube_dns(&cluster.cluster_dns)?)?);
+    documents.extend(cluster.ingress.on.then(|| weft_manifests::INGRESS.to_owned()));
     Ok(documents.join("---\n"))
 }
 
-/// `words` are the agent's flags.
+/// `words` are the agent's flags, each with its value. They stand in one text each: a lone `on` is a truth value to kubectl, whose
+/// YAML is of version 1.1.
 fn daemonset(image: &str, words: &[String], observe: SocketAddr) -> anyhow::Result<DaemonSet> {
     let mut daemonset: DaemonSet = serde_yaml_ng::from_str(weft_manifests::DAEMONSET)?;
     let pod = daemonset.spec.as_mut().and_then(|spec| spec.template.spec.as_mut());
     let container =
         pod.and_then(|pod| pod.containers.first_mut()).context("the DaemonSet has no container")?;
     container.image = Some(image.to_owned());
-    container.args.get_or_insert_default().extend_from_slice(words);
+    container.args.get_or_insert_default().extend(words.chunks(2).map(|flag| flag.join("=")));
     let probe = container.readiness_probe.as_mut().and_then(|probe| probe.http_get.as_mut());
     let probe = probe.context("the DaemonSet has no readiness probe")?;
     probe.host = Some(probed(observe.ip()).to_string());
@@ -142,12 +144,15 @@ mod tests {
     #[test]
     fn the_daemonsets_flags_are_those_of_weft_install_and_mean_what_was_given() {
         let given = ["--api-server", "https://[fd00::1]:6443", "--cluster-cidr", "10.1.0.0/16"];
-        let text = manifests(&[&given[..], &["--wireguard-port", "7"]].concat()).unwrap();
+        let text = manifests(&[&given[..], &["--wireguard-port", "7", "--ingress", "on"]].concat()).unwrap();
         let document = text.split("---\n").find(|document| document.contains("kind: DaemonSet")).unwrap();
         let daemonset: DaemonSet = serde_yaml_ng::from_str(document).unwrap();
         let mut containers = daemonset.spec.unwrap().template.spec.unwrap().containers;
         let container = containers.remove(0);
         assert_eq!(container.image.unwrap(), concat!("weft:", env!("CARGO_PKG_VERSION")));
+        let args = container.args.as_deref().unwrap_or_default();
+        // YAML 1.1, which kubectl reads, takes these words for truth values.
+        assert!(!args.iter().any(|arg| ["on", "off", "yes", "no"].contains(&arg.as_str())), "{args:?}");
         let line = [container.command.unwrap(), container.args.unwrap()].concat();
         let Command::Install(install) = Cli::try_parse_from(&line).unwrap().command else {
             panic!("{line:?} is not weft install")
@@ -155,6 +160,7 @@ mod tests {
         let mut given = install.given;
         given.agent.node_name = Some("n1".to_owned());
         let config = given.agent.validate().unwrap();
+        assert!(config.cluster.ingress.on);
         assert_eq!(config.cluster.wireguard_port, 7);
         assert_eq!(config.cluster.cluster_cidrs, ["10.1.0.0/16".parse().unwrap()]);
     }

@@ -12,7 +12,9 @@ use weft_netstack::cni::conflist;
 use crate::agent::GivenArgs;
 use crate::cleanup::{self, CleanupArgs};
 use crate::files;
-use crate::install::plan::{BINARY, CREATED_FOLDERS, ENVIRONMENT, RUN_DIR, STATE_DIR, ServiceManager, UNITS};
+use crate::install::plan::{
+    BINARY, CREATED_FOLDERS, ENVIRONMENT, RUN_DIR, STATE_DIR, ServiceManager, UNITS, Unit,
+};
 use crate::install::service::{self, Services};
 use crate::install::{self, environment};
 
@@ -83,21 +85,28 @@ fn remove_units(manager: ServiceManager) -> anyhow::Result<()> {
     let runs = service::find() == Some(manager);
     let mut removed = false;
     for unit in UNITS {
-        let Some(path) = manager.unit_file(unit).filter(|path| path.exists()) else { continue };
-        for call in manager.stop_and_disable(unit).into_iter().filter(|_| runs) {
-            services.run(&call)?;
-            say!("ran {}", call.join(" "));
-        }
-        removed |= remove(&path)?;
-        if let Some(log) = manager.unit_log(unit) {
-            remove(&log)?;
-        }
+        removed |= remove_unit(services, unit, runs)?;
     }
     for call in manager.reload().into_iter().filter(|_| removed && runs) {
         services.run(&call)?;
         say!("ran {}", call.join(" "));
     }
     Ok(())
+}
+
+/// Stops the unit where its service manager runs, and removes its files; false where it is not there.
+pub(crate) fn remove_unit(services: Services, unit: Unit, runs: bool) -> anyhow::Result<bool> {
+    let manager = services.manager;
+    let Some(path) = manager.unit_file(unit).filter(|path| path.exists()) else { return Ok(false) };
+    for call in manager.stop_and_disable(unit).into_iter().filter(|_| runs) {
+        services.run(&call)?;
+        say!("ran {}", call.join(" "));
+    }
+    let removed = remove(&path)?;
+    if let Some(log) = manager.unit_log(unit) {
+        remove(&log)?;
+    }
+    Ok(removed)
 }
 
 fn remove(path: &Path) -> anyhow::Result<bool> {

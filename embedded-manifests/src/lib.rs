@@ -17,10 +17,15 @@ pub const KUBE_DNS: &str = include_str!("../manifests/kube-dns.yaml");
 /// CustomResourceDefinitions of MetalLB's kinds, for clusters that have none.
 pub const METALLB: &str = include_str!("../manifests/metallb.yaml");
 
+/// IngressClass, Service and rights of the ingress; printed where Ingresses are served.
+pub const INGRESS: &str = include_str!("../manifests/ingress.yaml");
+
 /// Unit files, as they are written.
 pub mod units {
     pub const SYSTEMD_AGENT: &str = include_str!("../units/systemd/weft-agent.service");
     pub const SYSTEMD_TUNNEL: &str = include_str!("../units/systemd/weft-tunnel.service");
     pub const OPENRC_AGENT: &str = include_str!("../units/openrc/weft-agent");
+    pub const SYSTEMD_INGRESS: &str = include_str!("../units/systemd/weft-ingress.service");
+    pub const OPENRC_INGRESS: &str = include_str!("../units/openrc/weft-ingress");
     pub const OPENRC_TUNNEL: &str = include_str!("../units/openrc/weft-tunnel");
 }

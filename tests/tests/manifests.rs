@@ -19,10 +19,13 @@ struct Rule {
     verbs: Vec<String>,
 }
 
+fn objects(text: &str) -> Vec<Value> {
+    serde_yaml_ng::Deserializer::from_str(text).map(|one| Value::deserialize(one).unwrap()).collect()
+}
+
 fn granted() -> Access {
     let mut access = Access::new();
-    for document in serde_yaml_ng::Deserializer::from_str(weft_manifests::RBAC) {
-        let object = Value::deserialize(document).unwrap();
+    for object in objects(weft_manifests::RBAC).into_iter().chain(objects(weft_manifests::INGRESS)) {
         if !matches!(object.get("kind").and_then(|kind| kind.as_str()), Some("ClusterRole" | "Role")) {
             continue;
         }
@@ -67,6 +70,12 @@ fn used() -> Access {
     access.entry((String::new(), "events".into())).or_default().insert("create".into());
     access.entry((String::new(), "services/status".into())).or_default().insert("patch".into());
     access.entry(("metallb.io".into(), "ipaddresspools/status".into())).or_default().insert("patch".into());
+    for resource in ["secrets", "configmaps"] {
+        access.entry((String::new(), resource.into())).or_default().insert("get".into());
+    }
+    access.entry(("networking.k8s.io".into(), "ingresses/status".into())).or_default().insert("patch".into());
+    let slices = access.entry(("discovery.k8s.io".into(), "endpointslices".into())).or_default();
+    slices.extend(["create", "update", "delete"].map(str::to_owned));
     let definitions = ("apiextensions.k8s.io".into(), "customresourcedefinitions".into());
     access.entry(definitions).or_default().insert("create".into());
     let lease = access.entry(("coordination.k8s.io".into(), "leases".into())).or_default();
@@ -82,7 +91,7 @@ fn the_cluster_role_names_exactly_the_verbs_used() {
 /// What `weft manifests` prints, one object a document.
 fn printed(flags: &[&str]) -> Vec<Value> {
     let text = run(Command::new(binary()).arg("manifests").args(flags));
-    serde_yaml_ng::Deserializer::from_str(&text).map(|one| Value::deserialize(one).unwrap()).collect()
+    objects(&text)
 }
 
 /// The only object of that kind.
@@ -113,6 +122,40 @@ fn every_document_is_an_object_and_comes_after_what_it_needs() {
     );
     for object in &objects {
         assert!(object["apiVersion"].is_string() && object["metadata"]["name"].is_string(), "{object:?}");
+    }
+}
+
+/// Secrets may be read where something is served that refers to them, by name, and nowhere else.
+#[test]
+fn what_the_ingress_needs_is_printed_where_it_is_on() {
+    let of_ingress = |flags: &[&str]| -> Vec<String> {
+        let named = |object: &Value| {
+            let text = serde_yaml_ng::to_string(object).unwrap();
+            (text.contains("weft.network/ingress")
+                || text.contains("weft-ingress")
+                || text.contains("secrets"))
+            .then(|| object["kind"].as_str().unwrap().to_owned())
+        };
+        printed(flags).iter().filter(|object| object["kind"] != "DaemonSet").filter_map(named).collect()
+    };
+    assert_eq!(of_ingress(&[]), [""; 0]);
+    assert_eq!(
+        of_ingress(&["--ingress", "on"]),
+        ["IngressClass", "Service", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"]
+    );
+    let service = of_kind(&objects(weft_manifests::INGRESS), "Service");
+    let (namespace, name) = weft_model::constants::INGRESS_SERVICE;
+    assert_eq!(
+        (&service["metadata"]["namespace"], &service["metadata"]["name"]),
+        (&namespace.into(), &name.into())
+    );
+    assert!(service["spec"].get("selector").is_none());
+    assert_eq!(service["spec"]["externalTrafficPolicy"], "Local");
+    let class = of_kind(&objects(weft_manifests::INGRESS), "IngressClass");
+    assert_eq!(class["spec"]["controller"], weft_model::ingress::CONTROLLER);
+    for rule in of_kind(&objects(weft_manifests::INGRESS), "ClusterRole")["rules"].as_sequence().unwrap() {
+        let text = serde_yaml_ng::to_string(rule).unwrap();
+        assert!(!text.contains("secrets") || (text.contains("get") && !text.contains("list")), "{text}");
     }
 }
 

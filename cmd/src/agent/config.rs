@@ -8,7 +8,7 @@ use anyhow::{Context as _, bail, ensure};
 use axum::http::Uri;
 use clap::Args;
 use ipnet::IpNet;
-use weft_model::{ClusterConfig, NodeName, ProxyConfig};
+use weft_model::{ClusterConfig, IngressConfig, NamespacedName, NodeName, ProxyConfig};
 use weft_netstack::kube::Endpoint;
 
 use crate::log::LogArgs;
@@ -78,6 +78,21 @@ pub(crate) struct AgentArgs {
     /// Whether Services of type LoadBalancer get addresses; off leaves them to another controller
     #[arg(long, value_enum, default_value = "on")]
     load_balancer: Switch,
+    /// Whether Ingresses are served
+    #[arg(long, value_enum, default_value = "off")]
+    ingress: Switch,
+    /// Names of classes that are served, with or without an IngressClass of that name
+    #[arg(long, value_delimiter = ',', default_value = "weft")]
+    ingress_class: Vec<String>,
+    /// Serve the class of ingress-nginx too
+    #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
+    adopt_ingress_nginx: bool,
+    /// NAMESPACE/NAME of the Secret whose certificate answers where no other does
+    #[arg(long)]
+    ingress_default_certificate: Option<String>,
+    /// Whether the addresses of Ingresses are written; off while another controller writes them
+    #[arg(long, value_enum, default_value = "on")]
+    ingress_status: Switch,
     /// Where /metrics, /healthz and /readyz are served
     #[arg(long, default_value = "127.0.0.1:9470")]
     pub(crate) observe_address: SocketAddr,
@@ -109,6 +124,7 @@ pub(crate) struct Config {
     pub(crate) proxy_health_address: SocketAddr,
     pub(crate) network_policy: bool,
     pub(crate) load_balancer: bool,
+    pub(crate) ingress_status: bool,
 }
 
 impl AgentArgs {
@@ -131,6 +147,7 @@ impl AgentArgs {
             proxy_health_address: self.proxy_health_address,
             network_policy: self.network_policy == Switch::On,
             load_balancer: self.load_balancer == Switch::On,
+            ingress_status: self.ingress_status == Switch::On,
         })
     }
 
@@ -153,7 +170,24 @@ impl AgentArgs {
             cluster_domain: domain(&self.cluster_domain)?,
             wireguard_port: self.wireguard_port,
             proxy: self.proxy()?,
-            ingress: weft_model::IngressConfig::default(),
+            ingress: self.ingress()?,
+        })
+    }
+
+    fn ingress(&self) -> anyhow::Result<IngressConfig> {
+        let certificate = self.ingress_default_certificate.as_deref().map(|text| {
+            let (namespace, name) = text.split_once('/').unwrap_or_default();
+            ensure!(
+                !namespace.is_empty() && !name.is_empty() && !name.contains('/'),
+                "--ingress-default-certificate {text:?} is no NAMESPACE/NAME of a Secret, such as default/wildcard-tls"
+            );
+            Ok(NamespacedName::new(namespace, name))
+        });
+        Ok(IngressConfig {
+            on: self.ingress == Switch::On,
+            classes: self.ingress_class.iter().cloned().collect(),
+            adopt_nginx: self.adopt_ingress_nginx,
+            default_certificate: certificate.transpose()?,
         })
     }
 

@@ -11,6 +11,8 @@ use axum::Router;
 use nix::errno::Errno;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
+use weft_ingress::apply::RoutesApplier;
+use weft_ingress::plan::IngressPlanner;
 use weft_lb::announce::{AnnouncePlanner, announcer};
 use weft_lb::status::{StatusApplier, StatusPlanner};
 use weft_model::constants::WIREGUARD_OVERHEAD_BYTES;
@@ -20,6 +22,7 @@ use weft_netstack::admin::{self, Admin, Counters, Read};
 use weft_netstack::cni::apply::PodLinksApplier;
 use weft_netstack::cni::plan::PodLinksPlanner;
 use weft_netstack::cni::{self, Cni, PodMtu, Readiness, loopback};
+use weft_netstack::expose::plan::{IngressStatusPlanner, SlicesPlanner};
 use weft_netstack::flows::{self, Recorded};
 use weft_netstack::kernel::facts;
 use weft_netstack::kernel::netns::Rtnetlink;
@@ -28,8 +31,8 @@ use weft_netstack::kernel::route::losses;
 use weft_netstack::kernel::sysctl::Journal;
 use weft_netstack::kernel::vip;
 use weft_netstack::kube::{
-    self, Access, Announcer, ApiStatus, Here, Lead, Notices, Publisher, Publishing, StatusWriter, Watches,
-    definitions, lease,
+    self, Access, Announcer, ApiStatus, Here, Lead, Notices, Publisher, Publishing, SlicesWriter,
+    StatusWriter, Watches, definitions, lease,
 };
 use weft_netstack::overlay::rotation::Rotation;
 use weft_netstack::overlay::{self, OverlayApplier, OverlayPlanner};
@@ -74,12 +77,11 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let impatient = Pace { max_backoff: Duration::from_secs(1), ..Pace::default() };
     let overlay =
         loops.start("overlay", OverlayPlanner { open_firewalls: config.open_firewalls }, overlay, impatient);
-    let proxy = ProxyApplier::new();
-    let proxy_health = proxy.health();
-    loops.start("proxy", ProxyPlanner::default(), proxy, Pace::default());
+    let proxy_health = start_proxy(&mut loops);
     loops.start("dns", dns.planner, dns.applier, Pace::default());
     let rotation = publish_key(&mut loops, config, &access)?;
     let (policy, judge) = start_policy(&mut loops, config.network_policy, impatient)?.unzip();
+    start_ingress(&mut loops, config, &access, &lead, impatient).await;
     let sources = Sources {
         snapshots: snapshots.clone(),
         api: status.clone(),
@@ -251,6 +253,36 @@ fn obstacle_texts(sources: Sources, found: watch::Receiver<Configurations>) -> R
         let of_node = sources.obstacles().into_iter().map(|obstacle| obstacle.sentence);
         of_node.chain(found.borrow().objection.clone()).collect()
     })
+}
+
+fn start_proxy(loops: &mut Loops<'_>) -> Arc<ProxyHealth> {
+    let proxy = ProxyApplier::new();
+    let health = proxy.health();
+    loops.start("proxy", ProxyPlanner::default(), proxy, Pace::default());
+    health
+}
+
+/// Routes for the process `weft ingress`, and what the one writer says of it; switched off, what was served is served no longer.
+async fn start_ingress(
+    loops: &mut Loops<'_>,
+    config: &Config,
+    access: &Arc<Access>,
+    lead: &Lead,
+    impatient: Pace,
+) {
+    if !config.cluster.ingress.on {
+        if let Err(error) = weft_ingress::apply::withdraw(&config.run_dir).await {
+            tracing::warn!(error = chain(&error), "Ingresses are still served");
+        }
+        return;
+    }
+    loops.start("ingress", IngressPlanner::default(), RoutesApplier::new(&config.run_dir), impatient);
+    let slices = SlicesWriter::new(access.clone(), lead.clone());
+    let slices = loops.start("ingress-endpoints", SlicesPlanner, slices, Pace::default());
+    let writer = StatusWriter::new(access.clone(), lead.clone());
+    let planner = IngressStatusPlanner { on: config.ingress_status };
+    let statuses = loops.start("ingress-status", planner, writer, Pace::default());
+    loops.tasks.start("ingress-lead", lease::wake(lead.clone(), vec![slices, statuses]));
 }
 
 /// Switched off, it leaves nothing behind of an agent that had it on.

@@ -27,12 +27,12 @@ use anyhow::{Context as _, ensure};
 use clap::Args;
 use weft_netstack::kube::Endpoint;
 
+use self::plan::ServiceManager;
 use self::plan::{CREATED_FOLDERS, Content, ENVIRONMENT, InstalledFile, RUN_DIR, STATE_DIR, Unit};
-use self::plan::{ServiceManager, UNITS};
 use self::service::Services;
 use crate::Invalid;
 use crate::agent::{Config, GivenArgs, start};
-use crate::files;
+use crate::{files, uninstall};
 
 #[derive(Args)]
 pub(crate) struct InstallArgs {
@@ -72,11 +72,15 @@ pub(crate) fn run(mut args: InstallArgs) -> anyhow::Result<()> {
     if let Some(volume) = &volume {
         volume.hand_over()?.iter().for_each(|path| say("wrote", path));
     }
-    write_files(&settled, manager, &mut binary)?;
-    restart_units(services)?;
+    let units = plan::units(settled.config.cluster.ingress.on);
+    write_files(&settled, units, manager, &mut binary)?;
+    for superfluous in plan::UNITS.iter().filter(|unit| !units.contains(unit)) {
+        uninstall::remove_unit(services, *superfluous, true)?;
+    }
+    restart_units(services, units)?;
     match volume {
         Some(volume) => volume.stay(),
-        None if manager == ServiceManager::None => crate::print(&plan::by_hand(&settled.words)),
+        None if manager == ServiceManager::None => crate::print(&plan::by_hand(&settled.words, units)),
         None if args.wait.is_zero() => Ok(()),
         None => ready::wait(args.wait, &settled.config.cni_conf_dir),
     }
@@ -200,8 +204,13 @@ fn usable(api_server: &Endpoint) -> anyhow::Result<()> {
 }
 
 /// Writes what is not right yet. Who has to be restarted for it is on disk before it is written.
-fn write_files(settled: &Settled, manager: ServiceManager, binary: &mut File) -> anyhow::Result<()> {
-    let wanted = plan::files(manager, &settled.environment);
+fn write_files(
+    settled: &Settled,
+    units: &[Unit],
+    manager: ServiceManager,
+    binary: &mut File,
+) -> anyhow::Result<()> {
+    let wanted = plan::files(manager, &settled.environment, units);
     note_folders(&wanted, &settled.config)?;
     for file in &wanted {
         let path = file.path.display();
@@ -251,13 +260,13 @@ pub(crate) fn created_folders() -> anyhow::Result<Vec<PathBuf>> {
     }
 }
 
-fn restart_units(services: Services) -> anyhow::Result<()> {
-    for call in services.manager.reload().into_iter().chain(services.manager.enable()) {
+fn restart_units(services: Services, units: &[Unit]) -> anyhow::Result<()> {
+    for call in services.manager.reload().into_iter().chain(services.manager.enable(units)) {
         services.run(&call)?;
         say("ran", call.join(" "));
     }
-    for unit in UNITS {
-        restart_unit(services, unit)?;
+    for unit in units {
+        restart_unit(services, *unit)?;
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! What an installation consists of, as values: files, units, the service manager's commands, who is restarted why.
 //!
-//! In: the service manager and the text of the environment file. Out: [`InstalledFile`]s and command lines. No IO.
+//! In: the service manager, the text of the environment file, whether Ingresses are served. Out: [`InstalledFile`]s and command lines. No IO.
 
 use std::path::{Path, PathBuf};
 
@@ -27,9 +27,16 @@ pub(crate) enum ServiceManager {
 pub(crate) enum Unit {
     Agent,
     Tunnel,
+    Ingress,
 }
 
-pub(crate) const UNITS: [Unit; 2] = [Unit::Agent, Unit::Tunnel];
+/// All that an installation may have.
+pub(crate) const UNITS: [Unit; 3] = [Unit::Agent, Unit::Tunnel, Unit::Ingress];
+
+/// Those of an installation with these flags.
+pub(crate) fn units(ingress: bool) -> &'static [Unit] {
+    if ingress { &UNITS } else { &[Unit::Agent, Unit::Tunnel] }
+}
 
 impl Unit {
     /// As both service managers know it.
@@ -37,6 +44,7 @@ impl Unit {
         match self {
             Unit::Agent => "weft-agent",
             Unit::Tunnel => "weft-tunnel",
+            Unit::Ingress => "weft-ingress",
         }
     }
 
@@ -74,12 +82,16 @@ impl ServiceManager {
     }
 
     /// Starts the units at every boot.
-    pub(crate) fn enable(self) -> Vec<Call> {
+    pub(crate) fn enable(self, units: &[Unit]) -> Vec<Call> {
         match self {
             Self::Systemd => {
-                vec![call(&["systemctl", "enable", "weft-agent.service", "weft-tunnel.service"])]
+                let mut enable = call(&["systemctl", "enable"]);
+                enable.extend(units.iter().copied().map(service));
+                vec![enable]
             }
-            Self::Openrc => UNITS.map(|unit| call(&["rc-update", "add", unit.name(), "default"])).to_vec(),
+            Self::Openrc => {
+                units.iter().map(|unit| call(&["rc-update", "add", unit.name(), "default"])).collect()
+            }
             Self::None => Vec::new(),
         }
     }
@@ -136,7 +148,7 @@ pub(crate) enum Content {
 }
 
 /// Every file of an installation, in the order in which they are written.
-pub(crate) fn files(manager: ServiceManager, environment: &str) -> Vec<InstalledFile> {
+pub(crate) fn files(manager: ServiceManager, environment: &str, units: &[Unit]) -> Vec<InstalledFile> {
     let text = |path: PathBuf, mode: u32, text: &str, unit: Unit| InstalledFile {
         path,
         mode,
@@ -147,10 +159,10 @@ pub(crate) fn files(manager: ServiceManager, environment: &str) -> Vec<Installed
         path: BINARY.into(),
         mode: 0o755,
         content: Content::OwnBinary,
-        units: UNITS.to_vec(),
+        units: units.to_vec(),
     };
     let mut files = vec![binary, text(ENVIRONMENT.into(), 0o600, environment, Unit::Agent)];
-    for unit in UNITS {
+    for &unit in units {
         let (Some(path), Some((mode, content))) = (manager.unit_file(unit), unit_text(manager, unit)) else {
             continue;
         };
@@ -163,8 +175,10 @@ fn unit_text(manager: ServiceManager, unit: Unit) -> Option<(u32, &'static str)>
     match (manager, unit) {
         (ServiceManager::Systemd, Unit::Agent) => Some((0o644, units::SYSTEMD_AGENT)),
         (ServiceManager::Systemd, Unit::Tunnel) => Some((0o644, units::SYSTEMD_TUNNEL)),
+        (ServiceManager::Systemd, Unit::Ingress) => Some((0o644, units::SYSTEMD_INGRESS)),
         (ServiceManager::Openrc, Unit::Agent) => Some((0o755, units::OPENRC_AGENT)),
         (ServiceManager::Openrc, Unit::Tunnel) => Some((0o755, units::OPENRC_TUNNEL)),
+        (ServiceManager::Openrc, Unit::Ingress) => Some((0o755, units::OPENRC_INGRESS)),
         (ServiceManager::None, _) => None,
     }
 }
@@ -179,11 +193,14 @@ pub(crate) fn restart_reason(changed: bool, active: bool) -> Option<&'static str
 }
 
 /// What a person runs where no service manager is used.
-pub(crate) fn by_hand(words: &[String]) -> String {
-    format!(
-        "run these as root, the agent first, each started again when it ends:\n  {BINARY} agent {}\n  {BINARY} tunnel --unless-kernel\n",
-        words.join(" ")
-    )
+pub(crate) fn by_hand(words: &[String], units: &[Unit]) -> String {
+    let line = |unit: &Unit| match unit {
+        Unit::Agent => format!("  {BINARY} agent {}\n", words.join(" ")),
+        Unit::Tunnel => format!("  {BINARY} tunnel --unless-kernel\n"),
+        Unit::Ingress => format!("  {BINARY} ingress serve\n"),
+    };
+    let lines: String = units.iter().map(line).collect();
+    format!("run these as root, the agent first, each started again when it ends:\n{lines}")
 }
 
 #[cfg(test)]
@@ -191,7 +208,7 @@ mod tests {
     use super::*;
 
     fn paths(manager: ServiceManager) -> Vec<(String, u32, Vec<Unit>)> {
-        files(manager, "text")
+        files(manager, "text", units(true))
             .into_iter()
             .map(|file| (file.path.display().to_string(), file.mode, file.units))
             .collect()
@@ -199,27 +216,30 @@ mod tests {
 
     #[test]
     fn each_service_manager_has_its_files_and_each_file_its_units() {
-        let common = [
-            (BINARY.to_owned(), 0o755, vec![Unit::Agent, Unit::Tunnel]),
-            (ENVIRONMENT.to_owned(), 0o600, vec![Unit::Agent]),
-        ];
+        let common =
+            [(BINARY.to_owned(), 0o755, UNITS.to_vec()), (ENVIRONMENT.to_owned(), 0o600, vec![Unit::Agent])];
         assert_eq!(paths(ServiceManager::None), common);
         let systemd = [
             ("/etc/systemd/system/weft-agent.service".to_owned(), 0o644, vec![Unit::Agent]),
             ("/etc/systemd/system/weft-tunnel.service".to_owned(), 0o644, vec![Unit::Tunnel]),
+            ("/etc/systemd/system/weft-ingress.service".to_owned(), 0o644, vec![Unit::Ingress]),
         ];
         assert_eq!(paths(ServiceManager::Systemd), [&common[..], &systemd].concat());
         let openrc = [
             ("/etc/init.d/weft-agent".to_owned(), 0o755, vec![Unit::Agent]),
             ("/etc/init.d/weft-tunnel".to_owned(), 0o755, vec![Unit::Tunnel]),
+            ("/etc/init.d/weft-ingress".to_owned(), 0o755, vec![Unit::Ingress]),
         ];
         assert_eq!(paths(ServiceManager::Openrc), [&common[..], &openrc].concat());
     }
 
     #[test]
     fn units_run_the_installed_binary_with_the_environment_file() {
-        for text in [units::SYSTEMD_AGENT, units::SYSTEMD_TUNNEL, units::OPENRC_AGENT, units::OPENRC_TUNNEL] {
-            assert!(text.contains(BINARY), "{text}");
+        for manager in [ServiceManager::Systemd, ServiceManager::Openrc] {
+            for unit in UNITS {
+                let (_, text) = unit_text(manager, unit).unwrap();
+                assert!(text.contains(BINARY), "{text}");
+            }
         }
         assert!(units::SYSTEMD_AGENT.contains(&format!("\nEnvironmentFile={ENVIRONMENT}\n")));
         assert!(units::SYSTEMD_AGENT.contains(&format!("\nExecStart={BINARY} agent $WEFT_AGENT_ARGS\n")));
@@ -230,7 +250,7 @@ mod tests {
     fn the_service_managers_commands_are_these() {
         let spoken = |manager: ServiceManager| {
             let mut calls = Vec::from_iter(manager.reload());
-            calls.extend(manager.enable());
+            calls.extend(manager.enable(units(false)));
             calls.extend(manager.is_active(Unit::Agent));
             calls.extend(manager.restart(Unit::Tunnel));
             calls.extend(manager.stop_and_disable(Unit::Agent));
@@ -258,6 +278,18 @@ mod tests {
             ]
         );
         assert_eq!(spoken(ServiceManager::None), [""; 0]);
+    }
+
+    #[test]
+    fn a_node_without_ingress_has_nothing_of_it() {
+        let named = |files: Vec<InstalledFile>| {
+            files.iter().any(|file| file.path.display().to_string().contains("ingress"))
+        };
+        assert!(!named(files(ServiceManager::Systemd, "text", units(false))));
+        assert!(named(files(ServiceManager::Systemd, "text", units(true))));
+        let words = vec!["--ingress".to_owned(), "on".to_owned()];
+        assert!(!by_hand(&words, units(false)).contains("ingress serve"));
+        assert!(by_hand(&words, units(true)).contains("\n  /usr/local/bin/weft ingress serve\n"));
     }
 
     #[test]

@@ -66,6 +66,23 @@ pub(super) fn apply(documents: Vec<Value>) -> anyhow::Result<()> {
     })
 }
 
+/// Makes the objects that are not there yet; those that are stay as somebody may have changed them.
+pub(super) fn ensure(documents: Vec<Value>) -> anyhow::Result<()> {
+    api::ask(async |client| {
+        for document in documents {
+            let title = title_of(&document);
+            let api = api_of(&client, &document).await?;
+            let name = document["metadata"]["name"].as_str().unwrap_or_default();
+            let there =
+                api.get_opt(name).await.map_err(api::brief).with_context(|| format!("get {title}"))?;
+            if there.is_none() {
+                create(&api, document).await.with_context(|| format!("make {title}"))?;
+            }
+        }
+        Ok(())
+    })
+}
+
 pub(super) fn delete_files(files: &[String]) -> anyhow::Result<()> {
     let documents = read(files)?;
     api::ask(async |client| {

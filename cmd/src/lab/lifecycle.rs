@@ -13,7 +13,7 @@ use nix::fcntl::{Flock, FlockArg};
 
 use super::process::{Recorded, read_json, write_json};
 use super::topology::{Family, MAX_NODES, Topology};
-use super::{api, machine, paths};
+use super::{api, apply, machine, paths};
 
 /// From the start of the last process to Ready of the last node.
 const READY_LIMIT: Duration = Duration::from_secs(40);
@@ -48,6 +48,7 @@ pub(super) fn up(nodes: Option<u16>, family: Option<Family>) -> anyhow::Result<(
         started += 1;
         say!("  API server   up on 127.0.0.1:{} ({})", topology.loopback_port, seconds(step));
     }
+    apply::ensure(ingress_objects()?)?;
     for name in topology.node_names() {
         started += usize::from(ensure_machine(&topology, &name)?);
     }
@@ -55,6 +56,15 @@ pub(super) fn up(nodes: Option<u16>, family: Option<Family>) -> anyhow::Result<(
     let what = if started == 0 { "was up already" } else { "is up" };
     say!("The lab {what}: {} nodes, {} ({}).", topology.nodes, family_text(topology.family), seconds(begin));
     Ok(())
+}
+
+/// What `weft manifests` prints for the ingress, without rights: the lab's API server knows those of agents.
+fn ingress_objects() -> anyhow::Result<Vec<serde_json::Value>> {
+    let mut objects = crate::manifests::documents(weft_manifests::RBAC)?;
+    objects.extend(crate::manifests::documents(weft_manifests::INGRESS)?);
+    objects
+        .retain(|object| ["Namespace", "IngressClass", "Service"].iter().any(|kind| object["kind"] == *kind));
+    Ok(objects)
 }
 
 fn seconds(since: Instant) -> String {

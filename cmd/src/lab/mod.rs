@@ -4,7 +4,7 @@
 //!  weft lab up --> machines (pid, network, mount, UTS and IPC namespaces of their own), held by `weft lab machine NAME`
 //!    lan      the switch: a bridge; the API server listens on its address
 //!    client   a host on the LAN outside the cluster
-//!    nodeN    supervisor -> weft tunnel, weft agent
+//!    nodeN    supervisor -> weft tunnel, weft agent, weft ingress
 //!             kubelet    -> watches its pods -> sandbox -> CNI plugin -> `weft lab pod` (built-in server or a command)
 //!  weft lab api --> becomes `weft server` with sockets in the LAN and on loopback
 //! ```
@@ -105,7 +105,7 @@ enum LabCommand {
     /// Print the logs of a node, or of the API server for lan
     Logs {
         machine: String,
-        /// One process only: agent, tunnel, machine, server, pod-NAME
+        /// One process only: agent, tunnel, ingress, machine, server, pod-NAME
         #[arg(long)]
         process: Option<String>,
     },

@@ -1,4 +1,4 @@
-//! The service manager of a node: starts `weft tunnel` and `weft agent`, starts them again when they die, keeps their
+//! The service manager of a node: starts `weft tunnel`, `weft agent` and `weft ingress`, starts them again when they die, keeps their
 //! output in files and their pids in `services.json`.
 
 use std::collections::BTreeMap;
@@ -48,7 +48,12 @@ impl Board {
 /// Starts the services of `node`, each watched by a thread of its own.
 pub(super) fn start(topology: &Topology, node: &str, reaper: &Reaper) -> anyhow::Result<()> {
     let board = Board { node: node.to_owned(), services: Arc::default() };
-    for (service, arguments) in [("tunnel", tunnel_arguments()), ("agent", agent_arguments(topology, node))] {
+    let services = [
+        ("tunnel", tunnel_arguments()),
+        ("agent", agent_arguments(topology, node)),
+        ("ingress", words(&["ingress", "serve", "--run-dir", "/run/weft"])),
+    ];
+    for (service, arguments) in services {
         let (board, reaper) = (board.clone(), reaper.clone());
         std::thread::Builder::new()
             .name(service.to_owned())
@@ -59,11 +64,11 @@ pub(super) fn start(topology: &Topology, node: &str, reaper: &Reaper) -> anyhow:
     Ok(())
 }
 
-/// Runs the service for ever; exit code 0 means that it is not needed here (a kernel with WireGuard needs no tunnel).
+/// Runs the service for ever; exit code 0 of the tunnel means that it is not needed here (a kernel with WireGuard).
 fn keep_running(service: &str, arguments: &[String], board: &Board, reaper: &Reaper) {
     loop {
         match run_once(service, arguments, board, reaper) {
-            Ok(0) => return,
+            Ok(0) if service == "tunnel" => return,
             Ok(code) => eprintln!("{service} ended with {code}; starting it again"),
             Err(error) => eprintln!("{service}: {error:#}"),
         }
@@ -117,6 +122,10 @@ fn agent_arguments(topology: &Topology, node: &str) -> Vec<String> {
         "/var/lib/weft",
         "--resolv-conf",
         "/etc/resolv.conf",
+        "--ingress",
+        "on",
+        "--adopt-ingress-nginx",
+        "true",
         "--log-format",
         "human",
     ])

@@ -1,14 +1,15 @@
 //! Hands the table of routes to the process `weft ingress`: a file that is whole or absent, and a word on its socket.
 //!
 //! In: [`RouteTable`]. Outside: `ingress/routes.json` in the run directory, which the process reads at its start and whenever it
-//! is told so (`POST /apply` on `ingress/ingress.sock`). The folder belongs to the user of that process, and so does the file,
-//! because private keys stand in it.
+//! is told so (`POST /apply` on `ingress/ingress.sock`). Folder and file belong to root; of others only the group of that process
+//! reads them, because private keys stand in the file, and nobody but root writes them.
 
 use std::future::Future;
 use std::io::Write as _;
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, chown, fchown};
 use std::path::{Path, PathBuf};
 
+use weft_model::constants::INGRESS_USER;
 use weft_netstack::control;
 use weft_netstack::reconcile::{Applied, Applier, Trust, chain};
 
@@ -25,18 +26,51 @@ pub enum RoutesError {
     Encode(#[source] serde_json::Error),
     #[error("write {path}")]
     Write { path: PathBuf, source: std::io::Error },
-    #[error("tell the ingress on {path}: is `weft ingress` running? start it (systemctl start weft-ingress)")]
+    #[error(
+        "tell the ingress on {path}: is `weft ingress` running? `weft install` makes it a service (systemctl start weft-ingress)"
+    )]
     Tell { path: PathBuf, source: std::io::Error },
+}
+
+/// The folder of both processes, whichever comes first: root writes, the group of `weft ingress` reads, nobody else enters.
+///
+/// # Errors
+/// It cannot be made.
+pub fn folder(run_dir: &Path) -> std::io::Result<PathBuf> {
+    let folder = run_dir.join(FOLDER);
+    std::fs::create_dir_all(&folder)?;
+    // Without root there is one user only.
+    if folder.metadata()?.uid() == 0 {
+        chown(&folder, None, Some(INGRESS_USER))?;
+    }
+    std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o750))?;
+    Ok(folder)
+}
+
+/// For an agent that serves no Ingress: what an earlier one wrote is served no longer.
+///
+/// # Errors
+/// The file is there and cannot be replaced. A process that is away needs no word.
+pub async fn withdraw(run_dir: &Path) -> Result<(), RoutesError> {
+    let path = run_dir.join(FOLDER).join(ROUTES_FILE);
+    if !path.exists() {
+        return Ok(());
+    }
+    let nothing = serde_json::to_vec(&RouteTable::default()).map_err(RoutesError::Encode)?;
+    match hand_over(run_dir, &nothing, Trust::Nothing, &mut Vec::new()).await {
+        Err(RoutesError::Tell { .. }) => Ok(()),
+        outcome => outcome,
+    }
 }
 
 /// Owner of the routes file.
 pub struct RoutesApplier {
-    folder: PathBuf,
+    run_dir: PathBuf,
 }
 
 impl RoutesApplier {
     pub fn new(run_dir: &Path) -> Self {
-        Self { folder: run_dir.join(FOLDER) }
+        Self { run_dir: run_dir.to_owned() }
     }
 }
 
@@ -44,14 +78,14 @@ impl Applier for RoutesApplier {
     type Plan = RouteTable;
 
     fn apply(&mut self, plan: &RouteTable, trust: Trust) -> impl Future<Output = Applied> + Send {
-        let folder = self.folder.clone();
+        let run_dir = self.run_dir.clone();
         let mut applied = Applied { details: details(plan), ..Applied::default() };
         // A table that is not whole would take certificates away that are only being read; the one before stays meanwhile.
         let encoded = plan.waiting.is_empty().then(|| serde_json::to_vec(plan).map_err(RoutesError::Encode));
         async move {
             let Some(encoded) = encoded else { return applied };
             let outcome = match encoded {
-                Ok(text) => hand_over(&folder, &text, trust, &mut applied.changed).await,
+                Ok(text) => hand_over(&run_dir, &text, trust, &mut applied.changed).await,
                 Err(error) => Err(error),
             };
             applied.failed.extend(outcome.err().map(|error| chain(&error)));
@@ -76,15 +110,16 @@ fn details(plan: &RouteTable) -> Vec<(String, String)> {
 
 /// Writes the file when it differs, and tells the process then or when nothing is taken for granted.
 async fn hand_over(
-    folder: &Path,
+    run_dir: &Path,
     text: &[u8],
     trust: Trust,
     changed: &mut Vec<String>,
 ) -> Result<(), RoutesError> {
+    let folder = run_dir.join(FOLDER);
     let path = folder.join(ROUTES_FILE);
     let differs = std::fs::read(&path).ok().as_deref() != Some(text);
     if differs {
-        let written = std::fs::create_dir_all(folder).and_then(|()| replace(&path, text));
+        let written = self::folder(run_dir).and_then(|_| replace(&path, text));
         written.map_err(|source| RoutesError::Write { path, source })?;
         changed.push(format!("{ROUTES_FILE}: {} bytes", text.len()));
     }
@@ -94,13 +129,13 @@ async fn hand_over(
     Ok(())
 }
 
-/// The old content or the new, never a part, for nobody but the owner of the folder.
+/// The old content or the new, never a part, for nobody but the owner of the folder and its group.
 fn replace(path: &Path, content: &[u8]) -> std::io::Result<()> {
     let beside = path.with_extension("json.new");
     let mut file =
-        std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
+        std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o640).open(&beside)?;
     let folder = path.parent().unwrap_or(Path::new("/")).metadata()?;
-    std::os::unix::fs::fchown(&file, Some(folder.uid()), Some(folder.gid()))?;
+    fchown(&file, Some(folder.uid()), Some(folder.gid()))?;
     file.write_all(content)?;
     std::fs::rename(&beside, path)
 }
@@ -154,10 +189,25 @@ mod tests {
         assert_eq!((applied.changed.len(), applied.failed.as_slice()), (1, &[][..]));
         assert!(asked.join().unwrap().starts_with("POST /apply "));
         let path = folder.join(ROUTES_FILE);
-        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+        let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(&folder), mode(&path)), (0o750, 0o640));
+        assert_eq!(path.metadata().unwrap().gid(), folder.metadata().unwrap().gid());
         let read: RouteTable = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
         assert_eq!(read, table);
         assert_eq!(applier.apply(&table, Trust::Shadow).await.changed, [""; 0], "nobody is told again");
+    }
+
+    #[tokio::test]
+    async fn an_agent_without_ingress_leaves_no_routes_and_makes_no_file() {
+        let run_dir = tempfile::tempdir().unwrap();
+        let path = run_dir.path().join(FOLDER).join(ROUTES_FILE);
+        withdraw(run_dir.path()).await.unwrap();
+        assert!(!path.exists());
+        let table = RouteTable { addresses: vec!["10.0.0.2".parse().unwrap()], ..RouteTable::default() };
+        RoutesApplier::new(run_dir.path()).apply(&table, Trust::Nothing).await;
+        withdraw(run_dir.path()).await.unwrap();
+        let read: RouteTable = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        assert_eq!(read, RouteTable::default());
     }
 
     #[tokio::test]

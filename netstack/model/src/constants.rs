@@ -73,3 +73,6 @@ pub const INGRESS_SERVICE: (&str, &str) = ("weft-system", "weft-ingress");
 /// Where the ingress listens on its own address: no privilege is needed for these, and the Service has 80 and 443.
 pub const INGRESS_HTTP_PORT: u16 = 8080;
 pub const INGRESS_HTTPS_PORT: u16 = 8443;
+/// User and group of the process `weft ingress`, without a name: between those of people and systemd's dynamic ones, in a range
+/// that nobody gives out (systemd's "Users, Groups, UIDs and GIDs on systemd Systems").
+pub const INGRESS_USER: u32 = 61_057;

@@ -6,7 +6,6 @@
 //! ```
 //!
 //! The Service has no selector and keeps traffic on the node that it reaches (`externalTrafficPolicy: Local`), so the client's
-//! address is kept. Every node plans the same, and the one that holds the Lease writes.
+//! address is kept. Every node plans the same, and the one that holds the Lease writes (`kube::slices`, `kube::status`).
 
-pub mod apply;
 pub mod plan;

@@ -9,7 +9,7 @@ use weft_model::ingress::is_ours;
 use weft_model::objects::{Endpoint, EndpointPort, EndpointSlice, Protocol, ingress_address};
 use weft_model::{NamespacedName, NodeName, Planned, Snapshot};
 
-use crate::kube::{Kind, Statuses, Target};
+use crate::kube::{Kind, Slices, Statuses, Target};
 use crate::reconcile::Planner;
 
 /// `metadata.labels["endpointslice.kubernetes.io/managed-by"]`: no controller of Kubernetes takes these slices for its own.
@@ -21,9 +21,6 @@ pub fn service_key() -> NamespacedName {
     NamespacedName::new(INGRESS_SERVICE.0, INGRESS_SERVICE.1)
 }
 
-/// The slices that are not yet as they are to be, whole; `None` is one that is to go.
-pub type Slices = BTreeMap<NamespacedName, Option<Value>>;
-
 /// Plans the endpoints of the Service.
 #[derive(Debug, Default)]
 pub struct SlicesPlanner;
@@ -31,13 +28,14 @@ pub struct SlicesPlanner;
 impl Planner for SlicesPlanner {
     type Plan = Slices;
 
-    /// Nothing while the Service is not there, or the API server has not been seen.
+    /// None where the Service is not there; no change before the API server has been seen.
     fn plan(&mut self, snapshot: &Snapshot) -> Planned<Slices> {
         let service = service_key();
-        if snapshot.from_store || !snapshot.config.ingress.on || !snapshot.services.contains_key(&service) {
+        if snapshot.from_store || !snapshot.config.ingress.on {
             return Planned::new(Slices::new(), Vec::new());
         }
-        let wanted = wanted(snapshot);
+        let there = snapshot.services.contains_key(&service);
+        let wanted = if there { wanted(snapshot) } else { BTreeMap::new() };
         let mut due = Slices::new();
         for (key, slice) in &wanted {
             let known = snapshot.endpoint_slices.get(key);

@@ -86,7 +86,7 @@ impl Planner for OverlayPlanner {
         let plan = OverlayPlan {
             backend: snapshot.facts.wireguard_backend,
             mtu_bytes: view.mtu_bytes(),
-            host_addresses: view.hosts.iter().map(|(_, host)| IpNet::from(*host)).collect(),
+            host_addresses: view.link_addresses(),
             routes: view.routes(&wireguard),
             rules: view.rules(),
             table: rules::table(&snapshot.config, &accepted, &view.own_pod_cidrs()),
@@ -148,6 +148,15 @@ impl<'a> View<'a> {
 
     fn own_pod_cidrs(&self) -> Vec<IpNet> {
         self.hosts.iter().map(|(cidr, _)| *cidr).collect()
+    }
+
+    /// The host addresses, and those of the ingress, unless a pod of an earlier version has one of these.
+    fn link_addresses(&self) -> Vec<IpNet> {
+        let hosts = self.hosts.iter().map(|(_, host)| IpNet::from(*host));
+        let ours = self.hosts.iter().filter(|_| self.snapshot.config.ingress.on);
+        let ingress = ours.filter_map(|(cidr, _)| weft_model::objects::ingress_address(cidr));
+        let free = ingress.filter(|address| !self.snapshot.attachments.contains_key(address));
+        hosts.chain(free.map(IpNet::from)).collect()
     }
 
     fn own_addresses(&self) -> &[IpAddr] {

@@ -6,6 +6,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
@@ -57,8 +58,16 @@ pub(super) fn open(path: &Path) -> Result<Opened, StoreError> {
     Ok(Opened { store, set_aside })
 }
 
+/// For root only: the last good Snapshot holds what Ingresses refer to, private keys among it. Where that cannot be had, opening
+/// says why itself.
+fn keep_private(path: &Path) {
+    let _ = fs::DirBuilder::new().mode(0o700).create(path);
+    let _ = fs::set_permissions(path, fs::Permissions::from_mode(0o700));
+}
+
 /// Opens and reads every record once: damage shows now, not in the middle of an ADD.
 fn attempt(path: &Path) -> Result<Store, Failure> {
+    keep_private(path);
     let opening = AssertUnwindSafe(|| -> Result<Store, sled::Error> {
         let db = sled::Config::new()
             .path(path)

@@ -273,3 +273,13 @@ fn a_read_only_disk_is_an_error_and_not_damage() {
     let error = crate::reconcile::chain(&opened.unwrap_err());
     assert!(error.starts_with("open the store") && error.contains("Read-only"), "{error}");
 }
+
+#[test]
+fn a_store_is_for_its_owner_only() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store");
+    std::fs::create_dir(&path).unwrap();
+    let _store = Store::open(&path).unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
+}

@@ -191,8 +191,9 @@ impl Identity {
         let refused = match (resource.plural, self.kubelet_node()) {
             ("pods", Some(node)) => (old["spec"]["nodeName"].as_str() != Some(node))
                 .then_some("a kubelet may only change the Pods bound to its node"),
-            ("services" | "ipaddresspools", None) => (without(old, &["status"]) != without(new, &["status"]))
-                .then_some("an agent may only change the status of this object"),
+            ("services" | "ipaddresspools" | "ingresses", None) => (without(old, &["status"])
+                != without(new, &["status"]))
+            .then_some("an agent may only change the status of this object"),
             ("nodes", None) => (without(old, &ANNOTATIONS) != without(new, &ANNOTATIONS))
                 .then_some("an agent may only change the annotations of its own Node"),
             _ => None,
@@ -206,7 +207,8 @@ fn agent_may(node: &str, verb: Verb, resource: &Resource, name: Option<&str>) ->
         "nodes" => matches!(verb, Verb::Update | Verb::Patch) && name == Some(node),
         "events" => matches!(verb, Verb::Create | Verb::Update | Verb::Patch),
         "leases" => matches!(verb, Verb::Create | Verb::Update | Verb::Patch),
-        "services" | "ipaddresspools" => verb == Verb::Patch,
+        "services" | "ipaddresspools" | "ingresses" => verb == Verb::Patch,
+        "endpointslices" => matches!(verb, Verb::Create | Verb::Update | Verb::Delete),
         // What an Ingress refers to, by its name.
         "secrets" => verb == Verb::Get,
         _ => false,

@@ -13,6 +13,7 @@ mod cluster;
 mod disruption;
 mod dns;
 mod identity;
+mod ingress;
 mod install;
 mod load;
 mod loadbalancer;
@@ -39,11 +40,12 @@ const fn case(says: &'static str, check: fn(&Cluster) -> anyhow::Result<()>) -> 
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
-    let areas: [(&str, &[Case]); 10] = [
+    let areas: [(&str, &[Case]); 11] = [
         ("pods", pods::CASES),
         ("services", services::CASES),
         ("outside", outside::CASES),
         ("loadbalancer", loadbalancer::CASES),
+        ("ingress", ingress::CASES),
         ("dns", dns::CASES),
         ("policy", policy::CASES),
         ("identity", identity::CASES),

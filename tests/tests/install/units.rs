@@ -23,9 +23,12 @@ fn systemd_understands_every_line() {
         let folder = tempfile::tempdir().unwrap();
         run(Command::new("mount").args(["-t", "tmpfs", "none", "/usr/local/bin"]));
         std::fs::copy(binary(), "/usr/local/bin/weft").unwrap();
-        for (name, text) in
-            [("weft-agent.service", units::SYSTEMD_AGENT), ("weft-tunnel.service", units::SYSTEMD_TUNNEL)]
-        {
+        let all = [
+            ("weft-agent.service", units::SYSTEMD_AGENT),
+            ("weft-tunnel.service", units::SYSTEMD_TUNNEL),
+            ("weft-ingress.service", units::SYSTEMD_INGRESS),
+        ];
+        for (name, text) in all {
             let path = folder.path().join(name);
             write(&path, text);
             let output = Command::new("systemd-analyze").arg("verify").arg(&path).output().unwrap();
@@ -38,7 +41,12 @@ fn systemd_understands_every_line() {
 #[test]
 fn every_posix_shell_reads_the_openrc_scripts() {
     let folder = tempfile::tempdir().unwrap();
-    for (name, text) in [("weft-agent", units::OPENRC_AGENT), ("weft-tunnel", units::OPENRC_TUNNEL)] {
+    let all = [
+        ("weft-agent", units::OPENRC_AGENT),
+        ("weft-tunnel", units::OPENRC_TUNNEL),
+        ("weft-ingress", units::OPENRC_INGRESS),
+    ];
+    for (name, text) in all {
         let path = folder.path().join(name);
         write(&path, text);
         run(Command::new("sh").arg("-n").arg(&path));

@@ -292,6 +292,20 @@ mod tests {
     }
 
     #[test]
+    fn the_table_of_the_manual_is_this_list() {
+        let manual = include_str!("../../../../docs/ingress.md");
+        let (_, table) = manual.split_once("\n## Annotations\n").unwrap();
+        let written: Vec<&str> = table.lines().filter(|line| line.starts_with("| `")).collect();
+        let row = |known: &Known| {
+            let default =
+                if known.default.is_empty() { String::new() } else { format!("`{}`", known.default) };
+            format!("| `{}` | {default} | {} | {} |", known.name, known.support.word(), known.support.note())
+        };
+        let listed: Vec<String> = CATALOG.iter().map(row).collect();
+        assert_eq!(written, listed);
+    }
+
+    #[test]
     fn the_nearest_real_name_is_what_was_meant() {
         for (wrong, real) in [
             ("rate-limit", "limit-rps"),

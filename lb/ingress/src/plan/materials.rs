@@ -141,14 +141,12 @@ impl<'a> Materials<'a> {
                     Ok(found) => found,
                     Err(Lack::Waiting) => continue,
                     Err(Lack::Told(reason, message)) => {
-                        let own = if config.default_certificate.is_some() {
-                            "the default"
+                        let meanwhile = if config.default_certificate.is_some() {
+                            "the default certificate answers meanwhile"
                         } else {
-                            "a self-signed"
+                            "TLS to its hosts fails meanwhile"
                         };
-                        let message = format!(
-                            "spec.tls[{i}].secretName: {message}; {own} certificate answers meanwhile"
-                        );
+                        let message = format!("spec.tls[{i}].secretName: {message}; {meanwhile}");
                         problems.push(Problem::new(one.object(), reason, message));
                         continue;
                     }
@@ -190,8 +188,9 @@ impl<'a> Materials<'a> {
             Err(Lack::Waiting) => None,
             Err(Lack::Told(reason, message)) => {
                 let object = ObjectRef::new("Secret", &key.namespace, &key.name);
-                let message =
-                    format!("--ingress-default-certificate: {message}; a self-signed one answers meanwhile");
+                let message = format!(
+                    "--ingress-default-certificate: {message}; TLS to hosts without a certificate fails meanwhile"
+                );
                 problems.push(Problem::new(object, reason, message));
                 None
             }

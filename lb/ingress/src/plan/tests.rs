@@ -378,7 +378,7 @@ fn a_certificate_that_cannot_be_used_is_told_and_the_routes_stay() {
         mismatch.contains("spec.tls[0].secretName: Secret default/tls: tls.key is not the key of"),
         "{mismatch}"
     );
-    assert!(mismatch.ends_with("a self-signed certificate answers meanwhile"), "{mismatch}");
+    assert!(mismatch.ends_with("TLS to its hosts fails meanwhile"), "{mismatch}");
     assert!(told(vec![secret("tls", &[("tls.key", &key)])]).0.contains("the Secret has no tls.crt"));
 }
 

@@ -27,7 +27,7 @@ use crate::plan::table::Action;
 /// What is known of a connection.
 pub(super) struct Peer {
     pub(super) client: SocketAddr,
-    /// The port that it came to.
+    /// The port that the client asked.
     pub(super) port: u16,
     pub(super) https: bool,
     /// What the client showed, its own certificate first.

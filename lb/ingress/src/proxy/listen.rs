@@ -15,6 +15,7 @@ use rustls::server::Acceptor;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::watch;
 use tokio_rustls::LazyConfigAcceptor;
+use weft_model::constants::{INGRESS_HTTP_PORT, INGRESS_HTTPS_PORT};
 
 use super::Worker;
 use super::answer::{Peer, answer};
@@ -42,9 +43,18 @@ pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
+/// The port that clients know: the Service's, where it is ours that leads here.
+fn client_port(own: u16) -> u16 {
+    match own {
+        INGRESS_HTTP_PORT => 80,
+        INGRESS_HTTPS_PORT => 443,
+        other => other,
+    }
+}
+
 /// Accepts until `stop` says so; connections go on until they are idle.
 pub async fn serve(worker: Arc<Worker>, listener: TcpListener, https: bool, mut stop: watch::Receiver<bool>) {
-    let port = listener.local_addr().map_or(0, |address| address.port());
+    let port = listener.local_addr().map_or(0, |address| client_port(address.port()));
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,

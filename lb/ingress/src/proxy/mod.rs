@@ -35,7 +35,7 @@ use arc_swap::ArcSwap;
 
 use crate::plan::table::RouteTable;
 use compiled::{Compiled, Standing};
-use pool::Pool;
+use pool::{Pool, Sources};
 use tls::{Certificates, ServerConfigs};
 
 pub use tls::TlsError;
@@ -45,6 +45,7 @@ pub struct Proxy {
     compiled: ArcSwap<Compiled>,
     certificates: Arc<ArcSwap<Certificates>>,
     standing: Standing,
+    sources: Arc<Sources>,
     tls: ServerConfigs,
 }
 
@@ -62,12 +63,19 @@ impl Proxy {
     pub fn new() -> Result<Arc<Self>, TlsError> {
         let certificates: Arc<ArcSwap<Certificates>> = Arc::default();
         let tls = ServerConfigs::new(&certificates)?;
-        Ok(Arc::new(Self { compiled: ArcSwap::default(), certificates, standing: Standing::default(), tls }))
+        Ok(Arc::new(Self {
+            compiled: ArcSwap::default(),
+            certificates,
+            standing: Standing::default(),
+            sources: Arc::default(),
+            tls,
+        }))
     }
 
     /// Takes another table in one step: requests under way end on the one before.
     pub fn apply(&self, table: &RouteTable) {
         let (compiled, certificates) = Compiled::new(table, &self.standing);
+        self.sources.store(Arc::new(table.addresses.clone()));
         // A host's certificate is there before its routes are.
         self.certificates.store(Arc::new(certificates));
         self.compiled.store(Arc::new(compiled));
@@ -75,7 +83,7 @@ impl Proxy {
     }
 
     pub fn worker(self: &Arc<Self>) -> Arc<Worker> {
-        Arc::new(Worker { proxy: self.clone(), pool: Arc::default() })
+        Arc::new(Worker { proxy: self.clone(), pool: Arc::new(Pool::new(self.sources.clone())) })
     }
 }
 

@@ -1,17 +1,20 @@
 //! Connections to backends: HTTP/1.1 ones are kept when an answer was read whole, an HTTP/2 one is shared.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use nix::sys::socket::{setsockopt, sockopt::IpBindAddressNoPort};
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio_rustls::TlsConnector;
 
 use super::body::Body;
@@ -60,8 +63,12 @@ impl Key {
     }
 }
 
+/// The addresses of the ingress: what it asks comes from them, so that NetworkPolicies know it.
+pub(super) type Sources = ArcSwap<Vec<IpAddr>>;
+
 #[derive(Default)]
 pub(super) struct Pool {
+    sources: Arc<Sources>,
     idle: Mutex<HashMap<Key, Vec<Idle>>>,
     shared: Mutex<HashMap<Key, (http2::SendRequest<Body>, Speech)>>,
 }
@@ -97,6 +104,17 @@ impl Connection {
 }
 
 impl Pool {
+    pub(super) fn new(sources: Arc<Sources>) -> Self {
+        Self { sources, ..Self::default() }
+    }
+
+    /// None of this machine's own loopback, which no other address reaches.
+    fn source(&self, to: SocketAddr) -> Option<IpAddr> {
+        let sources = self.sources.load();
+        let same_family = sources.iter().find(|source| source.is_ipv4() == to.is_ipv4());
+        same_family.copied().filter(|_| !to.ip().is_loopback())
+    }
+
     /// One that is idle, and whether it was; otherwise a new one.
     ///
     /// # Errors
@@ -118,7 +136,7 @@ impl Pool {
                 }
             }
         }
-        match tokio::time::timeout(patience, connect(address, speech)).await {
+        match tokio::time::timeout(patience, connect(self.source(address), address, speech)).await {
             Ok(connected) => {
                 let connection = connected?;
                 if let Connection::Shared(sender) = &connection {
@@ -175,8 +193,12 @@ impl Pool {
     }
 }
 
-async fn connect(address: SocketAddr, speech: &Speech) -> Result<Connection, UpstreamError> {
-    let stream = TcpStream::connect(address).await.map_err(UpstreamError::Connect)?;
+async fn connect(
+    source: Option<IpAddr>,
+    address: SocketAddr,
+    speech: &Speech,
+) -> Result<Connection, UpstreamError> {
+    let stream = dial(source, address).await.map_err(UpstreamError::Connect)?;
     stream.set_nodelay(true).map_err(UpstreamError::Connect)?;
     match &speech.tls {
         None => handshake(stream, speech.http2).await,
@@ -186,6 +208,16 @@ async fn connect(address: SocketAddr, speech: &Speech) -> Result<Connection, Ups
             handshake(stream, speech.http2).await
         }
     }
+}
+
+async fn dial(source: Option<IpAddr>, address: SocketAddr) -> io::Result<TcpStream> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    if let Some(source) = source {
+        // Which port is free depends on the other end, so it is chosen when that is known (ip(7)).
+        setsockopt(&socket, IpBindAddressNoPort, &true)?;
+        socket.bind(SocketAddr::new(source, 0))?;
+    }
+    socket.connect(address).await
 }
 
 async fn handshake<S>(stream: S, http2: bool) -> Result<Connection, UpstreamError>

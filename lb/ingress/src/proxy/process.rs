@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,11 +15,11 @@ use tokio::task::JoinHandle;
 use weft_netstack::control::{self, Response};
 
 use super::{Proxy, TlsError, Worker, listen};
-use crate::apply::{FOLDER, ROUTES_FILE, SOCKET_FILE};
+use crate::apply::{FOLDER, ROUTES_FILE, SOCKET_FILE, folder};
 use crate::plan::table::RouteTable;
 
-/// For how long open connections may go on after SIGTERM.
-const DRAIN: Duration = Duration::from_secs(30);
+/// For how long open connections may go on after SIGTERM. The next process listens only afterwards.
+const DRAIN: Duration = Duration::from_secs(10);
 /// Between two tries to listen on an address that is not there yet.
 const RETRY: Duration = Duration::from_secs(1);
 const TIDY: Duration = Duration::from_secs(30);
@@ -58,19 +59,24 @@ struct Wanted {
     https_port: u16,
 }
 
+/// The control socket, in a folder that root owns: bound before the rights of root are given up.
+///
+/// # Errors
+/// The folder or the socket cannot be made.
+pub fn bind(run_dir: &Path) -> Result<UnixListener, ProcessError> {
+    let path = run_dir.join(FOLDER).join(SOCKET_FILE);
+    folder(run_dir).and_then(|_| control::bind(&path)).map_err(|source| ProcessError::Socket { path, source })
+}
+
 /// Runs until SIGTERM or SIGINT.
 ///
 /// # Errors
-/// The control socket cannot be had, or a thread cannot start.
-pub fn run(config: &Config) -> Result<(), ProcessError> {
+/// TLS cannot be set up, or a thread cannot start.
+pub fn run(config: &Config, control: UnixListener) -> Result<(), ProcessError> {
     let proxy = Proxy::new()?;
-    let folder = config.run_dir.join(FOLDER);
-    let socket = folder.join(SOCKET_FILE);
-    let control =
-        control::bind(&socket).map_err(|source| ProcessError::Socket { path: socket.clone(), source })?;
     let (addresses, wanted) = watch::channel(BTreeSet::new());
     let (stop, stopped) = watch::channel(false);
-    let routes = folder.join(ROUTES_FILE);
+    let routes = config.run_dir.join(FOLDER).join(ROUTES_FILE);
     let read = move |proxy: &Proxy| -> Result<(), ReadError> {
         let table = read(&routes)?;
         proxy.apply(&table);

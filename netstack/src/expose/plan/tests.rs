@@ -79,6 +79,8 @@ fn without_the_service_there_is_nothing_to_write_and_a_superfluous_slice_goes() 
         slices(&[node("node-a", 1, true), service(&[])]).into_values().flatten().collect();
     let left = slices(&[&[service(&[])], &written[..]].concat());
     assert!(left.len() == 2 && left.values().all(Option::is_none), "no node, no slice");
+    let left = slices(&[&[node("node-a", 1, true)], &written[..]].concat());
+    assert!(left.len() == 2 && left.values().all(Option::is_none), "no Service, no slice");
 }
 
 #[test]

@@ -1,5 +1,7 @@
-//! Owner of the EndpointSlices of the ingress's Service: creates, replaces and deletes them while this node holds the Lease.
+//! Owner of EndpointSlices that Weft writes for Services of its own: creates, replaces and deletes them while this node holds the
+//! Lease.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
 
@@ -8,9 +10,12 @@ use kube::core::Request;
 use serde_json::Value;
 use weft_model::NamespacedName;
 
-use super::plan::Slices;
-use crate::kube::{Access, Lead};
+use super::client::Access;
+use super::lease::Lead;
 use crate::reconcile::{Applied, Applier, Trust};
+
+/// The slices that are not yet as they are to be, whole; `None` is one that is to go.
+pub type Slices = BTreeMap<NamespacedName, Option<Value>>;
 
 pub struct SlicesWriter {
     access: Arc<Access>,
