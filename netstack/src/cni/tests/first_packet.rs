@@ -113,7 +113,7 @@ fn a_flood_gets_nothing_into_pods_under_policies_from_the_first_instant() {
     assert_eq!(leaked_to_many(pods), 0, "of {pods} pods");
     let without = Snapshot { policies: Arc::default(), ..deny_all() };
     let (datagrams, _) = leaked(without, Duration::ZERO, 2);
-    assert!(datagrams > 10, "the flood arrives where no policy is: {datagrams}");
+    assert!(datagrams > 0, "the flood must arrive where no policy is");
 }
 
 #[test]
