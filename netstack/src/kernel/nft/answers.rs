@@ -15,7 +15,11 @@ use std::sync::PoisonError;
 
 use weft_model::ruleset::{Datum, KeyType, Verdict};
 
-use super::element::{key_bytes, type_number, value, write_element, write_verdict};
+use super::element::{Packed, key_bytes, type_number, value, write_element};
+use super::expression::{
+    CT_STATE, Encoder, IPPROTO_ICMPV6, META_IIFNAME, META_L4PROTO, NETWORK_HEADER, TCP_ACK, TCP_FIN,
+    TCP_FLAGS_OFFSET, TCP_RST, TCP_SYN, TRANSPORT_HEADER,
+};
 use super::foreign::{self, About};
 use super::socket::NetfilterSocket;
 use super::uapi::*;
@@ -45,8 +49,6 @@ const PRIORITY_BEFORE_DNAT: i32 = -150;
 const TYPE_ETHERNET: u32 = 9;
 
 const LINK_HEADER: u32 = 0;
-const NETWORK_HEADER: u32 = 1;
-const TRANSPORT_HEADER: u32 = 2;
 /// RFC 826, for IPv4 over Ethernet.
 const ARP_SENDER_MAC: u32 = 8;
 const ARP_SENDER: u32 = 14;
@@ -55,20 +57,11 @@ const ARP_TARGET: u32 = 24;
 const DISCOVERY_TARGET: u32 = 8;
 const SOLICITATION: u8 = 135;
 const ADVERTISEMENT: u8 = 136;
-const META_IIFNAME: u32 = 6;
-const META_L4PROTO: u32 = 16;
 const IPPROTO_TCP: u8 = 6;
-const IPPROTO_ICMPV6: u8 = 58;
-const TCP_FLAGS: u32 = 13;
-const TCP_FIN_SYN_RST_ACK: u8 = 0x17;
-const TCP_SYN: u8 = 2;
 /// NF_CT_STATE_BIT of invalid and new: no connection that this node knows.
 const CT_UNKNOWN: u32 = 1 | 8;
 /// The first register after a key of any family.
 const REG_DATA: u32 = REG32_FIRST + 4;
-/// NFTA_SET_FLAGS: a map (data of a type), and one that rules add to.
-const CMP_EQ: u32 = 0;
-const CMP_NEQ: u32 = 1;
 
 /// What the kernel is to do about addresses of the LAN.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -259,8 +252,8 @@ fn map(family: u8, key: &[KeyType], elements: Vec<(IpAddr, IpAddr)>) -> Vec<Mess
         message(family, NEWSETELEM, NLM_F_CREATE, move |w| {
             in_list(w, BEFORE, |w| {
                 w.nest(NFTA_LIST_ELEM, |w| {
-                    value(w, NFTA_SET_ELEM_KEY, super::element::Packed::address(ip).as_slice());
-                    value(w, NFTA_SET_ELEM_DATA, super::element::Packed::address(node).as_slice());
+                    value(w, NFTA_SET_ELEM_KEY, Packed::address(ip).as_slice());
+                    value(w, NFTA_SET_ELEM_DATA, Packed::address(node).as_slice());
                 });
             });
         })
@@ -311,11 +304,11 @@ fn chain(family: u8, name: &'static str, hook: u32, priority: i32) -> Message {
     })
 }
 
-fn rule(family: u8, chain: &'static str, write: impl Fn(&mut Expressions<'_>) + 'static) -> Message {
+fn rule(family: u8, chain: &'static str, write: impl Fn(&mut Encoder<'_>) + 'static) -> Message {
     message(family, NEWRULE, NLM_F_CREATE | NLM_F_APPEND, move |w| {
         w.string(NFTA_RULE_TABLE, TABLE);
         w.string(NFTA_RULE_CHAIN, chain);
-        w.nest(NFTA_RULE_EXPRESSIONS, |w| write(&mut Expressions(w)));
+        w.nest(NFTA_RULE_EXPRESSIONS, |w| write(&mut Encoder::new(w, Some(family == NFPROTO_IPV6))));
     })
 }
 
@@ -324,39 +317,51 @@ fn arp_chain() -> Vec<Message> {
     vec![
         chain(NFPROTO_ARP, INPUT, HOOK_ARP_INPUT, 0),
         rule(NFPROTO_ARP, INPUT, |e| {
-            e.load(NETWORK_HEADER, ARP_SENDER_MAC, 6).lookup(OWN, true);
-            e.load(NETWORK_HEADER, ARP_SENDER, 4).lookup(HELD, false).remember(YIELDED);
+            e.payload(NETWORK_HEADER, ARP_SENDER_MAC, 6, REG32_FIRST);
+            e.lookup(OWN, None, true);
+            e.payload(NETWORK_HEADER, ARP_SENDER, 4, REG32_FIRST);
+            e.lookup(HELD, None, false);
+            e.add_to(YIELDED, None);
         }),
         rule(NFPROTO_ARP, INPUT, |e| {
-            e.load(NETWORK_HEADER, ARP_TARGET, 4).lookup(YIELDED, false).drop();
+            e.payload(NETWORK_HEADER, ARP_TARGET, 4, REG32_FIRST);
+            e.lookup(YIELDED, None, false);
+            e.verdict(&Verdict::Drop);
         }),
         rule(NFPROTO_ARP, INPUT, |e| {
-            e.load(NETWORK_HEADER, ARP_TARGET, 4).lookup(HELD, false);
-            e.load(NETWORK_HEADER, ARP_TARGET, 4)
-                .meta(META_IIFNAME, REG32_FIRST + 1)
-                .lookup(HERE, true)
-                .drop();
+            e.payload(NETWORK_HEADER, ARP_TARGET, 4, REG32_FIRST);
+            e.lookup(HELD, None, false);
+            e.payload(NETWORK_HEADER, ARP_TARGET, 4, REG32_FIRST);
+            e.meta(META_IIFNAME, REG32_FIRST + 1);
+            e.lookup(HERE, None, true);
+            e.verdict(&Verdict::Drop);
         }),
     ]
 }
 
 fn discovery_chain() -> Vec<Message> {
     const CHAIN: &str = "discovery";
-    fn of_kind<'a, 'b>(e: &'a mut Expressions<'b>, kind: u8) -> &'a mut Expressions<'b> {
-        e.meta(META_L4PROTO, REG32_FIRST).compare(false, &[IPPROTO_ICMPV6]);
-        e.load(TRANSPORT_HEADER, 0, 1).compare(false, &[kind])
+    fn match_kind(e: &mut Encoder<'_>, kind: u8) {
+        e.meta(META_L4PROTO, REG32_FIRST);
+        e.compare(false, &[IPPROTO_ICMPV6]);
+        e.payload(TRANSPORT_HEADER, 0, 1, REG32_FIRST);
+        e.compare(false, &[kind]);
     }
     vec![
         chain(NFPROTO_IPV6, CHAIN, HOOK_PREROUTING, PRIORITY_RAW),
         rule(NFPROTO_IPV6, CHAIN, |e| {
-            of_kind(e, ADVERTISEMENT).load(LINK_HEADER, 6, 6).lookup(OWN, true);
-            e.load(TRANSPORT_HEADER, DISCOVERY_TARGET, 16).lookup(HELD, false).remember(YIELDED);
+            match_kind(e, ADVERTISEMENT);
+            e.payload(LINK_HEADER, 6, 6, REG32_FIRST);
+            e.lookup(OWN, None, true);
+            e.payload(TRANSPORT_HEADER, DISCOVERY_TARGET, 16, REG32_FIRST);
+            e.lookup(HELD, None, false);
+            e.add_to(YIELDED, None);
         }),
         rule(NFPROTO_IPV6, CHAIN, |e| {
-            of_kind(e, SOLICITATION)
-                .load(TRANSPORT_HEADER, DISCOVERY_TARGET, 16)
-                .lookup(YIELDED, false)
-                .drop();
+            match_kind(e, SOLICITATION);
+            e.payload(TRANSPORT_HEADER, DISCOVERY_TARGET, 16, REG32_FIRST);
+            e.lookup(YIELDED, None, false);
+            e.verdict(&Verdict::Drop);
         }),
     ]
 }
@@ -364,111 +369,23 @@ fn discovery_chain() -> Vec<Message> {
 /// A packet in the middle of a connection that this node does not know goes to the node that had the address before, as it is.
 fn handover_chain(family: u8) -> Vec<Message> {
     const CHAIN: &str = "handover";
-    let destination = if family == NFPROTO_IPV6 { (24, 16) } else { (16, 4) };
+    let (offset, length) = if family == NFPROTO_IPV6 { (24, 16) } else { (16, 4) };
     vec![
         chain(family, CHAIN, HOOK_PREROUTING, PRIORITY_BEFORE_DNAT),
         rule(family, CHAIN, move |e| {
-            e.load(NETWORK_HEADER, destination.0, destination.1).translate(BEFORE);
-            e.meta(META_L4PROTO, REG32_FIRST).compare(false, &[IPPROTO_TCP]);
-            e.unknown_connection();
-            e.load(TRANSPORT_HEADER, TCP_FLAGS, 1).mask(&[TCP_FIN_SYN_RST_ACK]).compare(true, &[TCP_SYN]);
-            e.duplicate().drop();
+            e.payload(NETWORK_HEADER, offset, length, REG32_FIRST);
+            e.lookup(BEFORE, Some(REG_DATA), false);
+            e.meta(META_L4PROTO, REG32_FIRST);
+            e.compare(false, &[IPPROTO_TCP]);
+            e.ct(CT_STATE);
+            e.any_bit(CT_UNKNOWN, false);
+            e.payload(TRANSPORT_HEADER, TCP_FLAGS_OFFSET, 1, REG32_FIRST);
+            e.bitwise(&[TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK], &[0]);
+            e.compare(true, &[TCP_SYN]);
+            e.expression("dup", |w| w.be32(1, REG_DATA));
+            e.verdict(&Verdict::Drop);
         }),
     ]
-}
-
-/// The expressions of one rule; everything but data of a map goes through the first registers.
-struct Expressions<'a>(&'a mut Writer);
-
-impl Expressions<'_> {
-    fn add(&mut self, name: &str, attributes: impl FnOnce(&mut Writer)) -> &mut Self {
-        self.0.nest(NFTA_LIST_ELEM, |writer| {
-            writer.string(NFTA_EXPR_NAME, name);
-            writer.nest(NFTA_EXPR_DATA, attributes);
-        });
-        self
-    }
-
-    fn load(&mut self, base: u32, offset: u32, bytes: u32) -> &mut Self {
-        self.add("payload", |w| {
-            w.be32(1, REG32_FIRST);
-            w.be32(2, base);
-            w.be32(3, offset);
-            w.be32(4, bytes);
-        })
-    }
-
-    fn meta(&mut self, key: u32, register: u32) -> &mut Self {
-        self.add("meta", |w| {
-            w.be32(2, key);
-            w.be32(1, register);
-        })
-    }
-
-    fn compare(&mut self, negated: bool, bytes: &[u8]) -> &mut Self {
-        self.add("cmp", |w| {
-            w.be32(1, REG32_FIRST);
-            w.be32(2, if negated { CMP_NEQ } else { CMP_EQ });
-            value(w, 3, bytes);
-        })
-    }
-
-    fn mask(&mut self, mask: &[u8]) -> &mut Self {
-        self.add("bitwise", |w| {
-            w.be32(1, REG32_FIRST);
-            w.be32(2, REG32_FIRST);
-            w.be32(3, u32::try_from(mask.len()).unwrap_or(0));
-            value(w, 4, mask);
-            value(w, 5, &[0; 4][..mask.len()]);
-        })
-    }
-
-    fn lookup(&mut self, set: &str, negated: bool) -> &mut Self {
-        self.add("lookup", |w| {
-            w.string(1, set);
-            w.be32(2, REG32_FIRST);
-            if negated {
-                w.be32(5, 1);
-            }
-        })
-    }
-
-    fn translate(&mut self, map: &str) -> &mut Self {
-        self.add("lookup", |w| {
-            w.string(1, map);
-            w.be32(2, REG32_FIRST);
-            w.be32(3, REG_DATA);
-        })
-    }
-
-    fn remember(&mut self, set: &str) -> &mut Self {
-        self.add("dynset", |w| {
-            w.string(1, set);
-            w.be32(3, 0); // NFT_DYNSET_OP_ADD
-            w.be32(4, REG32_FIRST);
-        })
-    }
-
-    fn unknown_connection(&mut self) -> &mut Self {
-        self.add("ct", |w| {
-            w.be32(2, 0); // NFT_CT_STATE
-            w.be32(1, REG32_FIRST);
-        })
-        .mask(&CT_UNKNOWN.to_ne_bytes())
-        .compare(true, &[0; 4])
-    }
-
-    /// To the address that [`Self::translate`] found.
-    fn duplicate(&mut self) -> &mut Self {
-        self.add("dup", |w| w.be32(1, REG_DATA))
-    }
-
-    fn drop(&mut self) -> &mut Self {
-        self.add("immediate", |w| {
-            w.be32(1, REG_VERDICT);
-            w.nest(2, |w| write_verdict(w, &Verdict::Drop));
-        })
-    }
 }
 
 #[cfg(test)]

@@ -19,11 +19,11 @@ use super::uapi::{
 use super::wire::Writer;
 
 const META_MARK: u32 = 3;
-const META_IIFNAME: u32 = 6;
+pub(super) const META_IIFNAME: u32 = 6;
 const META_OIFNAME: u32 = 7;
 const META_NFPROTO: u32 = 15;
-const META_L4PROTO: u32 = 16;
-const CT_STATE: u32 = 0;
+pub(super) const META_L4PROTO: u32 = 16;
+pub(super) const CT_STATE: u32 = 0;
 const CT_STATUS: u32 = 2;
 /// IPS_DST_NAT.
 const CT_STATUS_DNAT: u32 = 0x20;
@@ -46,15 +46,15 @@ const REJECT_TCP_RESET: u32 = 1;
 const REJECT_ICMPX: u32 = 2;
 const ICMPX_PORT_UNREACHABLE: u8 = 1;
 const IPPROTO_ICMP: u8 = 1;
-const IPPROTO_ICMPV6: u8 = 58;
+pub(super) const IPPROTO_ICMPV6: u8 = 58;
 /// RFC 9293 section 3.1.
-const TCP_FLAGS_OFFSET: u32 = 13;
-const TCP_FIN: u8 = 1;
-const TCP_SYN: u8 = 2;
-const TCP_RST: u8 = 4;
-const TCP_ACK: u8 = 16;
-const NETWORK_HEADER: u32 = 1;
-const TRANSPORT_HEADER: u32 = 2;
+pub(super) const TCP_FLAGS_OFFSET: u32 = 13;
+pub(super) const TCP_FIN: u8 = 1;
+pub(super) const TCP_SYN: u8 = 2;
+pub(super) const TCP_RST: u8 = 4;
+pub(super) const TCP_ACK: u8 = 16;
+pub(super) const NETWORK_HEADER: u32 = 1;
+pub(super) const TRANSPORT_HEADER: u32 = 2;
 
 /// How `Reject` answers in one rule of the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,20 +81,25 @@ pub(crate) fn answers(rule: &Rule) -> &'static [Answer] {
 
 /// The list of expressions of one rule of the kernel. `ipv6`: the family of its table, `None` for `inet`.
 pub(crate) fn write_rule(writer: &mut Writer, rule: &Rule, answer: Answer, ipv6: Option<bool>) {
-    let mut encoder = Encoder { writer, ipv6, protocol: None };
+    let mut encoder = Encoder::new(writer, ipv6);
     for statement in &rule.statements {
         encoder.statement(statement, answer);
     }
 }
 
 /// What the statements so far have established is not matched again.
-struct Encoder<'a> {
+pub(super) struct Encoder<'a> {
     writer: &'a mut Writer,
     ipv6: Option<bool>,
     protocol: Option<u8>,
 }
 
-impl Encoder<'_> {
+impl<'a> Encoder<'a> {
+    /// `ipv6`: as [`write_rule`].
+    pub(super) fn new(writer: &'a mut Writer, ipv6: Option<bool>) -> Self {
+        Self { writer, ipv6, protocol: None }
+    }
+
     fn statement(&mut self, statement: &Statement, answer: Answer) {
         match statement {
             Statement::Match { field, negated, value } => self.match_field(*field, *negated, value),
@@ -167,7 +172,7 @@ impl Encoder<'_> {
     }
 
     /// One list entry: the name and the attributes of an expression.
-    fn expression(&mut self, name: &str, attributes: impl FnOnce(&mut Writer)) {
+    pub(super) fn expression(&mut self, name: &str, attributes: impl FnOnce(&mut Writer)) {
         self.writer.nest(NFTA_LIST_ELEM, |writer| {
             writer.string(NFTA_EXPR_NAME, name);
             writer.nest(NFTA_EXPR_DATA, attributes);
@@ -257,7 +262,7 @@ impl Encoder<'_> {
         }
     }
 
-    fn payload(&mut self, base: u32, offset: u32, length: u32, register: u32) {
+    pub(super) fn payload(&mut self, base: u32, offset: u32, length: u32, register: u32) {
         self.expression("payload", |w| {
             w.be32(1, register);
             w.be32(2, base);
@@ -266,14 +271,14 @@ impl Encoder<'_> {
         });
     }
 
-    fn meta(&mut self, key: u32, register: u32) {
+    pub(super) fn meta(&mut self, key: u32, register: u32) {
         self.expression("meta", |w| {
             w.be32(2, key);
             w.be32(1, register);
         });
     }
 
-    fn ct(&mut self, key: u32) {
+    pub(super) fn ct(&mut self, key: u32) {
         self.expression("ct", |w| {
             w.be32(2, key);
             w.be32(1, REG32_FIRST);
@@ -289,7 +294,7 @@ impl Encoder<'_> {
         self.compare(negated, &RTN_LOCAL.to_ne_bytes());
     }
 
-    fn compare(&mut self, negated: bool, bytes: &[u8]) {
+    pub(super) fn compare(&mut self, negated: bool, bytes: &[u8]) {
         self.expression("cmp", |w| {
             w.be32(1, REG32_FIRST);
             w.be32(2, if negated { CMP_NEQ } else { CMP_EQ });
@@ -307,7 +312,7 @@ impl Encoder<'_> {
     }
 
     /// `register = (register & mask) ^ xor`.
-    fn bitwise(&mut self, mask: &[u8], xor: &[u8]) {
+    pub(super) fn bitwise(&mut self, mask: &[u8], xor: &[u8]) {
         self.expression("bitwise", |w| {
             w.be32(1, REG32_FIRST);
             w.be32(2, REG32_FIRST);
@@ -317,12 +322,12 @@ impl Encoder<'_> {
         });
     }
 
-    fn any_bit(&mut self, bits: u32, negated: bool) {
+    pub(super) fn any_bit(&mut self, bits: u32, negated: bool) {
         self.bitwise(&bits.to_ne_bytes(), &[0; 4]);
         self.compare(!negated, &[0; 4]);
     }
 
-    fn lookup(&mut self, set: &str, destination: Option<u32>, negated: bool) {
+    pub(super) fn lookup(&mut self, set: &str, destination: Option<u32>, negated: bool) {
         self.expression("lookup", |w| {
             w.string(1, set);
             w.be32(2, REG32_FIRST);
@@ -352,11 +357,18 @@ impl Encoder<'_> {
 
     fn remember(&mut self, set: &str, key: &[Field], timeout_millis: u64) {
         self.load_key(key);
+        self.add_to(set, Some(timeout_millis));
+    }
+
+    /// What the first registers hold.
+    pub(super) fn add_to(&mut self, set: &str, timeout_millis: Option<u64>) {
         self.expression("dynset", |w| {
             w.string(1, set);
             w.be32(3, NFT_DYNSET_OP_ADD);
             w.be32(4, REG32_FIRST);
-            w.be64(6, timeout_millis);
+            if let Some(timeout_millis) = timeout_millis {
+                w.be64(6, timeout_millis);
+            }
         });
     }
 
@@ -388,7 +400,7 @@ impl Encoder<'_> {
         });
     }
 
-    fn verdict(&mut self, verdict: &Verdict) {
+    pub(super) fn verdict(&mut self, verdict: &Verdict) {
         self.expression("immediate", |w| {
             w.be32(1, REG_VERDICT);
             w.nest(2, |w| write_verdict(w, verdict));
