@@ -14,40 +14,22 @@ pub(crate) fn normal(raw: &str) -> Option<String> {
         }
         bytes.push(byte);
     }
-    let text = String::from_utf8_lossy(&bytes);
-    let mut depth = 0_i32;
-    for element in text.split('/') {
-        depth += match element {
-            "" | "." => 0,
-            ".." => -1,
-            _ => 1,
-        };
-        if depth < 0 {
-            return None;
-        }
-    }
-    Some(normalised(&text))
-}
-
-fn hex(digit: u8) -> Option<u8> {
-    char::from(digit).to_digit(16).and_then(|value| u8::try_from(value).ok())
-}
-
-/// Without empty and `.` elements, `..` resolved.
-fn normalised(path: &str) -> String {
+    let path = String::from_utf8_lossy(&bytes);
     let mut elements: Vec<&str> = Vec::new();
     for element in path.split('/') {
         match element {
             "" | "." => {}
-            ".." => {
-                elements.pop();
-            }
+            ".." => drop(elements.pop()?),
             other => elements.push(other),
         }
     }
     let directory = path.ends_with('/') || path.ends_with("/.") || path.ends_with("/..");
     let end = if directory && !elements.is_empty() { "/" } else { "" };
-    format!("/{}{end}", elements.join("/"))
+    Some(format!("/{}{end}", elements.join("/")))
+}
+
+fn hex(digit: u8) -> Option<u8> {
+    char::from(digit).to_digit(16).and_then(|value| u8::try_from(value).ok())
 }
 
 #[cfg(test)]
