@@ -1,5 +1,6 @@
-//! What this node tells the others: its WireGuard identity and which subnets its links hold, as annotations of its own Node (decision 15). A planner and an
-//! applier like any other, so the generic Loop retries it; it writes only while the Node says something else.
+//! What this node tells the others: its WireGuard identity and which subnets its links hold, as annotations of its own Node
+//! (decision 15). A planner and an applier like any other, so the generic Loop retries it; it writes only while the Node says
+//! something else.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -60,11 +61,7 @@ impl Planner for Publishing {
         let due = snapshot.own_node().filter(|node| {
             (identity.differs(node) || node.links.as_ref() != Some(&links)) && !snapshot.from_store
         });
-        let plan = due.map(|node| Publication {
-            node: node.name.clone(),
-            identity: identity.clone(),
-            links: links.clone(),
-        });
+        let plan = due.map(|node| Publication { node: node.name.clone(), identity, links });
         Planned::new(plan, Vec::new())
     }
 }

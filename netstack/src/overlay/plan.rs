@@ -174,8 +174,7 @@ impl<'a> View<'a> {
 
     fn wireguard(&self, problems: &mut Vec<Problem>) -> WireguardPlan {
         let listen_port = self.own.map_or(self.snapshot.config.wireguard_port, |own| self.port(own.node));
-        let own_keys = self.own.map(|own| own.node.public_key.into_iter().chain(own.node.next_public_key));
-        let own_keys = own_keys.into_iter().flatten().collect();
+        let own_keys = self.own.map(|own| quarantine::keys(own.node).collect()).unwrap_or_default();
         let mut plan = WireguardPlan { listen_port, own_keys, ..WireguardPlan::default() };
         for other in self.others() {
             let Some(key) = other.node.public_key else { continue };

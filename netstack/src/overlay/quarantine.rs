@@ -82,7 +82,7 @@ fn addresses(node: &Node, config: &ClusterConfig, problems: &mut Vec<Problem>) -
 }
 
 /// The present key and the one to come.
-fn keys(node: &Node) -> impl Iterator<Item = WgPublicKey> {
+pub(super) fn keys(node: &Node) -> impl Iterator<Item = WgPublicKey> {
     node.public_key.into_iter().chain(node.next_public_key)
 }
 

@@ -89,7 +89,6 @@ impl Rotation {
         let mut told = String::new();
         loop {
             tokio::time::sleep(LOOK).await;
-            let before = self.identity.borrow().clone();
             match self.step(max_age).await {
                 Ok(()) => told.clear(),
                 Err(error) => {
@@ -103,7 +102,7 @@ impl Rotation {
             let due = self.snapshot().is_some_and(|snapshot| {
                 snapshot.own_node().is_some_and(|node| self.identity.borrow().differs(node))
             });
-            if before != *self.identity.borrow() || due {
+            if due {
                 publish.nudge();
             }
         }
@@ -213,19 +212,14 @@ fn judge(
     announced_for: Duration,
     backend: WireguardBackend,
 ) -> Verdict {
-    let silent: Vec<&PeerStatus> = match backend {
-        WireguardBackend::Userspace => {
-            peers.iter().filter(|peer| peer.own_key.as_ref() != Some(next)).collect()
-        }
-        WireguardBackend::Kernel => Vec::new(),
-    };
+    let userspace = backend == WireguardBackend::Userspace;
+    // With kernel WireGuard no peer's answer is known.
+    let silent: Vec<&PeerStatus> =
+        peers.iter().filter(|peer| userspace && peer.own_key.as_ref() != Some(next)).collect();
     let live =
-        |peer: &&&PeerStatus| peer.last_handshake_seconds.is_some_and(|seconds| seconds < SESSION_SECONDS);
-    let settled = announced_for >= SETTLE;
-    let done = match backend {
-        WireguardBackend::Kernel => settled,
-        WireguardBackend::Userspace => silent.is_empty() || settled && !silent.iter().any(|peer| live(&peer)),
-    };
+        |peer: &PeerStatus| peer.last_handshake_seconds.is_some_and(|seconds| seconds < SESSION_SECONDS);
+    let settled = announced_for >= SETTLE && !silent.iter().any(|peer| live(peer));
+    let done = settled || userspace && silent.is_empty();
     if done || announced_for >= LIMIT {
         return Verdict::Replace;
     }
