@@ -319,8 +319,8 @@ fn identifier(message: &[u8]) -> Option<u16> {
     Some(u16::from_be_bytes(message.get(4..6)?.try_into().ok()?))
 }
 
-/// RFC 1071.
-fn checksum(message: &[u8; 8]) -> u16 {
+/// RFC 1071, of up to 64 KiB; an even number of octets.
+pub(crate) fn checksum(message: &[u8]) -> u16 {
     let words = message.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]));
     let sum: u32 = words.sum();
     let folded = (sum & 0xffff) + (sum >> 16);

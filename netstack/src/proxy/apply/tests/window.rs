@@ -7,6 +7,7 @@ use nix::sys::socket::{
 };
 
 use super::*;
+use crate::kernel::lan::checksum;
 
 /// A TCP segment with an ACK (RFC 9293, section 3.1).
 fn segment(from: SocketAddr, to: SocketAddr, sequence: u32) -> Vec<u8> {
@@ -21,10 +22,7 @@ fn segment(from: SocketAddr, to: SocketAddr, sequence: u32) -> Vec<u8> {
         IpAddr::V6(ip) => ip.octets().to_vec(),
     };
     let pseudo = [octets(from.ip()), octets(to.ip()), vec![0, 6, 0, 20], tcp.clone()].concat();
-    let words = pseudo.chunks_exact(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])));
-    let sum: u32 = words.sum();
-    let folded = (sum & 0xffff) + (sum >> 16);
-    tcp[16..18].copy_from_slice(&(!(folded as u16)).to_be_bytes());
+    tcp[16..18].copy_from_slice(&checksum(&pseudo).to_be_bytes());
     tcp
 }
 
