@@ -48,17 +48,17 @@ fn answer(run_dir: &Path) -> anyhow::Result<String> {
 
 /// What the agent whose socket is in `run_dir` answers to `GET path`.
 pub(crate) fn ask(run_dir: &Path, path: &str, patience: Duration) -> anyhow::Result<String> {
-    let socket = run_dir.join("agent.sock");
-    request(&socket, "GET", path, patience)
+    request(run_dir, "GET", path, patience)
 }
 
 /// As [`ask`], for what the agent is to do.
 pub(crate) fn tell(run_dir: &Path, path: &str, patience: Duration) -> anyhow::Result<String> {
-    request(&run_dir.join("agent.sock"), "POST", path, patience)
+    request(run_dir, "POST", path, patience)
 }
 
-fn request(socket: &Path, method: &str, path: &str, patience: Duration) -> anyhow::Result<String> {
-    fetch(socket, method, path, patience).map_err(|error| match error.is::<Refused>() {
+fn request(run_dir: &Path, method: &str, path: &str, patience: Duration) -> anyhow::Result<String> {
+    let socket = run_dir.join("agent.sock");
+    fetch(&socket, method, path, patience).map_err(|error| match error.is::<Refused>() {
         true => error,
         false => error.context(format!(
             "no agent answers on {}; is 'weft agent' running on this node?",

@@ -24,8 +24,8 @@ pub const INGRESS: &str = include_str!("../manifests/ingress.yaml");
 pub mod units {
     pub const SYSTEMD_AGENT: &str = include_str!("../units/systemd/weft-agent.service");
     pub const SYSTEMD_TUNNEL: &str = include_str!("../units/systemd/weft-tunnel.service");
-    pub const OPENRC_AGENT: &str = include_str!("../units/openrc/weft-agent");
     pub const SYSTEMD_INGRESS: &str = include_str!("../units/systemd/weft-ingress.service");
-    pub const OPENRC_INGRESS: &str = include_str!("../units/openrc/weft-ingress");
+    pub const OPENRC_AGENT: &str = include_str!("../units/openrc/weft-agent");
     pub const OPENRC_TUNNEL: &str = include_str!("../units/openrc/weft-tunnel");
+    pub const OPENRC_INGRESS: &str = include_str!("../units/openrc/weft-ingress");
 }

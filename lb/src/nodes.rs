@@ -97,13 +97,16 @@ fn serving<'a>(service: &Service, balancer: &Balancer, snapshot: &'a Snapshot) -
 
 /// Whether it is to serve only when nobody else can: it leaves, is about to be drained, or is labelled to be left out.
 pub(crate) fn reluctant(node: &Node) -> bool {
-    node.leaving || node.cordoned || node.labels.contains_key(EXCLUDED)
+    node.cordoned || left_out(node)
+}
+
+fn left_out(node: &Node) -> bool {
+    node.leaving || node.labels.contains_key(EXCLUDED)
 }
 
 /// Without those that leave and those that are labelled to be left out, unless nobody else could serve.
 fn willing(nodes: Vec<&Arc<Node>>) -> Vec<&Arc<Node>> {
-    let asked = |node: &&Arc<Node>| !node.leaving && !node.labels.contains_key(EXCLUDED);
-    let willing: Vec<&Arc<Node>> = nodes.iter().copied().filter(asked).collect();
+    let willing: Vec<&Arc<Node>> = nodes.iter().copied().filter(|node| !left_out(node)).collect();
     if willing.is_empty() { nodes } else { willing }
 }
 

@@ -27,8 +27,9 @@ use anyhow::{Context as _, ensure};
 use clap::Args;
 use weft_netstack::kube::Endpoint;
 
-use self::plan::ServiceManager;
-use self::plan::{CREATED_FOLDERS, Content, ENVIRONMENT, InstalledFile, RUN_DIR, STATE_DIR, Unit};
+use self::plan::{
+    CREATED_FOLDERS, Content, ENVIRONMENT, InstalledFile, RUN_DIR, STATE_DIR, ServiceManager, Unit,
+};
 use self::service::Services;
 use crate::Invalid;
 use crate::agent::{Config, GivenArgs, start};
