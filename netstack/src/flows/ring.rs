@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::record::{Query, Record, Verdict};
 
 /// Of each verdict, so that a crowd of allowed flows does not push out the few that were denied. Both together stay below
-/// 10 MB with what the containers take beside.
+/// 10 MB.
 const BYTES: usize = 4 << 20;
 
 #[derive(Debug, Default)]
@@ -22,7 +22,15 @@ pub(super) struct Ring {
 #[derive(Debug, Default)]
 struct Kept {
     records: VecDeque<(u64, Record)>,
+    /// Of the records.
     bytes: usize,
+}
+
+impl Kept {
+    /// With the room for records that there could be.
+    fn held(&self) -> usize {
+        self.bytes + (self.records.capacity() - self.records.len()) * size_of::<(u64, Record)>()
+    }
 }
 
 /// What a query found, oldest first.
@@ -44,7 +52,7 @@ impl Ring {
         };
         kept.bytes += record.bytes();
         kept.records.push_back((self.last, record));
-        while kept.bytes > BYTES {
+        while kept.held() > BYTES {
             let Some((_, oldest)) = kept.records.pop_front() else { break };
             kept.bytes -= oldest.bytes();
         }
@@ -69,6 +77,6 @@ impl Ring {
 
     #[cfg(test)]
     pub(super) fn bytes(&self) -> usize {
-        self.allowed.bytes + self.denied.bytes
+        self.allowed.held() + self.denied.held()
     }
 }
