@@ -12,6 +12,7 @@ pub mod cni;
 pub mod control;
 pub mod expose;
 pub mod flows;
+pub mod introduce;
 pub mod kernel;
 pub mod kube;
 pub mod overlay;

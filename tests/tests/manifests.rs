@@ -44,8 +44,8 @@ fn granted() -> Access {
     access
 }
 
-/// What `netstack::kube` does: a watch lists first; what Ingresses refer to is read by its name; the own Node's annotations are
-/// written with a merge patch; Events are made; the holder of the Lease writes statuses.
+/// What `netstack::kube` does: a watch lists first; what Ingresses refer to is read by its name; the own Node's annotations and one
+/// condition are patched; Events are made; the holder of the Lease writes statuses.
 fn used() -> Access {
     let watched = [
         ("", "nodes"),
@@ -67,6 +67,7 @@ fn used() -> Access {
         })
         .collect();
     access.entry((String::new(), "nodes".into())).or_default().insert("patch".into());
+    access.entry((String::new(), "nodes/status".into())).or_default().insert("patch".into());
     access.entry((String::new(), "events".into())).or_default().insert("create".into());
     access.entry((String::new(), "services/status".into())).or_default().insert("patch".into());
     access.entry(("metallb.io".into(), "ipaddresspools/status".into())).or_default().insert("patch".into());

@@ -24,6 +24,7 @@ use weft_netstack::cni::plan::PodLinksPlanner;
 use weft_netstack::cni::{self, Cni, PodMtu, Readiness, loopback};
 use weft_netstack::expose::plan::{IngressStatusPlanner, SlicesPlanner};
 use weft_netstack::flows::{self, Recorded};
+use weft_netstack::introduce::{self, Introduced};
 use weft_netstack::kernel::facts;
 use weft_netstack::kernel::netns::Rtnetlink;
 use weft_netstack::kernel::nft::Commits;
@@ -31,8 +32,8 @@ use weft_netstack::kernel::route::losses;
 use weft_netstack::kernel::sysctl::Journal;
 use weft_netstack::kernel::vip;
 use weft_netstack::kube::{
-    self, Access, Announcer, ApiStatus, Here, Lead, Notices, Publisher, Publishing, SlicesWriter,
-    StatusWriter, Watches, definitions, lease,
+    self, Access, Announcer, ApiStatus, Here, Lead, NodeCondition, Notices, Publisher, Publishing,
+    SlicesWriter, StatusWriter, Watches, definitions, lease,
 };
 use weft_netstack::overlay::rotation::Rotation;
 use weft_netstack::overlay::{self, OverlayApplier, OverlayPlanner};
@@ -65,9 +66,11 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
 
     let initial = durable.as_deref().and_then(last_good);
     let (attachments_tx, attachments) = watch::channel(cni::attachments(&leases.leases()?));
-    let here = Here { facts: facts_rx.clone(), attachments };
+    let (introduced_tx, introduced) = watch::channel(Introduced::default());
+    let here = Here { facts: facts_rx.clone(), attachments: attachments.clone(), introduced };
     let Watches { snapshots, status } =
         kube::start(tasks, access.clone(), config.cluster.clone(), here, initial);
+    introduce::start(tasks, &snapshots, &attachments, introduced_tx);
     let lead = lease::start(tasks, access.clone(), config.node.clone());
 
     let dns = start_dns(config, leases.clone());
@@ -88,7 +91,8 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
         overlay: overlay.clone(),
         policy: policy.clone(),
     };
-    let told = Told { attachments: attachments_tx, verdicts: policy.map(|policy| policy.reports()) };
+    let verdicts = policy.map(|policy| policy.reports());
+    let told = Told { attachments: attachments_tx, verdicts: verdicts.clone() };
     let cni = open_cni(snapshots.clone(), leases, sources.readiness(), told).await?;
     let (notices, passing) = Notices::channel();
     let (balancer, balancer_counters) =
@@ -99,7 +103,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let flows = record_flows(tasks, snapshots.clone(), judge, notices);
     let announcer =
         Announcer { access, node: config.node.clone(), snapshots: snapshots.clone(), reports, passing };
-    tasks.start("events", announcer.run());
+    tell_the_cluster(tasks, announcer, verdicts);
     watch_others(tasks, &handles, [overlay, pod_links])?;
 
     let (observed, observe_outcome) = watch::channel(String::new());
@@ -225,6 +229,13 @@ fn overlay_applier(config: &Config, tasks: &mut TaskGroup) -> anyhow::Result<Ove
 }
 
 /// What others take away is put back at once, not at the next drift check.
+/// What the API server is told beside statuses: Events, and the condition of the own Node.
+fn tell_the_cluster(tasks: &mut TaskGroup, announcer: Announcer, verdicts: Option<watch::Receiver<Report>>) {
+    let (access, node) = (announcer.access.clone(), announcer.node.clone());
+    tasks.start("condition", NodeCondition { access, node, policy: verdicts }.run());
+    tasks.start("events", announcer.run());
+}
+
 fn watch_others(
     tasks: &mut TaskGroup,
     loops: &[LoopHandle],

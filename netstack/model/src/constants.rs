@@ -20,6 +20,8 @@ pub const UNREACHABLE_METRIC: u32 = 0x7000_0000;
 pub const TUNNEL_LINK: &str = "weft0";
 /// Default UDP port of WireGuard, as IANA lists none and every tool uses this one.
 pub const WIREGUARD_PORT: u16 = 51820;
+/// UDP port on the `host` addresses, over which nodes introduce their new pods to each other. Beside the port of metrics, 9470.
+pub const INTRODUCTION_PORT: u16 = 9471;
 /// Host ends of pod veths: this prefix and 10 hexadecimal digits (IFNAMSIZ allows 15 characters).
 pub const POD_LINK_PREFIX: &str = "weftp";
 /// IFB devices through which a pod's packets are led when its sending rate is limited: this prefix and the digits of its link.
@@ -61,6 +63,9 @@ pub const ANNOTATION_PUBLIC_KEY: &str = "weft.network/public-key";
 pub const ANNOTATION_NEXT_PUBLIC_KEY: &str = "weft.network/next-public-key";
 pub const ANNOTATION_WIREGUARD_PORT: &str = "weft.network/wireguard-port";
 pub const ANNOTATION_LINKS: &str = "weft.network/links";
+
+/// Condition of a Node, written by the node's own agent only: whether its kernel has the rules of network policies.
+pub const CONDITION_NETWORK_POLICY: &str = "weft.network/NetworkPolicyReady";
 
 /// NetworkPolicy annotation: `keep` lets connections that the policy would deny end by themselves; `cut`, the default, ends them.
 pub const ANNOTATION_ESTABLISHED: &str = "weft.network/established";

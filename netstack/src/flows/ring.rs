@@ -10,6 +10,9 @@ use super::record::{Query, Record, Verdict};
 /// 10 MB.
 const BYTES: usize = 4 << 20;
 
+/// Records for which room is made at once. Twice the room each time, as collections grow, could be all of the bound and empty.
+const STEP: usize = 256;
+
 #[derive(Debug, Default)]
 pub(super) struct Ring {
     allowed: Kept,
@@ -51,6 +54,9 @@ impl Ring {
             Verdict::Denied => &mut self.denied,
         };
         kept.bytes += record.bytes();
+        if kept.records.len() == kept.records.capacity() {
+            kept.records.reserve_exact(STEP);
+        }
         kept.records.push_back((self.last, record));
         while kept.held() > BYTES {
             let Some((_, oldest)) = kept.records.pop_front() else { break };

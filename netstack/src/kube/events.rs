@@ -150,6 +150,7 @@ const DEFAULT_NAMESPACE: &str = "default";
 /// Event of core/v1, the form that every `kubectl` reads.
 fn event(due: &Due, kind: Kind, uid: &str, node: &NodeName) -> Value {
     let Notice { object, severity, reason, message } = &due.notice;
+    let name = due.name(uid);
     let namespace = match object.namespace.as_str() {
         "" => DEFAULT_NAMESPACE,
         namespace => namespace,
@@ -157,7 +158,7 @@ fn event(due: &Due, kind: Kind, uid: &str, node: &NodeName) -> Value {
     let now = now();
     let component = json!({"component": "weft", "host": node.0});
     json!({
-        "metadata": {"name": due.name, "namespace": namespace},
+        "metadata": {"name": name, "namespace": namespace},
         "involvedObject": {
             "apiVersion": kind.api_version(), "kind": object.kind, "namespace": object.namespace,
             "name": object.name, "uid": uid,

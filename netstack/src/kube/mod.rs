@@ -6,6 +6,7 @@
 //!  NodeFacts, attachments of CNI -----------------------------------------+--> Cluster --> Snapshot #g
 //!  last good Snapshot from the Store -------------------------------------+
 //!  problems, passing notices --events--> Event objects, for `kubectl describe`
+//!  report of the policy loop --condition--> one condition of the own Node
 //! ```
 //!
 //! What is valid of an object is used, and every field that is not becomes a [`weft_model::Problem`]; an object that cannot be
@@ -16,6 +17,7 @@
 
 mod client;
 mod cluster;
+mod condition;
 pub mod definitions;
 mod document;
 mod events;
@@ -32,6 +34,7 @@ mod wire;
 
 pub use client::{Access, ClientError, Endpoint};
 pub use cluster::Cluster;
+pub use condition::NodeCondition;
 pub use document::{CONFIG_MAP, Document, Kind};
 pub use events::{Announcer, Notices};
 pub use failure::{Address, ApiFailure, Distrust};

@@ -26,6 +26,7 @@ use super::document::{CONFIG_MAP, Document, Kind};
 use super::failure::{Address, ApiFailure};
 use super::referred::Reader;
 use super::version::ServerVersion;
+use crate::introduce::{Introduced, with_introduced};
 use crate::reconcile::{TaskGroup, chain};
 
 /// Events that arrive within this time after the first become one Snapshot: long enough for the Service and the
@@ -78,6 +79,8 @@ pub struct Here {
     pub facts: channel::Receiver<NodeFacts>,
     /// What CNI has given; a change is published like that of an object, in the order in which it was made.
     pub attachments: channel::Receiver<Attachments>,
+    /// What the other nodes say of their pods before the API does.
+    pub introduced: channel::Receiver<Introduced>,
 }
 
 /// Starts the task `kube`. With `initial`, that Snapshot is published at once, marked `from_store`, with the facts, the
@@ -196,6 +199,10 @@ async fn run(mut assembler: Assembler, mut connection: Connection) -> Result<(),
                 changed.map_err(|_| "the attachments ended".to_owned())?;
                 publish_at.get_or_insert_with(|| Instant::now() + BURST);
             }
+            changed = assembler.here.introduced.changed() => {
+                changed.map_err(|_| "the introductions ended".to_owned())?;
+                publish_at.get_or_insert_with(|| Instant::now() + BURST);
+            }
             changed = assembler.referred.changed() => {
                 changed.map_err(|_| "the reader of Secrets ended".to_owned())?;
                 let referred = assembler.referred.borrow_and_update().clone();
@@ -252,6 +259,7 @@ impl Assembler {
         let facts = self.facts_now();
         let attachments = self.here.attachments.borrow_and_update().clone();
         let complete = self.cluster.is_complete();
+        let published = self.snapshot_tx.borrow().clone();
         let generation = self.generation.next();
         let snapshot = match &self.stored {
             Some(stored) if !complete => Snapshot {
@@ -263,12 +271,17 @@ impl Assembler {
                 ..stored.clone()
             },
             None if !complete => return,
-            _ => Snapshot { attachments, ..self.cluster.snapshot(generation, self.config.clone(), facts) },
+            _ => {
+                let cluster = self.cluster.snapshot(generation, self.config.clone(), facts);
+                let introduced = self.here.introduced.borrow_and_update();
+                let last = published.as_ref().map(|published| &published.pods);
+                let pods = with_introduced(&cluster.pods, &cluster.nodes, &introduced, last);
+                Snapshot { attachments, pods, ..cluster }
+            }
         };
         if complete {
             self.stored = None;
         }
-        let published = self.snapshot_tx.borrow().clone();
         if published.is_some_and(|published| same_but_generation(&published, &snapshot)) {
             return;
         }

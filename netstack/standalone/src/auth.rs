@@ -194,8 +194,8 @@ impl Identity {
             ("services" | "ipaddresspools" | "ingresses", None) => (without(old, &["status"])
                 != without(new, &["status"]))
             .then_some("an agent may only change the status of this object"),
-            ("nodes", None) => (without(old, &ANNOTATIONS) != without(new, &ANNOTATIONS))
-                .then_some("an agent may only change the annotations of its own Node"),
+            ("nodes", None) => (of_others(old) != of_others(new))
+                .then_some("an agent may only change the annotations and one condition of its own Node"),
             _ => None,
         };
         refused.map_or(Ok(()), |why| Err(ApiError::forbidden(resource, object::name(old), why)))
@@ -225,6 +225,24 @@ fn kubelet_may(node: &str, verb: Verb, resource: &Resource, name: Option<&str>) 
 }
 
 const ANNOTATIONS: [&str; 2] = ["metadata", "annotations"];
+/// The condition that an agent writes on its own Node.
+const AGENT_CONDITION: &str = "weft.network/NetworkPolicyReady";
+
+/// A Node without what its agent may write.
+fn of_others(node: &Value) -> Value {
+    let mut node = without(node, &ANNOTATIONS);
+    let Some(status) = node.get_mut("status").and_then(Value::as_object_mut) else { return node };
+    if let Some(conditions) = status.get_mut("conditions").and_then(Value::as_array_mut) {
+        conditions.retain(|condition| condition["type"] != AGENT_CONDITION);
+        if conditions.is_empty() {
+            status.remove("conditions");
+        }
+    }
+    if status.is_empty() {
+        object::remove(&mut node, &["status"]);
+    }
+    node
+}
 
 fn without(object: &Value, path: &[&str]) -> Value {
     let mut object = object.clone();
@@ -286,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn an_agent_writes_only_the_annotations_of_its_own_node() {
+    fn an_agent_writes_only_the_annotations_and_one_condition_of_its_own_node() {
         let agent = Identity::agent("a");
         let nodes = find("", "v1", "nodes").unwrap();
         let services = find("", "v1", "services").unwrap();
@@ -306,5 +324,15 @@ mod tests {
         assert!(agent.authorize_change(nodes, &old, &annotated).is_ok());
         assert_eq!(agent.authorize_change(nodes, &old, &tainted).unwrap_err().code, 403);
         assert!(Identity::admin("root").authorize_change(nodes, &old, &tainted).is_ok());
+        let with = |conditions: Value| json!({"metadata": {"name": "a"}, "spec": {}, "status": {"conditions": conditions}});
+        let own = json!({"type": AGENT_CONDITION, "status": "True"});
+        let kubelets = json!({"type": "Ready", "status": "True"});
+        assert!(agent.authorize_change(nodes, &old, &with(json!([own]))).is_ok());
+        let before = with(json!([kubelets]));
+        assert!(agent.authorize_change(nodes, &before, &with(json!([kubelets, own]))).is_ok());
+        assert!(
+            agent.authorize_change(nodes, &before, &with(json!([own]))).is_err(),
+            "the kubelet's is gone"
+        );
     }
 }

@@ -12,6 +12,7 @@ pub(crate) const CASES: &[Case] = &[
     case("the agent's token writes the annotations of its own Node", own_node),
     case("the agent's token may not write another Node", another_node),
     case("the agent's token may not write labels, taints or foreign annotations of its Node", nothing_else),
+    case("of the status of its Node the agent's token writes one condition and nothing else", condition),
     case("a token of the ServiceAccount that is bound to no node writes no Node", unbound),
     case("the role names the verbs used and no more", verbs),
     case("a DaemonSet pod made anew hands over a new token, and the agent takes it", handed_over),
@@ -23,11 +24,16 @@ const ANNOTATION: &str = "weft.network/suite";
 /// What the API server answers to a merge patch with a node's token: the object, or the refusal as an error. Not by kubectl,
 /// which reads the object first.
 fn patch(cluster: &Cluster, token: &str, node: &str, patch: &str) -> anyhow::Result<String> {
+    patch_at(cluster, token, node, "application/merge-patch+json", patch)
+}
+
+/// The same of `node` or `node/status`, with a kind of patch.
+fn patch_at(cluster: &Cluster, token: &str, node: &str, kind: &str, patch: &str) -> anyhow::Result<String> {
     let mut command = cluster.script("exec");
     command.args(["lan", "curl", "-sS", "-m", "10", "-X", "PATCH", "--cacert"]);
     command.arg(cluster.run_folder.join("pki/ca.crt"));
     command.args(["-H", &format!("Authorization: Bearer {}", token.trim())]);
-    command.args(["-H", "Content-Type: application/merge-patch+json", "-d", patch]);
+    command.args(["-H", &format!("Content-Type: {kind}"), "-d", patch]);
     let answer = said(command.arg(format!("https://172.30.98.1:6443/api/v1/nodes/{node}")))?;
     let object: serde_json::Value = serde_json::from_str(&answer)?;
     ensure!(object["kind"] == "Node", "{}", object["message"]);
@@ -84,6 +90,47 @@ fn nothing_else(cluster: &Cluster) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What the agent itself says is there, and whatever else it might write of the status is refused.
+fn condition(cluster: &Cluster) -> anyhow::Result<()> {
+    let ours = r#"{.status.conditions[?(@.type=="weft.network/NetworkPolicyReady")].status}"#;
+    for node in NODES {
+        cluster.within(Duration::from_secs(30), "the condition", || {
+            let said = cluster.kubectl(&["get", "node", node, "-o", &format!("jsonpath={ours}")])?;
+            ensure!(said.trim() == "True", "{node}: {said:?}");
+            Ok(())
+        })?;
+    }
+    let token = cluster.on("node1", &format!("cat {TOKEN}"))?;
+    let strategic = |node: &str, body: &str| {
+        patch_at(cluster, &token, node, "application/strategic-merge-patch+json", body)
+    };
+    let of_type =
+        |name: &str| format!(r#"{{"status":{{"conditions":[{{"type":"{name}","status":"False"}}]}}}}"#);
+    for (what, body) in [
+        ("the kubelet's condition", of_type("Ready")),
+        ("a condition of nobody", of_type("example.org/Mine")),
+        (
+            "an address",
+            r#"{"status":{"addresses":[{"type":"ExternalIP","address":"192.0.2.66"}]}}"#.to_owned(),
+        ),
+        ("the capacity", r#"{"status":{"capacity":{"pods":"9999"}}}"#.to_owned()),
+        (
+            "the kubelet's condition gone",
+            r#"{"status":{"conditions":[{"type":"Ready","$patch":"delete"}]}}"#.to_owned(),
+        ),
+    ] {
+        refused(strategic("node1/status", &body), what)?;
+    }
+    let own = of_type("weft.network/NetworkPolicyReady");
+    refused(strategic("node2/status", &own), "another Node's condition")?;
+    strategic("node1/status", &own)?;
+    cluster.within(Duration::from_secs(90), "the agent says again what is true", || {
+        let said = cluster.kubectl(&["get", "node", "node1", "-o", &format!("jsonpath={ours}")])?;
+        ensure!(said.trim() == "True", "{said:?}");
+        Ok(())
+    })
+}
+
 fn unbound(cluster: &Cluster) -> anyhow::Result<()> {
     let token = cluster.kubectl(&["-n", "weft-system", "create", "token", "weft-agent"])?;
     refused(patch(cluster, token.trim(), "node1", &annotation(ANNOTATION)), "a token bound to no node")
@@ -113,7 +160,7 @@ fn verbs(cluster: &Cluster) -> anyhow::Result<()> {
         ("list", "configmaps"),
         ("patch", "pods"),
         ("update", "nodes"),
-        ("patch", "nodes/status"),
+        ("update", "nodes/status"),
         ("create", "pods/exec"),
         ("impersonate", "users"),
     ] {

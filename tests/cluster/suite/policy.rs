@@ -18,6 +18,8 @@ pub(crate) const CASES: &[Case] = &[
     case("both sides must allow, through a ClusterIP as well", both_sides),
     case("a connection that a new policy denies is cut, and no other", established),
     case("a pod of a denied namespace is isolated from its first packet on", first_packet),
+    case("so is one whose node hears of everything two seconds late", first_packet_late),
+    case("a new pod that is allowed gets through to every node with its first request", allowed_at_once),
     case("what a policy says and nobody understands is named in the status, and the rest holds", invalid),
 ];
 
@@ -304,34 +306,78 @@ fn established(cluster: &Cluster) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A pod on `node` whose first and only act is a shell line; what it printed once it printed `done`. The pod is gone afterwards.
+fn newborn(cluster: &Cluster, name: &str, node: &str, line: &str) -> anyhow::Result<String> {
+    let pod = json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": name, "namespace": "suite", "labels": {"app": "newborn"}},
+        "spec": {
+            "nodeName": node, "terminationGracePeriodSeconds": 0, "restartPolicy": "Never",
+            "containers": [{
+                "name": "a", "image": "weft.network/test:1",
+                "command": ["bash", "-c", format!("{line}; echo done; sleep 1000")],
+            }],
+        },
+    });
+    cluster.apply(&pod.to_string())?;
+    let said = cluster.within(PATIENCE, "the pod has asked", || {
+        let said = cluster.kubectl(&["logs", name])?;
+        ensure!(said.contains("done"), "{said}");
+        Ok(said)
+    });
+    cluster.delete(&pod.to_string())?;
+    said
+}
+
 /// The pod's first act is to ask, and it must never have been answered.
 fn first_packet(cluster: &Cluster) -> anyhow::Result<()> {
     let guarded = Guarded::start(cluster)?;
     guarded.policies(&[deny("newborn")])?;
     let server = cluster.pod_on("echo", "node2")?;
+    let ask = format!("curl -gsS -m 1 http://{}:8080/hostname && echo LEAKED", server.addresses[0]);
     for turn in 0..5 {
-        let name = format!("newborn-{turn}");
-        let ask = format!(
-            "curl -gsS -m 1 http://{}:8080/hostname && echo LEAKED; echo done; sleep 1000",
-            server.addresses[0]
-        );
-        let pod = json!({
-            "apiVersion": "v1", "kind": "Pod",
-            "metadata": {"name": name, "namespace": "suite", "labels": {"app": "newborn"}},
-            "spec": {
-                "nodeName": NODES[turn % NODES.len()], "terminationGracePeriodSeconds": 0, "restartPolicy": "Never",
-                "containers": [{"name": "a", "image": "weft.network/test:1", "command": ["bash", "-c", ask]}],
-            },
-        });
-        cluster.apply(&pod.to_string())?;
-        let said = cluster.within(PATIENCE, "the pod has asked", || {
-            let said = cluster.kubectl(&["logs", &name])?;
-            ensure!(said.contains("done"), "{said}");
-            Ok(said)
-        });
-        cluster.delete(&pod.to_string())?;
-        let said = said?;
+        let said = newborn(cluster, &format!("newborn-{turn}"), NODES[turn % NODES.len()], &ask)?;
         ensure!(!said.contains("LEAKED"), "pod {turn}: {said}");
+    }
+    Ok(())
+}
+
+/// Agents that are held for two of every three seconds read their watches late and have work waiting.
+fn first_packet_late(cluster: &Cluster) -> anyhow::Result<()> {
+    let enough = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let holding = scope.spawn(|| -> anyhow::Result<()> {
+            while !enough.load(std::sync::atomic::Ordering::Relaxed) {
+                at_once(&NODES, |node| {
+                    let agent = "$(cat /run/node/units/weft-agent.service.pid)";
+                    let line = format!("kill -STOP {agent}; sleep 2; kill -CONT {agent}; sleep 1");
+                    cluster.on(node, &line).map(drop)
+                })?;
+            }
+            Ok(())
+        });
+        let checked = first_packet(cluster);
+        enough.store(true, std::sync::atomic::Ordering::Relaxed);
+        let held = holding.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        checked.and(held)
+    })
+}
+
+/// One request a server, none of which may wait for a second packet: a lost one would be repeated after a second only.
+fn allowed_at_once(cluster: &Cluster) -> anyhow::Result<()> {
+    let guarded = Guarded::start(cluster)?;
+    guarded.policies(&[policy("newborns", "guarded", json!({"ingress": [{"from": peer("newborn")}]}))])?;
+    let mut urls: Vec<String> = Vec::new();
+    for server in cluster.pods("guarded")? {
+        urls.extend(
+            server.addresses.iter().map(|address| format!("http://{}:8080/hostname", in_url(address))),
+        );
+    }
+    let ask = urls.iter().map(|url| format!("curl -gsS -m 0.8 -o /dev/null {url} || echo LATE {url}"));
+    let ask = ask.collect::<Vec<_>>().join("; ");
+    for turn in 0..6 {
+        let said = newborn(cluster, &format!("newborn-{turn}"), NODES[turn % NODES.len()], &ask)?;
+        ensure!(!said.contains("LATE"), "pod {turn}: {said}");
     }
     Ok(())
 }

@@ -76,6 +76,57 @@ fn switching_the_engine_off_removes_every_rule_and_says_so() {
     });
 }
 
+fn condition(node: &Node) -> serde_json::Value {
+    let object = node.api().read("/api/v1/nodes", NODE);
+    let conditions = object["status"]["conditions"].as_array().cloned().unwrap_or_default();
+    let ours = |condition: &serde_json::Value| condition["type"] == "weft.network/NetworkPolicyReady";
+    conditions.into_iter().find(ours).unwrap_or_default()
+}
+
+/// A program that owns a table of our name, so that the kernel refuses ours; its end takes the table away.
+fn occupy_the_table() -> std::process::Child {
+    let mut command = Command::new("nft");
+    let mut owner = command.arg("-i").stdin(std::process::Stdio::piped()).spawn().unwrap();
+    let stdin = owner.stdin.as_mut().unwrap();
+    std::io::Write::write_all(stdin, b"add table inet weft-policy { flags owner; }\n").unwrap();
+    until("the table is another's", || rules().contains("flags owner"));
+    owner
+}
+
+#[test]
+fn a_kernel_that_does_not_take_the_rules_is_told_by_the_node_cni_and_the_status() {
+    inside(|| {
+        let mut owner = occupy_the_table();
+        let mut node = Node::new();
+        node.start_server();
+        node.make_node_object();
+        node.start_agent();
+        node.start_tunnel();
+        until("the condition", || condition(&node)["status"] == "False");
+        let message = condition(&node)["message"].as_str().unwrap_or_default().to_owned();
+        assert!(message.starts_with("network policies are not in place: table weft-policy: "), "{message}");
+        let why = node.status()["reasons"].to_string();
+        assert!(why.contains("network policies are not in place: table weft-policy: "), "{why}");
+        let status = node.cni("STATUS", "1.1.0", "", "", None);
+        assert!(
+            status.failed && status.printed["msg"].to_string().contains("table weft-policy"),
+            "{status:?}"
+        );
+        weft_tests::node::ip("netns add refused");
+        let add = node.cni("ADD", "1.0.0", "refused", &weft_tests::node::netns("refused"), None);
+        assert!(add.failed && add.printed["msg"].to_string().contains("table weft-policy"), "{add:?}");
+        owner.kill().unwrap();
+        owner.wait().unwrap();
+        node.await_ready();
+        until("the condition is true again", || condition(&node)["status"] == "True");
+        node.add_pod("pod1");
+        node.end_agent(Signal::SIGTERM);
+        let mut command = node.agent_command();
+        node.start_agent_with(command.args(["--network-policy", "off"]));
+        until("an engine that is off has no condition", || condition(&node).is_null());
+    });
+}
+
 /// Both verdicts while they happen, by name, as text and as JSON, through filters.
 #[test]
 fn flows_are_followed_as_they_happen() {

@@ -24,8 +24,19 @@ const PERIOD: Duration = Duration::from_secs(10 * 60);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Due {
     pub notice: Notice,
-    /// Name of the Event.
-    pub name: String,
+    /// Tells equal passing notices apart; empty for a standing one, which has one Event.
+    salt: String,
+}
+
+impl Due {
+    pub(super) fn standing(notice: Notice) -> Self {
+        Self { notice, salt: String::new() }
+    }
+
+    /// Name of the Event, given the `uid` of the object: one that was deleted and made again is told anew.
+    pub(super) fn name(&self, uid: &str) -> String {
+        name(&self.notice, &format!("{uid}\n{}", self.salt))
+    }
 }
 
 #[derive(Debug, Default)]
@@ -68,8 +79,7 @@ impl Outbox {
         times.push_back(now);
         self.taken += 1;
         let salt = format!("{}/{}", self.life, self.taken);
-        let name = name(&notice, &salt);
-        self.passing.push_back(Due { notice, name });
+        self.passing.push_back(Due { notice, salt });
     }
 
     /// What is to be written now, given the notices that stand.
@@ -86,14 +96,13 @@ impl Outbox {
                 && state.said.is_none_or(|said| now.duration_since(said) >= AGAIN)
         };
         let of_standing = self.standing.iter().filter(|(_, state)| is_due(state));
-        let of_standing =
-            of_standing.map(|(notice, _)| Due { notice: notice.clone(), name: name(notice, "") });
+        let of_standing = of_standing.map(|(notice, _)| Due::standing(notice.clone()));
         self.passing.iter().cloned().chain(of_standing).collect()
     }
 
     /// `due` was written, or refused for good.
     pub(super) fn done(&mut self, due: &Due, now: Instant) {
-        self.passing.retain(|waiting| waiting.name != due.name);
+        self.passing.retain(|waiting| waiting != due);
         if let Some(state) = self.standing.get_mut(&due.notice) {
             state.said = Some(now);
         }

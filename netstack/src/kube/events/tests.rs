@@ -1,8 +1,7 @@
 use super::*;
 
 fn due(object: ObjectRef, message: &str) -> Due {
-    let notice = Notice::new(object, Severity::Warning, "InvalidField", message);
-    Due { notice, name: "web.0123456789abcdef".to_owned() }
+    Due::standing(Notice::new(object, Severity::Warning, "InvalidField", message))
 }
 
 #[test]

@@ -167,6 +167,7 @@ struct Rig {
     _watching: TaskGroup,
     facts_tx: channel::Sender<NodeFacts>,
     attachments_tx: channel::Sender<Attachments>,
+    _introduced_tx: channel::Sender<Introduced>,
     watches: Watches,
     access: Arc<Access>,
 }
@@ -226,9 +227,20 @@ impl Rig {
         let (facts_tx, facts_rx) = channel::channel(facts(1500));
         let (attachments_tx, attachments) = channel::channel(Attachments::default());
         let mut watching = TaskGroup::new();
-        let here = Here { facts: facts_rx, attachments };
+        let (introduced_tx, introduced) = channel::channel(Introduced::default());
+        let here = Here { facts: facts_rx, attachments, introduced };
         let watches = start(&mut watching, access.clone(), config(), here, initial);
-        Self { server, address, serving, _watching: watching, facts_tx, attachments_tx, watches, access }
+        Self {
+            _introduced_tx: introduced_tx,
+            server,
+            address,
+            serving,
+            _watching: watching,
+            facts_tx,
+            attachments_tx,
+            watches,
+            access,
+        }
     }
 
     /// Waits for a Snapshot of which `holds` is true.
@@ -427,7 +439,8 @@ async fn without_an_api_server_the_stored_snapshot_stands_and_follows_the_facts(
     let (facts_tx, facts_rx) = channel::channel(facts(1500));
     let mut tasks = TaskGroup::new();
     let (_attachments_tx, attachments) = channel::channel(Attachments::default());
-    let here = Here { facts: facts_rx, attachments };
+    let (_introduced_tx, introduced) = channel::channel(Introduced::default());
+    let here = Here { facts: facts_rx, attachments, introduced };
     let mut watches = start(&mut tasks, access, config(), here, Some((*stored).clone()));
     watches.snapshots.wait_for(Option::is_some).await.unwrap();
     facts_tx.send_replace(facts(9000));

@@ -40,7 +40,7 @@ fn all_nodes_give_a_standing_notice_one_name_and_each_passing_one_its_own() {
         .map(|life| {
             let mut outbox = Outbox::new(life);
             outbox.due(&standing, start);
-            outbox.due(&standing, after(start, 4))[0].name.clone()
+            outbox.due(&standing, after(start, 4))[0].name("uid")
         })
         .into();
     assert_eq!(names.len(), 1);
@@ -49,12 +49,18 @@ fn all_nodes_give_a_standing_notice_one_name_and_each_passing_one_its_own() {
             let mut outbox = Outbox::new(life);
             outbox.pass(notice("web", "port 0"), start);
             outbox.pass(notice("web", "port 0"), start);
-            outbox.due(&BTreeSet::new(), start).into_iter().map(|due| due.name).collect::<Vec<_>>()
+            outbox.due(&BTreeSet::new(), start).into_iter().map(|due| due.name("uid")).collect::<Vec<_>>()
         })
         .concat()
         .into_iter()
         .collect();
     assert_eq!(passing.len(), 4);
+}
+
+#[test]
+fn an_object_made_again_under_its_name_is_told_anew() {
+    let due = Due::standing(notice("web", "port 0"));
+    assert_ne!(due.name("first"), due.name("second"));
 }
 
 #[test]
