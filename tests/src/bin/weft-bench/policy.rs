@@ -142,9 +142,11 @@ fn attach(rig: &Rig) -> anyhow::Result<Vec<[IpAddr; 2]>> {
             command.env("CNI_IFNAME", "eth0").env("CNI_PATH", folder.join("bin")).env("CNI_ARGS", args);
             command.env("CNI_NETNS", format!("/run/netns/pod{pod}"));
             let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
-            child.stdin.take().context("no standard input")?.write_all(config.to_string().as_bytes())?;
+            let written =
+                child.stdin.take().context("no standard input")?.write_all(config.to_string().as_bytes());
             let said = child.wait_with_output()?.stdout;
             let result: Value = serde_json::from_slice(&said)?;
+            written.with_context(|| result.to_string())?;
             let address = |i: usize| -> anyhow::Result<IpAddr> {
                 let text = result["ips"][i]["address"].as_str().with_context(|| result.to_string())?;
                 Ok(text.split('/').next().unwrap_or_default().parse()?)
@@ -293,7 +295,7 @@ impl Bench {
             Ok(Instant::now())
         })?;
         let peer = Peer::of(&self.own);
-        let sync = median((0..5).map(|_| peer.sync()).collect::<anyhow::Result<Vec<f64>>>()?);
+        let sync = median((0..3).map(|_| peer.sync()).collect::<anyhow::Result<Vec<f64>>>()?);
         peer.remove()?;
         let mut rows = Vec::new();
         for (what, change) in
@@ -335,6 +337,8 @@ impl Bench {
         let rules = said(Command::new("nft").args(["list", "table", "inet", "weft-policy"]))?;
         ensure!(rules.contains("jump in-"), "no pod is isolated");
         let peer = Peer::of(&self.own);
+        peer.sync()?;
+        peer.switch(false)?;
         let mut rates = [0, 1].map(|_| [Vec::new(), Vec::new(), Vec::new()]);
         for (family, [ours, none, theirs]) in rates.iter_mut().enumerate() {
             let at = SocketAddr::new(self.own[server][family], PORT);
@@ -344,12 +348,13 @@ impl Bench {
                 ours.push(within(client, move || rate(at))?);
                 nft("delete table inet weft-policy")?;
                 none.push(within(client, move || rate(at))?);
-                peer.sync()?;
+                peer.switch(true)?;
                 theirs.push(within(client, move || rate(at))?);
-                peer.remove()?;
+                peer.switch(false)?;
                 nft(&rules)?;
             }
         }
+        peer.remove()?;
         let mut rows = Vec::new();
         for (family, [ours, none, theirs]) in ["IPv4", "IPv6"].into_iter().zip(rates) {
             let [ours, none, theirs] = [ours, none, theirs].map(median);
@@ -399,8 +404,9 @@ fn nft(text: &str) -> anyhow::Result<()> {
 fn feed(command: &mut Command, text: &str) -> anyhow::Result<()> {
     let mut child =
         command.stdin(Stdio::piped()).stderr(Stdio::piped()).spawn().context(format!("{command:?}"))?;
-    child.stdin.take().context("no standard input")?.write_all(text.as_bytes())?;
+    // A command that ends before it has read everything says why.
+    let written = child.stdin.take().context("no standard input")?.write_all(text.as_bytes());
     let output = child.wait_with_output()?;
     ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(())
+    written.with_context(|| format!("{command:?}"))
 }

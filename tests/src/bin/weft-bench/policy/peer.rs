@@ -1,5 +1,5 @@
 //! The same policies in kube-router's layout: a chain a policy, a set for its pods and one for the peers of each rule, a chain a
-//! pod of this node that jumps to the chains of its policies, two rules a pod in `FORWARD`. Every change writes all of it anew.
+//! pod of this node that jumps to the chains of its policies, two rules a pod in one chain that `FORWARD` jumps to. Every change writes all of it anew.
 
 use std::fmt::Write as _;
 use std::net::IpAddr;
@@ -15,6 +15,7 @@ pub(super) struct Peer {
 }
 
 const COMMANDS: [&str; 2] = ["iptables-restore", "ip6tables-restore"];
+const JUMP: &str = "FORWARD -j KUBE-ROUTER-FORWARD";
 const NOBODY_ALLOWED: &str = "-m mark ! --mark 0x10000/0x10000 -j REJECT";
 
 impl Peer {
@@ -52,6 +53,18 @@ impl Peer {
         Ok(started_at.elapsed().as_secs_f64() * 1000.0)
     }
 
+    /// Lets packets pass by its rules, or go through them again.
+    pub(super) fn switch(&self, on: bool) -> anyhow::Result<()> {
+        let verb = if on { "-A" } else { "-D" };
+        for command in COMMANDS {
+            feed(
+                Command::new(command).args(["--noflush", "-w", "5"]),
+                &format!("*filter\n{verb} {JUMP}\nCOMMIT\n"),
+            )?;
+        }
+        Ok(())
+    }
+
     pub(super) fn remove(&self) -> anyhow::Result<()> {
         for command in COMMANDS {
             feed(&mut Command::new(command), "*filter\n:FORWARD ACCEPT [0:0]\nCOMMIT\n")?;
@@ -80,8 +93,8 @@ fn write_set(text: &mut String, name: &str, family: usize, addresses: &[IpAddr])
 
 /// The whole filter table of a family.
 fn restore(family: usize, own: &[[IpAddr; 2]]) -> String {
-    let mut chains = String::from("*filter\n:FORWARD ACCEPT [0:0]\n");
-    let mut text = String::new();
+    let mut chains = String::from("*filter\n:FORWARD ACCEPT [0:0]\n:KUBE-ROUTER-FORWARD - [0:0]\n");
+    let mut text = format!("-A {JUMP}\n");
     for i in 0..POLICIES {
         let _ = writeln!(chains, ":KUBE-NWPLCY-{i} - [0:0]");
         for (source, destination) in [("SRC", "POD"), ("POD", "DST")] {
@@ -106,7 +119,7 @@ fn restore(family: usize, own: &[[IpAddr; 2]]) -> String {
         let _ = writeln!(text, "-A KUBE-POD-FW-{pod} {NOBODY_ALLOWED}");
         let _ = writeln!(text, "-A KUBE-POD-FW-{pod} -j MARK --set-xmark 0x0/0x10000");
         for way in ["-d", "-s"] {
-            let _ = writeln!(text, "-A FORWARD {way} {address} -j KUBE-POD-FW-{pod}");
+            let _ = writeln!(text, "-A KUBE-ROUTER-FORWARD {way} {address} -j KUBE-POD-FW-{pod}");
         }
     }
     format!("{chains}{text}COMMIT\n")
