@@ -12,6 +12,7 @@ mod wire;
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
+use weft_netstack::kernel::memory::share_one_heap;
 use weft_netstack::reconcile::TaskGroup;
 
 pub(crate) use config::{AgentArgs, Config, api_server, disjoint, one_a_family};
@@ -23,6 +24,7 @@ pub(crate) fn run(args: AgentArgs) -> anyhow::Result<()> {
     start::require_root()?;
     let _lock = start::lock(&config.run_dir)?;
     start::require_nftables()?;
+    share_one_heap();
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()

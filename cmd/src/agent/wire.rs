@@ -10,14 +10,14 @@ use anyhow::Context as _;
 use axum::Router;
 use nix::errno::Errno;
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use weft_ingress::apply::RoutesApplier;
 use weft_ingress::plan::IngressPlanner;
 use weft_lb::announce::{AnnouncePlanner, announcer};
 use weft_lb::status::{StatusApplier, StatusPlanner};
 use weft_model::constants::WIREGUARD_OVERHEAD_BYTES;
 use weft_model::snapshot::Attachments;
-use weft_model::{NodeFacts, Report, Snapshot};
+use weft_model::{NodeFacts, NodeName, Notice, Report, Snapshot};
 use weft_netstack::admin::{self, Admin, Counters, Read};
 use weft_netstack::cni::apply::PodLinksApplier;
 use weft_netstack::cni::plan::PodLinksPlanner;
@@ -99,11 +99,8 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
         start_load_balancer(&mut loops, config, &access, (&lead, notices.clone())).await?;
     let pod_links = loops.start("cni", PodLinksPlanner, PodLinksApplier::new(cni.clone()), Pace::default());
     let handles = loops.handles;
-    let reports = handles.iter().map(LoopHandle::reports).collect();
     let flows = record_flows(tasks, snapshots.clone(), judge, notices);
-    let announcer =
-        Announcer { access, node: config.node.clone(), snapshots: snapshots.clone(), reports, passing };
-    tell_the_cluster(tasks, announcer, verdicts);
+    tell_the_cluster(tasks, (access, config.node.clone()), &snapshots, (&handles, verdicts), passing);
     watch_others(tasks, &handles, [overlay, pod_links])?;
 
     let (observed, observe_outcome) = watch::channel(String::new());
@@ -229,10 +226,18 @@ fn overlay_applier(config: &Config, tasks: &mut TaskGroup) -> anyhow::Result<Ove
 }
 
 /// What others take away is put back at once, not at the next drift check.
-/// What the API server is told beside statuses: Events, and the condition of the own Node.
-fn tell_the_cluster(tasks: &mut TaskGroup, announcer: Announcer, verdicts: Option<watch::Receiver<Report>>) {
-    let (access, node) = (announcer.access.clone(), announcer.node.clone());
-    tasks.start("condition", NodeCondition { access, node, policy: verdicts }.run());
+/// What the API server is told beside statuses: Events, and the condition of the own Node, which the reports of the policies' loop decide.
+fn tell_the_cluster(
+    tasks: &mut TaskGroup,
+    (access, node): (Arc<Access>, NodeName),
+    snapshots: &Snapshots,
+    (loops, policy): (&[LoopHandle], Option<watch::Receiver<Report>>),
+    passing: mpsc::Receiver<Notice>,
+) {
+    let condition = NodeCondition { access: access.clone(), node: node.clone(), policy };
+    tasks.start("condition", condition.run());
+    let reports = loops.iter().map(LoopHandle::reports).collect();
+    let announcer = Announcer { access, node, snapshots: snapshots.clone(), reports, passing };
     tasks.start("events", announcer.run());
 }
 

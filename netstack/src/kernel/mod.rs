@@ -7,6 +7,7 @@ pub mod descriptor_store;
 pub mod facts;
 pub mod lan;
 pub mod link;
+pub mod memory;
 pub mod netns;
 pub mod nflog;
 pub mod nft;

@@ -1,6 +1,7 @@
 //! The applier: owner of the nft table `weft-policy`, and of established connections that it denies.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::watch;
 use weft_model::constants::TABLE_POLICY;
@@ -84,7 +85,7 @@ impl Applier for PolicyApplier {
                 Err(error) => applied.failed.push(format!("established connections: {}", chain(&error))),
             }
         }
-        applied.details = details(plan);
+        applied.details = details(plan, self.table.commit_took());
         applied
     }
 }
@@ -121,7 +122,7 @@ fn cut(judge: &Judge) -> Result<usize, ConntrackError> {
 }
 
 /// For `weft status`.
-fn details(plan: &PolicyPlan) -> Vec<(String, String)> {
+fn details(plan: &PolicyPlan, commit_took: Duration) -> Vec<(String, String)> {
     let isolated = |direction, ipv6| {
         plan.table.sets.get(&SubjectSet::Side(direction).name(ipv6)).map_or(0, |set| set.groups.len())
     };
@@ -129,6 +130,7 @@ fn details(plan: &PolicyPlan) -> Vec<(String, String)> {
     vec![
         ("isolated for ingress".to_owned(), line(Direction::Ingress)),
         ("isolated for egress".to_owned(), line(Direction::Egress)),
+        ("last transaction".to_owned(), format!("{} us in the kernel", commit_took.as_micros())),
     ]
 }
 

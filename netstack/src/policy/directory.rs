@@ -75,12 +75,47 @@ pub(super) struct Directory {
     pods: Objects<PodKey, Pod>,
     attachments: Attachments,
     /// Pods that the API shows with an address, unless their end or the host's network makes it another's.
-    claims: BTreeMap<IpAddr, BTreeSet<PodKey>>,
+    claims: Claims,
     resolver: Arc<Pod>,
     /// The node's ingress under each of its names.
     ingress: Vec<Arc<Pod>>,
     /// Labels of namespaces of these two where there is no such Namespace.
     virtual_namespaces: BTreeMap<&'static str, Labels>,
+}
+
+/// Pods by the addresses that they claim, in parts: what was handed out shares with what is changed after it all parts but those that
+/// the change is in.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Claims(BTreeMap<IpNet, Arc<BTreeMap<IpAddr, BTreeSet<PodKey>>>>);
+
+impl Claims {
+    fn add(&mut self, address: IpAddr, pod: &PodKey) {
+        let part = Arc::make_mut(self.0.entry(part_of(address)).or_default());
+        part.entry(address).or_default().insert(pod.clone());
+    }
+
+    fn remove(&mut self, address: IpAddr, pod: &PodKey) {
+        let Some(part) = self.0.get_mut(&part_of(address)) else { return };
+        let part = Arc::make_mut(part);
+        let Some(claimants) = part.get_mut(&address) else { return };
+        claimants.remove(pod);
+        if claimants.is_empty() {
+            part.remove(&address);
+        }
+        if part.is_empty() {
+            self.0.remove(&part_of(address));
+        }
+    }
+
+    fn of(&self, address: IpAddr) -> impl Iterator<Item = &PodKey> {
+        self.0.get(&part_of(address)).and_then(|part| part.get(&address)).into_iter().flatten()
+    }
+}
+
+/// The range of a node's size that an address is in.
+pub(super) fn part_of(address: IpAddr) -> IpNet {
+    let prefix = if address.is_ipv6() { 120 } else { 24 };
+    IpNet::new_assert(address, prefix).trunc()
 }
 
 /// A pod of this node as a subject of policies.
@@ -106,7 +141,7 @@ impl Directory {
             namespaces: Objects::default(),
             pods: Objects::default(),
             attachments: Attachments::default(),
-            claims: BTreeMap::new(),
+            claims: Claims::default(),
             resolver,
             ingress: ingress.into(),
             virtual_namespaces,
@@ -129,15 +164,11 @@ impl Directory {
             changed_pods.insert(key);
             for address in claimed(old) {
                 addresses.insert(address);
-                let claimants = self.claims.entry(address).or_default();
-                claimants.remove(key);
-                if claimants.is_empty() {
-                    self.claims.remove(&address);
-                }
+                self.claims.remove(address, key);
             }
             for address in claimed(new) {
                 addresses.insert(address);
-                self.claims.entry(address).or_default().insert(key.clone());
+                self.claims.add(address, key);
             }
         }
         let attachments = std::mem::replace(&mut self.attachments, snapshot.attachments.clone());
@@ -251,7 +282,7 @@ impl Directory {
     }
 
     fn claimants(&self, address: IpAddr) -> impl Iterator<Item = &Arc<Pod>> {
-        self.claims.get(&address).into_iter().flatten().filter_map(|key| self.pods.get(key))
+        self.claims.of(address).filter_map(|key| self.pods.get(key))
     }
 
     /// The attached pod itself, and not another one of the same name.

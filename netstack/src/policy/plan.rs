@@ -8,14 +8,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use ipnet::IpNet;
 use weft_model::objects::Pod;
 use weft_model::policy::NetworkPolicy;
 use weft_model::ruleset::{Datum, ElementData, Elements, Table, Verdict};
 use weft_model::snapshot::{Objects, changes};
 use weft_model::{ObjectRef, Planned, PolicyKey, Problem, Reason, Snapshot};
 
-use super::directory::{Directory, Place, Subject};
+use super::directory::{Directory, Place, Subject, part_of};
 use super::judge::{Judge, Sides};
 use super::layout::{self, SetKey, SubjectSet};
 use super::meaning::{Direction, Policies, Side};
@@ -244,8 +243,7 @@ impl Sides {
 
 /// Addresses that stand in one group: few enough for a change to copy them, as many as a node's range mostly holds.
 fn group(address: IpAddr) -> String {
-    let prefix = if address.is_ipv6() { 120 } else { 24 };
-    IpNet::new_assert(address, prefix).trunc().to_string()
+    part_of(address).to_string()
 }
 
 /// What stands in a set for one address becomes `elements`; a group in which nothing changes stays the same `Arc`.

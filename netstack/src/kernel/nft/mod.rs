@@ -29,6 +29,7 @@ pub(crate) mod wire;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use weft_model::ruleset::{
@@ -116,6 +117,7 @@ pub struct NftTable {
     name: &'static str,
     socket: Option<NetfilterSocket>,
     shadow: Option<Shadow>,
+    commit_took: Duration,
 }
 
 /// What the table is as long as only this process changes the rule set.
@@ -137,7 +139,7 @@ enum Failure {
 
 impl NftTable {
     pub fn new(name: &'static str) -> Self {
-        Self { name, socket: None, shadow: None }
+        Self { name, socket: None, shadow: None, commit_took: Duration::ZERO }
     }
 
     /// Makes the kernel's table equal to `desired` in one transaction; returns one line per change.
@@ -351,7 +353,15 @@ impl NftTable {
         for (index, op) in ops.iter().enumerate() {
             batch.push(index, op);
         }
-        send(socket, name, batch, ops, generation)
+        let started_at = Instant::now();
+        let sent = send(socket, name, batch, ops, generation);
+        self.commit_took = started_at.elapsed();
+        sent
+    }
+
+    /// How long the kernel took for the last transaction, zero before the first.
+    pub fn commit_took(&self) -> Duration {
+        self.commit_took
     }
 
     /// The declaration of a set: the shadow's, or else the kernel's.

@@ -203,16 +203,26 @@ struct Change {
     seen: f64,
     /// Planning, committing and looking for connections to cut.
     pass: f64,
+    /// The transaction alone.
+    commit: f64,
+}
+
+/// What the policies' loop says of itself.
+#[derive(Clone, Copy, Debug, Default)]
+struct Said {
+    generation: u64,
+    pass_micros: f64,
+    commit_micros: f64,
 }
 
 impl Bench {
     /// Waits until the policies' loop has nothing more to do.
     fn settle(&self) -> anyhow::Result<()> {
-        let mut last = (0, 0.0);
+        let mut last = Said::default();
         for _ in 0..60 {
             std::thread::sleep(Duration::from_secs(1));
             let now = self.report()?;
-            if now.0 == last.0 && now.0 > 1 {
+            if now.generation == last.generation && now.generation > 1 {
                 return Ok(());
             }
             last = now;
@@ -220,8 +230,7 @@ impl Bench {
         anyhow::bail!("the policies were not settled in a minute: {last:?}")
     }
 
-    /// Generation that the policies' loop has applied, and how long its last pass took in microseconds.
-    fn report(&self) -> anyhow::Result<(u64, f64)> {
+    fn report(&self) -> anyhow::Result<Said> {
         let mut stream = UnixStream::connect(self.rig.folder.path().join("run/agent.sock"))?;
         stream.write_all(b"GET /status HTTP/1.0\r\nHost: weft\r\n\r\n")?;
         let mut answer = String::new();
@@ -230,27 +239,34 @@ impl Bench {
         let status: Value = serde_json::from_str(body)?;
         let loops = status["loops"].as_array().context("no loops")?;
         let policy = loops.iter().find(|report| report["name"] == "policy").context("no policy loop")?;
-        let generation = policy["generation"].as_u64().context("no generation")?;
-        Ok((generation, policy["last_pass_micros"].as_f64().context("no duration")?))
+        let details = policy["details"].as_array().context("no details")?;
+        let commit = details.iter().find(|detail| detail[0] == "last transaction").map(|detail| &detail[1]);
+        let commit = commit.and_then(|text| text.as_str()?.split(' ').next()?.parse().ok());
+        Ok(Said {
+            generation: policy["generation"].as_u64().context("no generation")?,
+            pass_micros: policy["last_pass_micros"].as_f64().context("no duration")?,
+            commit_micros: commit.context("no duration of a transaction")?,
+        })
     }
 
     fn time(&self, change: impl Fn(usize) -> anyhow::Result<Instant>) -> anyhow::Result<Change> {
-        let (mut seen, mut passes) = (Vec::new(), Vec::new());
+        let (mut seen, mut passes, mut commits) = (Vec::new(), Vec::new(), Vec::new());
         for i in 0..CHANGES {
-            let before = self.report()?.0;
+            let before = self.report()?.generation;
             let answered_at = change(i)?;
-            let mut micros = 0.0;
+            let mut said = Said::default();
             until("the rules", || {
-                self.report().is_ok_and(|(generation, took)| {
-                    micros = took;
-                    generation > before
+                self.report().is_ok_and(|now| {
+                    said = now;
+                    now.generation > before
                 })
             })?;
             seen.push(answered_at.elapsed().as_secs_f64() * 1000.0);
-            passes.push(micros / 1000.0);
+            passes.push(said.pass_micros / 1000.0);
+            commits.push(said.commit_micros / 1000.0);
             std::thread::sleep(Duration::from_millis(200));
         }
-        Ok(Change { seen: median(seen), pass: median(passes) })
+        Ok(Change { seen: median(seen), pass: median(passes), commit: median(commits) })
     }
 
     fn changes(&self) -> anyhow::Result<Vec<Row>> {
@@ -306,6 +322,7 @@ impl Bench {
             };
             rows.push(row("API answer to rules", change.seen, Some(50.0)));
             rows.push(row("plan and commit", change.pass, None));
+            rows.push(row("transaction in the kernel", change.commit, Some(1.0)));
             let beside = |peer, target| {
                 Row::beside(
                     &format!("{what}, to the kernel p50"),
