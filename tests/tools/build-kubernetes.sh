@@ -17,6 +17,7 @@ declare -A package=(
   [kube-scheduler]=k8s.io/kubernetes/cmd/kube-scheduler
   [kubelet]=k8s.io/kubernetes/cmd/kubelet
   [kubectl]=k8s.io/kubernetes/cmd/kubectl
+  [kube-proxy]=k8s.io/kubernetes/cmd/kube-proxy
   [agnhost]=k8s.io/kubernetes/test/images/agnhost
 )
 # An empty MINOR is the default too.
