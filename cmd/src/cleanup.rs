@@ -7,11 +7,12 @@ use anyhow::{Context as _, bail, ensure};
 use clap::Args;
 use weft_model::constants::{TABLE_POLICY, TABLE_PROXY};
 use weft_netstack::cni::{self, conflist, loopback};
+use weft_netstack::kernel::link::Links;
 use weft_netstack::kernel::netns::Rtnetlink;
-use weft_netstack::kernel::nft::{NftTable, kube_proxy};
+use weft_netstack::kernel::nft::NftTable;
 use weft_netstack::kernel::vip;
 use weft_netstack::overlay;
-use weft_netstack::proxy::KubeProxy;
+use weft_netstack::proxy::{IPVS_LINK, KubeProxy};
 use weft_netstack::reconcile::chain;
 
 use crate::agent::start;
@@ -41,18 +42,20 @@ pub(crate) struct CleanupArgs {
 pub(crate) async fn run(args: CleanupArgs) -> anyhow::Result<()> {
     start::require_root()?;
     if args.kube_proxy {
-        return clean_kube_proxy(args.dry_run);
+        return clean_kube_proxy(args.dry_run).await;
     }
     clean(&args).await?;
     say!("nothing of Weft is left on this node");
     Ok(())
 }
 
-/// Prints each object, then removes them all at once, unless a kube-proxy runs that would put them back.
-fn clean_kube_proxy(dry_run: bool) -> anyhow::Result<()> {
+/// Prints each object, then removes them, unless a kube-proxy runs that would put them back.
+async fn clean_kube_proxy(dry_run: bool) -> anyhow::Result<()> {
     let there = KubeProxy::look()?;
-    for leftover in &there.leftovers {
-        say!("{} {leftover}", if dry_run { "would remove" } else { "removing" });
+    let link = there.ipvs_link.then(|| format!("link {IPVS_LINK}"));
+    let objects: Vec<String> = there.objects().chain(link).collect();
+    for object in &objects {
+        say!("{} {object}", if dry_run { "would remove" } else { "removing" });
     }
     if let Some(pid) = there.running.first() {
         bail!(
@@ -61,18 +64,36 @@ fn clean_kube_proxy(dry_run: bool) -> anyhow::Result<()> {
         );
     }
     if !dry_run {
-        kube_proxy::remove_leftovers()?;
-        let left = kube_proxy::leftovers()?;
-        ensure!(left.is_empty(), "{} objects of kube-proxy came back; what makes them?", left.len());
+        there.remove()?;
+        if there.ipvs_link {
+            let netlink = Rtnetlink::connect().context("open an rtnetlink socket")?;
+            Links::new(netlink.handle.clone()).delete(IPVS_LINK).await?;
+        }
+        let left = KubeProxy::look()?;
+        let count = left.objects().count() + usize::from(left.ipvs_link);
+        ensure!(count == 0, "{count} objects of kube-proxy came back; what makes them?");
     }
     ensure!(
-        !there.ipvs,
-        "virtual servers of IPVS are left (link kube-ipvs0): run `kube-proxy --cleanup` or reboot"
+        there.ipvs_servers == 0,
+        "{} virtual servers of IPVS are left, which may be kube-proxy's: run `kube-proxy --cleanup` or reboot",
+        there.ipvs_servers
     );
-    if !dry_run || there.leftovers.is_empty() {
-        say!("no rule of kube-proxy is left in nf_tables");
+    if !dry_run || objects.is_empty() {
+        say!("no rule of kube-proxy is left in {}", read(&there));
     }
     Ok(())
+}
+
+/// Where one could look.
+fn read(there: &KubeProxy) -> String {
+    let unread: Vec<String> = there.unread.iter().map(ToString::to_string).collect();
+    match unread.as_slice() {
+        [] => "nf_tables and x_tables".to_owned(),
+        _ => format!(
+            "nf_tables; the tables {} of the older iptables are in use and cannot be read without its programs",
+            unread.join(", ")
+        ),
+    }
 }
 
 /// Refuses while an agent runs. Every step is tried; a second look then has to find nothing.

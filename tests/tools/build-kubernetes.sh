@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds parts of Kubernetes from their Go modules, once, outside the work tree, and prints the folder of the binaries.
 # Usage: build-kubernetes.sh [MINOR [NAME...]]    a minor version is a folder beside this script (default: the newest);
-#        NAME is one of the keys below (default: all).
+#        NAME is one of the keys below (default: what a cluster needs).
 # In: WEFT_CACHE (default ~/.cache/weft), go on the PATH (or in /usr/local/go/bin).
 #
 # k8s.io/kubernetes cannot be a main module, because its module leaves out the staging repositories that it replaces:
@@ -17,6 +17,7 @@ declare -A package=(
   [kube-scheduler]=k8s.io/kubernetes/cmd/kube-scheduler
   [kubelet]=k8s.io/kubernetes/cmd/kubelet
   [kubectl]=k8s.io/kubernetes/cmd/kubectl
+  [kube-proxy]=k8s.io/kubernetes/cmd/kube-proxy
   [agnhost]=k8s.io/kubernetes/test/images/agnhost
 )
 # An empty MINOR is the default too.

@@ -18,7 +18,7 @@ use weft_lb::status::{StatusApplier, StatusPlanner};
 use weft_model::constants::WIREGUARD_OVERHEAD_BYTES;
 use weft_model::snapshot::Attachments;
 use weft_model::{NodeFacts, NodeName, Notice, Report, Snapshot};
-use weft_netstack::admin::{self, Admin, Counters, Read};
+use weft_netstack::admin::{self, Admin, Collect, Counters, Read};
 use weft_netstack::cni::apply::PodLinksApplier;
 use weft_netstack::cni::plan::PodLinksPlanner;
 use weft_netstack::cni::{self, Cni, PodMtu, Readiness, loopback};
@@ -38,7 +38,7 @@ use weft_netstack::kube::{
 use weft_netstack::overlay::rotation::Rotation;
 use weft_netstack::overlay::{self, OverlayApplier, OverlayPlanner};
 use weft_netstack::policy::{self, Judge, PolicyApplier, PolicyPlanner};
-use weft_netstack::proxy::{ProxyApplier, ProxyHealth, ProxyPlanner};
+use weft_netstack::proxy::{KubeProxyNames, ProxyApplier, ProxyHealth, ProxyPlanner};
 use weft_netstack::reconcile::{
     Applier, Loop, LoopHandle, Pace, Planner, TaskGroup, Watchfulness, chain, vigil,
 };
@@ -80,7 +80,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let impatient = Pace { max_backoff: Duration::from_secs(1), ..Pace::default() };
     let overlay =
         loops.start("overlay", OverlayPlanner { open_firewalls: config.open_firewalls }, overlay, impatient);
-    let proxy_health = start_proxy(&mut loops);
+    let (proxy_health, proxy_metrics) = start_proxy(&mut loops);
     loops.start("dns", dns.planner, dns.applier, Pace::default());
     let rotation = publish_key(&mut loops, config, &access)?;
     let (policy, judge) = start_policy(&mut loops, config.network_policy, impatient)?.unzip();
@@ -118,6 +118,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
         said("cni", move || others.borrow().note.clone()),
     ]);
     admin.counters.extend(balancer_counters);
+    admin.collectors.push(proxy_metrics);
     admin.parts.extend((!config.network_policy).then(|| said("policy", || POLICY_OFF.to_owned())));
     let admin = Arc::new(admin);
     let socket = config.run_dir.join("agent.sock");
@@ -271,11 +272,14 @@ fn obstacle_texts(sources: Sources, found: watch::Receiver<Configurations>) -> R
     })
 }
 
-fn start_proxy(loops: &mut Loops<'_>) -> Arc<ProxyHealth> {
+fn start_proxy(loops: &mut Loops<'_>) -> (Arc<ProxyHealth>, Collect) {
     let proxy = ProxyApplier::new();
-    let health = proxy.health();
-    loops.start("proxy", ProxyPlanner::default(), proxy, Pace::default());
-    health
+    let (health, metrics) = (proxy.health(), proxy.metrics());
+    let snapshots = loops.snapshots.clone();
+    let handle = loops.start("proxy", ProxyPlanner::default(), proxy, Pace::default());
+    loops.tasks.start("proxy-metrics", metrics.clone().follow(snapshots, handle.reports()));
+    let names = KubeProxyNames { metrics, tally: handle.tally() };
+    (health, Box::new(move || Box::new(names.clone())))
 }
 
 /// Routes for the process `weft ingress`, and what the one writer says of it; switched off, what was served is served no longer.
@@ -416,6 +420,7 @@ fn admin(
             }),
         )],
         counters: dns_counters(dns),
+        collectors: Vec::new(),
     }
 }
 

@@ -18,7 +18,7 @@ use weft_model::{Generation, Health, NodeName, Report, Snapshot};
 
 use crate::reconcile::LoopHandle;
 
-pub use metrics::Counters;
+pub use metrics::{Collect, Counters};
 
 /// The answer of `GET /status`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -56,6 +56,7 @@ pub struct Admin {
     pub api_server: Read<String>,
     pub parts: Vec<(&'static str, Read<serde_json::Value>)>,
     pub counters: Vec<Counters>,
+    pub collectors: Vec<Collect>,
 }
 
 impl Admin {

@@ -21,6 +21,8 @@ pub struct PolicyApplier {
     unseen: bool,
     /// Passes for which rules of an earlier agent are still preferred to a plan from the Store; none once a plan was applied.
     patience: u32,
+    /// For the last transaction that changed something.
+    kernel_took: Option<Duration>,
     /// Of the rules in the kernel.
     judge: watch::Sender<Option<Arc<Judge>>>,
 }
@@ -40,6 +42,7 @@ impl PolicyApplier {
             table: NftTable::new(TABLE_POLICY),
             unseen: true,
             patience: PATIENCE_PASSES,
+            kernel_took: None,
             judge: watch::Sender::new(None),
         }
     }
@@ -64,6 +67,7 @@ impl Applier for PolicyApplier {
         match self.table.apply(&plan.table, trust) {
             Ok(changed) => {
                 self.patience = 0;
+                self.kernel_took = self.table.kernel_took().or(self.kernel_took);
                 self.judge.send_replace(Some(plan.judge.clone()));
                 applied.changed = changed;
             }
@@ -85,7 +89,7 @@ impl Applier for PolicyApplier {
                 Err(error) => applied.failed.push(format!("established connections: {}", chain(&error))),
             }
         }
-        applied.details = details(plan, self.table.commit_took());
+        applied.details = details(plan, self.kernel_took);
         applied
     }
 }
@@ -122,16 +126,18 @@ fn cut(judge: &Judge) -> Result<usize, ConntrackError> {
 }
 
 /// For `weft status`.
-fn details(plan: &PolicyPlan, commit_took: Duration) -> Vec<(String, String)> {
+fn details(plan: &PolicyPlan, kernel_took: Option<Duration>) -> Vec<(String, String)> {
     let isolated = |direction, ipv6| {
         plan.table.sets.get(&SubjectSet::Side(direction).name(ipv6)).map_or(0, |set| set.groups.len())
     };
     let line = |direction| format!("{} IPv4, {} IPv6", isolated(direction, false), isolated(direction, true));
-    vec![
+    let mut details = vec![
         ("isolated for ingress".to_owned(), line(Direction::Ingress)),
         ("isolated for egress".to_owned(), line(Direction::Egress)),
-        ("last transaction".to_owned(), format!("{} us in the kernel", commit_took.as_micros())),
-    ]
+    ];
+    let transaction = |took: Duration| ("last transaction".to_owned(), format!("{} us in the kernel", took.as_micros()));
+    details.extend(kernel_took.map(transaction));
+    details
 }
 
 /// Takes every rule away; true when there were some.

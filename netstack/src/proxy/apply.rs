@@ -1,8 +1,10 @@
 //! The applier: owner of the nft table `weft-proxy`, and of the UDP flows that went through it, and of the health check ports. The affinity of clients lives
 //! in the table's dynamic maps and so outlives this process.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Instant;
 
 use jiff::Timestamp;
 
@@ -12,6 +14,7 @@ use super::affinity::AffinityTargets;
 use super::health::{HealthPorts, ProxyHealth};
 use super::kube_proxy::KubeProxy;
 use super::layout::{Scope, SetName};
+use super::metrics::ProxyMetrics;
 use super::plan::ProxyPlan;
 use super::stale::{UdpDestination, UdpTargets};
 use crate::kernel::conntrack::{ConntrackError, delete_udp_flows};
@@ -27,6 +30,7 @@ pub struct ProxyApplier {
     affinity: Option<Arc<AffinityTargets>>,
     health: Arc<ProxyHealth>,
     health_ports: HealthPorts,
+    metrics: Arc<ProxyMetrics>,
     /// What `weft status` says of a kube-proxy on this node, from the last look at the kernel.
     kube_proxy: Option<String>,
 }
@@ -39,12 +43,14 @@ impl Default for ProxyApplier {
 
 impl ProxyApplier {
     pub fn new() -> Self {
+        let metrics = Arc::<ProxyMetrics>::default();
         Self {
             table: NftTable::new(TABLE_PROXY),
             udp: None,
             affinity: None,
-            health: Arc::default(),
+            health: Arc::new(ProxyHealth::new(metrics.clone())),
             health_ports: HealthPorts::default(),
+            metrics,
             kube_proxy: None,
         }
     }
@@ -52,6 +58,11 @@ impl ProxyApplier {
     /// What load balancers are told; it follows what is applied.
     pub fn health(&self) -> Arc<ProxyHealth> {
         self.health.clone()
+    }
+
+    /// What is counted on the way.
+    pub fn metrics(&self) -> Arc<ProxyMetrics> {
+        self.metrics.clone()
     }
 }
 
@@ -64,7 +75,10 @@ impl Applier for ProxyApplier {
             self.udp = Some(Arc::new(self.left_behind()));
         }
         match self.table.apply(&plan.table, trust) {
-            Ok(changed) => applied.changed = changed,
+            Ok(changed) => {
+                applied.changed = changed;
+                self.table.kernel_took().into_iter().for_each(|took| self.metrics.committed(took));
+            }
             Err(error) => {
                 // Flows are looked at only under rules that send the next packet to the right place.
                 applied.failed.push(format!("table {TABLE_PROXY}: {}", chain(&error)));
@@ -94,10 +108,14 @@ impl Applier for ProxyApplier {
                 Err(error) => applied.failed.push(format!("clients' affinity: {}", chain(&error))),
             }
         }
+        self.metrics.programmed(plan);
         self.health.programmed(plan.health.clone(), Timestamp::now());
         applied.details = details(plan);
         if trust == Trust::Nothing {
-            self.kube_proxy = KubeProxy::look().unwrap_or_default().sentence();
+            self.kube_proxy = match KubeProxy::look() {
+                Ok(there) => there.sentence(),
+                Err(error) => Some(format!("cannot be looked for: {}", chain(&error))),
+            };
         }
         let beside = self.kube_proxy.iter().map(|said| ("kube-proxy".to_owned(), said.clone()));
         applied.details.extend(beside);
@@ -128,7 +146,18 @@ impl ProxyApplier {
     fn delete_stale(&self, now: &UdpTargets) -> Result<usize, ConntrackError> {
         let index = now.index();
         let gone = self.udp.as_ref().map(|before| now.gone(before)).unwrap_or_default();
-        delete_udp_flows(|flow| now.is_stale(&index, &gone, flow.original.destination, flow.reply.source))
+        let begun_at = Instant::now();
+        let found = Cell::new([0; 2]);
+        let deleted = delete_udp_flows(|flow| {
+            let (sent_to, answered_by) = (flow.original.destination, flow.reply.source);
+            let is_stale = now.is_stale(&index, &gone, sent_to, answered_by);
+            let mut counts = found.get();
+            counts[usize::from(sent_to.is_ipv6())] += u64::from(is_stale);
+            found.set(counts);
+            is_stale
+        });
+        self.metrics.reconciled(begun_at.elapsed(), if deleted.is_ok() { found.get() } else { [0; 2] });
+        deleted
     }
 }
 

@@ -18,6 +18,7 @@ use serde_json::json;
 use tokio::net::TcpListener;
 use weft_model::ServiceKey;
 
+use super::metrics::ProxyMetrics;
 use super::service::LocalEndpoints;
 use http::{Answer, Serving};
 
@@ -45,9 +46,14 @@ struct State {
 #[derive(Default)]
 pub struct ProxyHealth {
     state: ArcSwap<State>,
+    metrics: Arc<ProxyMetrics>,
 }
 
 impl ProxyHealth {
+    pub(super) fn new(metrics: Arc<ProxyMetrics>) -> Self {
+        Self { metrics, ..Self::default() }
+    }
+
     pub(super) fn programmed(&self, checks: Arc<HealthChecks>, now: Timestamp) {
         self.state.store(Arc::new(State { checks, programmed: true, updated: Some(now) }));
     }
@@ -65,12 +71,13 @@ impl ProxyHealth {
 
     fn answer(&self, path: &str, now: Timestamp) -> Answer {
         let State { checks, programmed, updated } = &**self.state.load();
-        let eligible = match path {
-            "/healthz" => Some(!checks.leaving),
-            "/livez" => None,
+        let (eligible, counted) = match path {
+            "/healthz" => (Some(!checks.leaving), self.metrics.healthz()),
+            "/livez" => (None, self.metrics.livez()),
             _ => return Answer::not_found(),
         };
         let ok = *programmed && eligible != Some(false);
+        counted.count(ok);
         // As kube-proxy has it: recent while all is well, even if nothing had to be changed for long.
         let updated = if ok { Some(now) } else { *updated };
         let mut body = json!({

@@ -13,7 +13,7 @@
 //! `endpoints` (who may answer) and `external` (which addresses it may have); `claims` says who has what two Services want;
 //! `layout` holds the shape of the table, `emission` what a Service puts into it. `apply` commits it and removes the UDP flows
 //! (`stale`) and the affinity of clients (`affinity`) that would keep to a gone endpoint; `health` tells load balancers;
-//! `kube_proxy` sees what this proxy takes over from.
+//! `kube_proxy` sees what this proxy takes over from, `metrics` counts under its names.
 
 mod affinity;
 mod apply;
@@ -25,6 +25,7 @@ mod external;
 mod health;
 mod kube_proxy;
 mod layout;
+mod metrics;
 mod plan;
 mod service;
 mod stale;
@@ -32,7 +33,8 @@ mod stale;
 pub use affinity::{AffinityIndex, AffinityTargets};
 pub use apply::ProxyApplier;
 pub use health::{HealthChecks, ProxyHealth};
-pub use kube_proxy::KubeProxy;
-pub use plan::{ProxyPlan, ProxyPlanner};
+pub use kube_proxy::{IPVS_LINK, KubeProxy, KubeProxyError, LegacyError};
+pub use metrics::{KubeProxyNames, ProxyMetrics};
+pub use plan::{ProxyPlan, ProxyPlanner, WithoutLocal};
 pub use service::LocalEndpoints;
 pub use stale::{UdpDestination, UdpTargets};

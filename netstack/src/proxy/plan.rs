@@ -21,7 +21,7 @@ use super::endpoints::Here;
 use super::external::Guard;
 use super::health::HealthChecks;
 use super::layout::{self, SetName, Site};
-use super::service::{self, Claim, Holding, LocalEndpoints, ServicePlan, Target, View};
+use super::service::{self, Claim, Frontend, Holding, LocalEndpoints, Reach, ServicePlan, Target, View};
 use super::stale::{UdpDestination, UdpTargets};
 use crate::reconcile::{Planner, Users};
 
@@ -32,6 +32,15 @@ pub struct ProxyPlan {
     pub udp: Arc<UdpTargets>,
     pub affinity: Arc<AffinityTargets>,
     pub health: Arc<HealthChecks>,
+    /// Services with a policy Local that has no endpoint here, though there are some elsewhere.
+    pub without_local: Arc<BTreeMap<ServiceKey, WithoutLocal>>,
+}
+
+/// How many ports drop because their policy is Local: IPv4, IPv6.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WithoutLocal {
+    pub internal: [u64; 2],
+    pub external: [u64; 2],
 }
 
 type SliceKey = NamespacedName;
@@ -162,8 +171,13 @@ impl ProxyPlanner {
             ..AffinityTargets::default()
         };
         let health = HealthChecks { node_ips: common.site.node_ips.clone(), ..HealthChecks::default() };
-        let plan =
-            ProxyPlan { table, udp: Arc::new(udp), affinity: Arc::new(affinity), health: Arc::new(health) };
+        let plan = ProxyPlan {
+            table,
+            udp: Arc::new(udp),
+            affinity: Arc::new(affinity),
+            health: Arc::new(health),
+            without_local: Arc::default(),
+        };
         Self { common: Some(common), plan, ..Self::default() }
     }
 
@@ -226,6 +240,7 @@ impl ProxyPlanner {
         let mut udp = BTreeMap::new();
         let mut sticky = BTreeMap::new();
         let mut checked = None;
+        let mut without_local = WithoutLocal::default();
         let mut hairpins = BTreeSet::new();
         if let Some(plan) = self.planned.get(key) {
             problems.clone_from(&plan.problems);
@@ -245,6 +260,7 @@ impl ProxyPlanner {
                 sticky.extend(sticky_targets(claim, holding));
                 checked = checked.or(health_check(claim, holding));
             }
+            without_local = WithoutLocal::of(&held);
             if let Some(firewall) = &plan.firewall {
                 emission.add_firewall(&key.to_string(), firewall, held.into_iter());
             }
@@ -257,6 +273,7 @@ impl ProxyPlanner {
         self.replace_udp(key, udp);
         self.replace_affinity(key, sticky);
         self.replace_health(key, checked);
+        self.replace_without_local(key, without_local);
         self.replace_elements(key, emission, hairpins);
     }
 
@@ -267,6 +284,18 @@ impl ProxyPlanner {
         let services = &mut Arc::make_mut(&mut self.plan.health).services;
         match checked {
             Some(checked) => drop(services.insert(key.clone(), checked)),
+            None => drop(services.remove(key)),
+        }
+    }
+
+    fn replace_without_local(&mut self, key: &ServiceKey, counts: WithoutLocal) {
+        let counts = Some(counts).filter(|counts| *counts != WithoutLocal::default());
+        if self.plan.without_local.get(key) == counts.as_ref() {
+            return;
+        }
+        let services = Arc::make_mut(&mut self.plan.without_local);
+        match counts {
+            Some(counts) => drop(services.insert(key.clone(), counts)),
             None => drop(services.remove(key)),
         }
     }
@@ -363,6 +392,37 @@ impl ProxyPlanner {
             ));
         }
         problems
+    }
+}
+
+impl WithoutLocal {
+    /// A port counts once, at however many external addresses it is.
+    fn of(held: &BTreeMap<&Claim, &Holding>) -> Self {
+        let mut inside = [BTreeSet::new(), BTreeSet::new()];
+        let mut outside = [BTreeSet::new(), BTreeSet::new()];
+        let mut node_ports = [0, 0];
+        for (claim, holding) in held {
+            let Holding::Frontend(Frontend { target: Target::Drop, reach, .. }) = holding else { continue };
+            match (claim, reach) {
+                (Claim::NodePort { ipv6, .. }, _) => node_ports[usize::from(*ipv6)] += 1,
+                (Claim::Vip(ip, protocol, port), Reach::Cluster) => {
+                    inside[usize::from(ip.is_ipv6())].insert((*protocol, *port));
+                }
+                (Claim::Vip(ip, protocol, port), Reach::External { .. }) => {
+                    outside[usize::from(ip.is_ipv6())].insert((*protocol, *port));
+                }
+                _ => {}
+            }
+        }
+        let count = |ports: &BTreeSet<_>| ports.len() as u64;
+        let [v4, v6] = outside.each_ref().map(count);
+        let external = [v4.max(node_ports[0]), v6.max(node_ports[1])];
+        Self { internal: inside.each_ref().map(count), external }
+    }
+
+    pub(super) fn plus(self, other: Self) -> Self {
+        let sum = |[v4, v6]: [u64; 2], [more4, more6]: [u64; 2]| [v4 + more4, v6 + more6];
+        Self { internal: sum(self.internal, other.internal), external: sum(self.external, other.external) }
     }
 }
 

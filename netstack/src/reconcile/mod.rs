@@ -11,6 +11,7 @@
 //! time, retry and backoff.
 
 mod run;
+mod tally;
 mod tasks;
 mod users;
 mod vigil;
@@ -20,6 +21,7 @@ use std::future::Future;
 use weft_model::{Planned, Snapshot};
 
 pub use run::{Loop, LoopHandle, Pace};
+pub use tally::{Moment, Tally};
 pub use tasks::TaskGroup;
 pub(crate) use users::Users;
 pub use vigil::{Watchfulness, vigil};

@@ -7,7 +7,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use weft_model::{Report, Snapshot};
 
-use super::{Applied, Applier, Planner, Trust};
+use super::{Applied, Applier, Planner, Tally, Trust};
 
 /// How often a loop may and must run.
 #[derive(Clone, Copy, Debug)]
@@ -39,6 +39,7 @@ impl Default for Pace {
 pub struct LoopHandle {
     report_rx: watch::Receiver<Report>,
     nudge: Arc<Notify>,
+    tally: Arc<Tally>,
 }
 
 impl LoopHandle {
@@ -48,6 +49,10 @@ impl LoopHandle {
 
     pub fn reports(&self) -> watch::Receiver<Report> {
         self.report_rx.clone()
+    }
+
+    pub fn tally(&self) -> Arc<Tally> {
+        self.tally.clone()
     }
 
     /// Asks for a pass that observes the outside anew.
@@ -64,6 +69,7 @@ pub struct Loop<P, A> {
     snapshot_rx: watch::Receiver<Option<Arc<Snapshot>>>,
     report_tx: watch::Sender<Report>,
     nudge: Arc<Notify>,
+    tally: Arc<Tally>,
 }
 
 impl<P, A> Loop<P, A>
@@ -80,8 +86,9 @@ where
     ) -> (Self, LoopHandle) {
         let (report_tx, report_rx) = watch::channel(Report { name: name.to_owned(), ..Report::default() });
         let nudge = Arc::new(Notify::new());
-        let handle = LoopHandle { report_rx, nudge: nudge.clone() };
-        (Self { planner, applier, pace, snapshot_rx, report_tx, nudge }, handle)
+        let tally = Arc::new(Tally::default());
+        let handle = LoopHandle { report_rx, nudge: nudge.clone(), tally: tally.clone() };
+        (Self { planner, applier, pace, snapshot_rx, report_tx, nudge, tally }, handle)
     }
 
     /// Runs until the Snapshot's sender is gone.
@@ -90,6 +97,7 @@ where
         let mut backoff = self.pace.min_backoff;
         let mut checked_at = Instant::now();
         while let Some(snapshot) = self.next_snapshot().await {
+            self.tally.asked();
             let started_at = Instant::now();
             if trust == Trust::Nothing {
                 checked_at = started_at;
@@ -129,6 +137,7 @@ where
         let planned = self.planner.plan(snapshot);
         let Applied { changed, failed, details } = self.applier.apply(&planned.plan, trust).await;
         let clean = failed.is_empty();
+        self.tally.passed(started_at.elapsed(), trust, clean);
         self.report_tx.send_modify(|report| {
             for failure in failed.iter().filter(|failure| !report.failures.contains(failure)) {
                 tracing::warn!(loop_name = report.name, failure, "pass failed");

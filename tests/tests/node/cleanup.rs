@@ -156,7 +156,10 @@ fn what_a_kube_proxy_left_is_named_in_status_and_goes_on_request() {
         assert_eq!(said, "would remove nft table ip6 kube-proxy\n");
         assert!(there());
         let said = run(node.cleanup_command().arg("--kube-proxy"));
-        assert_eq!(said, "removing nft table ip6 kube-proxy\nno rule of kube-proxy is left in nf_tables\n");
+        assert_eq!(
+            said,
+            "removing nft table ip6 kube-proxy\nno rule of kube-proxy is left in nf_tables and x_tables\n"
+        );
         assert!(!there());
         assert_eq!(node.status()["ready"], true, "the agent runs on");
 

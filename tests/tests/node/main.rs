@@ -16,4 +16,5 @@ mod refusals;
 mod restart;
 mod rights;
 mod store;
+mod take_over;
 mod uplink;

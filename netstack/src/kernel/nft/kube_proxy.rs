@@ -158,7 +158,8 @@ fn destination(expressions: Attributes<'_>) -> Option<String> {
     })
 }
 
-fn is_theirs(chain: &str) -> bool {
+/// Whether a chain of that name is kube-proxy's, in the older iptables too.
+pub(crate) fn is_theirs(chain: &str) -> bool {
     CHAINS.contains(&chain) || PREFIXES.iter().any(|prefix| chain.starts_with(prefix))
 }
 

@@ -29,7 +29,7 @@ pub(crate) mod wire;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use weft_model::ruleset::{
@@ -117,7 +117,7 @@ pub struct NftTable {
     name: &'static str,
     socket: Option<NetfilterSocket>,
     shadow: Option<Shadow>,
-    commit_took: Duration,
+    kernel_took: Option<Duration>,
 }
 
 /// What the table is as long as only this process changes the rule set.
@@ -139,7 +139,7 @@ enum Failure {
 
 impl NftTable {
     pub fn new(name: &'static str) -> Self {
-        Self { name, socket: None, shadow: None, commit_took: Duration::ZERO }
+        Self { name, socket: None, shadow: None, kernel_took: None }
     }
 
     /// Makes the kernel's table equal to `desired` in one transaction; returns one line per change.
@@ -172,6 +172,11 @@ impl NftTable {
         }
         self.shadow = None;
         Err(self.contended())
+    }
+
+    /// Time that the kernel took for the last transaction of `apply`; `None` when there was nothing to send.
+    pub fn kernel_took(&self) -> Option<Duration> {
+        self.kernel_took
     }
 
     /// Adds elements at run time (sets with a timeout, CNI's anti-spoofing set); existing ones are kept or refreshed:
@@ -327,6 +332,7 @@ impl NftTable {
             ops.insert(0, Op::AddTable);
         }
         self.commit(&ops, generation)?;
+        self.kernel_took = self.socket.as_ref().filter(|_| !ops.is_empty()).map(|socket| socket.took);
         let changed = ops.iter().map(ToString::to_string).collect();
         let regrouped: Vec<_> =
             regrouped.iter().map(|(set, group)| ((*set).to_owned(), (*group).to_owned())).collect();
@@ -353,15 +359,7 @@ impl NftTable {
         for (index, op) in ops.iter().enumerate() {
             batch.push(index, op);
         }
-        let started_at = Instant::now();
-        let sent = send(socket, name, batch, ops, generation);
-        self.commit_took = started_at.elapsed();
-        sent
-    }
-
-    /// How long the kernel took for the last transaction, zero before the first.
-    pub fn commit_took(&self) -> Duration {
-        self.commit_took
+        send(socket, name, batch, ops, generation)
     }
 
     /// The declaration of a set: the shadow's, or else the kernel's.

@@ -4,6 +4,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -37,6 +38,8 @@ pub(crate) struct NetfilterSocket {
     netns_cookie: u64,
     /// The generation that the last successful transaction made, or left as it was.
     pub(crate) committed: Option<u32>,
+    /// How long the kernel took for the last transaction.
+    pub(crate) took: Duration,
 }
 
 /// Refusal of one message, as the kernel words it.
@@ -84,6 +87,7 @@ impl NetfilterSocket {
             datagram: vec![0; DATAGRAM_BYTES],
             netns_cookie,
             committed: None,
+            took: Duration::ZERO,
         })
     }
 
@@ -224,7 +228,9 @@ impl NetfilterSocket {
             let _ = setsockopt(&self.fd, sockopt::SndBufForce, &batch.len());
             self.send_buffer_bytes = batch.len();
         }
+        let sent_at = Instant::now();
         retried(|| send(self.fd.as_raw_fd(), batch, MsgFlags::empty()))?;
+        self.took = sent_at.elapsed();
         let mut refusals = Vec::new();
         let mut acknowledged = false;
         loop {

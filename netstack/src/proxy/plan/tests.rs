@@ -51,6 +51,7 @@ fn slice(service: &str, addresses: &[&str]) -> EndpointSlice {
         ipv6: false,
         ports: vec![EndpointPort { name: String::new(), protocol: Protocol::Tcp, port: 8080 }],
         endpoints: addresses.iter().map(endpoint).collect(),
+        triggered_millis: None,
     }
 }
 
@@ -256,6 +257,10 @@ fn an_address_outside_the_service_range_is_named_with_the_flag() {
     let expected = "Service default/b: InvalidField: spec.clusterIPs 192.168.9.9 is outside --service-cidr 10.96.0.0/12; give \
                     every agent the --service-cluster-ip-range of kube-apiserver as --service-cidr";
     assert_eq!(named, [expected]);
+    let with_one = vec![service("b", "192.168.9.9", None)];
+    let planned = ProxyPlanner::default().plan(&cluster(with_one, vec![slice("b", &["10.244.1.5"])])).plan;
+    let frontends = planned.table.sets["service-ips4"].elements().count();
+    assert_eq!(frontends, 1, "as of a ServiceCIDR added later, it is served all the same");
 }
 
 #[test]

@@ -74,16 +74,20 @@ fn in_parallel(chain: &Chain, name: &str) -> anyhow::Result<Vec<f64>> {
     took
 }
 
-struct Pod {
+pub(crate) struct Pod {
     name: String,
     host_port: Option<usize>,
 }
 
 impl Pod {
-    fn new(name: &str, host_port: Option<usize>) -> anyhow::Result<Self> {
+    pub(crate) fn new(name: &str, host_port: Option<usize>) -> anyhow::Result<Self> {
         let name = format!("bench{name}");
         ip(&format!("netns add {name}"))?;
         Ok(Self { name, host_port })
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
     }
 
     fn end(&self) -> anyhow::Result<()> {
@@ -92,13 +96,13 @@ impl Pod {
 }
 
 /// Plugins in their order, as libcni runs them.
-struct Chain {
+pub(crate) struct Chain {
     folder: PathBuf,
     plugins: Vec<Value>,
 }
 
 impl Chain {
-    fn of_weft(rig: &Rig) -> anyhow::Result<Self> {
+    pub(crate) fn of_weft(rig: &Rig) -> anyhow::Result<Self> {
         let text = std::fs::read_to_string(rig.folder.path().join("cni/05-weft.conflist"))?;
         let list: Value = serde_json::from_str(&text)?;
         let plugins = vec![list["plugins"][0].clone()];
@@ -122,7 +126,7 @@ impl Chain {
         Ok(Self { folder: String::from_utf8(output.stdout)?.trim().into(), plugins })
     }
 
-    fn add(&self, pod: &Pod) -> anyhow::Result<f64> {
+    pub(crate) fn add(&self, pod: &Pod) -> anyhow::Result<f64> {
         let started_at = Instant::now();
         let mut result = Value::Null;
         for plugin in &self.plugins {

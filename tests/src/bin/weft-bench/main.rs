@@ -44,6 +44,7 @@ fn run() -> anyhow::Result<()> {
     match args.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
         ["--inside", area, weft] => inside(area, weft.into()),
         ["--probe", words @ ..] => lb::probe(words),
+        ["--pod", words @ ..] => proxy::pods::run(words),
         [weft] => AREAS.iter().try_for_each(|area| measure(area, weft)),
         [weft, area] if AREAS.contains(area) => measure(area, weft),
         [_, area] if LATER.contains(area) => bail!("{area} has no benchmark yet"),

@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use kube::api::{Api, Patch, PatchParams, PostParams};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::json;
 
 pub(crate) const NODE: &str = "bench";
@@ -73,23 +75,36 @@ impl Rig {
     /// With further flags for the agent.
     pub(crate) fn start_agent_with(&mut self, flags: &[&str]) -> anyhow::Result<Instant> {
         let folder = self.folder.path().to_owned();
-        let dirs = |command: &mut Command| {
-            command.arg("--run-dir").arg(folder.join("run")).arg("--state-dir").arg(folder.join("state"));
-        };
+        let started_at = self.start_agent_alone(flags)?;
+        until("the private key", || folder.join("state/wireguard.key").exists())?;
+        let mut tunnel = Command::new(&self.weft);
+        tunnel.arg("tunnel").arg("--run-dir").arg(folder.join("run"));
+        tunnel.arg("--state-dir").arg(folder.join("state"));
+        self.children.push(("tunnel", tunnel.stderr(log(&folder, "tunnel")?).spawn()?));
+        Ok(started_at)
+    }
+
+    /// The agent, beside a tunnel that runs; returns the instant before.
+    pub(crate) fn start_agent_alone(&mut self, flags: &[&str]) -> anyhow::Result<Instant> {
+        let folder = self.folder.path().to_owned();
         let mut agent = Command::new(&self.weft);
         agent.args(["agent", "--node-name", NODE, "--cluster-dns", CLUSTER_DNS]).args(CIDRS).args(flags);
         agent.arg("--kubeconfig").arg(folder.join("kubeconfig"));
         agent.arg("--cni-conf-dir").arg(folder.join("cni")).arg("--cni-bin-dir").arg(folder.join("bin"));
-        dirs(&mut agent);
+        agent.arg("--run-dir").arg(folder.join("run")).arg("--state-dir").arg(folder.join("state"));
         let started_at = Instant::now();
-        let agent = agent.stderr(log(&folder, "agent")?).spawn()?;
-        self.children.push(("agent", agent));
-        until("the private key", || folder.join("state/wireguard.key").exists())?;
-        let mut tunnel = Command::new(&self.weft);
-        tunnel.arg("tunnel");
-        dirs(&mut tunnel);
-        self.children.push(("tunnel", tunnel.stderr(log(&folder, "tunnel")?).spawn()?));
+        self.children.push(("agent", agent.stderr(log(&folder, "agent")?).spawn()?));
         Ok(started_at)
+    }
+
+    /// Ends the agent as a service manager does; what it made in the kernel stays, and so does the tunnel.
+    pub(crate) fn stop_agent(&mut self) -> anyhow::Result<()> {
+        for (_, child) in self.children.iter_mut().filter(|(name, _)| *name == "agent") {
+            kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM)?;
+            child.wait()?;
+        }
+        self.children.retain(|(name, _)| *name != "agent");
+        Ok(())
     }
 
     /// Ends the agent and its tunnel, so that others may begin.
@@ -114,11 +129,16 @@ impl Rig {
 
     /// Resident memory of a child in MiB.
     pub(crate) fn resident_mib(&self, name: &str) -> anyhow::Result<f64> {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid(name)?))?;
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("no VmRSS")?;
-        let kib: f64 = line.split_whitespace().nth(1).context("no VmRSS value")?.parse()?;
-        Ok(kib / 1024.0)
+        resident_mib(self.pid(name)?)
     }
+}
+
+/// Resident memory of a process in MiB.
+pub(crate) fn resident_mib(pid: u32) -> anyhow::Result<f64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("no VmRSS")?;
+    let kib: f64 = line.split_whitespace().nth(1).context("no VmRSS value")?.parse()?;
+    Ok(kib / 1024.0)
 }
 
 fn log(folder: &Path, name: &str) -> anyhow::Result<Stdio> {
@@ -140,11 +160,20 @@ pub(crate) fn cpu_seconds(pid: u32) -> f64 {
 }
 
 /// Polls every millisecond, for ten seconds at most.
-pub(crate) fn until(what: &str, mut holds: impl FnMut() -> bool) -> anyhow::Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(10);
+pub(crate) fn until(what: &str, holds: impl FnMut() -> bool) -> anyhow::Result<()> {
+    until_within(Duration::from_secs(10), what, holds)
+}
+
+/// Polls every millisecond, no longer than `patience`.
+pub(crate) fn until_within(
+    patience: Duration,
+    what: &str,
+    mut holds: impl FnMut() -> bool,
+) -> anyhow::Result<()> {
+    let deadline = Instant::now() + patience;
     while !holds() {
         if Instant::now() > deadline {
-            bail!("waited 10 s for {what}");
+            bail!("waited {} s for {what}", patience.as_secs());
         }
         std::thread::sleep(Duration::from_millis(1));
     }

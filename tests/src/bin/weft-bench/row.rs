@@ -71,18 +71,24 @@ impl Row {
 
 impl Row {
     /// A figure beside one that a peer's documentation gives; `target` is of Weft's own figure.
-    pub(crate) fn documented(
+    pub(crate) fn documented(name: &str, unit: &str, weft: f64, peer: (&str, f64), target: f64) -> Self {
+        Self::bounded(name, unit, weft, peer, Better::Lower, target)
+    }
+
+    /// A figure beside a peer's; `target`, where there is one, is of Weft's own figure.
+    pub(crate) fn bounded(
         name: &str,
         unit: &str,
         weft: f64,
         (peer_name, peer): (&str, f64),
-        target: f64,
+        better: Better,
+        target: impl Into<Option<f64>>,
     ) -> Self {
         Self {
             peer: Some(peer),
             peer_name: Some(peer_name.to_owned()),
             ratio: Some(weft / peer),
-            ..Self::alone(name, unit, weft, Better::Lower, target)
+            ..Self::alone(name, unit, weft, better, target)
         }
     }
 }
