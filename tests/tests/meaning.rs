@@ -325,6 +325,7 @@ fn slice(i: usize, hinted: [bool; 2]) -> impl Strategy<Value = EndpointSlice> {
                 })
                 .collect(),
             endpoints,
+            triggered_millis: None,
         }
     })
 }

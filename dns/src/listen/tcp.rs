@@ -6,7 +6,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hickory_server::net::xfer::Protocol;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -14,8 +14,11 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
+use crate::fast::Asked;
+use crate::log::Heard;
 use crate::quota::Quota;
-use crate::serve::Resolver;
+use crate::serve::{Resolver, came};
+use crate::stats::Dropped;
 
 /// Connections of one listening socket; more wait in the kernel's backlog.
 const MAX_CONNECTIONS: usize = 128;
@@ -55,15 +58,29 @@ pub(super) async fn serve(listener: TcpListener, resolver: Arc<Resolver>) {
     }
 }
 
-/// Question after question, answered in order, until the client closes, idles or sends what deserves no answer.
+/// Question after question, answered in order, until the client closes, idles, asks too often or sends what deserves no answer.
 async fn converse(mut stream: TcpStream, client: SocketAddr, resolver: &Resolver) -> io::Result<()> {
     loop {
         let Some(bytes) = within(read_frame(&mut stream)).await? else { return Ok(()) };
         resolver.stats().count_requests(Protocol::Tcp, 1);
+        let (now, stats) = (Instant::now(), resolver.stats());
+        stats.count_asked(&came(&bytes, Asked::read(&bytes).as_ref(), client, Protocol::Tcp));
+        let admitted = resolver.rate().admission().is_none_or(|mut it| it.admits(client.ip(), now));
+        if !admitted {
+            stats.count_dropped(Dropped::Rate);
+            resolver.log().note(client, Protocol::Tcp, &bytes, Heard::Nothing(Dropped::Rate), now);
+            return Ok(());
+        }
+        let question = resolver.log().is_looked_at().then(|| bytes.clone());
         let Some(answer) = resolver.exchange(bytes, client, Protocol::Tcp).await else { return Ok(()) };
         let length = u16::try_from(answer.len()).map_err(io::Error::other)?;
         let frame = [&length.to_be_bytes()[..], answer.as_slice()].concat();
         within(stream.write_all(&frame)).await?;
+        if let Some(question) = question {
+            resolver.log().note(client, Protocol::Tcp, &question, Heard::Answer(&answer), now);
+        }
+        stats.count_sent(Protocol::Tcp, answer.len());
+        stats.count_duration(now.elapsed(), 1);
     }
 }
 

@@ -25,6 +25,7 @@ pub(super) fn resolver(endpoints: u8) -> Resolver {
         listen: Default::default(),
         custom: Default::default(),
         nodes: Default::default(),
+        pods: None,
     };
     store.write(&Groups::new(), &plan);
     resolver_of(store)
@@ -33,7 +34,7 @@ pub(super) fn resolver(endpoints: u8) -> Resolver {
 pub(super) fn resolver_of(store: Store) -> Resolver {
     let stats = Arc::new(Stats::default());
     let forwarder = Arc::new(Forwarder::new("/nonexistent/resolv.conf".into(), None, stats.clone()));
-    Resolver::new(Arc::new(store), forwarder, stats, Arc::new(|_| None))
+    Resolver::new(Arc::new(store), forwarder, stats, Arc::new(|_| None), Rate::new(None))
 }
 
 pub(super) fn exchange(resolver: &Resolver, bytes: Vec<u8>, protocol: Protocol) -> Option<Vec<u8>> {

@@ -94,6 +94,7 @@ pub(crate) fn slice(
             })
             .collect(),
         endpoints,
+        triggered_millis: None,
     }
 }
 

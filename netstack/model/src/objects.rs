@@ -208,6 +208,10 @@ pub struct EndpointSlice {
     pub ipv6: bool,
     pub ports: Vec<EndpointPort>,
     pub endpoints: Vec<Endpoint>,
+    /// When the Service or pod changed that this slice follows, in milliseconds since the epoch: the annotation
+    /// `endpoints.kubernetes.io/last-change-trigger-time`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub triggered_millis: Option<i64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,4 +1,5 @@
-//! Prometheus text, read from the reports at scrape time: there is no second book-keeping that could differ.
+//! Prometheus text, read at scrape time from the reports and from what the rooms count: there is no second book-keeping that could
+//! differ.
 
 use std::fmt;
 
@@ -24,6 +25,9 @@ pub struct Counters {
     pub read: Box<dyn Fn() -> Vec<(&'static str, u64)> + Send + Sync>,
 }
 
+/// Metrics of another room that are more than such counters, under their whole names.
+pub type Collect = Box<dyn Fn() -> Box<dyn Collector> + Send + Sync>;
+
 /// OpenMetrics text of everything the node counts.
 pub(super) fn encode(admin: &Admin) -> Result<String, fmt::Error> {
     let mut all = Registry::default();
@@ -34,6 +38,9 @@ pub(super) fn encode(admin: &Admin) -> Result<String, fmt::Error> {
     let is_known = |counters: &&Counters| counters.name.starts_with(KNOWN_ELSEWHERE);
     for counters in admin.counters.iter().filter(is_known) {
         all.register_collector(family(counters));
+    }
+    for collect in &admin.collectors {
+        all.register_collector(collect());
     }
     let registry = all.sub_registry_with_prefix("weft");
     registry.register_collector(Box::new(Loops(admin.loops.iter().map(LoopHandle::report).collect())));

@@ -18,7 +18,7 @@ use weft_model::{Generation, Health, NodeName, Report, Snapshot};
 
 use crate::reconcile::LoopHandle;
 
-pub use metrics::Counters;
+pub use metrics::{Collect, Counters};
 
 /// The answer of `GET /status`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -56,6 +56,7 @@ pub struct Admin {
     pub api_server: Read<String>,
     pub parts: Vec<(&'static str, Read<serde_json::Value>)>,
     pub counters: Vec<Counters>,
+    pub collectors: Vec<Collect>,
 }
 
 impl Admin {
@@ -98,6 +99,11 @@ impl Admin {
 /// Routes for the agent's Unix socket.
 pub fn status_router(admin: Arc<Admin>) -> Router {
     Router::new().route("/status", get(status)).with_state(admin)
+}
+
+/// The route `/metrics` alone, for listeners that others may reach.
+pub fn metrics_router(admin: Arc<Admin>) -> Router {
+    Router::new().route("/metrics", get(metrics_text)).with_state(admin)
 }
 
 /// Routes for the loopback listener: `/metrics`, `/healthz`, `/readyz`.

@@ -35,6 +35,7 @@ fn admin(obstacles: &[&str]) -> Admin {
         api_server: Box::new(|| "connected".to_owned()),
         parts: vec![("leases", Box::new(|| 3.into()))],
         counters: vec![counters("dns_queries"), counters("coredns_dns_responses")],
+        collectors: vec![],
     }
 }
 

@@ -76,6 +76,7 @@ fn wanted(snapshot: &Snapshot) -> BTreeMap<NamespacedName, EndpointSlice> {
                     .map(|(name, port)| EndpointPort { name: name.to_owned(), protocol: Protocol::Tcp, port })
                     .to_vec(),
                 endpoints: part.to_vec(),
+                triggered_millis: None,
             };
             slices.insert(key, slice);
         }

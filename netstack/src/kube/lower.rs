@@ -31,6 +31,8 @@ pub use policy::network_policy;
 
 /// Label of an EndpointSlice that names its Service (discovery.k8s.io/v1).
 const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+/// Annotation of an EndpointSlice: when what it follows changed. Only a metric depends on it, so that it may be unreadable.
+const TRIGGER_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 /// Annotation that the kubelet gives the mirror of a static pod: the static pod's uid.
 const MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";
 /// Default of `sessionAffinityConfig.clientIP.timeoutSeconds` (core/v1).
@@ -271,6 +273,8 @@ pub fn endpoint_slice(document: &Value) -> Lowered<EndpointSlice> {
         };
         let service = wire.metadata.labels.as_ref()?.get(SERVICE_NAME_LABEL)?;
         let key = key(&wire.metadata);
+        let triggered = wire.metadata.annotations.as_ref().and_then(|all| all.get(TRIGGER_ANNOTATION));
+        let triggered = triggered.and_then(|text| text.parse::<jiff::Timestamp>().ok());
         let ports = wire.ports.unwrap_or_default();
         let endpoints = wire.endpoints.unwrap_or_default();
         Some(EndpointSlice {
@@ -286,6 +290,7 @@ pub fn endpoint_slice(document: &Value) -> Lowered<EndpointSlice> {
                 .enumerate()
                 .filter_map(|(i, endpoint)| self::endpoint(i, endpoint, ipv6, &key.namespace, notes))
                 .collect(),
+            triggered_millis: triggered.map(jiff::Timestamp::as_millisecond),
             key,
         })
     })

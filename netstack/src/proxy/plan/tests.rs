@@ -51,6 +51,7 @@ fn slice(service: &str, addresses: &[&str]) -> EndpointSlice {
         ipv6: false,
         ports: vec![EndpointPort { name: String::new(), protocol: Protocol::Tcp, port: 8080 }],
         endpoints: addresses.iter().map(endpoint).collect(),
+        triggered_millis: None,
     }
 }
 
