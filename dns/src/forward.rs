@@ -428,7 +428,8 @@ impl Shared {
         let now = Instant::now();
         let silent = race.under_way.iter().filter(|(_, since)| now.duration_since(*since) >= HEDGE);
         for (server, _) in silent {
-            self.note_failed(server, "slower than others");
+            count(&self.stats.upstream_failures);
+            lock(&self.upstreams).note_failed(server, now, "others were faster");
         }
     }
 }

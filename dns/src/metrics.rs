@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _, NoLabelSet};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
@@ -55,20 +55,12 @@ impl Family {
     fn encode(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
         let Some((_, first)) = self.samples.first() else { return Ok(()) };
         let mut family = encoder.encode_descriptor(self.name, self.help, None, first.kind())?;
-        for (labels, value) in &self.samples {
-            let mut metric = family.encode_family(labels)?;
-            match value {
-                Value::Counter(count) => ConstCounter::new(*count).encode(metric)?,
-                Value::Gauge(value) => {
-                    ConstGauge::new(i64::try_from(*value).unwrap_or(i64::MAX)).encode(metric)?;
-                }
-                Value::Histogram(Sample { sum, buckets }) => {
-                    let count = buckets.iter().map(|(_, count)| count).sum();
-                    metric.encode_histogram::<NoLabelSet>(*sum, count, buckets, None)?;
-                }
-            }
+        if let [(labels, value)] = self.samples.as_slice()
+            && labels.is_empty()
+        {
+            return value.encode(family);
         }
-        Ok(())
+        self.samples.iter().try_for_each(|(labels, value)| value.encode(family.encode_family(labels)?))
     }
 }
 
@@ -78,6 +70,17 @@ impl Value {
             Self::Counter(_) => MetricType::Counter,
             Self::Gauge(_) => MetricType::Gauge,
             Self::Histogram(_) => MetricType::Histogram,
+        }
+    }
+
+    fn encode(&self, mut metric: MetricEncoder<'_>) -> fmt::Result {
+        match self {
+            Self::Counter(count) => ConstCounter::new(*count).encode(metric),
+            Self::Gauge(value) => ConstGauge::new(i64::try_from(*value).unwrap_or(i64::MAX)).encode(metric),
+            Self::Histogram(Sample { sum, buckets }) => {
+                let count = buckets.iter().map(|(_, count)| count).sum();
+                metric.encode_histogram::<NoLabelSet>(*sum, count, buckets, None)
+            }
         }
     }
 }

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Clients remembered at one time, many more than a node has pods. Beyond, those that rest are forgotten, and everybody when
@@ -19,7 +19,7 @@ pub(crate) struct Rate {
 }
 
 #[derive(Default)]
-pub(crate) struct Buckets(HashMap<IpAddr, Bucket>);
+struct Buckets(HashMap<IpAddr, Bucket>);
 
 struct Bucket {
     /// Questions that may be asked at `filled_at`.
@@ -33,29 +33,17 @@ impl Rate {
         Self { per_second: per_second.filter(|rate| *rate > 0), buckets: Mutex::default() }
     }
 
-    /// For a batch of questions; `None` when everything is admitted.
-    pub(crate) fn admission(&self) -> Option<Admission<'_>> {
-        let per_second = f64::from(self.per_second?);
-        Some(Admission { per_second, buckets: self.buckets.lock().unwrap_or_else(PoisonError::into_inner) })
-    }
-}
-
-/// The buckets, held for a batch.
-pub(crate) struct Admission<'a> {
-    per_second: f64,
-    buckets: MutexGuard<'a, Buckets>,
-}
-
-impl Admission<'_> {
-    /// Takes one question out of the client's bucket; false when it is empty. `now` never goes back.
-    pub(crate) fn admits(&mut self, client: IpAddr, now: Instant) -> bool {
+    /// Takes one question out of the client's bucket; false when it is empty. `now` never goes back. The lock is held for this one
+    /// client only, so that the sockets do not wait for each other's batches.
+    pub(crate) fn admits(&self, client: IpAddr, now: Instant) -> bool {
+        let Some(per_second) = self.per_second.map(f64::from) else { return true };
         let client = client.to_canonical();
-        let most = self.per_second * BURST.as_secs_f64();
-        self.buckets.make_room(client, now);
-        let full = || Bucket { left: most, filled_at: now };
-        let bucket = self.buckets.0.entry(client).or_insert_with(full);
+        let most = per_second * BURST.as_secs_f64();
+        let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        buckets.make_room(client, now);
+        let bucket = buckets.0.entry(client).or_insert_with(|| Bucket { left: most, filled_at: now });
         let waited = now.saturating_duration_since(bucket.filled_at);
-        bucket.left = (bucket.left + waited.as_secs_f64() * self.per_second).min(most);
+        bucket.left = (bucket.left + waited.as_secs_f64() * per_second).min(most);
         bucket.filled_at = now;
         let admitted = bucket.left >= 1.0;
         if admitted {
@@ -83,8 +71,7 @@ mod tests {
 
     fn admitted(rate: &Rate, client: &str, times: usize, now: Instant) -> usize {
         let client = client.parse().unwrap();
-        let mut admission = rate.admission().unwrap();
-        (0..times).filter(|_| admission.admits(client, now)).count()
+        (0..times).filter(|_| rate.admits(client, now)).count()
     }
 
     #[test]
@@ -99,19 +86,19 @@ mod tests {
 
     #[test]
     fn without_a_rate_nobody_is_counted() {
-        assert!(Rate::new(None).admission().is_none());
-        assert!(Rate::new(Some(0)).admission().is_none());
+        for rate in [Rate::new(None), Rate::new(Some(0))] {
+            assert_eq!(admitted(&rate, "10.42.0.7", 100_000, Instant::now()), 100_000);
+            assert!(rate.buckets.lock().unwrap().0.is_empty());
+        }
     }
 
     #[test]
     fn so_many_clients_are_remembered_and_no_more() {
         let (rate, now) = (Rate::new(Some(1)), Instant::now());
-        let mut admission = rate.admission().unwrap();
         for client in 0..10_000_u32 {
-            assert!(admission.admits(IpAddr::from(client.to_be_bytes()), now));
-            assert!(admission.buckets.0.len() <= MAX_CLIENTS);
+            assert!(rate.admits(IpAddr::from(client.to_be_bytes()), now));
+            assert!(rate.buckets.lock().unwrap().0.len() <= MAX_CLIENTS);
         }
-        let later = now + BURST;
-        assert!(admission.admits("fd00::1".parse().unwrap(), later));
+        assert!(rate.admits("fd00::1".parse().unwrap(), now + BURST));
     }
 }

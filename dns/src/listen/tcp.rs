@@ -65,8 +65,7 @@ async fn converse(mut stream: TcpStream, client: SocketAddr, resolver: &Resolver
         resolver.stats().count_requests(Protocol::Tcp, 1);
         let (now, stats) = (Instant::now(), resolver.stats());
         stats.count_asked(&came(&bytes, Asked::read(&bytes).as_ref(), client, Protocol::Tcp));
-        let admitted = resolver.rate().admission().is_none_or(|mut it| it.admits(client.ip(), now));
-        if !admitted {
+        if !resolver.rate().admits(client.ip(), now) {
             stats.count_dropped(Dropped::Rate);
             resolver.log().note(client, Protocol::Tcp, &bytes, Heard::Nothing(Dropped::Rate), now);
             return Ok(());

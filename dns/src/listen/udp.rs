@@ -112,19 +112,14 @@ impl Serving {
         let mut answered = 0;
         {
             let custom = self.resolver.custom();
-            let mut admission = self.resolver.rate().admission();
             let reading = self.resolver.store().read();
             for datagram in batch.datagrams() {
-                let admitted = |client: SocketAddr| {
-                    admission.as_mut().is_none_or(|admission| admission.admits(client.ip(), now))
-                };
-                if !datagram.from.is_none_or(admitted) {
+                if let Some(client) = datagram.from
+                    && !self.resolver.rate().admits(client.ip(), now)
+                {
                     self.resolver.stats().count_dropped(Dropped::Rate);
-                    let noted = |client| {
-                        let heard = Heard::Nothing(Dropped::Rate);
-                        self.resolver.log().note(client, Protocol::Udp, datagram.bytes, heard, now);
-                    };
-                    datagram.from.into_iter().for_each(noted);
+                    let heard = Heard::Nothing(Dropped::Rate);
+                    self.resolver.log().note(client, Protocol::Udp, datagram.bytes, heard, now);
                     continue;
                 }
                 match answer_one(&self.resolver, &custom, &reading, now, datagram) {
