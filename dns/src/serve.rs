@@ -29,13 +29,13 @@ use crate::Namespaces;
 use crate::answer::{Answer, Local, Question};
 use crate::autopath::rest_of_path;
 use crate::custom::{Custom, Rewritten, Verdict};
-use crate::fast::Asked;
+use crate::fast::{self, Asked, Outcome};
 use crate::forward::{ForwardError, Forwarder, Outside};
 use crate::log::QueryLog;
 use crate::name::Name;
 use crate::rate::Rate;
 use crate::stats::{Came, Dropped, Refused, Stats};
-use crate::store::Store;
+use crate::store::{Reading, Store};
 use reply::{Encoded, Reply, fit, led_to, limit_bytes, rdata, relay, render, reply_edns};
 pub(crate) use reply::{OPT_BYTES, PLAIN_UDP_BYTES, UDP_PAYLOAD_BYTES};
 
@@ -169,6 +169,31 @@ impl Resolver {
     /// Where answers and what is dropped are counted.
     pub(crate) fn stats(&self) -> &Stats {
         &self.stats
+    }
+
+    /// Writes an answer that is at hand into `reply`, which is empty; `None`, and nothing written, when there is none. It has the
+    /// size that UDP allows, and tells when it was cut to it.
+    pub(crate) fn at_hand(
+        &self,
+        asked: &Asked<'_>,
+        custom: &Custom,
+        reading: &Reading<'_>,
+        now: Instant,
+        reply: &mut Vec<u8>,
+    ) -> Option<ResponseCode> {
+        if custom.concerns(asked.name()) {
+            return None;
+        }
+        match fast::answer(asked, reading, self.next_turn(), reply) {
+            // A search path may lead on from here.
+            Outcome::Answered(ResponseCode::NXDomain) if custom.walks_paths() => {
+                reply.clear();
+                None
+            }
+            Outcome::Answered(code) => Some(code),
+            Outcome::Elsewhere => self.forwarder.answer_cached(asked, now, reply),
+            Outcome::Other => None,
+        }
     }
 
     /// The encoded answer to one encoded message; `None` when it deserves none.

@@ -16,7 +16,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use hickory_proto::op::ResponseCode;
 use hickory_server::net::xfer::Protocol;
 use nix::sys::socket::{MsgFlags, SockaddrStorage, sendto};
 use tokio::runtime::Handle;
@@ -24,7 +23,7 @@ use tokio::task::JoinSet;
 use weft_netstack::kernel::datagram::{Batch, Datagram};
 
 use crate::custom::Custom;
-use crate::fast::{self, Asked, Outcome};
+use crate::fast::Asked;
 use crate::log::Heard;
 use crate::quota::Quota;
 use crate::serve::{Resolver, came, undeserving};
@@ -190,18 +189,7 @@ fn answer_one(
     }
     let asked = if datagram.cut { None } else { Asked::read(datagram.bytes) };
     resolver.stats().count_asked(&came(datagram.bytes, asked.as_ref(), client, Protocol::Udp));
-    let asked = asked.filter(|asked| !custom.concerns(asked.name()));
-    let code =
-        asked.and_then(|asked| match fast::answer(&asked, reading, resolver.next_turn(), datagram.reply) {
-            // A search path may lead on from here.
-            Outcome::Answered(ResponseCode::NXDomain) if custom.walks_paths() => {
-                datagram.reply.clear();
-                None
-            }
-            Outcome::Answered(code) => Some(code),
-            Outcome::Elsewhere => resolver.forwarder().answer_cached(&asked, now, datagram.reply),
-            Outcome::Other => None,
-        });
+    let code = asked.and_then(|asked| resolver.at_hand(&asked, custom, reading, now, datagram.reply));
     let Some(code) = code else { return Became::Left(datagram.bytes.to_vec(), client) };
     resolver.stats().count_response(code);
     resolver.stats().count_sent(Protocol::Udp, datagram.reply.len());
