@@ -117,6 +117,8 @@ pub(crate) fn text(status: &Status) -> String {
     );
     let health = status.parts.get("proxy health").and_then(|part| part.as_str());
     lines.extend(health.map(|text| format!("proxy health: {text}")));
+    let metrics = status.parts.get("dns metrics").and_then(|part| part.as_str());
+    lines.extend(metrics.map(|text| format!("dns metrics: {text}")));
     lines.extend(
         status.parts.get("policy").and_then(|part| part.as_str()).map(|text| format!("policy: {text}")),
     );

@@ -1,15 +1,17 @@
 //! The DNS room's applier: writes the plan's names and sees to the sockets.
 
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use weft_netstack::reconcile::{Applied, Applier, Trust, chain};
 
-use crate::custom::{Custom, Parts, over};
+use crate::custom::{Custom, Parts, PodMode, over};
+use crate::diff::newly_triggered;
 use crate::forward::Forwarder;
 use crate::listen::Listeners;
 use crate::serve::Resolver;
 use crate::stats::Stats;
-use crate::store::Store;
+use crate::store::{PodNames, Store};
 use crate::zone::{DnsPlan, Groups};
 
 /// Most changed groups that one pass names one by one.
@@ -41,9 +43,11 @@ impl Applier for DnsApplier {
         let mut changed = std::mem::take(&mut self.early);
         let (opened, failed) = self.listeners.ensure(&plan.listen);
         changed.extend(opened);
+        let custom_changed = self.apply_custom(plan);
         changed.extend(shortened(self.store.write(&self.written, plan)));
+        self.count_programmed(plan);
         self.written.clone_from(&plan.groups);
-        changed.extend(self.apply_custom(plan));
+        changed.extend(custom_changed);
         Applied {
             changed,
             failed: failed.iter().map(|error| chain(error)).collect(),
@@ -58,8 +62,21 @@ impl DnsApplier {
         self.parts = over(&plan.custom, &self.parts);
         let own = plan.zones.iter().flat_map(|zones| zones.apexes().cloned()).collect();
         let custom = Custom::new(&self.parts, &plan.nodes, own);
+        self.store.set_pod_names(pod_names(custom.pod_mode(), plan));
         self.forwarder.configure(custom.routes(), custom.cache_seconds());
         self.resolver.set_custom(custom).then(|| "zones, hosts and rules of users".to_owned())
+    }
+
+    /// Not of what was there when we came.
+    fn count_programmed(&self, plan: &DnsPlan) {
+        if self.written.is_empty() {
+            return;
+        }
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        for millis in newly_triggered(&self.written, &plan.groups) {
+            let then = Duration::from_millis(u64::try_from(millis).unwrap_or_default());
+            self.stats.count_programmed(now.saturating_sub(then));
+        }
     }
 
     fn details(&self) -> Vec<(String, String)> {
@@ -73,6 +90,14 @@ impl DnsApplier {
             ("cached".to_owned(), self.forwarder.cached().to_string()),
             ("queries".to_owned(), self.stats.queries().to_string()),
         ]
+    }
+}
+
+fn pod_names(mode: PodMode, plan: &DnsPlan) -> PodNames {
+    match mode {
+        PodMode::Disabled => PodNames::Disabled,
+        PodMode::Insecure => PodNames::Insecure,
+        PodMode::Verified => PodNames::Verified(plan.pods.clone().unwrap_or_default()),
     }
 }
 

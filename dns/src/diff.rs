@@ -37,9 +37,28 @@ pub(crate) fn changed_groups<'a>(before: &'a Groups, after: &'a Groups) -> Vec<C
     }
 }
 
+/// When the changes were made that `after` has and `before` has not, in milliseconds since the epoch; of headless Services.
+pub(crate) fn newly_triggered(before: &Groups, after: &Groups) -> Vec<i64> {
+    let triggered = |group: Option<&Arc<Group>>| group.and_then(|group| group.triggered_millis);
+    let changes = changed_groups(before, after).into_iter();
+    let newer = changes.filter(|change| triggered(change.after) > triggered(change.before));
+    newer.filter_map(|change| triggered(change.after)).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_newer_change_is_told_and_the_end_of_a_service_is_none() {
+        let key = |name: &str| Arc::new(GroupKey::Namespace(name.to_owned()));
+        let at = |triggered_millis| Arc::new(Group { triggered_millis, ..Group::default() });
+        let groups = |of: [(&str, Option<i64>); 3]| of.map(|(name, millis)| (key(name), at(millis))).into();
+        let before: Groups = groups([("a", Some(5)), ("b", None), ("gone", Some(6))]);
+        let after: Groups = groups([("a", Some(7)), ("b", None), ("new", Some(8))]);
+        assert_eq!(newly_triggered(&before, &after), [7, 8]);
+        assert_eq!(newly_triggered(&after, &after), Vec::<i64>::new());
+    }
 
     #[test]
     fn added_changed_and_removed_groups_are_told_and_shared_ones_are_not() {

@@ -5,12 +5,14 @@
 use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Instant;
 
 use hickory_proto::op::{Message, Query, ResponseCode};
 use hickory_proto::rr::RecordType;
 use hickory_server::net::xfer::Protocol;
 
-use crate::custom::{Rewritten, Verdict};
+use crate::custom::{Rewritten, Server, Verdict};
+use crate::log::Page;
 use crate::name::{InvalidName, Name};
 use crate::serve::Resolver;
 use crate::store::NO_OBJECT;
@@ -20,7 +22,7 @@ const NDOTS: usize = 5;
 /// The source port of the questions: answered by nobody, but it has to be one.
 const SOURCE_PORT: u16 = 53_000;
 
-/// Explains names to people.
+/// Explains names to people, and shows them what pods ask.
 #[derive(Clone)]
 pub struct Explainer(pub(crate) Arc<Resolver>);
 
@@ -55,6 +57,12 @@ impl Explainer {
             }
         }
         Ok(text)
+    }
+
+    /// What the clients asked since the page whose `last` this is, from the first call on, as long as somebody goes on
+    /// calling every few seconds.
+    pub fn log(&self, clients: &[IpAddr], after: Option<u64>) -> Page {
+        self.0.log().page(clients, after, Instant::now())
     }
 
     async fn ask(&self, client: IpAddr, name: &Name, record_type: RecordType) -> Option<Message> {
@@ -97,13 +105,19 @@ impl Explainer {
         if servers.is_empty() {
             return "no upstream to ask".to_owned();
         }
-        let servers: Vec<String> = servers.iter().map(ToString::to_string).collect();
-        format!("upstream {}", servers.join(", "))
+        let described = |(server, failure): &(Server, Option<String>)| match failure {
+            None => server.to_string(),
+            Some(why) => format!("{server} (did not answer: {why})"),
+        };
+        let servers: Vec<String> = servers.iter().map(described).collect();
+        let stops = self.0.forwarder().stops_rebinding(name);
+        let stopped = if stops { ", less what leads inside (stop-dns-rebind)" } else { "" };
+        format!("upstream {}{stopped}", servers.join(", "))
     }
 }
 
 /// An answer in a few words.
-fn said(answer: &Message) -> String {
+pub(crate) fn said(answer: &Message) -> String {
     match answer.metadata.response_code {
         ResponseCode::NoError if answer.answers.is_empty() => "no such record".to_owned(),
         ResponseCode::NoError => {

@@ -115,6 +115,11 @@ impl<'a> Asked<'a> {
         self.edns.is_some_and(|edns| edns.dnssec_ok)
     }
 
+    /// What the client says it takes by UDP.
+    pub(crate) fn takes_bytes(&self) -> u16 {
+        self.edns.map_or(PLAIN_UDP_BYTES, |edns| edns.payload_bytes)
+    }
+
     /// Header flag CD (RFC 4035).
     pub(crate) fn checking_disabled(&self) -> bool {
         self.checking_disabled

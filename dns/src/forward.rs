@@ -6,14 +6,17 @@
 //!                   \- stale, missing -> one flight a question: race of the upstreams, the healthy first -> Cache
 //! ```
 //!
-//! `upstreams` knows whom to ask, `exchange` asks one, `bailiwick` throws away what is not about the question, `packet` is
-//! the answer as octets, `cache` keeps it. One flight a question also ends loops: a question that comes back to us waits for
-//! itself, and then for nobody.
+//! `upstreams` knows whom to ask, `exchange` asks one, over a connection of `tls` where nobody is to listen; `bailiwick` throws
+//! away what is not about the question, `rebinding` what would lead inside where that is not wanted; `packet` is the answer as
+//! octets, `cache` keeps it. One flight a question also ends loops: a question that comes back to us waits for itself, and then
+//! for nobody.
 
 mod bailiwick;
 mod cache;
 mod exchange;
 mod packet;
+mod rebinding;
+mod tls;
 mod upstreams;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
@@ -24,9 +27,11 @@ use std::time::{Duration, Instant};
 
 use hickory_proto::op::{Message, MessageType, OpCode, Query, ResponseCode};
 use hickory_proto::rr::{Name as WireName, RecordType};
+use ipnet::IpNet;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
+use crate::custom::Server;
 use crate::fast::Asked;
 use crate::name::Name;
 use crate::quota::Quota;
@@ -35,6 +40,8 @@ use crate::stats::{Stats, count};
 use cache::{Cache, CacheKey, KeyBytes, Limits, Lookup, lifetime_seconds};
 use exchange::Said;
 use packet::{Age, Packet};
+use tls::Dialer;
+pub(crate) use tls::has_authority;
 use upstreams::{Routes, Upstream, Upstreams};
 
 /// Questions under way at one time; more are refused at once, so that nobody can hold all memory and ports.
@@ -66,7 +73,7 @@ pub(crate) enum ForwardError {
     TooLarge,
     #[error("asking {server}")]
     Exchange {
-        server: SocketAddr,
+        server: Server,
         #[source]
         source: std::io::Error,
     },
@@ -103,6 +110,9 @@ struct Shared {
     cache: RwLock<Cache>,
     flights: Mutex<HashMap<CacheKey, Waiting>>,
     permits: Arc<Semaphore>,
+    /// Of the cluster.
+    ranges: Mutex<Vec<IpNet>>,
+    dialer: Arc<Dialer>,
     stats: Arc<Stats>,
 }
 
@@ -114,6 +124,8 @@ impl Forwarder {
             cache: RwLock::default(),
             flights: Mutex::default(),
             permits: Arc::new(Semaphore::new(MAX_UNDER_WAY)),
+            ranges: Mutex::default(),
+            dialer: Arc::default(),
             stats,
         };
         Self {
@@ -126,6 +138,11 @@ impl Forwarder {
     /// Tells which addresses are ours: never asked, that would be a loop.
     pub(crate) fn set_own(&self, own: BTreeSet<IpAddr>) {
         lock(&self.shared.upstreams).set_own(own);
+    }
+
+    /// The cluster's ranges, which answers lead inside to where that is not wanted.
+    pub(crate) fn set_ranges(&self, ranges: Vec<IpNet>) {
+        *lock(&self.shared.ranges) = ranges;
     }
 
     /// Tells whom to ask for which names, and how long answers may be kept (positive and negative ones, in seconds).
@@ -149,10 +166,16 @@ impl Forwarder {
         lock(&self.shared.upstreams).of_host()
     }
 
-    /// Whom a question for the name would be asked of now, in order.
-    pub(crate) fn servers_for(&self, name: &WireName) -> Vec<SocketAddr> {
-        let upstreams = lock(&self.shared.upstreams).for_name(name, Instant::now());
-        upstreams.iter().map(|upstream| upstream.server).collect()
+    /// Whom a question for the name would be asked of now, in order, and why one did not answer of late.
+    pub(crate) fn servers_for(&self, name: &WireName) -> Vec<(Server, Option<String>)> {
+        let (upstreams, now) = (lock(&self.shared.upstreams), Instant::now());
+        let asked = upstreams.for_name(name, now).into_iter().map(|upstream| upstream.server);
+        asked.map(|server| (server.clone(), upstreams.failure(&server, now))).collect()
+    }
+
+    /// Answers for the name that lead inside are emptied.
+    pub(crate) fn stops_rebinding(&self, name: &Name) -> bool {
+        lock(&self.shared.upstreams).rebinding(name).is_some()
     }
 
     /// The host's search path.
@@ -163,6 +186,16 @@ impl Forwarder {
     /// Answers that are kept now.
     pub(crate) fn cached(&self) -> usize {
         self.shared.read_cache().len()
+    }
+
+    /// Answers that are kept: those that say what there is, and those that say that there is nothing.
+    pub(crate) fn kept(&self) -> (usize, usize) {
+        self.shared.read_cache().kept()
+    }
+
+    /// Answers that gave others their place in the cache.
+    pub(crate) fn evicted(&self) -> u64 {
+        self.shared.read_cache().evicted()
     }
 
     /// Writes an answer that is at hand into `reply`, which is empty; `None`, and nothing written, when there is none,
@@ -177,7 +210,7 @@ impl Forwarder {
             KeyBytes::new(asked.name(), asked.record_type, asked.dnssec_ok(), asked.checking_disabled())?;
         let (packet, age) = self.shared.read_cache().at_hand(&key, now)?;
         let code = packet.write(asked, age, reply)?;
-        count(&self.shared.stats.cache_hits);
+        self.shared.stats.count_hit(packet.is_denial());
         Some(code)
     }
 
@@ -195,13 +228,14 @@ impl Forwarder {
                 if refresh && self.flight(key.to_key(), question).is_ok() {
                     count(&self.shared.stats.prefetched);
                 }
-                count(&self.shared.stats.cache_hits);
+                self.shared.stats.count_hit(packet.is_denial());
                 (packet, age)
             }
             Lookup::Stale { packet, retry } => {
                 self.resolve_stale(key.to_key(), question, packet, retry).await
             }
             Lookup::Missing => {
+                count(&self.shared.stats.misses);
                 let _share = self.quota.take(question.client).ok_or(ForwardError::ClientBusy)?;
                 (landed(self.flight(key.to_key(), question)?).await?, Age::Fresh(0))
             }
@@ -235,7 +269,10 @@ impl Forwarder {
         if let Some(waiting) = flights.get(&key) {
             return Ok(waiting.clone());
         }
-        let permit = self.shared.permits.clone().try_acquire_owned().map_err(|_| ForwardError::Busy)?;
+        let permit = self.shared.permits.clone().try_acquire_owned().map_err(|_| {
+            count(&self.shared.stats.rejected);
+            ForwardError::Busy
+        })?;
         let (tell, waiting) = watch::channel(None);
         flights.insert(key.clone(), waiting.clone());
         drop(flights);
@@ -288,7 +325,13 @@ impl Shared {
             Ok(message) => {
                 let message = bailiwick::within(message, &question.name);
                 let limits = self.read_cache().limits();
-                let lifetime = lifetime_seconds(&message, limits);
+                let (message, lifetime) = match self.leads_inside(&message, question) {
+                    Some(address) => (self.emptied(message, question, address), limits.negative_seconds),
+                    None => {
+                        let lifetime = lifetime_seconds(&message, limits);
+                        (message, lifetime)
+                    }
+                };
                 let failed = !is_helpful(message.metadata.response_code);
                 let packet = Packet::new(message, &question.name).ok_or(ForwardError::TooLarge)?;
                 let packet = Arc::new(packet);
@@ -306,6 +349,24 @@ impl Shared {
         }
     }
 
+    fn leads_inside(&self, message: &Message, question: &Outside) -> Option<IpAddr> {
+        let name = Name::from_hickory(&question.name)?;
+        let rule = lock(&self.upstreams).rebinding(&name)?;
+        rebinding::leads_inside(message, &rule, &lock(&self.ranges))
+    }
+
+    /// "No such record" instead, whatever else was in it.
+    fn emptied(&self, mut message: Message, question: &Outside, address: IpAddr) -> Message {
+        tracing::warn!(
+            name = %question.name, %address, client = %question.client,
+            "answer of an upstream leads inside, so it is not given on (stop-dns-rebind)"
+        );
+        count(&self.stats.rebindings);
+        message.answers.clear();
+        message.authorities.clear();
+        message
+    }
+
     fn note_failure(&self, key: &CacheKey, question: &Outside, now: Instant) {
         let failure = || {
             let mut message = Message::new(0, MessageType::Response, OpCode::Query);
@@ -319,7 +380,7 @@ impl Shared {
     /// Every server once, then once more, each beside those that have not answered yet; the first helpful answer wins. One
     /// that says "not me" counts only when nobody says better.
     async fn race(&self, upstreams: &[Upstream], question: &Outside) -> Result<Message, ForwardError> {
-        let mut race = Race::new(upstreams, question);
+        let mut race = Race::new(upstreams, question, &self.dialer);
         let mut unhelpful = None;
         let mut failure = ForwardError::NoNameserver;
         loop {
@@ -327,25 +388,38 @@ impl Shared {
             let Some((server, outcome)) = race.next().await else {
                 return unhelpful.ok_or(failure);
             };
-            match outcome {
+            if let Some((took, outcome)) = &outcome {
+                let code = outcome.as_ref().ok().map(|said| said.message.metadata.response_code.into());
+                self.stats.count_upstream(&server.to_string(), code, *took);
+            }
+            match outcome.map(|(_, outcome)| outcome) {
                 Some(Ok(Said { message, loses_case })) => {
-                    lock(&self.upstreams).note_answered(server, loses_case);
+                    lock(&self.upstreams).note_answered(&server, loses_case);
                     if is_helpful(message.metadata.response_code) {
                         self.note_silent(&race);
                         return Ok(message);
                     }
-                    race.leave_out(server);
+                    race.leave_out(&server);
                     unhelpful = Some(message);
                 }
                 Some(Err(source)) => {
-                    tracing::debug!(%server, %source, "an upstream did not answer");
-                    count(&self.stats.upstream_failures);
-                    lock(&self.upstreams).note_failed(server, Instant::now());
+                    self.note_failed(&server, &source.to_string());
                     failure = ForwardError::Exchange { server, source };
                 }
                 // Only time has passed.
                 None => {}
             }
+        }
+    }
+
+    /// A server that is asked over TLS may be a wrong one: somebody has to know.
+    fn note_failed(&self, server: &Server, why: &str) {
+        count(&self.stats.upstream_failures);
+        let is_news = lock(&self.upstreams).note_failed(server, Instant::now(), why);
+        if is_news && server.tls.is_some() {
+            tracing::warn!(%server, why, "an upstream did not answer");
+        } else {
+            tracing::debug!(%server, why, "an upstream did not answer");
         }
     }
 
@@ -355,7 +429,7 @@ impl Shared {
         let silent = race.under_way.iter().filter(|(_, since)| now.duration_since(*since) >= HEDGE);
         for (server, _) in silent {
             count(&self.stats.upstream_failures);
-            lock(&self.upstreams).note_failed(*server, now);
+            lock(&self.upstreams).note_failed(server, now, "others were faster");
         }
     }
 }
@@ -363,19 +437,22 @@ impl Shared {
 /// Tries of one question that are under way, and those to come.
 struct Race<'a> {
     question: &'a Outside,
+    dialer: &'a Arc<Dialer>,
     /// Each with how long it is waited for alone.
     to_come: VecDeque<(Upstream, Duration)>,
     next_at: Instant,
-    under_way: Vec<(SocketAddr, Instant)>,
-    tries: JoinSet<(SocketAddr, std::io::Result<Said>)>,
+    under_way: Vec<(Server, Instant)>,
+    tries: JoinSet<(Server, std::io::Result<Said>)>,
 }
 
 impl<'a> Race<'a> {
-    fn new(upstreams: &[Upstream], question: &'a Outside) -> Self {
+    fn new(upstreams: &[Upstream], question: &'a Outside, dialer: &'a Arc<Dialer>) -> Self {
         let rounds = [HEDGE, HEDGE_AGAIN].into_iter();
-        let to_come = rounds.flat_map(|patience| upstreams.iter().map(move |upstream| (*upstream, patience)));
+        let to_come =
+            rounds.flat_map(|patience| upstreams.iter().map(move |upstream| (upstream.clone(), patience)));
         Self {
             question,
+            dialer,
             to_come: to_come.collect(),
             next_at: Instant::now(),
             under_way: Vec::new(),
@@ -390,32 +467,38 @@ impl<'a> Race<'a> {
             return;
         }
         let Some((Upstream { server, keeps_case }, patience)) = self.to_come.pop_front() else { return };
-        let question = self.question.clone();
-        self.tries.spawn(async move { (server, exchange::ask(server, &question, keeps_case).await) });
-        self.under_way.push((server, now));
+        self.under_way.push((server.clone(), now));
+        let (question, dialer) = (self.question.clone(), self.dialer.clone());
+        self.tries.spawn(async move {
+            let said = exchange::ask(&server, &question, keeps_case, &dialer).await;
+            (server, said)
+        });
         self.next_at = now + patience;
     }
 
-    /// How the next try ended, or nothing when it is time for another; `None` when all have ended.
-    async fn next(&mut self) -> Option<(SocketAddr, Option<std::io::Result<Said>>)> {
+    /// How the next try ended and how long it took, or nothing when it is time for another; `None` when all have ended.
+    async fn next(&mut self) -> Option<(Server, Option<(Duration, std::io::Result<Said>)>)> {
         let due = tokio::time::sleep_until(self.next_at.into());
         tokio::select! {
             biased;
             Some(ended) = self.tries.join_next() => {
                 // A try neither panics nor is aborted while the race lasts.
                 let (server, outcome) = ended.ok()?;
+                let now = Instant::now();
+                let asked_at = self.under_way.iter().find(|(other, _)| *other == server);
+                let took = asked_at.map_or(Duration::ZERO, |(_, since)| now.duration_since(*since));
                 self.under_way.retain(|(other, _)| *other != server);
-                self.next_at = Instant::now();
-                Some((server, Some(outcome)))
+                self.next_at = now;
+                Some((server, Some((took, outcome))))
             }
-            () = due, if !self.to_come.is_empty() => Some((self.to_come[0].0.server, None)),
+            () = due, if !self.to_come.is_empty() => Some((self.to_come[0].0.server.clone(), None)),
             else => None,
         }
     }
 
     /// It said that it does not know.
-    fn leave_out(&mut self, server: SocketAddr) {
-        self.to_come.retain(|(upstream, _)| upstream.server != server);
+    fn leave_out(&mut self, server: &Server) {
+        self.to_come.retain(|(upstream, _)| upstream.server != *server);
     }
 }
 

@@ -20,9 +20,12 @@ mod explain;
 mod fast;
 mod forward;
 mod listen;
+mod log;
+mod metrics;
 mod name;
 mod plan;
 mod quota;
+mod rate;
 mod resolv_conf;
 mod serve;
 mod stats;
@@ -38,16 +41,24 @@ pub use apply::DnsApplier;
 pub use custom::{Block, Blocks, Part, Parts};
 pub use explain::Explainer;
 pub use listen::Handover;
+pub use log::{Logged, Page};
+pub use metrics::CorednsNames;
 pub use name::{InvalidName, Name};
 pub use plan::{DnsPlanner, plan_service};
 pub use stats::Stats;
 pub use store::Store;
 use weft_model::ClusterConfig;
 use weft_netstack::reconcile::chain;
-pub use zone::{Data, DnsPlan, Group, GroupKey, Groups, SPECIFICATION_VERSION, Srv, TTL_SECONDS, Zones};
+pub use zone::{
+    Data, DnsPlan, Group, GroupKey, Groups, PodAddresses, SPECIFICATION_VERSION, Srv, TTL_SECONDS, Zones,
+};
 
 /// The port of the DNS (RFC 1035 section 4.2).
 pub const DNS_PORT: u16 = 53;
+
+/// Questions that one client may ask in a second unless the user says otherwise: a few hundredths of what one core answers, and
+/// many times what pods were seen to ask.
+pub const QUERIES_PER_SECOND: u32 = 10_000;
 
 /// The namespace of the pod that has an address on this node now, told by who gives the addresses out.
 pub type Namespaces = Arc<dyn Fn(IpAddr) -> Option<String> + Send + Sync>;
@@ -61,11 +72,18 @@ pub struct Options {
     pub resolv_conf: PathBuf,
     /// Replaces port 53 of the host's resolvers; `None` outside tests.
     pub upstream_port: Option<u16>,
+    /// Questions that one client may ask in a second, by any transport; `None` or zero: as many as it likes.
+    pub queries_per_second: Option<u32>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { port: DNS_PORT, resolv_conf: PathBuf::from("/etc/resolv.conf"), upstream_port: None }
+        Self {
+            port: DNS_PORT,
+            resolv_conf: PathBuf::from("/etc/resolv.conf"),
+            upstream_port: None,
+            queries_per_second: Some(QUERIES_PER_SECOND),
+        }
     }
 }
 
@@ -77,6 +95,8 @@ pub struct Dns {
     pub applier: DnsApplier,
     /// For metrics.
     pub stats: Arc<Stats>,
+    /// For metrics, under the names of CoreDNS.
+    pub coredns_names: CorednsNames,
     /// For people.
     pub explainer: Explainer,
 }
@@ -94,8 +114,10 @@ pub fn start(config: &ClusterConfig, options: Options, handover: Handover, names
         Arc::new(forward::Forwarder::new(options.resolv_conf, options.upstream_port, stats.clone()));
     let listen: std::collections::BTreeSet<IpAddr> = config.cluster_dns.iter().copied().collect();
     forwarder.set_own(listen.clone());
+    forwarder.set_ranges(config.cluster_cidrs.iter().chain(&config.service_cidrs).copied().collect());
+    let rate = rate::Rate::new(options.queries_per_second);
     let resolver =
-        Arc::new(serve::Resolver::new(store.clone(), forwarder.clone(), stats.clone(), namespaces));
+        Arc::new(serve::Resolver::new(store.clone(), forwarder.clone(), stats.clone(), namespaces, rate));
     let mut listeners = listen::Listeners::new(resolver.clone(), options.port, handover);
     let (early, failed) = listeners.ensure(&listen);
     for error in &failed {
@@ -103,7 +125,7 @@ pub fn start(config: &ClusterConfig, options: Options, handover: Handover, names
     }
     let applier = DnsApplier {
         store,
-        forwarder,
+        forwarder: forwarder.clone(),
         resolver: resolver.clone(),
         listeners,
         stats: stats.clone(),
@@ -111,5 +133,6 @@ pub fn start(config: &ClusterConfig, options: Options, handover: Handover, names
         parts: Parts::new(),
         early,
     };
-    Dns { planner: DnsPlanner::default(), applier, stats, explainer: Explainer(resolver) }
+    let coredns_names = CorednsNames { stats: stats.clone(), forwarder };
+    Dns { planner: DnsPlanner::default(), applier, stats, coredns_names, explainer: Explainer(resolver) }
 }

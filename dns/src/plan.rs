@@ -2,19 +2,20 @@
 //!
 //! Pure per Service and memoised by the identity of its inputs (the Service and its EndpointSlices), so one changed
 //! endpoint costs one Service. Pod names (`1-2-3-4.ns.pod.<zone>`) are not listed: `store` works them out from the
-//! existing Namespaces.
+//! existing Namespaces, and from the pods' addresses where only those of existing pods are wanted.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use weft_model::objects::{ConfigMap, Endpoint, EndpointSlice, Service, ServiceKind};
-use weft_model::{ClusterConfig, ObjectRef, Planned, Problem, Reason, ServiceKey, Snapshot};
+use weft_model::objects::{ConfigMap, Endpoint, EndpointSlice, Pod, Service, ServiceKind};
+use weft_model::snapshot::{Attachments, Objects};
+use weft_model::{ClusterConfig, ObjectRef, Planned, PodKey, Problem, Reason, ServiceKey, Snapshot};
 use weft_netstack::reconcile::Planner;
 
 use crate::custom::{self, Parts};
 use crate::name::{InvalidName, Name};
-use crate::zone::{Data, DnsPlan, Group, GroupKey, Groups, SPECIFICATION_VERSION, Srv, Zones};
+use crate::zone::{Data, DnsPlan, Group, GroupKey, Groups, PodAddresses, SPECIFICATION_VERSION, Srv, Zones};
 
 /// SRV priority: every target is as good as the other. The specification leaves both numbers to the implementation.
 const SRV_PRIORITY: u16 = 0;
@@ -30,6 +31,13 @@ pub struct DnsPlanner {
     /// Ordered by key, as the Snapshot's Services are.
     services: Vec<ServiceMemo>,
     custom: Option<CustomMemo>,
+    pods: Option<PodsMemo>,
+}
+
+struct PodsMemo {
+    of_api: Objects<PodKey, Pod>,
+    of_node: Attachments,
+    planned: Arc<PodAddresses>,
 }
 
 struct CustomMemo {
@@ -89,11 +97,12 @@ impl Planner for DnsPlanner {
         let listen = config.cluster_dns.iter().copied().collect();
         let (custom, mut problems) = self.plan_custom(snapshot);
         let nodes = node_names(snapshot);
+        let pods = self.plan_pods(snapshot, &custom);
         let zones = match Zones::new(config) {
             Ok(zones) => zones,
             Err(error) => {
                 problems.push(bad_domain(config, &error));
-                let plan = DnsPlan { zones: None, groups: Groups::new(), listen, custom, nodes };
+                let plan = DnsPlan { zones: None, groups: Groups::new(), listen, custom, nodes, pods };
                 return Planned::new(plan, problems);
             }
         };
@@ -106,7 +115,7 @@ impl Planner for DnsPlanner {
         self.plan_services(snapshot, &zones.domain, &mut groups, &mut problems);
         // Already in the order of their keys, so this only builds the map.
         let groups = groups.into_iter().collect();
-        Planned::new(DnsPlan { zones: Some(zones), groups, listen, custom, nodes }, problems)
+        Planned::new(DnsPlan { zones: Some(zones), groups, listen, custom, nodes, pods }, problems)
     }
 }
 
@@ -123,6 +132,27 @@ impl DnsPlanner {
             planned: custom::plan(config_map),
         });
         self.custom.insert(memo).planned.clone()
+    }
+
+    /// Looks at the pods only when somebody wants to know, and when they are others than before.
+    fn plan_pods(&mut self, snapshot: &Snapshot, custom: &Parts) -> Option<Arc<PodAddresses>> {
+        if !custom::may_verify_pods(custom) {
+            self.pods = None;
+            return None;
+        }
+        let same = |memo: &PodsMemo| {
+            Arc::ptr_eq(&memo.of_api, &snapshot.pods) && Arc::ptr_eq(&memo.of_node, &snapshot.attachments)
+        };
+        if !self.pods.as_ref().is_some_and(same) {
+            let planned = pod_addresses(snapshot);
+            let before = self.pods.take().map(|memo| memo.planned).filter(|before| **before == planned);
+            self.pods = Some(PodsMemo {
+                of_api: snapshot.pods.clone(),
+                of_node: snapshot.attachments.clone(),
+                planned: before.unwrap_or_else(|| Arc::new(planned)),
+            });
+        }
+        self.pods.as_ref().map(|memo| memo.planned.clone())
     }
 
     fn plan_namespaces(
@@ -170,6 +200,19 @@ impl DnsPlanner {
     }
 }
 
+/// Of pods that run or will; those of this node count from the moment they are attached.
+fn pod_addresses(snapshot: &Snapshot) -> PodAddresses {
+    let mut addresses = PodAddresses::new();
+    let alive = snapshot.pods.values().filter(|pod| !pod.terminated);
+    let of_api = alive.flat_map(|pod| pod.ips.iter().map(|ip| (*ip, &pod.key)));
+    let of_node =
+        snapshot.attachments.iter().filter_map(|(ip, attached)| Some((*ip, attached.pod.as_ref()?)));
+    for (address, key) in of_api.chain(of_node) {
+        addresses.entry(address).or_default().insert(key.namespace.clone());
+    }
+    addresses
+}
+
 /// Nodes by their names, as k3s and others let pods find them. A name that is no domain name is left out: it was valid to
 /// Kubernetes, and nobody could ask for it.
 fn node_names(snapshot: &Snapshot) -> BTreeMap<Name, BTreeSet<IpAddr>> {
@@ -213,7 +256,7 @@ fn plan_namespace(name: &str, domain: &Name) -> Planned<Arc<Group>> {
     let names = || -> Result<Group, InvalidName> {
         let empty = || Arc::from([]);
         let names = ["svc", "pod"].map(|kind| Ok((domain.child(kind)?.child(name)?, empty())));
-        Ok(Group { names: names.into_iter().collect::<Result<_, InvalidName>>()? })
+        Ok(Group { names: names.into_iter().collect::<Result<_, InvalidName>>()?, ..Group::default() })
     };
     match names() {
         Ok(group) => Planned::new(Arc::new(group), Vec::new()),
@@ -242,7 +285,8 @@ pub fn plan_service<'a>(
         (Ok(name), ServiceKind::Headless) => draft.headless(&name, slices),
         (Ok(name), ServiceKind::ExternalName(target)) => draft.external_name(&name, target),
     }
-    Planned::new(draft.records.into_iter().collect(), draft.problems)
+    let group = Group { triggered_millis: draft.triggered_millis, ..draft.records.into_iter().collect() };
+    Planned::new(group, draft.problems)
 }
 
 /// One published endpoint of a headless Service.
@@ -254,12 +298,13 @@ struct Published<'a> {
 struct Draft<'a> {
     service: &'a Service,
     records: Vec<(Name, Data)>,
+    triggered_millis: Option<i64>,
     problems: Vec<Problem>,
 }
 
 impl<'a> Draft<'a> {
     fn new(service: &'a Service) -> Self {
-        Self { service, records: Vec::new(), problems: Vec::new() }
+        Self { service, records: Vec::new(), triggered_millis: None, problems: Vec::new() }
     }
 
     fn problem(&mut self, field: &str, error: &InvalidName) {
@@ -288,6 +333,7 @@ impl<'a> Draft<'a> {
     fn headless<'s>(&mut self, name: &Name, slices: impl Iterator<Item = &'s EndpointSlice>) {
         let mut published = Vec::new();
         for slice in slices {
+            self.triggered_millis = self.triggered_millis.max(slice.triggered_millis);
             for endpoint in &slice.endpoints {
                 // "ready" or, for a Service that publishes them, not ready addresses (2.1, 2.4.1).
                 if !endpoint.ready && !self.service.publish_not_ready_addresses {

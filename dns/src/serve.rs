@@ -29,10 +29,13 @@ use crate::Namespaces;
 use crate::answer::{Answer, Local, Question};
 use crate::autopath::rest_of_path;
 use crate::custom::{Custom, Rewritten, Verdict};
+use crate::fast::{self, Asked, Outcome};
 use crate::forward::{ForwardError, Forwarder, Outside};
+use crate::log::QueryLog;
 use crate::name::Name;
-use crate::stats::{Dropped, Refused, Stats};
-use crate::store::Store;
+use crate::rate::Rate;
+use crate::stats::{Came, Dropped, Refused, Stats};
+use crate::store::{Reading, Store};
 use reply::{Encoded, Reply, fit, led_to, limit_bytes, rdata, relay, render, reply_edns};
 pub(crate) use reply::{OPT_BYTES, PLAIN_UDP_BYTES, UDP_PAYLOAD_BYTES};
 
@@ -59,6 +62,8 @@ pub(crate) struct Resolver {
     /// What users add.
     custom: ArcSwap<Custom>,
     namespaces: Namespaces,
+    rate: Rate,
+    log: QueryLog,
 }
 
 /// The question, or why a request without a proper one is refused.
@@ -105,9 +110,20 @@ impl Resolver {
         forwarder: Arc<Forwarder>,
         stats: Arc<Stats>,
         namespaces: Namespaces,
+        rate: Rate,
     ) -> Self {
         let (turn, holding) = (AtomicUsize::new(0), Semaphore::new(MOST_HELD));
-        Self { store, forwarder, stats, turn, holding, custom: ArcSwap::default(), namespaces }
+        Self {
+            store,
+            forwarder,
+            stats,
+            turn,
+            holding,
+            custom: ArcSwap::default(),
+            namespaces,
+            rate,
+            log: QueryLog::default(),
+        }
     }
 
     /// True when it says something else than before.
@@ -140,9 +156,44 @@ impl Resolver {
         &self.forwarder
     }
 
+    /// How often a client may ask.
+    pub(crate) fn rate(&self) -> &Rate {
+        &self.rate
+    }
+
+    /// What people look at.
+    pub(crate) fn log(&self) -> &QueryLog {
+        &self.log
+    }
+
     /// Where answers and what is dropped are counted.
     pub(crate) fn stats(&self) -> &Stats {
         &self.stats
+    }
+
+    /// Writes an answer that is at hand into `reply`, which is empty; `None`, and nothing written, when there is none. It has the
+    /// size that UDP allows, and tells when it was cut to it.
+    pub(crate) fn at_hand(
+        &self,
+        asked: &Asked<'_>,
+        custom: &Custom,
+        reading: &Reading<'_>,
+        now: Instant,
+        reply: &mut Vec<u8>,
+    ) -> Option<ResponseCode> {
+        if custom.concerns(asked.name()) {
+            return None;
+        }
+        match fast::answer(asked, reading, self.next_turn(), reply) {
+            // A search path may lead on from here.
+            Outcome::Answered(ResponseCode::NXDomain) if custom.walks_paths() => {
+                reply.clear();
+                None
+            }
+            Outcome::Answered(code) => Some(code),
+            Outcome::Elsewhere => self.forwarder.answer_cached(asked, now, reply),
+            Outcome::Other => None,
+        }
     }
 
     /// The encoded answer to one encoded message; `None` when it deserves none.
@@ -400,16 +451,38 @@ fn has_one_question(bytes: &[u8]) -> bool {
 /// The question's name has no pointer: before it stands only the header, which is no name, and which is another in the answer
 /// (RFC 1035 section 4.1.4: "a prior occurance of the same name").
 fn has_plain_name(bytes: &[u8]) -> bool {
+    behind_name(bytes).is_some()
+}
+
+/// Where the question's name ends; `None` where it has a pointer or no end.
+fn behind_name(bytes: &[u8]) -> Option<usize> {
     const POINTER: u8 = 0b1100_0000;
     let mut at = HEADER_BYTES;
-    while let Some(&length) = bytes.get(at) {
-        match length {
-            0 => return true,
-            _ if length & POINTER != 0 => return false,
-            _ => at += 1 + usize::from(length),
+    loop {
+        match *bytes.get(at)? {
+            0 => return Some(at + 1),
+            length if length & POINTER != 0 => return None,
+            length => at += 1 + usize::from(length),
         }
     }
-    false
+}
+
+/// What is counted of a message; `asked` where it is a plain question.
+pub(crate) fn came(bytes: &[u8], asked: Option<&Asked<'_>>, client: SocketAddr, protocol: Protocol) -> Came {
+    let unusual_type = || {
+        let at = behind_name(bytes)?;
+        bytes.get(at..)?.first_chunk().map(|octets| u16::from_be_bytes(*octets))
+    };
+    Came {
+        protocol,
+        ipv6: client.is_ipv6(),
+        record_type: asked.map(|asked| asked.record_type).or_else(unusual_type),
+        dnssec_ok: asked.is_some_and(Asked::dnssec_ok),
+        takes_bytes: match protocol {
+            Protocol::Udp => asked.map_or(PLAIN_UDP_BYTES, Asked::takes_bytes),
+            _ => u16::MAX,
+        },
+    }
 }
 
 /// The answer to a message of which only the header can be read or matters: FORMERR, or NOTIMP for another operation than

@@ -21,7 +21,7 @@ use tokio::sync::Notify;
 use crate::answer::{Answer, Local, MAX_ALIASES, Question, Soa, SoaPlace};
 use crate::diff::{Change, changed_groups};
 use crate::name::{Name, first_label, parent, suffixes};
-use crate::zone::{Data, DnsPlan, GroupKey, Groups, Zones};
+use crate::zone::{Data, DnsPlan, GroupKey, Groups, PodAddresses, Zones};
 
 /// The source of a name of ours that comes from no object: one between others, or one that is not there.
 pub(crate) const NO_OBJECT: &str = "names of the cluster";
@@ -41,6 +41,31 @@ struct Table {
     /// Apexes of `zones` by wire name.
     apexes: HashMap<Arc<[u8]>, Soa>,
     names: HashMap<Arc<[u8]>, Entry>,
+    pods: PodNames,
+}
+
+/// Which names of pods exist.
+#[derive(Clone, Debug, Default)]
+pub(crate) enum PodNames {
+    /// None.
+    Disabled,
+    /// Of any address.
+    #[default]
+    Insecure,
+    /// Of these addresses in these namespaces.
+    Verified(Arc<PodAddresses>),
+}
+
+impl PodNames {
+    fn has(&self, address: IpAddr, namespace: &[u8]) -> bool {
+        match self {
+            Self::Disabled => false,
+            Self::Insecure => true,
+            Self::Verified(pods) => pods
+                .get(&address)
+                .is_some_and(|namespaces| namespaces.iter().any(|known| known.as_bytes() == namespace)),
+        }
+    }
 }
 
 /// What is known of one name.
@@ -106,6 +131,11 @@ impl Store {
         if !self.is_ready() {
             notified.await;
         }
+    }
+
+    /// Which names of pods exist from now on.
+    pub(crate) fn set_pod_names(&self, pods: PodNames) {
+        self.write_lock().pods = pods;
     }
 
     /// Brings the table from `old` (what the caller wrote last) to `plan`. Returns one line for each changed group.
@@ -255,7 +285,7 @@ impl Records<'_> {
 
 impl Table {
     fn set_zones(&mut self, zones: Option<Zones>) {
-        *self = Self::default();
+        *self = Self { pods: std::mem::take(&mut self.pods), ..Self::default() };
         let Some(zones) = zones else { return };
         let named = |labels: &[&str]| labels.iter().rev().try_fold(zones.domain.clone(), |n, l| n.child(l));
         if let (Ok(server), Ok(mailbox)) = (named(&["ns", "dns"]), named(&["hostmaster"])) {
@@ -354,7 +384,7 @@ impl Table {
         Found::Soa(if of_apex { SoaPlace::Answer } else { SoaPlace::Authority }, soa)
     }
 
-    /// `1-2-3-4.<ns>.pod.<zone>` of an existing Namespace, any address, as CoreDNS's `pods insecure`.
+    /// `1-2-3-4.<ns>.pod.<zone>` of an existing Namespace, as far as `pods` has it.
     fn pod_address(&self, wire: &[u8]) -> Option<IpAddr> {
         let namespace = parent(wire)?;
         let pod = parent(namespace)?;
@@ -366,7 +396,8 @@ impl Table {
         if !known.iter().any(|(key, _)| matches!(key.as_ref(), GroupKey::Namespace(_))) {
             return None;
         }
-        dashed_address(std::str::from_utf8(first_label(wire)?).ok()?)
+        let address = dashed_address(std::str::from_utf8(first_label(wire)?).ok()?)?;
+        self.pods.has(address, first_label(namespace)?).then_some(address)
     }
 
     fn targets<'a>(&'a self, records: &'a Records<'_>) -> Vec<(&'a Name, &'a Data)> {

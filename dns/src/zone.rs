@@ -118,6 +118,8 @@ impl fmt::Display for GroupKey {
 pub struct Group {
     /// In canonical order.
     pub names: BTreeMap<Name, Arc<[Data]>>,
+    /// When what the names of a headless Service follow changed last, in milliseconds since the epoch; for a metric only.
+    pub triggered_millis: Option<i64>,
 }
 
 impl FromIterator<(Name, Data)> for Group {
@@ -126,7 +128,8 @@ impl FromIterator<(Name, Data)> for Group {
         for (name, data) in records {
             names.entry(name).or_default().insert(data);
         }
-        Self { names: names.into_iter().map(|(name, set)| (name, set.into_iter().collect())).collect() }
+        let names = names.into_iter().map(|(name, set)| (name, set.into_iter().collect())).collect();
+        Self { names, triggered_millis: None }
     }
 }
 
@@ -175,6 +178,9 @@ pub(crate) fn reverse_zones(range: IpNet) -> Vec<Name> {
     parts.map(apex).collect()
 }
 
+/// The namespaces of the pods that have an address: several, where pods share their node's.
+pub type PodAddresses = BTreeMap<IpAddr, BTreeSet<String>>;
+
 /// Everything the DNS room is to know: what we answer for, with what, and where we listen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DnsPlan {
@@ -188,6 +194,8 @@ pub struct DnsPlan {
     pub custom: Parts,
     /// Addresses of the Nodes by name.
     pub nodes: BTreeMap<Name, BTreeSet<IpAddr>>,
+    /// Which pods exist; only where somebody wants names of none but them.
+    pub pods: Option<Arc<PodAddresses>>,
 }
 
 impl fmt::Display for DnsPlan {
@@ -211,6 +219,10 @@ impl fmt::Display for DnsPlan {
         for (name, addresses) in &self.nodes {
             let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
             writeln!(f, "; node {name} {}", addresses.join(" "))?;
+        }
+        for (address, namespaces) in self.pods.iter().flat_map(|pods| pods.iter()) {
+            let namespaces: Vec<&str> = namespaces.iter().map(String::as_str).collect();
+            writeln!(f, "; pod {address} {}", namespaces.join(" "))?;
         }
         writeln!(f, "$TTL {TTL_SECONDS}")?;
         let mut names: BTreeMap<&Name, Vec<(&GroupKey, &[Data])>> = BTreeMap::new();

@@ -14,7 +14,8 @@ use common::*;
 use hickory_proto::rr::rdata::A;
 use hickory_proto::rr::{RData, Record};
 use place::*;
-use weft_model::objects::Node;
+use weft_model::objects::{Bandwidth, Node, Pod};
+use weft_model::{PodKey, Snapshot};
 
 fn host(name: &str, last: u8) -> Record {
     Record::from_rdata(name.parse().unwrap(), 60, RData::A(A::new(192, 0, 2, last)))
@@ -216,6 +217,178 @@ fn an_explanation_shows_the_search_path_each_answer_and_its_source() {
             text[1],
             "A 10.43.0.80 (5 s) rewritten to web.default.svc.cluster.local. by coredns-custom; Service default/web"
         );
+    });
+}
+
+#[test]
+fn answers_that_lead_inside_are_emptied_where_it_is_said_and_split_horizon_stays() {
+    in_namespace(|place| {
+        let lies = |name: &str, address: A| Record::from_rdata(name.parse().unwrap(), 60, RData::A(address));
+        let alias = |name: &str, target: &str| {
+            let target = RData::CNAME(hickory_proto::rr::rdata::CNAME(target.parse().unwrap()));
+            Record::from_rdata(name.parse().unwrap(), 60, target)
+        };
+        let general = Upstream::start(
+            "127.0.0.2",
+            Manner::Plain,
+            vec![
+                lies("evil.example.", A::new(192, 168, 1, 1)),
+                lies("service.example.", A::new(10, 43, 0, 80)),
+                lies("local.example.", A::new(127, 0, 0, 1)),
+                alias("alias.example.", "evil.example."),
+                lies("nas.lan.", A::new(192, 168, 1, 20)),
+                host("www.example.", 80),
+            ],
+        );
+        let _corp =
+            Upstream::start("127.0.0.3", Manner::Plain, vec![lies("git.corp.example.", A::new(10, 1, 0, 5))]);
+        place.nameservers(&["127.0.0.2"]);
+        let corp = ("corp.server", "corp.example {\n forward . 127.0.0.3\n}\n");
+        place.serve(&with_custom(&zoo(), &[corp]));
+        assert_eq!(dig_short("evil.example"), ["192.168.1.1"], "nobody has asked for protection");
+        let guard = "stop-dns-rebind {\n rebind-domain-ok lan\n}\n";
+        place.apply(&with_custom(&zoo(), &[corp, ("a.override", guard)]));
+        for name in ["evil.example", "service.example", "local.example"] {
+            for transport in ["+notcp", "+tcp"] {
+                let text = dig(&format!("{transport} {name}"));
+                assert!(text.contains("status: NOERROR") && text.contains("ANSWER: 0"), "{name}: {text}");
+            }
+        }
+        assert_eq!(dig_short("www.example"), ["192.0.2.80"]);
+        assert_eq!(dig_short("nas.lan"), ["192.168.1.20"], "its domain is excepted");
+        assert_eq!(dig_short("git.corp.example"), ["10.1.0.5"], "its domain has resolvers of its own");
+        assert_eq!(dig_short("web.default.svc.cluster.local"), ["10.43.0.80"]);
+        assert_eq!(place.stats.outside()[5], ("rebinding", 3), "an emptied answer is kept like any other");
+        assert_eq!(general.asked(), 6);
+        let text = place.runtime.block_on(place.explainer.as_ref().unwrap().explain(
+            ip("127.0.0.1"),
+            "default",
+            "evil.example.",
+        ));
+        assert!(text.unwrap().contains("upstream 127.0.0.2:53, less what leads inside (stop-dns-rebind)"));
+        place.apply(&with_custom(&zoo(), &[corp]));
+        assert_eq!(dig_short("evil.example"), ["192.168.1.1"], "switched off again");
+    });
+}
+
+/// An authority's certificate, and a certificate with its key that the authority signed for these names and addresses; in PEM.
+fn signed_for(names: &[&str]) -> (String, (String, String)) {
+    let authority_key = rcgen::KeyPair::generate().unwrap();
+    let mut authority = rcgen::CertificateParams::default();
+    authority.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let authority_pem = authority.self_signed(&authority_key).unwrap().pem();
+    let issuer = rcgen::Issuer::from_params(&authority, &authority_key);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+    let certificate = rcgen::CertificateParams::new(names).unwrap().signed_by(&key, &issuer).unwrap();
+    (authority_pem, (certificate.pem(), key.serialize_pem()))
+}
+
+/// RFC 7858: DNS over TLS; RFC 8310 section 5: with a strict profile, "the client [...] MUST NOT" go on when the server "cannot be
+/// authenticated".
+#[test]
+fn over_tls_only_a_server_with_a_good_certificate_is_asked_and_its_connection_is_kept() {
+    in_namespace(|place| {
+        let records = || (1..=9).map(|n| host(&format!("h{n}.example."), n)).collect();
+        let (authority, certificate) = signed_for(&["dns.example", "127.0.0.2"]);
+        let upstream = Upstream::start_tls("127.0.0.2", (&certificate.0, &certificate.1), records());
+        let over_tls = |options: &str| {
+            let text = format!("forward . tls://127.0.0.2 {{\n{options}}}\n");
+            with_custom(&zoo(), &[("a.override", &text), ("ca.crt", &authority)])
+        };
+        place.serve(&over_tls(" tls /etc/coredns/custom/ca.crt\n tls_servername dns.example\n"));
+        for n in 1..=3 {
+            assert_eq!(dig_short(&format!("h{n}.example")), [format!("192.0.2.{n}")]);
+        }
+        assert_eq!((upstream.of.asked(), upstream.connections()), (3, 1), "one connection for all");
+        let question = upstream.of.last.lock().unwrap().take().unwrap();
+        assert_eq!(question.to_vec().unwrap().len(), 128, "its length says nothing about the name");
+        for (what, options) in [
+            ("another name", " tls ca.crt\n tls_servername other.example\n"),
+            ("an authority that the host does not know", " tls_servername dns.example\n"),
+        ] {
+            place.apply(&over_tls(options));
+            assert!(dig("h4.example").contains("status: SERVFAIL"), "{what}");
+            assert_eq!((upstream.of.asked(), upstream.connections()), (3, 1), "{what}: nothing was asked");
+            let explained =
+                place.explainer.as_ref().unwrap().explain(ip("127.0.0.1"), "default", "h5.example.");
+            let text = place.runtime.block_on(explained).unwrap();
+            assert!(text.contains("tls://127.0.0.2:853 (did not answer: "), "{what}: {text}");
+        }
+        place.apply(&over_tls(" tls ca.crt\n"));
+        assert_eq!(dig_short("h6.example"), ["192.0.2.6"], "the address stands in the certificate");
+        upstream.hang_up();
+        std::thread::sleep(Duration::from_millis(150));
+        assert_eq!(dig_short("h7.example"), ["192.0.2.7"], "a connection that was closed is opened again");
+        assert_eq!(dig_short("h8.example"), ["192.0.2.8"]);
+    });
+}
+
+fn pod(namespace: &str, name: &str, addresses: &[&str]) -> Pod {
+    Pod {
+        key: PodKey::new(namespace, name),
+        uid: format!("uid-{name}"),
+        labels: Default::default(),
+        node: Some("n1".into()),
+        host_network: false,
+        ips: addresses.iter().map(|address| ip(address)).collect(),
+        hostname: None,
+        subdomain: None,
+        terminated: false,
+        named_ports: Vec::new(),
+        bandwidth: Bandwidth::default(),
+    }
+}
+
+fn with_pods(cluster: &Snapshot, pods: impl IntoIterator<Item = Pod>) -> Snapshot {
+    let pods = pods.into_iter().map(|pod| (pod.key.clone(), Arc::new(pod))).collect();
+    Snapshot { pods: Arc::new(pods), ..cluster.clone() }
+}
+
+/// CoreDNS, plugin kubernetes: "verified: Return an A record if there exists a pod in same namespace with matching IP"; "disabled:
+/// Do not process pod requests, always returning NXDOMAIN"; "insecure: Always return an A record with IP from request
+/// (without checking k8s)".
+#[test]
+fn names_of_pods_are_insecure_verified_or_disabled_as_the_corefile_says() {
+    in_namespace(|place| {
+        let mode = |cluster: &Snapshot, mode: &str| {
+            let text = format!(".:53 {{\n kubernetes cluster.local {{\n  pods {mode}\n }}\n}}\n");
+            with_custom(cluster, &[("Corefile", &text)])
+        };
+        let mut gone = pod("default", "gone", &["10.42.1.9"]);
+        gone.terminated = true;
+        let cluster = with_pods(&zoo(), [pod("default", "a", &["10.42.1.7", "fd00:42::7"]), gone]);
+        let status = |name: &str| {
+            let text = dig(&format!("{name}.pod.cluster.local"));
+            let found =
+                ["NOERROR", "NXDOMAIN"].into_iter().find(|code| text.contains(&format!("status: {code}")));
+            found.unwrap_or_else(|| panic!("{text}"))
+        };
+        place.serve(&cluster);
+        assert_eq!(
+            dig_short("10-42-1-9.default.pod.cluster.local"),
+            ["10.42.1.9"],
+            "insecure unless it is said"
+        );
+        place.apply(&mode(&cluster, "verified"));
+        for transport in ["+notcp", "+tcp"] {
+            assert_eq!(dig_short(&format!("{transport} 10-42-1-7.default.pod.cluster.local")), ["10.42.1.7"]);
+            let v6 = dig_short(&format!("{transport} fd00-42--7.default.pod.cluster.local AAAA"));
+            assert_eq!(v6, ["fd00:42::7"]);
+        }
+        assert_eq!(status("10-42-1-7.kube-system"), "NXDOMAIN", "a pod of another namespace");
+        assert_eq!(status("10-42-1-8.default"), "NXDOMAIN", "nobody's address");
+        assert_eq!(status("10-42-1-9.default"), "NXDOMAIN", "its pod has ended");
+        let moved = with_pods(&zoo(), [pod("kube-system", "b", &["10.42.1.7"])]);
+        place.apply(&mode(&moved, "verified"));
+        assert_eq!((status("10-42-1-7.kube-system"), status("10-42-1-7.default")), ("NOERROR", "NXDOMAIN"));
+        place.apply(&mode(&moved, "sometimes"));
+        assert_eq!(status("10-42-1-8.kube-system"), "NXDOMAIN", "what cannot be read leaves it verified");
+        place.apply(&mode(&moved, "disabled"));
+        assert_eq!(status("10-42-1-7.kube-system"), "NXDOMAIN");
+        place.apply(&mode(&moved, "insecure"));
+        assert_eq!(status("1-2-3-4.kube-system"), "NOERROR");
+        assert_eq!(status("1-2-3-4.nowhere"), "NXDOMAIN");
     });
 }
 

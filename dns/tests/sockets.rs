@@ -636,6 +636,147 @@ fn what_gets_no_answer_is_counted_by_its_reason() {
 }
 
 #[test]
+fn what_a_watched_client_asks_is_shown_and_what_others_ask_is_not() {
+    in_namespace(|place| {
+        let _upstream = Upstream::start("127.0.0.2", Manner::Plain, example());
+        place.nameservers(&["127.0.0.2"]);
+        place.serve(&zoo());
+        let explainer = place.explainer.clone().unwrap();
+        let pod = [ip("127.0.0.7")];
+        dig("-b 127.0.0.7 web.default.svc.cluster.local");
+        let first = explainer.log(&pod, None);
+        assert_eq!(first.entries, [], "what was asked before somebody looked");
+        dig("-b 127.0.0.7 Web.default.svc.cluster.local");
+        dig("-b 127.0.0.8 v4only.default.svc.cluster.local");
+        dig("-b 127.0.0.7 +tcp www.example.com");
+        dig("-b 127.0.0.7 nothing.default.svc.cluster.local AAAA");
+        let told = |after| {
+            let page = explainer.log(&pod, Some(after));
+            let line = |entry: &weft_dns::Logged| {
+                let weft_dns::Logged { transport, name, record_type, code, answer, .. } = entry;
+                format!("{transport} {record_type} {name} {code}: {answer}")
+            };
+            (page.entries.iter().map(line).collect::<Vec<_>>(), page.last)
+        };
+        let (lines, last) = told(first.last);
+        assert_eq!(
+            lines,
+            [
+                "udp A Web.default.svc.cluster.local. No Error: 10.43.0.80 (5 s)",
+                "tcp A www.example.com. No Error: 192.0.2.80 (60 s)",
+                "udp AAAA nothing.default.svc.cluster.local. Non-Existent Domain: no such name",
+            ]
+        );
+        assert_eq!(told(last).0, Vec::<String>::new());
+    });
+}
+
+#[test]
+fn questions_answers_and_upstreams_are_counted_under_the_names_of_coredns() {
+    in_namespace(|place| {
+        let _upstream = Upstream::start("127.0.0.2", Manner::Plain, example());
+        place.nameservers(&["127.0.0.2"]);
+        place.serve(&zoo());
+        dig("web.default.svc.cluster.local");
+        dig("+noedns v4only.default.svc.cluster.local AAAA");
+        dig("+tcp +dnssec www.example.com");
+        dig("www.example.com");
+        dig("nothing.example.com");
+        let server = "server=\"dns://:53\",zone=\".\",view=\"\"";
+        let of = |name: &str, labels: &str| place.metric(&format!("{name}{{{server}{labels}"));
+        let requests = "coredns_dns_requests_total";
+        assert_eq!(of(requests, ",proto=\"udp\",family=\"1\",type=\"A\"}"), 3.0);
+        assert_eq!(of(requests, ",proto=\"udp\",family=\"1\",type=\"AAAA\"}"), 1.0);
+        assert_eq!(of(requests, ",proto=\"tcp\",family=\"1\",type=\"A\"}"), 1.0);
+        assert_eq!(of("coredns_dns_do_requests_total", "}"), 1.0);
+        assert_eq!(of("coredns_dns_responses_total", ",rcode=\"NXDOMAIN\"}"), 1.0);
+        assert_eq!(of("coredns_dns_request_duration_seconds_count", "}"), 5.0);
+        assert_eq!(of("coredns_dns_response_size_bytes_count", ",proto=\"udp\"}"), 4.0);
+        assert_eq!(of("coredns_dns_request_size_bytes_sum", ",proto=\"udp\"}"), 3.0 * 1232.0 + 512.0);
+        // With DO and without are two questions.
+        assert_eq!((of("coredns_cache_misses_total", "}"), of("coredns_cache_hits_total", "")), (3.0, 0.0));
+        dig("www.example.com");
+        assert_eq!(of("coredns_cache_hits_total", ",type=\"success\"}"), 1.0);
+        // The denial came without SOA, so it is not kept.
+        assert_eq!(of("coredns_cache_entries", ",type=\"success\"}"), 2.0);
+        let upstream = "{proxy_name=\"forward\",to=\"127.0.0.2:53\"";
+        assert_eq!(
+            place.metric(&format!(
+                "coredns_proxy_request_duration_seconds_count{upstream},rcode=\"NOERROR\"}}"
+            )),
+            2.0
+        );
+        assert_eq!(place.metric("coredns_forward_requests_total{to=\"127.0.0.2:53\"}"), 3.0);
+        assert_eq!(place.metric("coredns_panics_total"), 0.0);
+    });
+}
+
+/// KEP-2164 and the SLI "DNS programming latency": "from when service spec or list of its Ready pods change to when it is
+/// reflected in that specific instance".
+#[test]
+fn a_change_of_a_headless_service_is_timed_from_its_trigger_and_what_was_there_is_not() {
+    in_namespace(|place| {
+        let name = "coredns_kubernetes_dns_programming_duration_seconds";
+        let changed = |seconds_ago: u64| {
+            let mut cluster = zoo();
+            let slices = Arc::make_mut(&mut cluster.endpoint_slices);
+            let slice = slices.values_mut().find(|slice| slice.key.name == "db-4").unwrap();
+            let at = std::time::SystemTime::now() - Duration::from_secs(seconds_ago);
+            let millis = at.duration_since(std::time::UNIX_EPOCH).unwrap().as_millis();
+            let slice = Arc::make_mut(slice);
+            slice.triggered_millis = Some(i64::try_from(millis).unwrap());
+            slice.endpoints.truncate(usize::from(seconds_ago > 60) + 1);
+            cluster
+        };
+        place.serve(&changed(3600));
+        assert_eq!(place.metric(&format!("{name}_count")), 0.0, "it was there when we came");
+        place.apply(&changed(2));
+        assert_eq!(dig_short("db.default.svc.cluster.local"), ["10.42.1.5"]);
+        assert_eq!(place.metric(&format!("{name}_count")), 1.0);
+        let sum = place.metric(&format!("{name}_sum"));
+        assert!((2.0..4.0).contains(&sum), "{sum}");
+    });
+}
+
+#[test]
+fn a_client_that_asks_without_end_is_held_to_its_rate_and_takes_nothing_from_others() {
+    in_namespace(|place| {
+        place.queries_per_second = Some(50);
+        place.serve(&zoo());
+        let mut query = Message::query();
+        query.add_query(Query::query("web.default.svc.cluster.local.".parse().unwrap(), RecordType::A));
+        let query = query.to_vec().unwrap();
+        let flood = UdpSocket::bind("127.0.0.7:0").unwrap();
+        flood.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+        let started = Instant::now();
+        let ask = || flood.send_to(&query, "10.43.0.10:53").unwrap();
+        (0..200).for_each(|_| assert_eq!(ask(), query.len()));
+        let mut buffer = [0; 512];
+        let answers = std::iter::from_fn(|| flood.recv(&mut buffer).ok()).count();
+        let most = 50 + usize::try_from(started.elapsed().as_millis()).unwrap() / 20 + 1;
+        assert!((50..=most).contains(&answers), "{answers} of at most {most}");
+        let dropped = place.stats.dropped();
+        assert_eq!(dropped[3], ("rate", u64::try_from(200 - answers).unwrap()));
+        assert_eq!(dig_short("-b 127.0.0.8 web.default.svc.cluster.local"), ["10.43.0.80"]);
+        let (calm, web) = (std::sync::atomic::AtomicBool::new(false), "+short web.default.svc.cluster.local");
+        let by_tcp = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !calm.load(std::sync::atomic::Ordering::SeqCst) {
+                    (0..50).for_each(|_| assert_eq!(ask(), query.len()));
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            });
+            let heard = attempt(&format!("dig @10.43.0.10 -b 127.0.0.7 +tcp +tries=1 {web}"));
+            calm.store(true, std::sync::atomic::Ordering::SeqCst);
+            heard
+        });
+        assert!(!by_tcp.contains("10.43.0.80"), "by TCP the bucket is the same: {by_tcp}");
+        std::thread::sleep(Duration::from_millis(200));
+        assert_eq!(dig_short("-b 127.0.0.7 web.default.svc.cluster.local"), ["10.43.0.80"], "it fills again");
+    });
+}
+
+#[test]
 fn a_client_that_holds_many_connections_takes_none_from_others() {
     in_namespace(|place| {
         use std::io::Read as _;

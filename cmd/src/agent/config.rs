@@ -60,6 +60,9 @@ pub(crate) struct AgentArgs {
     /// Resolvers for names outside the cluster
     #[arg(long, default_value = "/etc/resolv.conf")]
     resolv_conf: PathBuf,
+    /// DNS questions that one client may ask in a second; 0: as many as it likes
+    #[arg(long, default_value_t = weft_dns::QUERIES_PER_SECOND)]
+    dns_rate_limit: u32,
     /// Where container runtimes look for network configurations
     #[arg(long, default_value = "/etc/cni/net.d")]
     pub(crate) cni_conf_dir: PathBuf,
@@ -99,6 +102,9 @@ pub(crate) struct AgentArgs {
     /// Where /healthz and /livez of the service proxy are served to load balancers; [::] means IPv4 too
     #[arg(long, default_value = "[::]:10256")]
     proxy_health_address: SocketAddr,
+    /// Where /metrics is served to what looks for CoreDNS's; off: nowhere but on --observe-address
+    #[arg(long, default_value = "127.0.0.1:9153")]
+    dns_metrics_address: String,
     #[command(flatten)]
     pub(crate) log: LogArgs,
 }
@@ -116,12 +122,14 @@ pub(crate) struct Config {
     pub(crate) open_firewalls: bool,
     pub(crate) max_key_age: Option<Duration>,
     pub(crate) resolv_conf: PathBuf,
+    pub(crate) dns_rate_limit: u32,
     pub(crate) cni_conf_dir: PathBuf,
     pub(crate) cni_bin_dir: PathBuf,
     pub(crate) run_dir: PathBuf,
     pub(crate) state_dir: PathBuf,
     pub(crate) observe_address: SocketAddr,
     pub(crate) proxy_health_address: SocketAddr,
+    pub(crate) dns_metrics_address: Option<SocketAddr>,
     pub(crate) network_policy: bool,
     pub(crate) load_balancer: bool,
     pub(crate) ingress_status: bool,
@@ -139,12 +147,14 @@ impl AgentArgs {
             max_key_age: (self.key_rotation_days > 0)
                 .then(|| Duration::from_secs(u64::from(self.key_rotation_days) * 86_400)),
             resolv_conf: self.resolv_conf,
+            dns_rate_limit: self.dns_rate_limit,
             cni_conf_dir: self.cni_conf_dir,
             cni_bin_dir: self.cni_bin_dir,
             run_dir: self.run_dir,
             state_dir: self.state_dir,
             observe_address: self.observe_address,
             proxy_health_address: self.proxy_health_address,
+            dns_metrics_address: address_or_off("--dns-metrics-address", &self.dns_metrics_address)?,
             network_policy: self.network_policy == Switch::On,
             load_balancer: self.load_balancer == Switch::On,
             ingress_status: self.ingress_status == Switch::On,
@@ -228,6 +238,16 @@ pub(crate) fn disjoint(cluster_cidrs: &[IpNet], service_cidrs: &[IpNet]) -> anyh
         }
     }
     Ok(())
+}
+
+fn address_or_off(flag: &str, text: &str) -> anyhow::Result<Option<SocketAddr>> {
+    if text == "off" {
+        return Ok(None);
+    }
+    let address = text.parse().with_context(|| {
+        format!("{flag} {text:?} is neither an address with a port, such as 127.0.0.1:9153, nor off")
+    });
+    address.map(Some)
 }
 
 fn node_name(given: Option<String>) -> anyhow::Result<NodeName> {
@@ -314,6 +334,16 @@ mod tests {
     #[test]
     fn the_defaults_are_valid() {
         assert!(validate(&[]).is_ok());
+    }
+
+    #[test]
+    fn metrics_of_dns_have_an_address_of_their_own_or_none() {
+        let of = |flags: &[&str]| validate(flags).unwrap().dns_metrics_address;
+        assert_eq!(of(&[]), Some("127.0.0.1:9153".parse().unwrap()));
+        assert_eq!(of(&["--dns-metrics-address", "[::]:9153"]), Some("[::]:9153".parse().unwrap()));
+        assert_eq!(of(&["--dns-metrics-address", "off"]), None);
+        let message = validate(&["--dns-metrics-address", "9153"]).err().unwrap_or_default();
+        assert!(message.contains("--dns-metrics-address \"9153\" is neither an address"), "{message}");
     }
 
     #[test]

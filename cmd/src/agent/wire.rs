@@ -103,8 +103,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     tell_the_cluster(tasks, (access, config.node.clone()), &snapshots, (&handles, verdicts), passing);
     watch_others(tasks, &handles, [overlay, pod_links])?;
 
-    let (observed, observe_outcome) = watch::channel(String::new());
-    let (health_tx, health_outcome) = watch::channel(String::new());
+    let (pages, page_texts) = Pages::new();
     let (found_tx, found) = watch::channel(Configurations::default());
     let obstacles = obstacle_texts(sources.clone(), found.clone());
     let mut admin = admin(config, handles, snapshots.clone(), status, facts_rx, dns.stats, obstacles);
@@ -112,13 +111,13 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let (rotating, keys) = (rotation.clone(), overlay::rotation::router(rotation));
     admin.parts.extend([
         said("key rotation", move || rotating.progress().unwrap_or_default()),
-        said("observe", move || observe_outcome.borrow().clone()),
-        said("proxy health", move || health_outcome.borrow().clone()),
         said("writer", move || lead.text()),
         said("cni", move || others.borrow().note.clone()),
     ]);
+    admin.parts.extend(page_texts);
     admin.counters.extend(balancer_counters);
-    admin.collectors.push(proxy_metrics);
+    let coredns_names = dns.coredns_names;
+    admin.collectors.extend([proxy_metrics, Box::new(move || Box::new(coredns_names.clone()))]);
     admin.parts.extend((!config.network_policy).then(|| said("policy", || POLICY_OFF.to_owned())));
     let admin = Arc::new(admin);
     let socket = config.run_dir.join("agent.sock");
@@ -132,8 +131,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
         .merge(balancer)
         .merge(flows);
     serve_unix(tasks, &socket, router)?;
-    tasks.start("observe", serve_observed(config.observe_address, admin::observe_router(admin), observed));
-    tasks.start("proxy-health", serve_proxy_health(config.proxy_health_address, proxy_health, health_tx));
+    pages.serve(config, tasks, admin, proxy_health);
 
     install_plugin(&config.cni_bin_dir)?;
     tasks.start("readiness", readiness::tell(sources.clone(), found));
@@ -208,8 +206,11 @@ impl Loops<'_> {
 }
 
 fn start_dns(config: &Config, leases: Arc<Store>) -> weft_dns::Dns {
-    let options =
-        weft_dns::Options { resolv_conf: config.resolv_conf.clone(), ..weft_dns::Options::default() };
+    let options = weft_dns::Options {
+        resolv_conf: config.resolv_conf.clone(),
+        queries_per_second: Some(config.dns_rate_limit),
+        ..weft_dns::Options::default()
+    };
     let namespace_of = move |address| leases.pod_of(address).map(|pod| pod.namespace);
     weft_dns::start(&config.cluster, options, handover::from_environment(), Arc::new(namespace_of))
 }
@@ -424,19 +425,20 @@ fn admin(
     }
 }
 
-/// Ours, and beside them what dashboards made for CoreDNS ask for, as far as it is counted here.
+/// Under our own names.
 fn dns_counters(stats: Arc<weft_dns::Stats>) -> Vec<Counters> {
     type Values = Vec<(&'static str, u64)>;
     let family = |name, help, label, read: fn(&weft_dns::Stats) -> Values| {
         let stats = stats.clone();
         Counters { name, help, label, read: Box::new(move || read(&stats)) }
     };
-    let responses = |stats: &weft_dns::Stats| stats.responses().to_vec();
     vec![
         family("dns_requests", "DNS messages that came, by transport", "proto", |stats| {
             stats.requests().to_vec()
         }),
-        family("dns_responses", "DNS answers sent, by response code", "rcode", responses),
+        family("dns_responses", "DNS answers sent, by response code", "rcode", |stats| {
+            stats.responses().to_vec()
+        }),
         family("dns_dropped", "DNS messages without an answer, by reason", "reason", |stats| stats.dropped()),
         family(
             "dns_refused",
@@ -450,20 +452,6 @@ fn dns_counters(stats: Arc<weft_dns::Stats>) -> Vec<Counters> {
             "event",
             |stats| stats.outside().to_vec(),
         ),
-        family("coredns_dns_requests", "As weft_dns_requests", "proto", |stats| stats.requests().to_vec()),
-        family("coredns_dns_responses", "As weft_dns_responses", "rcode", responses),
-        family("coredns_cache_hits", "Answers from the cache of other names", "type", |stats| {
-            vec![("success", stats.cache_hits())]
-        }),
-        family("coredns_cache_misses", "Questions sent to upstreams", "view", |stats| {
-            vec![("", stats.forwarded())]
-        }),
-        family("coredns_cache_served_stale", "Answers given past their time", "view", |stats| {
-            vec![("", stats.served_stale())]
-        }),
-        family("coredns_cache_prefetch", "Answers fetched anew before they ended", "view", |stats| {
-            vec![("", stats.prefetched())]
-        }),
     ]
 }
 
@@ -489,6 +477,39 @@ fn serve_unix(tasks: &mut TaskGroup, path: &Path, router: Router) -> anyhow::Res
 /// How often an address that is taken is tried again.
 const REBIND: Duration = Duration::from_secs(2);
 
+/// The pages for machines, each told how its listener does.
+struct Pages {
+    observed: watch::Sender<String>,
+    dns_metrics: watch::Sender<String>,
+    proxy_health: watch::Sender<String>,
+}
+
+impl Pages {
+    /// With what `weft status` says of them.
+    fn new() -> (Self, [(&'static str, Read<serde_json::Value>); 3]) {
+        let (observed, observe_outcome) = watch::channel(String::new());
+        let (dns_metrics, dns_metrics_outcome) = watch::channel("off".to_owned());
+        let (proxy_health, health_outcome) = watch::channel(String::new());
+        let texts = [
+            said("observe", move || observe_outcome.borrow().clone()),
+            said("dns metrics", move || dns_metrics_outcome.borrow().clone()),
+            said("proxy health", move || health_outcome.borrow().clone()),
+        ];
+        (Self { observed, dns_metrics, proxy_health }, texts)
+    }
+
+    fn serve(self, config: &Config, tasks: &mut TaskGroup, admin: Arc<Admin>, health: Arc<ProxyHealth>) {
+        if let Some(address) = config.dns_metrics_address {
+            let router = admin::metrics_router(admin.clone());
+            tasks.start("dns-metrics", serve_dns_metrics(address, router, self.dns_metrics));
+        }
+        let router = admin::observe_router(admin);
+        tasks.start("observe", serve_observed(config.observe_address, router, self.observed));
+        let address = config.proxy_health_address;
+        tasks.start("proxy-health", serve_proxy_health(address, health, self.proxy_health));
+    }
+}
+
 /// Metrics and health. Pods need neither: while the address is taken, the node works and `outcome` says what to do.
 async fn serve_observed(
     address: SocketAddr,
@@ -496,6 +517,16 @@ async fn serve_observed(
     outcome: watch::Sender<String>,
 ) -> Result<(), String> {
     let listener = bind(address, "metrics and health", "--observe-address", &outcome).await;
+    axum::serve(listener, router).await.map_err(|error| chain(&error))
+}
+
+/// The same page where what watches a CoreDNS looks for it.
+async fn serve_dns_metrics(
+    address: SocketAddr,
+    router: Router,
+    outcome: watch::Sender<String>,
+) -> Result<(), String> {
+    let listener = bind(address, "DNS metrics", "--dns-metrics-address", &outcome).await;
     axum::serve(listener, router).await.map_err(|error| chain(&error))
 }
 

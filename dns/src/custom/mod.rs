@@ -15,6 +15,7 @@ mod syntax;
 mod template;
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -55,6 +56,10 @@ pub struct Block {
     pub(crate) kubernetes: bool,
     pub(crate) files: Vec<ZoneFile>,
     pub(crate) forwards: BTreeMap<Name, Target>,
+    /// Answers of upstreams must not lead inside.
+    pub(crate) rebinding: Option<Rebinding>,
+    /// Which names of pods exist.
+    pub(crate) pods: Option<PodMode>,
     /// Longest times that answers are kept, positive and negative ones.
     pub(crate) cache_seconds: (Option<u32>, Option<u32>),
     /// Every question is logged.
@@ -69,7 +74,67 @@ pub(crate) enum Target {
     /// The host's resolvers.
     Host,
     /// These; nobody, where there are none.
-    Servers(Vec<SocketAddr>),
+    Servers(Vec<Server>),
+}
+
+/// One resolver to ask.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Server {
+    pub(crate) address: SocketAddr,
+    /// Asked over TLS and in no other way; `None`: plainly.
+    pub(crate) tls: Option<Arc<Tls>>,
+}
+
+impl Server {
+    pub(crate) fn plain(address: SocketAddr) -> Self {
+        Self { address, tls: None }
+    }
+}
+
+impl fmt::Display for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.tls {
+            None => write!(f, "{}", self.address),
+            Some(_) => write!(f, "tls://{}", self.address),
+        }
+    }
+}
+
+/// How a server proves who it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Tls {
+    /// The name that its certificate has to be for; `None`: its address.
+    pub(crate) name: Option<String>,
+    /// Who may have signed it, in PEM; `None`: whom the host trusts.
+    pub(crate) authorities: Option<Arc<str>>,
+}
+
+/// Whom to ask for the names of a domain, and what is believed of their answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Route {
+    pub(crate) target: Target,
+    /// `None`: whatever they say.
+    pub(crate) rebinding: Option<Rebinding>,
+}
+
+/// Answers must not lead to addresses inside, in the words of dnsmasq.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Rebinding {
+    /// `rebind-domain-ok`: names in these may.
+    pub(crate) except: Vec<Name>,
+    /// `rebind-localhost-ok`: loopback is let in, which lists of blocked senders answer with.
+    pub(crate) localhost_ok: bool,
+}
+
+/// Which names of pods (`1-2-3-4.<namespace>.pod.<zone>`) exist, in the words of CoreDNS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PodMode {
+    /// None.
+    Disabled,
+    /// Of any address in a Namespace that exists.
+    Insecure,
+    /// Of addresses that a pod of the Namespace has.
+    Verified,
 }
 
 /// Names with addresses, as in hosts(5).
@@ -168,21 +233,34 @@ impl Custom {
     }
 
     /// Whom to ask for which names. A block that forwards nothing of its zone asks nobody.
-    pub(crate) fn routes(&self) -> BTreeMap<Name, Target> {
+    /// Who names resolvers for a narrower domain than the block's believes them (split horizon).
+    pub(crate) fn routes(&self) -> BTreeMap<Name, Route> {
         let mut routes = BTreeMap::new();
         for (zone, block) in &self.blocks {
+            let of_zone = |target| Route { target, rebinding: block.rebinding.clone() };
             if *zone != Name::root() {
-                routes.insert(zone.clone(), Target::Servers(Vec::new()));
+                routes.insert(zone.clone(), of_zone(Target::Servers(Vec::new())));
+            } else if block.rebinding.is_some() {
+                routes.insert(zone.clone(), of_zone(Target::Host));
             }
             // In canonical order a longer name comes after those that it is in.
             for (from, target) in &block.forwards {
                 let narrower = if from.is_in(zone) { from } else { zone };
                 if narrower.is_in(from) {
-                    routes.insert(narrower.clone(), target.clone());
+                    let route = match of_zone(target.clone()) {
+                        route if narrower == zone => route,
+                        route => Route { rebinding: None, ..route },
+                    };
+                    routes.insert(narrower.clone(), route);
                 }
             }
         }
         routes
+    }
+
+    /// Which names of pods exist; every address has one unless somebody says otherwise.
+    pub(crate) fn pod_mode(&self) -> PodMode {
+        self.blocks.values().find_map(|block| block.pods).unwrap_or(PodMode::Insecure)
     }
 
     /// The search path of pods is walked for them.
@@ -206,6 +284,8 @@ impl Block {
             kubernetes: _,
             files,
             forwards: _,
+            rebinding: _,
+            pods: _,
             cache_seconds: _,
             log,
             autopath: _,
@@ -225,9 +305,19 @@ impl Block {
         for (from, target) in &other.forwards {
             self.forwards.entry(from.clone()).or_insert_with(|| target.clone());
         }
+        self.rebinding = self.rebinding.take().or_else(|| other.rebinding.clone());
+        self.pods = self.pods.or(other.pods);
         self.cache_seconds.0 = self.cache_seconds.0.or(other.cache_seconds.0);
         self.cache_seconds.1 = self.cache_seconds.1.or(other.cache_seconds.1);
     }
+}
+
+/// Somebody asks for names of existing pods only, or may have before a key became unreadable.
+pub(crate) fn may_verify_pods(parts: &Parts) -> bool {
+    parts.values().any(|part| match part {
+        Part::Read(blocks) => blocks.values().any(|block| block.pods == Some(PodMode::Verified)),
+        Part::Unreadable => true,
+    })
 }
 
 /// The parts that come into force: what cannot be read stays as it is.

@@ -16,8 +16,12 @@ use weft_model::{ObjectRef, Problem, Reason};
 
 use super::syntax::{Fault, Line, parse};
 use super::template::Text;
-use super::{Block, Blocks, Hosts, Matcher, Part, Parts, Pattern, Rewrite, Target, Template, ZoneFile};
+use super::{
+    Block, Blocks, Hosts, Matcher, Part, Parts, Pattern, PodMode, Rebinding, Rewrite, Server, Target,
+    Template, Tls, ZoneFile,
+};
 use crate::DNS_PORT;
+use crate::forward::has_authority;
 use crate::name::Name;
 use crate::zone::reverse_zones;
 
@@ -25,6 +29,8 @@ use crate::zone::reverse_zones;
 const REGEX_BYTES: usize = 1 << 20;
 /// TTL of hosts(5) entries, in seconds (CoreDNS's own).
 const HOSTS_TTL_SECONDS: u32 = 3600;
+/// The port of DNS over TLS (RFC 7858 section 3.1).
+const DNS_OVER_TLS_PORT: u16 = 853;
 /// Most servers of one `forward` (CoreDNS's own).
 const MAX_SERVERS: usize = 15;
 
@@ -166,8 +172,9 @@ impl Reader<'_> {
             "cache" => block.cache_seconds = self.cache(zone, line)?,
             "kubernetes" => {
                 block.kubernetes = true;
-                self.kubernetes(line);
+                block.pods = self.kubernetes(line)?;
             }
+            "stop-dns-rebind" => block.rebinding = Some(self.rebinding(line)?),
             "log" => block.log = true,
             "autopath" if *zone == Name::root() => block.autopath = true,
             "autopath" => self.left_out(line, "autopath is of the default block; put it into an .override"),
@@ -329,7 +336,7 @@ impl Reader<'_> {
         Ok(Some(template))
     }
 
-    /// `forward FROM TO... { except NAMES... }`.
+    /// `forward FROM TO... { except NAMES..., tls [KEY], tls_servername NAME }`; servers as `tls://ADDRESS` are asked over TLS.
     fn forward(&mut self, line: &Line) -> Result<Option<(Name, Target)>, Fault> {
         let [_, from, to @ ..] = line.words.as_slice() else {
             return Err(Fault::new(line.number, "forward needs a zone and servers: forward . 192.0.2.53"));
@@ -341,21 +348,7 @@ impl Reader<'_> {
                 format!("forward needs one to {MAX_SERVERS} servers: forward . 192.0.2.53"),
             ));
         }
-        let mut servers = Vec::new();
-        let mut of_host = false;
-        for word in to {
-            let address = word.strip_prefix("dns://").unwrap_or(word);
-            if address.starts_with('/') {
-                of_host = true;
-            } else if address.contains("://") {
-                self.left_out(
-                    line,
-                    format!("forward to {word}: only plain DNS is spoken; this server is left out"),
-                );
-            } else {
-                servers.push(server(line, address)?);
-            }
-        }
+        let mut tls = Tls::default();
         for option in line.block.iter().flatten() {
             match option.words.as_slice() {
                 [word, names @ ..] if word == "except" => {
@@ -363,11 +356,35 @@ impl Reader<'_> {
                         self.excepted.push(named(option, name)?);
                     }
                 }
+                [word] if word == "tls" => {}
+                [word, key] if word == "tls" => tls.authorities = Some(self.authorities(option, key)?),
+                [word, name] if word == "tls_servername" => tls.name = Some(host_name(option, name)?),
                 [word, ..] if FORWARD_OPTIONS.contains(&word.as_str()) => {}
                 [word, ..] => {
                     self.left_out(option, format!("forward: {word} is not there; this line is left out"))
                 }
                 [] => {}
+            }
+        }
+        let tls = Arc::new(tls);
+        let mut servers = Vec::new();
+        let mut of_host = false;
+        for word in to {
+            let address = word.strip_prefix("dns://").unwrap_or(word);
+            if address.starts_with('/') {
+                of_host = true;
+            } else if let Some(address) = word.strip_prefix("tls://") {
+                let address = server(line, address, DNS_OVER_TLS_PORT)?;
+                servers.push(Server { address, tls: Some(tls.clone()) });
+            } else if address.contains("://") {
+                self.left_out(
+                    line,
+                    format!(
+                        "forward to {word}: only plain DNS and tls:// are spoken; this server is left out"
+                    ),
+                );
+            } else {
+                servers.push(Server::plain(server(line, address, DNS_PORT)?));
             }
         }
         if of_host && !servers.is_empty() {
@@ -378,6 +395,22 @@ impl Reader<'_> {
             (_, false) => Some((from, Target::Servers(servers))),
             (false, true) => Some((from, Target::Servers(Vec::new()))),
         })
+    }
+
+    /// The certificates of another key of the ConfigMap, the name's last part.
+    fn authorities(&self, line: &Line, name: &str) -> Result<Arc<str>, Fault> {
+        let key = name.rsplit('/').next().unwrap_or(name);
+        match self.data.get(key) {
+            Some(pem) if has_authority(pem) => Ok(Arc::from(pem.as_str())),
+            Some(_) => Err(Fault::new(
+                line.number,
+                format!("tls {name}: key {key} holds no certificate in PEM; put it there"),
+            )),
+            None => Err(Fault::new(
+                line.number,
+                format!("tls {name}: the ConfigMap has no key {key}; put the authority's certificate there"),
+            )),
+        }
     }
 
     /// `file NAME [ZONES...]`, the name's last part being another key of the ConfigMap.
@@ -428,17 +461,50 @@ impl Reader<'_> {
         Ok((positive, negative))
     }
 
-    fn kubernetes(&mut self, line: &Line) {
+    /// `stop-dns-rebind { rebind-domain-ok NAMES..., rebind-localhost-ok }`.
+    fn rebinding(&mut self, line: &Line) -> Result<Rebinding, Fault> {
+        let mut rebinding = Rebinding::default();
+        for option in line.block.iter().flatten() {
+            match option.words.as_slice() {
+                [word, names @ ..] if word == "rebind-domain-ok" => {
+                    for name in names {
+                        rebinding.except.push(named(option, name)?);
+                    }
+                }
+                [word] if word == "rebind-localhost-ok" => rebinding.localhost_ok = true,
+                [word, ..] => {
+                    let what = format!("stop-dns-rebind: {word} is not there; this line is left out");
+                    self.left_out(option, what);
+                }
+                [] => {}
+            }
+        }
+        Ok(rebinding)
+    }
+
+    /// Which names of pods exist, where it is said.
+    fn kubernetes(&mut self, line: &Line) -> Result<Option<PodMode>, Fault> {
+        let mut pods = None;
         for option in line.block.iter().flatten() {
             match option.words.as_slice() {
                 [word, ..] if word == "fallthrough" => {}
-                [word, mode] if word == "pods" && mode == "insecure" => {}
+                [word, mode] if word == "pods" => pods = Some(pod_mode(option, mode)?),
                 [word, ..] => {
                     self.left_out(option, format!("kubernetes: {word} is not there; this line is left out"))
                 }
                 [] => {}
             }
         }
+        Ok(pods)
+    }
+}
+
+fn pod_mode(line: &Line, text: &str) -> Result<PodMode, Fault> {
+    match text {
+        "disabled" => Ok(PodMode::Disabled),
+        "insecure" => Ok(PodMode::Insecure),
+        "verified" => Ok(PodMode::Verified),
+        _ => Err(Fault::new(line.number, format!("pods {text:?} is none of disabled, insecure, verified"))),
     }
 }
 
@@ -471,15 +537,31 @@ fn number(line: &Line, text: &str) -> Result<u32, Fault> {
     text.parse::<u32>().map_err(fault)
 }
 
+/// A name that a certificate can be for.
+fn host_name(line: &Line, text: &str) -> Result<String, Fault> {
+    let name = text.trim_end_matches('.');
+    let known = rustls::pki_types::DnsName::try_from(name).map(|_| name.to_owned());
+    known.map_err(|_| {
+        Fault::new(
+            line.number,
+            format!(
+                "tls_servername {text:?} is no name of a host; write the name that the certificate is for"
+            ),
+        )
+    })
+}
+
 /// An address with or without a port.
-fn server(line: &Line, text: &str) -> Result<SocketAddr, Fault> {
+fn server(line: &Line, text: &str, port: u16) -> Result<SocketAddr, Fault> {
     let bare = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(text);
-    let with_port = || bare.parse::<IpAddr>().ok().map(|ip| SocketAddr::new(ip, DNS_PORT));
+    let with_port = || bare.parse::<IpAddr>().ok().map(|ip| SocketAddr::new(ip, port));
     let address = text.parse::<SocketAddr>().ok().or_else(with_port);
     address.ok_or_else(|| {
         Fault::new(
             line.number,
-            format!("{text:?} is no address of a server; write an IP address, with a port if it is not 53"),
+            format!(
+                "{text:?} is no address of a server; write an IP address, with a port if it is not {port}"
+            ),
         )
     })
 }

@@ -119,6 +119,10 @@ pub(crate) struct Cache {
     /// Keys in the order they came; a key stands here exactly once while it is in `answers`.
     order: VecDeque<CacheKey>,
     used_bytes: usize,
+    /// Answers that say that there is nothing.
+    denials: usize,
+    /// Answers that gave others their place.
+    evicted: u64,
 }
 
 impl Cache {
@@ -199,9 +203,10 @@ impl Cache {
             return;
         }
         self.used_bytes += cost;
+        self.denials += usize::from(kept.packet.is_denial());
         match self.answers.insert(key.clone(), kept) {
             None => self.order.push_back(key),
-            Some(old) => self.used_bytes -= cost_bytes(&key, &old.packet),
+            Some(old) => self.forget(&key, &old),
         }
         self.make_room();
     }
@@ -217,9 +222,25 @@ impl Cache {
                 spared -= 1;
                 self.order.push_back(key);
             } else if let Some(kept) = self.answers.remove(&key) {
-                self.used_bytes -= cost_bytes(&key, &kept.packet);
+                self.forget(&key, &kept);
+                self.evicted += 1;
             }
         }
+    }
+
+    fn forget(&mut self, key: &CacheKey, kept: &Kept) {
+        self.used_bytes -= cost_bytes(key, &kept.packet);
+        self.denials -= usize::from(kept.packet.is_denial());
+    }
+
+    /// Answers that say what there is, and those that say that there is nothing.
+    pub(crate) fn kept(&self) -> (usize, usize) {
+        (self.len() - self.denials, self.denials)
+    }
+
+    /// Answers that gave others their place.
+    pub(crate) fn evicted(&self) -> u64 {
+        self.evicted
     }
 
     pub(crate) fn limits(&self) -> Limits {
@@ -232,7 +253,7 @@ impl Cache {
     }
 
     pub(crate) fn clear(&mut self) {
-        *self = Self { limits: self.limits, ..Self::default() };
+        *self = Self { limits: self.limits, evicted: self.evicted, ..Self::default() };
     }
 
     pub(crate) fn len(&self) -> usize {

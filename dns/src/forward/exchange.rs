@@ -1,4 +1,5 @@
-//! One question to one upstream resolver: UDP with a random port, id and spelling; TCP when that is cut or doubtful.
+//! One question to one upstream resolver: UDP with a random port, id and spelling; TCP when that is cut or doubtful; or TLS
+//! alone, where nobody on the way can read, change or add anything.
 //!
 //! A datagram that is not from the server asked, not for that id or not for that question is ignored (RFC 5452 section 9).
 //! The letters of the name are sent in random case, which a forger would have to guess too
@@ -6,14 +7,17 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hickory_proto::op::{Edns, Message, MessageType, Query, ResponseCode};
 use hickory_proto::rr::Name as WireName;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use hickory_proto::rr::rdata::opt::EdnsOption;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpStream, UdpSocket};
 
 use super::Outside;
+use super::tls::Dialer;
+use crate::custom::{Server, Tls};
 use crate::serve::UDP_PAYLOAD_BYTES;
 
 /// One try by one transport. glibc's own patience is 5 s.
@@ -27,9 +31,61 @@ pub(super) struct Said {
     pub(super) loses_case: bool,
 }
 
-/// One server: with EDNS, without it when the server does not know EDNS, by TCP when the answer was cut or its
+/// In the way that the server is to be asked.
+pub(super) async fn ask(
+    server: &Server,
+    question: &Outside,
+    keeps_case: bool,
+    dialer: &Dialer,
+) -> io::Result<Said> {
+    match &server.tls {
+        None => ask_plainly(server.address, question, keeps_case).await,
+        Some(tls) => ask_tls(server, tls, question, dialer).await,
+    }
+}
+
+/// With EDNS, and without it when the server does not know EDNS.
+async fn ask_tls(server: &Server, tls: &Tls, question: &Outside, dialer: &Dialer) -> io::Result<Said> {
+    let mut message = exchange_tls(server, tls, &padded(query(question, true, false)), dialer).await?;
+    if matches!(message.metadata.response_code, ResponseCode::FormErr | ResponseCode::NotImp) {
+        message = exchange_tls(server, tls, &query(question, false, false), dialer).await?;
+    }
+    Ok(Said { message, loses_case: false })
+}
+
+/// By a connection that is there, and by a new one when there is none or it has ended meanwhile.
+async fn exchange_tls(server: &Server, tls: &Tls, query: &Message, dialer: &Dialer) -> io::Result<Message> {
+    within(TRY_TIMEOUT, async {
+        if let Some(mut connection) = dialer.idle(server, Instant::now())
+            && let Ok(message) = by_stream(&mut connection, query).await
+        {
+            dialer.keep(server, connection, Instant::now());
+            return Ok(message);
+        }
+        let mut connection = dialer.connect(server, tls, Instant::now()).await?;
+        let message = by_stream(&mut connection, query).await?;
+        dialer.keep(server, connection, Instant::now());
+        Ok(message)
+    })
+    .await
+}
+
+/// To a multiple of 128 octets, so that the length says little about the name (RFC 7830, RFC 8467 section 4.1).
+fn padded(mut query: Message) -> Message {
+    const PADDING: u16 = 12;
+    const BLOCK_BYTES: usize = 128;
+    const OPTION_BYTES: usize = 4;
+    let length = query.to_vec().map_or(0, |bytes| bytes.len()) + OPTION_BYTES;
+    let padding = vec![0; length.next_multiple_of(BLOCK_BYTES) - length];
+    if let Some(edns) = query.edns.as_mut() {
+        edns.options_mut().insert(EdnsOption::Unknown(PADDING, padding));
+    }
+    query
+}
+
+/// Plainly: with EDNS, without it when the server does not know EDNS, by TCP when the answer was cut or its
 /// spelling is not ours. `keeps_case`: whether to spell the name at random.
-pub(super) async fn ask(server: SocketAddr, question: &Outside, keeps_case: bool) -> io::Result<Said> {
+async fn ask_plainly(server: SocketAddr, question: &Outside, keeps_case: bool) -> io::Result<Said> {
     let mut edns = true;
     let mut spelled = query(question, edns, keeps_case);
     let mut message = ask_udp(server, &spelled).await?;
@@ -110,17 +166,26 @@ async fn ask_udp(server: SocketAddr, query: &Message) -> io::Result<Message> {
 async fn ask_tcp(server: SocketAddr, query: &Message) -> io::Result<Message> {
     within(TRY_TIMEOUT, async {
         let mut stream = TcpStream::connect(server).await?;
-        let bytes = encode(query)?;
-        let length = u16::try_from(bytes.len()).map_err(io::Error::other)?;
-        stream.write_all(&[&length.to_be_bytes()[..], &bytes].concat()).await?;
-        let length = stream.read_u16().await?;
-        let mut buffer = vec![0; usize::from(length)];
-        stream.read_exact(&mut buffer).await?;
-        decode(&buffer)
-            .filter(|message| is_reply(message, query))
-            .ok_or_else(|| io::Error::other("the TCP answer is for another question"))
+        by_stream(&mut stream, query).await
     })
     .await
+}
+
+/// A question and its answer, each behind its length (RFC 1035 section 4.2.2).
+async fn by_stream(
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    query: &Message,
+) -> io::Result<Message> {
+    let bytes = encode(query)?;
+    let length = u16::try_from(bytes.len()).map_err(io::Error::other)?;
+    stream.write_all(&[&length.to_be_bytes()[..], &bytes].concat()).await?;
+    stream.flush().await?;
+    let length = stream.read_u16().await?;
+    let mut buffer = vec![0; usize::from(length)];
+    stream.read_exact(&mut buffer).await?;
+    decode(&buffer)
+        .filter(|message| is_reply(message, query))
+        .ok_or_else(|| io::Error::other("the answer is for another question"))
 }
 
 async fn within<T>(limit: Duration, work: impl Future<Output = io::Result<T>>) -> io::Result<T> {

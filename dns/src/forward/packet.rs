@@ -70,6 +70,11 @@ impl Packet {
         matches!(self.bytes[3] & 0x0f, 0 | 3)
     }
 
+    /// It does not say what was asked for: the name is not there, has no such record, or nobody knows.
+    pub(crate) fn is_denial(&self) -> bool {
+        self.bytes[3] & 0x0f != 0 || self.bytes[6..8] == [0, 0]
+    }
+
     /// Memory it takes, about.
     pub(crate) fn cost_bytes(&self) -> usize {
         size_of::<Self>() + self.bytes.len() + 2 * self.ttls.len()

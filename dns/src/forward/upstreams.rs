@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use hickory_proto::rr::Name as WireName;
 
-use crate::custom::Target;
+use crate::custom::{Rebinding, Route, Server, Target};
 use crate::name::Name;
 use crate::resolv_conf::ResolvConf;
 
@@ -17,20 +17,28 @@ const CONF_CHECK: Duration = Duration::from_secs(1);
 
 /// Resolvers by domain; a name is asked of the longest domain that it is in, and of the host's resolvers when it is in
 /// none. Of an empty list nobody is asked.
-pub(crate) type Routes = BTreeMap<Name, Target>;
+pub(crate) type Routes = BTreeMap<Name, Route>;
 
 /// One server to ask now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Upstream {
-    pub(super) server: SocketAddr,
+    pub(super) server: Server,
     /// Names come back as they were spelled, as far as is known.
     pub(super) keeps_case: bool,
 }
 
 #[derive(Default)]
 struct Health {
-    failed_at: Option<Instant>,
+    /// When it did not answer, and why.
+    failed: Option<(Instant, String)>,
     loses_case: bool,
+}
+
+impl Health {
+    fn failure(&self, now: Instant) -> Option<&str> {
+        let failed = self.failed.as_ref().filter(|(at, _)| now.saturating_duration_since(*at) < PENALTY);
+        failed.map(|(_, why)| why.as_str())
+    }
 }
 
 pub(super) struct Upstreams {
@@ -38,7 +46,7 @@ pub(super) struct Upstreams {
     checked_at: Option<Instant>,
     routes: Routes,
     /// Only of servers that are or were listed: as many as somebody configured.
-    health: BTreeMap<SocketAddr, Health>,
+    health: BTreeMap<Server, Health>,
     /// Addresses we answer on: never asked, that would be a loop.
     own: BTreeSet<IpAddr>,
     /// Replaces port 53 of the host's resolvers (a resolv.conf cannot name one).
@@ -93,39 +101,56 @@ impl Upstreams {
 
     /// Whom to ask for the name, the best first.
     pub(super) fn for_name(&self, name: &WireName, now: Instant) -> Vec<Upstream> {
-        let routed = Name::from_hickory(name).and_then(|name| {
-            let mut of_domains = self.routes.iter().filter(|(domain, _)| name.is_in(domain));
-            let longest = of_domains.by_ref().max_by_key(|(domain, _)| domain.wire().len())?;
-            match longest.1 {
-                Target::Host => None,
-                Target::Servers(servers) => {
-                    Some(servers.iter().filter(|server| !self.own.contains(&server.ip())).copied().collect())
-                }
-            }
+        let routed = Name::from_hickory(name).and_then(|name| match &self.route(&name)?.target {
+            Target::Host => None,
+            Target::Servers(servers) => Some(
+                servers.iter().filter(|server| !self.own.contains(&server.address.ip())).cloned().collect(),
+            ),
         });
-        let servers: Vec<SocketAddr> = routed.unwrap_or_else(|| self.of_host());
-        let health = |server: &SocketAddr| self.health.get(server);
+        let of_host = || self.of_host().into_iter().map(Server::plain).collect();
+        let servers: Vec<Server> = routed.unwrap_or_else(of_host);
+        let health = |server: &Server| self.health.get(server);
         let mut upstreams: Vec<Upstream> = servers
             .into_iter()
             .map(|server| Upstream {
-                server,
                 keeps_case: !health(&server).is_some_and(|health| health.loses_case),
+                server,
             })
             .collect();
-        let failed_lately = |at: Instant| now.saturating_duration_since(at) < PENALTY;
         upstreams.sort_by_key(|upstream| {
-            health(&upstream.server).and_then(|health| health.failed_at).is_some_and(failed_lately)
+            health(&upstream.server).is_some_and(|health| health.failure(now).is_some())
         });
         upstreams
     }
 
-    pub(super) fn note_failed(&mut self, server: SocketAddr, now: Instant) {
-        self.health.entry(server).or_default().failed_at = Some(now);
+    /// What answers for the name must not lead to; `None` when they may lead anywhere.
+    pub(super) fn rebinding(&self, name: &Name) -> Option<Rebinding> {
+        let rule = self.route(name)?.rebinding.as_ref()?;
+        (!rule.except.iter().any(|domain| name.is_in(domain))).then(|| rule.clone())
     }
 
-    pub(super) fn note_answered(&mut self, server: SocketAddr, loses_case: bool) {
-        let health = self.health.entry(server).or_default();
-        health.failed_at = None;
+    /// Of the longest domain that the name is in.
+    fn route(&self, name: &Name) -> Option<&Route> {
+        let of_domains = self.routes.iter().filter(|(domain, _)| name.is_in(domain));
+        of_domains.max_by_key(|(domain, _)| domain.wire().len()).map(|(_, route)| route)
+    }
+
+    /// Why the server did not answer of late.
+    pub(super) fn failure(&self, server: &Server, now: Instant) -> Option<String> {
+        self.health.get(server)?.failure(now).map(str::to_owned)
+    }
+
+    /// True when it failed for another reason than lately, or did not fail at all.
+    pub(super) fn note_failed(&mut self, server: &Server, now: Instant, why: &str) -> bool {
+        let health = self.health.entry(server.clone()).or_default();
+        let is_news = health.failed.as_ref().is_none_or(|(_, known)| known != why);
+        health.failed = Some((now, why.to_owned()));
+        is_news
+    }
+
+    pub(super) fn note_answered(&mut self, server: &Server, loses_case: bool) {
+        let health = self.health.entry(server.clone()).or_default();
+        health.failed = None;
         health.loses_case |= loses_case;
     }
 }
@@ -153,10 +178,12 @@ mod tests {
         let (_folder, mut upstreams) = upstreams("nameserver 192.0.2.1\nnameserver 192.0.2.2\n");
         let now = Instant::now();
         assert_eq!(asked(&upstreams, "a.example.", now), ["192.0.2.1:53", "192.0.2.2:53"]);
-        upstreams.note_failed("192.0.2.1:53".parse().unwrap(), now);
+        let first = Server::plain("192.0.2.1:53".parse().unwrap());
+        assert!(upstreams.note_failed(&first, now, "it is dead"));
+        assert!(!upstreams.note_failed(&first, now, "it is dead"), "that is known");
         assert_eq!(asked(&upstreams, "a.example.", now), ["192.0.2.2:53", "192.0.2.1:53"]);
         assert_eq!(asked(&upstreams, "a.example.", now + PENALTY), ["192.0.2.1:53", "192.0.2.2:53"]);
-        upstreams.note_answered("192.0.2.1:53".parse().unwrap(), false);
+        upstreams.note_answered(&first, false);
         assert_eq!(asked(&upstreams, "a.example.", now), ["192.0.2.1:53", "192.0.2.2:53"]);
     }
 
@@ -164,11 +191,13 @@ mod tests {
     fn the_longest_domain_decides_and_our_own_address_is_never_asked() {
         let (_folder, mut upstreams) = upstreams("nameserver 192.0.2.1\n");
         let now = Instant::now();
-        let servers = |list: &[&str]| Target::Servers(list.iter().map(|s| s.parse().unwrap()).collect());
+        let to = |target| Route { target, rebinding: None };
+        let server = |text: &&str| Server::plain(text.parse().unwrap());
+        let servers = |list: &[&str]| to(Target::Servers(list.iter().map(server).collect()));
         upstreams.set_own(["10.43.0.10".parse().unwrap()].into());
         upstreams.set_routes(Routes::from([
             (Name::parse("lan").unwrap(), servers(&["192.0.2.7:5353"])),
-            (Name::parse("host.lan").unwrap(), Target::Host),
+            (Name::parse("host.lan").unwrap(), to(Target::Host)),
             (Name::parse("nobody.lan").unwrap(), servers(&[])),
             (Name::parse("deep.lan").unwrap(), servers(&["[2001:db8::1]:53", "10.43.0.10:53"])),
         ]));

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! A blocking thread, because a runtime's other work would delay it. The tasks are bounded, in all and for each client:
-//! beyond that a datagram is dropped, never waited for.
+//! beyond that a datagram is dropped, never waited for. So is that of a client that asks too often.
 
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
@@ -16,7 +16,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use hickory_proto::op::ResponseCode;
 use hickory_server::net::xfer::Protocol;
 use nix::sys::socket::{MsgFlags, SockaddrStorage, sendto};
 use tokio::runtime::Handle;
@@ -24,9 +23,10 @@ use tokio::task::JoinSet;
 use weft_netstack::kernel::datagram::{Batch, Datagram};
 
 use crate::custom::Custom;
-use crate::fast::{self, Asked, Outcome};
+use crate::fast::Asked;
+use crate::log::Heard;
 use crate::quota::Quota;
-use crate::serve::{Resolver, undeserving};
+use crate::serve::{Resolver, came, undeserving};
 use crate::stats::Dropped;
 use crate::store::Reading;
 
@@ -108,72 +108,93 @@ impl Serving {
     fn answer(&mut self, batch: &mut Batch) {
         let now = Instant::now();
         let mut left = Vec::new();
+        let mut answered = 0;
         {
             let custom = self.resolver.custom();
             let reading = self.resolver.store().read();
             for datagram in batch.datagrams() {
-                if let Some(other) = answer_one(&self.resolver, &custom, &reading, now, datagram) {
-                    left.push(other);
+                if let Some(client) = datagram.from
+                    && !self.resolver.rate().admits(client.ip(), now)
+                {
+                    self.resolver.stats().count_dropped(Dropped::Rate);
+                    let heard = Heard::Nothing(Dropped::Rate);
+                    self.resolver.log().note(client, Protocol::Udp, datagram.bytes, heard, now);
+                    continue;
+                }
+                match answer_one(&self.resolver, &custom, &reading, now, datagram) {
+                    Became::Answered => answered += 1,
+                    Became::Nothing => {}
+                    Became::Left(bytes, client) => left.push((bytes, client)),
                 }
             }
         }
         let unsent = batch.send_replies(&self.socket);
         self.resolver.stats().count_many_dropped(Dropped::Unsent, unsent);
-        left.into_iter().for_each(|(bytes, client)| self.defer(bytes, client));
+        self.resolver.stats().count_duration(now.elapsed(), answered);
+        left.into_iter().for_each(|(bytes, client)| self.defer(bytes, client, now));
     }
 
     /// Answers in a task of its own, if there is a place.
-    fn defer(&mut self, bytes: Vec<u8>, client: SocketAddr) {
+    fn defer(&mut self, bytes: Vec<u8>, client: SocketAddr, came_at: Instant) {
         while self.waiting.try_join_next().is_some() {}
         let share = self.quota.take(client.ip()).filter(|_| self.waiting.len() < MAX_WAITING);
         let Some(share) = share else {
             self.resolver.stats().count_dropped(Dropped::Busy);
+            let heard = Heard::Nothing(Dropped::Busy);
+            self.resolver.log().note(client, Protocol::Udp, &bytes, heard, came_at);
             return;
         };
         let (resolver, socket) = (self.resolver.clone(), self.socket.clone());
         let work = async move {
             let _held = share;
+            let question = resolver.log().is_looked_at().then(|| bytes.clone());
             if let Some(reply) = resolver.exchange(bytes, client, Protocol::Udp).await {
                 let to = SockaddrStorage::from(client);
                 if let Err(error) = sendto(socket.as_raw_fd(), &reply, &to, MsgFlags::MSG_DONTWAIT) {
                     tracing::debug!(%client, %error, "answer not sent");
                     resolver.stats().count_dropped(Dropped::Unsent);
                 }
+                if let Some(question) = question {
+                    resolver.log().note(client, Protocol::Udp, &question, Heard::Answer(&reply), came_at);
+                }
+                resolver.stats().count_sent(Protocol::Udp, reply.len());
+                resolver.stats().count_duration(came_at.elapsed(), 1);
             }
         };
         self.waiting.spawn_on(work, &self.runtime);
     }
 }
 
-/// Answers into the datagram's reply what is asked all the time; returns a copy of anything else.
+/// What became of a datagram on the thread.
+enum Became {
+    Answered,
+    /// It deserves no answer.
+    Nothing,
+    /// A copy, for a task of its own.
+    Left(Vec<u8>, SocketAddr),
+}
+
+/// Answers into the datagram's reply what is asked all the time.
 fn answer_one(
     resolver: &Resolver,
     custom: &Custom,
     reading: &Reading<'_>,
     now: Instant,
     datagram: Datagram<'_>,
-) -> Option<(Vec<u8>, SocketAddr)> {
-    let client = datagram.from?;
+) -> Became {
+    let Some(client) = datagram.from else { return Became::Nothing };
     if let Some(reason) = undeserving(datagram.bytes, client) {
         resolver.stats().count_dropped(reason);
-        return None;
+        return Became::Nothing;
     }
     let asked = if datagram.cut { None } else { Asked::read(datagram.bytes) };
-    let asked = asked.filter(|asked| !custom.concerns(asked.name()));
-    let code =
-        asked.and_then(|asked| match fast::answer(&asked, reading, resolver.next_turn(), datagram.reply) {
-            // A search path may lead on from here.
-            Outcome::Answered(ResponseCode::NXDomain) if custom.walks_paths() => {
-                datagram.reply.clear();
-                None
-            }
-            Outcome::Answered(code) => Some(code),
-            Outcome::Elsewhere => resolver.forwarder().answer_cached(&asked, now, datagram.reply),
-            Outcome::Other => None,
-        });
-    let Some(code) = code else { return Some((datagram.bytes.to_vec(), client)) };
+    resolver.stats().count_asked(&came(datagram.bytes, asked.as_ref(), client, Protocol::Udp));
+    let code = asked.and_then(|asked| resolver.at_hand(&asked, custom, reading, now, datagram.reply));
+    let Some(code) = code else { return Became::Left(datagram.bytes.to_vec(), client) };
     resolver.stats().count_response(code);
-    None
+    resolver.stats().count_sent(Protocol::Udp, datagram.reply.len());
+    resolver.log().note(client, Protocol::Udp, datagram.bytes, Heard::Answer(datagram.reply), now);
+    Became::Answered
 }
 
 /// The network said that an earlier reply did not arrive: the client is gone.

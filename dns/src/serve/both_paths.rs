@@ -47,7 +47,7 @@ fn everything() -> Resolver {
     }
     let namespace = GroupKey::Namespace("default".to_owned());
     let names = ["default.svc.cluster.local", "default.pod.cluster.local"];
-    let empty = Group { names: names.map(|text| (name(text), Arc::from([]))).into() };
+    let empty = Group { names: names.map(|text| (name(text), Arc::from([]))).into(), ..Group::default() };
     let zones = Zones { domain: name(DOMAIN), reverse: [name("43.10.in-addr.arpa")].into() };
     let groups = Groups::from([
         (Arc::new(GroupKey::Zone), Arc::new(records.into_iter().collect::<Group>())),
@@ -62,6 +62,7 @@ fn everything() -> Resolver {
             listen: Default::default(),
             custom: Default::default(),
             nodes: Default::default(),
+            pods: None,
         },
     );
     resolver_of(store)
@@ -338,6 +339,7 @@ fn bad_messages_are_answered_with_their_code_or_dropped_and_counted() {
             assert_eq!(&answer[..2], &bytes[..2], "{what}: the id");
             assert_eq!(answer[2] & 0xf8, 0x80 | bytes[2] & 0x78, "{what}: a response of the same operation");
             assert_eq!(answer[3] & 0xf, code, "{what}");
+            assert!(answer.len() <= bytes.len(), "{what}: no amplification");
         }
     }
     let by_kind: Vec<(&str, u64)> = resolver.stats.refused().into_iter().collect();

@@ -25,6 +25,7 @@ pub(super) fn resolver(endpoints: u8) -> Resolver {
         listen: Default::default(),
         custom: Default::default(),
         nodes: Default::default(),
+        pods: None,
     };
     store.write(&Groups::new(), &plan);
     resolver_of(store)
@@ -33,7 +34,7 @@ pub(super) fn resolver(endpoints: u8) -> Resolver {
 pub(super) fn resolver_of(store: Store) -> Resolver {
     let stats = Arc::new(Stats::default());
     let forwarder = Arc::new(Forwarder::new("/nonexistent/resolv.conf".into(), None, stats.clone()));
-    Resolver::new(Arc::new(store), forwarder, stats, Arc::new(|_| None))
+    Resolver::new(Arc::new(store), forwarder, stats, Arc::new(|_| None), Rate::new(None))
 }
 
 pub(super) fn exchange(resolver: &Resolver, bytes: Vec<u8>, protocol: Protocol) -> Option<Vec<u8>> {
@@ -227,11 +228,46 @@ proptest! {
         prop_assert_eq!(refused, u64::from(answer[3] & 0xf == ResponseCode::FormErr.low()));
     }
 
+    /// Whatever comes is answered once with a message of its size, or dropped, and counted as one of the two.
     #[test]
     fn mangled_queries_never_panic_and_answers_are_messages_within_their_size(bytes in mangled()) {
-        if let Some(answer) = exchange(&resolver(60), bytes, Protocol::Udp) {
+        let resolver = resolver(60);
+        let answer = exchange(&resolver, bytes.clone(), Protocol::Udp);
+        let dropped: u64 = resolver.stats.dropped().iter().map(|(_, count)| count).sum();
+        prop_assert_eq!((resolver.stats.queries(), dropped), if answer.is_some() { (1, 0) } else { (0, 1) });
+        if let Some(answer) = answer {
             prop_assert!(answer.len() <= usize::from(UDP_PAYLOAD_BYTES));
+            prop_assert_eq!((&answer[..2], answer[2] & QR), (&bytes[..2], QR));
             prop_assert!(Message::from_vec(&answer).is_ok());
         }
+    }
+
+    /// RFC 1035 section 4.1.1 (QR, opcode), RFC 9619 (one question), RFC 2136 (update), RFC 5936 (transfers): what may be asked is
+    /// looked up, everything else has its one code, in both transports.
+    #[test]
+    fn every_operation_class_type_and_number_of_questions_has_its_code(
+        operation in 0_u8..16, class in prop_oneof![Just(1_u16), any::<u16>()], record_type: u16, questions in 0_u16..101,
+        response: bool, tcp: bool,
+    ) {
+        let resolver = resolver(3);
+        let mut bytes = question(BIG, RecordType::A, None).to_vec().unwrap();
+        let end = bytes.len();
+        bytes[end - 4..end - 2].copy_from_slice(&record_type.to_be_bytes());
+        bytes[end - 2..].copy_from_slice(&class.to_be_bytes());
+        let one = bytes.split_off(HEADER_BYTES);
+        bytes[2] = u8::from(response) << 7 | operation << 3;
+        bytes[4..6].copy_from_slice(&questions.to_be_bytes());
+        (0..questions).for_each(|_| bytes.extend_from_slice(&one));
+        let answer = exchange(&resolver, bytes, if tcp { Protocol::Tcp } else { Protocol::Udp });
+        let code = answer.map(|answer| answer[3] & 0xf);
+        let expected = match (response, operation, questions, class, record_type) {
+            (true, ..) => None,
+            (_, 1.., ..) => Some(4),
+            (_, _, 0 | 2.., ..) => Some(1),
+            (_, _, _, 1, 251 | 252 | 41) => Some(5),
+            (_, _, _, 1, _) => Some(0),
+            _ => Some(5),
+        };
+        prop_assert_eq!(code, expected);
     }
 }

@@ -60,8 +60,11 @@ pub(crate) struct Place {
     pub(crate) applier: Option<DnsApplier>,
     pub(crate) stats: Arc<weft_dns::Stats>,
     pub(crate) explainer: Option<weft_dns::Explainer>,
+    coredns_names: Option<weft_dns::CorednsNames>,
     /// For the next start.
     pub(crate) handover: weft_dns::Handover,
+    /// For the next start.
+    pub(crate) queries_per_second: Option<u32>,
 }
 
 impl Place {
@@ -77,7 +80,9 @@ impl Place {
             applier: None,
             stats: Arc::default(),
             explainer: None,
+            coredns_names: None,
             handover: weft_dns::Handover::default(),
+            queries_per_second: None,
         }
     }
 
@@ -113,13 +118,34 @@ impl Place {
     /// Starts the DNS room on port 53, without a plan yet.
     pub(crate) fn start(&mut self) {
         let _inside = self.runtime.enter();
-        let options = Options { resolv_conf: self.upstream_conf(), ..Options::default() };
+        let options = Options {
+            resolv_conf: self.upstream_conf(),
+            queries_per_second: self.queries_per_second,
+            ..Options::default()
+        };
         // Who asks from loopback is a pod of `default`.
         let namespaces = Arc::new(|ip: std::net::IpAddr| ip.is_loopback().then(|| "default".to_owned()));
         let handover = std::mem::take(&mut self.handover);
         let dns = weft_dns::start(&super::config(), options, handover, namespaces);
         (self.planner, self.applier, self.stats) = (dns.planner, Some(dns.applier), dns.stats);
-        self.explainer = Some(dns.explainer);
+        (self.explainer, self.coredns_names) = (Some(dns.explainer), Some(dns.coredns_names));
+    }
+
+    /// What a Prometheus would read under CoreDNS's names.
+    pub(crate) fn metrics(&self) -> String {
+        let mut registry = prometheus_client::registry::Registry::default();
+        registry.register_collector(Box::new(self.coredns_names.clone().unwrap()));
+        let mut page = String::new();
+        prometheus_client::encoding::text::encode(&mut page, &registry).unwrap();
+        page
+    }
+
+    /// The sum of the samples whose name and labels begin so.
+    pub(crate) fn metric(&self, begin: &str) -> f64 {
+        let page = self.metrics();
+        let values =
+            page.lines().filter(|line| line.starts_with(begin)).filter_map(|line| line.rsplit(' ').next());
+        values.map(|value| value.parse::<f64>().unwrap()).sum()
     }
 
     pub(crate) fn apply(&mut self, snapshot: &Snapshot) -> Applied {
@@ -222,6 +248,44 @@ impl Upstream {
         Self { stop, threads, asked, last }
     }
 
+    /// The same over TLS on port 853, and nothing else; `certificate` and its key in PEM.
+    pub(crate) fn start_tls(
+        address: &str,
+        (certificate, key): (&str, &str),
+        records: Vec<Record>,
+    ) -> TlsUpstream {
+        use rustls::pki_types::pem::PemObject as _;
+        let chain = rustls::pki_types::CertificateDer::pem_slice_iter(certificate.as_bytes());
+        let key = rustls::pki_types::PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(chain.map(Result::unwrap).collect(), key)
+            .unwrap();
+        let mut answers = Answers::new();
+        for record in records {
+            let key = (record.name.to_lowercase().to_string(), record.record_type());
+            answers.entry(key).or_default().push(record);
+        }
+        let (stop, asked, last) =
+            (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default(), Arc::default());
+        let serving = Serving {
+            manner: Manner::Plain,
+            answers,
+            stop: Arc::clone(&stop),
+            asked: asked.clone(),
+            last: Arc::clone(&last),
+        };
+        let listener = TcpListener::bind(SocketAddr::new(address.parse().unwrap(), 853)).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let (connections, hang_up) = (Arc::<AtomicUsize>::default(), Arc::<AtomicBool>::default());
+        let (counted, told) = (connections.clone(), hang_up.clone());
+        let thread = std::thread::spawn(move || serving.tls(&listener, &Arc::new(config), &counted, &told));
+        TlsUpstream { of: Self { stop, threads: vec![thread], asked, last }, connections, hang_up }
+    }
+
     pub(crate) fn asked(&self) -> usize {
         self.asked.load(Ordering::SeqCst)
     }
@@ -233,6 +297,25 @@ impl Drop for Upstream {
         for thread in self.threads.drain(..) {
             let _ended = thread.join();
         }
+    }
+}
+
+/// A resolver of the host that is asked over TLS.
+pub(crate) struct TlsUpstream {
+    pub(crate) of: Upstream,
+    connections: Arc<AtomicUsize>,
+    hang_up: Arc<AtomicBool>,
+}
+
+impl TlsUpstream {
+    /// Whose handshake was made to the end.
+    pub(crate) fn connections(&self) -> usize {
+        self.connections.load(Ordering::SeqCst)
+    }
+
+    /// Every connection is closed after one answer, those that are open at once.
+    pub(crate) fn hang_up(&self) {
+        self.hang_up.store(true, Ordering::SeqCst);
     }
 }
 
@@ -310,6 +393,62 @@ impl Serving {
             let length = u16::try_from(reply.len()).unwrap().to_be_bytes();
             stream.write_all(&[&length[..], &reply].concat()).unwrap();
         }
+    }
+
+    fn tls(
+        &self,
+        listener: &TcpListener,
+        config: &Arc<rustls::ServerConfig>,
+        connections: &AtomicUsize,
+        hang_up: &AtomicBool,
+    ) {
+        std::thread::scope(|scope| {
+            while !self.stop.load(Ordering::SeqCst) {
+                let Ok((stream, _)) = listener.accept() else {
+                    std::thread::sleep(Duration::from_millis(5));
+                    continue;
+                };
+                stream.set_nonblocking(false).unwrap();
+                stream.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+                let connection = rustls::ServerConnection::new(config.clone()).unwrap();
+                scope.spawn(move || {
+                    let mut stream = rustls::StreamOwned::new(connection, stream);
+                    let ended = self.converse(&mut stream, connections, hang_up);
+                    assert!(
+                        ended.is_err() || hang_up.load(Ordering::SeqCst) || self.stop.load(Ordering::SeqCst)
+                    );
+                });
+            }
+        });
+    }
+
+    /// Until the client closes, or refuses the certificate.
+    fn converse(
+        &self,
+        stream: &mut rustls::StreamOwned<rustls::ServerConnection, std::net::TcpStream>,
+        connections: &AtomicUsize,
+        hang_up: &AtomicBool,
+    ) -> std::io::Result<()> {
+        let mut bytes = Vec::new();
+        let mut is_new = true;
+        while !self.stop.load(Ordering::SeqCst) && (is_new || !hang_up.load(Ordering::SeqCst)) {
+            let mut piece = [0; 512];
+            match stream.read(&mut piece) {
+                Ok(0) => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+                Ok(length) => bytes.extend_from_slice(&piece[..length]),
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+            let Some((length, rest)) = bytes.split_first_chunk::<2>() else { continue };
+            let Some(message) = rest.get(..usize::from(u16::from_be_bytes(*length))) else { continue };
+            connections.fetch_add(usize::from(std::mem::take(&mut is_new)), Ordering::SeqCst);
+            let reply = self.reply(&Message::from_vec(message).unwrap()).to_vec().unwrap();
+            bytes.clear();
+            let length = u16::try_from(reply.len()).unwrap().to_be_bytes();
+            stream.write_all(&[&length[..], &reply].concat())?;
+            stream.flush()?;
+        }
+        Ok(())
     }
 
     fn reply(&self, query: &Message) -> Message {

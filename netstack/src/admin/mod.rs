@@ -101,6 +101,11 @@ pub fn status_router(admin: Arc<Admin>) -> Router {
     Router::new().route("/status", get(status)).with_state(admin)
 }
 
+/// The route `/metrics` alone, for listeners that others may reach.
+pub fn metrics_router(admin: Arc<Admin>) -> Router {
+    Router::new().route("/metrics", get(metrics_text)).with_state(admin)
+}
+
 /// Routes for the loopback listener: `/metrics`, `/healthz`, `/readyz`.
 pub fn observe_router(admin: Arc<Admin>) -> Router {
     Router::new()

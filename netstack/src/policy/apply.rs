@@ -135,7 +135,8 @@ fn details(plan: &PolicyPlan, kernel_took: Option<Duration>) -> Vec<(String, Str
         ("isolated for ingress".to_owned(), line(Direction::Ingress)),
         ("isolated for egress".to_owned(), line(Direction::Egress)),
     ];
-    let transaction = |took: Duration| ("last transaction".to_owned(), format!("{} us in the kernel", took.as_micros()));
+    let transaction =
+        |took: Duration| ("last transaction".to_owned(), format!("{} us in the kernel", took.as_micros()));
     details.extend(kernel_took.map(transaction));
     details
 }

@@ -4,6 +4,8 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use weft_tests::node::{DNS, NODE, Node, UPLINK_ADDRESSES, dig, inside, run, until};
 
+use crate::faults::ask;
+
 const CONFIG_MAPS: &str = "/api/v1/namespaces/kube-system/configmaps";
 const NAME: &str = "coredns-custom";
 
@@ -44,6 +46,21 @@ fn the_config_map_is_followed_and_outlives_the_api_server_and_the_agent() {
 }
 
 #[test]
+fn metrics_have_the_names_and_the_port_of_coredns() {
+    inside(|| {
+        let _node = Node::running();
+        until("an answer", || {
+            DNS.iter().all(|server| !dig(server, "dns-version.cluster.local", "TXT").is_empty())
+        });
+        let page = ask("127.0.0.1:9153", "/metrics");
+        for line in ["coredns_dns_responses_total{", "weft_dns_responses_total{", "coredns_panics_total 0"] {
+            assert!(page.lines().any(|said| said.starts_with(line)), "{line}: {page}");
+        }
+        assert!(ask("127.0.0.1:9153", "/healthz").starts_with("HTTP/1.0 404"), "only metrics stand there");
+    });
+}
+
+#[test]
 fn a_node_is_found_by_its_name_and_an_explanation_needs_a_pod_of_the_node() {
     inside(|| {
         let node = Node::running();
@@ -56,6 +73,10 @@ fn a_node_is_found_by_its_name_and_an_explanation_needs_a_pod_of_the_node() {
         let mut explain = node.weft("dns");
         explain.args(["explain", "absent", "kubernetes", "--run-dir"]).arg(node.path("run"));
         let said = String::from_utf8_lossy(&explain.output().expect("run weft").stderr).into_owned();
+        assert!(said.contains("pod default/absent has no address on this node"), "{said}");
+        let mut log = node.weft("dns");
+        log.args(["log", "absent", "--run-dir"]).arg(node.path("run"));
+        let said = String::from_utf8_lossy(&log.output().expect("run weft").stderr).into_owned();
         assert!(said.contains("pod default/absent has no address on this node"), "{said}");
         let help = run(node.weft("dns").args(["explain", "--help"]));
         assert!(help.contains("Name of a pod on this node"), "{help}");

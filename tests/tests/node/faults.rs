@@ -20,7 +20,7 @@ fn health() -> String {
 }
 
 /// The whole answer; nothing when nobody listens.
-fn ask(address: &str, path: &str) -> String {
+pub(crate) fn ask(address: &str, path: &str) -> String {
     let Ok(mut stream) = TcpStream::connect(address) else { return String::new() };
     let mut answer = String::new();
     let asked = stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes());

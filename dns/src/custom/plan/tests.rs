@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use weft_model::NamespacedName;
 
 use super::*;
-use crate::custom::{Custom, Rewritten, Verdict, over};
+use crate::custom::{Custom, Rewritten, Route, Tls, Verdict, may_verify_pods, over};
 use crate::zone::Data;
 
 fn config_map(data: &[(&str, &str)]) -> ConfigMap {
@@ -42,6 +42,12 @@ fn said(custom: &Custom, text: &str, record_type: RecordType) -> String {
             answers.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
         }
     }
+}
+
+/// Asked, and believed whatever they say.
+fn servers(list: &[&str]) -> Route {
+    let target = Target::Servers(list.iter().map(|server| Server::plain(server.parse().unwrap())).collect());
+    Route { target, rebinding: None }
 }
 
 #[test]
@@ -127,14 +133,12 @@ fn forwards_are_by_zone_and_a_block_without_any_asks_nobody() {
         ("b.server", "10.1.0.0/16 {\n forward . /etc/resolv.conf\n}\nsilent.example {\n log\n}\n"),
         ("c.override", "forward . 192.0.2.9\ncache 60 {\n denial 100 10\n}\n"),
     ]);
-    let servers =
-        |list: &[&str]| Target::Servers(list.iter().map(|server| server.parse().unwrap()).collect());
     let corp = servers(&["192.0.2.1:53", "[2001:db8::1]:5353", "192.0.2.2:54"]);
     let expected = BTreeMap::from([
         (name("corp.example"), corp.clone()),
         (name("public.corp.example"), servers(&[])),
         (name("corp.test"), corp),
-        (name("1.10.in-addr.arpa"), Target::Host),
+        (name("1.10.in-addr.arpa"), Route { target: Target::Host, rebinding: None }),
         (name("silent.example"), servers(&[])),
         (Name::root(), servers(&["192.0.2.9:53"])),
     ]);
@@ -149,7 +153,6 @@ fn an_exception_of_one_forward_is_left_to_another_in_either_order() {
     let corp = "forward corp.example 192.0.2.2\n";
     for text in [[general, corp].concat(), [corp, general].concat()] {
         let routes = custom(&[("a.override", &text)]).routes();
-        let servers = |list: &[&str]| Target::Servers(list.iter().map(|s| s.parse().unwrap()).collect());
         assert_eq!(routes[&name("corp.example")], servers(&["192.0.2.2:53"]));
         assert_eq!(routes[&name("lost.example")], servers(&[]));
         assert_eq!(routes[&Name::root()], servers(&["192.0.2.1:53"]));
@@ -169,6 +172,75 @@ fn a_block_takes_its_names_from_the_cluster_unless_it_says_kubernetes() {
 }
 
 #[test]
+fn rebinding_is_stopped_where_it_is_said_and_never_for_a_domain_with_resolvers_of_its_own() {
+    let rule = Rebinding { except: vec![name("lan")], localhost_ok: true };
+    let text =
+        "stop-dns-rebind {\n rebind-domain-ok lan\n rebind-localhost-ok\n}\nforward corp.example 192.0.2.2\n";
+    let blocks = "split.example {\n forward . 192.0.2.3\n}\nguarded.example {\n stop-dns-rebind\n forward . 192.0.2.4\n}\n";
+    let routes = custom(&[("a.override", text), ("b.server", blocks)]).routes();
+    let expected = BTreeMap::from([
+        (Name::root(), Route { target: Target::Host, rebinding: Some(rule) }),
+        (name("corp.example"), servers(&["192.0.2.2:53"])),
+        (name("split.example"), servers(&["192.0.2.3:53"])),
+        (
+            name("guarded.example"),
+            Route { rebinding: Some(Rebinding::default()), ..servers(&["192.0.2.4:53"]) },
+        ),
+    ]);
+    assert_eq!(routes, expected);
+}
+
+#[test]
+fn the_first_word_about_names_of_pods_holds_and_silence_is_insecure() {
+    let of = |data: &[(&str, &str)]| custom(data).pod_mode();
+    assert_eq!(of(&[]), PodMode::Insecure);
+    assert_eq!(of(&[("a.override", "kubernetes cluster.local {\n fallthrough\n}\n")]), PodMode::Insecure);
+    let verified = ("a.override", "kubernetes cluster.local {\n pods verified\n}\n");
+    let disabled = ("Corefile", ".:53 {\n kubernetes {\n  pods disabled\n }\n}\n");
+    assert_eq!(of(&[verified]), PodMode::Verified);
+    assert_eq!(of(&[verified, disabled]), PodMode::Disabled, "keys in their order");
+    let parts = |data: &[(&str, &str)]| plan(&config_map(data)).0;
+    assert!(may_verify_pods(&parts(&[verified])) && !may_verify_pods(&parts(&[disabled])));
+    assert!(may_verify_pods(&parts(&[("a.override", "hosts {\n")])), "what it said before is not known here");
+}
+
+#[test]
+fn servers_over_tls_have_a_name_or_their_address_and_authorities_of_the_host_or_a_key() {
+    let text = "forward . tls://9.9.9.9 tls://[2620:fe::fe]:8853 192.0.2.1 {\n tls_servername dns.quad9.net\n}\n\
+        forward corp.example tls://192.0.2.2 {\n tls /etc/coredns/custom/ca.crt\n}\n";
+    let key = rcgen::KeyPair::generate().unwrap();
+    let pem = rcgen::CertificateParams::new(["corp".to_owned()]).unwrap().self_signed(&key).unwrap().pem();
+    let routes = custom(&[("a.override", text), ("ca.crt", &pem)]).routes();
+    let over_tls = |address: &str, name: Option<&str>, authorities: Option<&str>| Server {
+        address: address.parse().unwrap(),
+        tls: Some(Arc::new(Tls { name: name.map(str::to_owned), authorities: authorities.map(Arc::from) })),
+    };
+    let quad9 = |address| over_tls(address, Some("dns.quad9.net"), None);
+    let plain = Server::plain("192.0.2.1:53".parse().unwrap());
+    let expected = vec![quad9("9.9.9.9:853"), quad9("[2620:fe::fe]:8853"), plain];
+    assert_eq!(routes[&Name::root()].target, Target::Servers(expected));
+    let corp = over_tls("192.0.2.2:853", None, Some(&pem));
+    assert_eq!(routes[&name("corp.example")].target, Target::Servers(vec![corp]));
+    let faults = [
+        ("forward . tls://1.1.1.1 {\n tls_servername 'x y'\n}\n", "data[a.override] line 2"),
+        (
+            "forward . tls://1.1.1.1 {\n tls_servername a_b!\n}\n",
+            "line 2: tls_servername \"a_b!\" is no name of a host",
+        ),
+        (
+            "forward . tls://1.1.1.1 {\n tls ca.crt\n}\n",
+            "line 2: tls ca.crt: the ConfigMap has no key ca.crt",
+        ),
+        ("forward . tls://1.1.1.1 {\n tls b.txt\n}\n", "line 2: tls b.txt: key b.txt holds no certificate"),
+        ("forward . tls://dns.example\n", "line 1: \"dns.example\" is no address of a server"),
+    ];
+    for (text, expected) in faults {
+        let found = problems(&[("a.override", text), ("b.txt", "hello")]);
+        assert!(found.len() == 1 && found[0].contains(expected), "{text}: {found:?}");
+    }
+}
+
+#[test]
 fn a_zone_file_stands_in_another_key() {
     let zone = "$TTL 300\n@ IN SOA ns admin 1 2 3 4 60\nwww IN A 192.0.2.80\n";
     let data =
@@ -183,7 +255,7 @@ fn a_zone_file_stands_in_another_key() {
 #[test]
 fn what_is_not_there_is_named_by_its_line_and_the_rest_is_used() {
     let text = "errors\ndns64\nhosts {\n 192.0.2.7 a.lan\n fallthrough\n}\nrewrite ttl example.org 30\n\
-        forward lan tls://192.0.2.1 192.0.2.2 {\n force_tcp\n}\n";
+        forward lan quic://192.0.2.1 192.0.2.2 {\n force_tcp\n}\n";
     let (parts, found) = plan(&config_map(&[("a.override", text), ("b.server", "tls://example.org {\n}\n")]));
     let lines: Vec<String> = found.iter().map(|problem| problem.message.clone()).collect();
     assert_eq!(
@@ -191,15 +263,15 @@ fn what_is_not_there_is_named_by_its_line_and_the_rest_is_used() {
         [
             "data[a.override] line 2: plugin dns64 is not there; this line is left out",
             "data[a.override] line 7: rewrite ttl: only names are rewritten; this line is left out",
-            "data[a.override] line 8: forward to tls://192.0.2.1: only plain DNS is spoken; this server is left out",
             "data[a.override] line 9: forward: force_tcp is not there; this line is left out",
+            "data[a.override] line 8: forward to quic://192.0.2.1: only plain DNS and tls:// are spoken; this server is left out",
             "data[b.server] line 1: tls://example.org: only DNS on port 53 is served; this block is left out",
         ]
     );
     assert!(found.iter().all(|problem| problem.reason == Reason::NotSupported));
     let custom = Custom::new(&parts, &BTreeMap::new(), Vec::new());
     assert_eq!(said(&custom, "a.lan", RecordType::A), "3600 A 192.0.2.7");
-    assert_eq!(custom.routes()[&name("lan")], Target::Servers(vec!["192.0.2.2:53".parse().unwrap()]));
+    assert_eq!(custom.routes()[&name("lan")], servers(&["192.0.2.2:53"]));
 }
 
 #[test]
@@ -211,6 +283,11 @@ fn what_is_wrong_is_named_by_its_line_and_what_was_before_stays() {
         ("rewrite name regex ( b\n", "line 1: \"(\" is no regular expression"),
         ("template IN NONSENSE {\n}\n", "line 1: template: \"NONSENSE\" is no type"),
         ("forward . \n", "line 1: forward needs one to 15 servers"),
+        (
+            "kubernetes {\n pods trusted\n}\n",
+            "line 2: pods \"trusted\" is none of disabled, insecure, verified",
+        ),
+        ("stop-dns-rebind {\n rebind-domain-ok a..b\n}\n", "line 2: \"a..b\" is no name"),
         ("cache {\n success 5 soon\n}\n", "line 2: \"soon\" is no number of seconds"),
     ];
     let good = plan(&config_map(&[("a.override", "hosts {\n 192.0.2.7 a.lan\n fallthrough\n}\n")])).0;

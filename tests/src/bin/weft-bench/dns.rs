@@ -1,9 +1,17 @@
-//! Names of Services asked over UDP, beside CoreDNS with its `kubernetes` plugin and `cache 30`, both fed by the same API
-//! server. Closed loop: four clients, each with 64 questions outstanding. The server has one core, the clients the other.
+//! Names of Services asked over UDP and TCP, and names of an upstream that nobody asked for before, beside CoreDNS with its
+//! `kubernetes` plugin and `cache 30`, both fed by the same API server. The server has one core, the clients and the upstream the
+//! other.
+//!
+//! Closed loop: four clients, each with as many questions outstanding as the figure's window. Open loop, for the latency: a
+//! question at a time, at half of what CoreDNS answers at most, while something of the lowest priority keeps the server's
+//! core awake.
 
-use std::net::{SocketAddr, UdpSocket};
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
@@ -12,45 +20,40 @@ use nix::unistd::Pid;
 
 use super::proxy::{SERVICES, make_services};
 use super::rig::{Rig, cpu_seconds, until};
-use super::row::{Better, Row, median};
+use super::row::{Better, Row, median, percentile};
 
 const ROUNDS: usize = 3;
 const SECONDS: u64 = 3;
 const CLIENTS: usize = 4;
 /// Questions that a client has outstanding: more than a batch of any server, fewer than its socket holds.
 const WINDOW: usize = 64;
+/// The same of names that nobody knows: the most that one client may have under way here.
+const MISS_WINDOW: usize = 16;
 const SERVER_CORE: usize = 0;
 const CLIENT_CORE: usize = 1;
 const OURS: &str = "10.96.0.10:53";
 const THEIRS: &str = "127.0.0.1:1053";
+/// Answers every name with one address at once.
+const UPSTREAM: &str = "127.0.0.9";
 
 pub(crate) fn measure(weft: &Path) -> anyhow::Result<Vec<Row>> {
     let peer = peer_binary()?;
     let mut rig = Rig::start(weft)?;
     rig.runtime.block_on(make_services(&rig.client))?;
-    rig.start_agent()?;
+    let resolv_conf = rig.folder.path().join("resolv.conf");
+    std::fs::write(&resolv_conf, format!("nameserver {UPSTREAM}\n"))?;
+    let resolv_conf = resolv_conf.to_string_lossy().into_owned();
+    rig.start_agent_with(&["--dns-rate-limit", "0", "--resolv-conf", &resolv_conf])?;
     rig.await_ready()?;
+    let _upstream = Upstream::start()?;
     let (ours_pid, mut coredns) = (rig.pid("agent")?, start_coredns(&peer, &rig)?);
-    let measured = rounds(ours_pid, coredns.id());
+    let measured = all(ours_pid, coredns.id());
     coredns.kill()?;
     coredns.wait()?;
-    let (ours, theirs) = measured?;
-    let of = |rounds: &[Round], pick: fn(&Round) -> f64| median(rounds.iter().map(pick).collect());
-    let beside = |name, unit, pick: fn(&Round) -> f64, better, target| {
-        Row::beside(name, unit, of(&ours, pick), ("CoreDNS", of(&theirs, pick)), better, target)
-    };
-    Ok(vec![
-        beside("A of a Service, answers on one core", "1/s", |r| r.per_second, Better::Higher, 8.0),
-        beside("CPU per answer", "us", |r| r.cpu_micros, Better::Lower, 0.125),
-    ])
+    measured
 }
 
-struct Round {
-    per_second: f64,
-    cpu_micros: f64,
-}
-
-fn rounds(ours: u32, theirs: u32) -> anyhow::Result<(Vec<Round>, Vec<Round>)> {
+fn all(ours: u32, theirs: u32) -> anyhow::Result<Vec<Row>> {
     for pid in [ours, theirs] {
         pin_all(pid)?;
     }
@@ -58,18 +61,60 @@ fn rounds(ours: u32, theirs: u32) -> anyhow::Result<(Vec<Round>, Vec<Round>)> {
         let (socket, questions) = (socket(server), questions());
         until(server, || ask(&socket, &questions, 0, 1) == 1)?;
     }
-    let (mut of_ours, mut of_theirs) = (Vec::new(), Vec::new());
-    for _ in 0..ROUNDS {
-        of_ours.push(round(OURS, ours)?);
-        of_theirs.push(round(THEIRS, theirs)?);
+    let of = |rounds: &[Round], pick: fn(&Round) -> f64| median(rounds.iter().map(pick).collect());
+    let mut rows = Vec::new();
+    let mut most_of_theirs = 0.0;
+    for (what, client, target) in [
+        ("A of a Service by UDP", udp_client as Client, 8.0),
+        ("A of a Service by TCP", tcp_client, 2.0),
+        ("A of a new name of an upstream by UDP", miss_client, 2.0),
+    ] {
+        let (mut of_ours, mut of_theirs) = (Vec::new(), Vec::new());
+        for number in 0..ROUNDS {
+            of_ours.push(round(OURS, ours, client, number)?);
+            of_theirs.push(round(THEIRS, theirs, client, number)?);
+        }
+        if rows.is_empty() {
+            most_of_theirs = of(&of_theirs, |round| round.per_second);
+        }
+        let mut beside = |name: &str, unit, pick: fn(&Round) -> f64, better, target| {
+            let (weft, peer) = (of(&of_ours, pick), of(&of_theirs, pick));
+            rows.push(Row::beside(&format!("{what}, {name}"), unit, weft, ("CoreDNS", peer), better, target));
+        };
+        beside("answers on one core", "1/s", |round| round.per_second, Better::Higher, target);
+        beside("CPU per answer", "us", |round| round.cpu_micros, Better::Lower, 1.0 / target);
     }
-    Ok((of_ours, of_theirs))
+    let (mut of_ours, mut of_theirs) = (Vec::new(), Vec::new());
+    let _awake = Awake::keep();
+    for _ in 0..ROUNDS {
+        of_ours.push(percentile(latencies(OURS, most_of_theirs / 2.0)?, 99.0));
+        of_theirs.push(percentile(latencies(THEIRS, most_of_theirs / 2.0)?, 99.0));
+    }
+    let name = "A of a Service at half of CoreDNS's most, p99";
+    let theirs = ("CoreDNS", median(of_theirs));
+    rows.push(Row::beside(name, "us", median(of_ours), theirs, Better::Lower, 0.2));
+    Ok(rows)
 }
 
-fn round(server: &'static str, pid: u32) -> anyhow::Result<Round> {
+/// Answers that a client with a number got from a server in a round with a number.
+type Client = fn(&str, usize, usize) -> u64;
+
+struct Round {
+    per_second: f64,
+    cpu_micros: f64,
+}
+
+fn round(server: &'static str, pid: u32, client: Client, number: usize) -> anyhow::Result<Round> {
     let cpu_before = cpu_seconds(pid);
     let started_at = Instant::now();
-    let clients: Vec<_> = (0..CLIENTS).map(|n| std::thread::spawn(move || client(server, n))).collect();
+    let clients: Vec<_> = (0..CLIENTS)
+        .map(|n| {
+            std::thread::spawn(move || {
+                to_client_core();
+                client(server, n, number)
+            })
+        })
+        .collect();
     let mut answers = 0;
     for client in clients {
         answers += client.join().map_err(|_| anyhow::anyhow!("a client panicked"))?;
@@ -80,12 +125,13 @@ fn round(server: &'static str, pid: u32) -> anyhow::Result<Round> {
     Ok(Round { per_second: answers / started_at.elapsed().as_secs_f64(), cpu_micros: cpu * 1e6 / answers })
 }
 
-/// Answers that one client got in a round.
-fn client(server: &str, n: usize) -> u64 {
+fn to_client_core() {
     let mut core = CpuSet::new();
-    if core.set(CLIENT_CORE).and_then(|()| sched_setaffinity(Pid::from_raw(0), &core)).is_err() {
-        return 0;
-    }
+    core.set(CLIENT_CORE).expect("a machine for benchmarks has two cores");
+    sched_setaffinity(Pid::from_raw(0), &core).expect("a thread may choose its core");
+}
+
+fn udp_client(server: &str, n: usize, _round: usize) -> u64 {
     let (socket, questions) = (socket(server), questions());
     let deadline = Instant::now() + Duration::from_secs(SECONDS);
     let mut answers = 0;
@@ -97,6 +143,156 @@ fn client(server: &str, n: usize) -> u64 {
     answers
 }
 
+/// One connection, one question after the other, as a resolver does after a truncated answer; opened anew after a hundred.
+fn tcp_client(server: &str, n: usize, _round: usize) -> u64 {
+    let questions = questions();
+    let deadline = Instant::now() + Duration::from_secs(SECONDS);
+    let mut answers = 0;
+    let mut service = n;
+    while Instant::now() < deadline {
+        let Ok(mut stream) = TcpStream::connect(server) else { continue };
+        let prepared =
+            stream.set_nodelay(true).and(stream.set_read_timeout(Some(Duration::from_millis(500))));
+        for _ in 0..if prepared.is_ok() { 100 } else { 0 } {
+            service = (service + 61) % SERVICES;
+            match ask_stream(&mut stream, &questions[service]) {
+                Ok(()) => answers += 1,
+                Err(_) => break,
+            }
+        }
+    }
+    answers
+}
+
+fn ask_stream(stream: &mut TcpStream, question: &[u8]) -> std::io::Result<()> {
+    let length = u16::try_from(question.len()).map_err(std::io::Error::other)?;
+    stream.write_all(&[&length.to_be_bytes()[..], question].concat())?;
+    let mut length = [0; 2];
+    stream.read_exact(&mut length)?;
+    let mut answer = vec![0; usize::from(u16::from_be_bytes(length))];
+    stream.read_exact(&mut answer)?;
+    let good = answer.len() > 12 && answer[3] & 0xf == 0 && answer[7] > 0;
+    if good { Ok(()) } else { Err(std::io::ErrorKind::InvalidData.into()) }
+}
+
+/// Every name once.
+fn miss_client(server: &str, n: usize, round: usize) -> u64 {
+    let socket = socket(server);
+    let deadline = Instant::now() + Duration::from_secs(SECONDS);
+    let mut answers = 0;
+    let mut batch = 0;
+    while Instant::now() < deadline {
+        let names = (0..MISS_WINDOW).map(|at| format!("m{round}-{n}-{batch}-{at}"));
+        let questions: Vec<Vec<u8>> = names.map(|name| question(&[&name, "bench", "example"])).collect();
+        answers += ask(&socket, &questions, 0, MISS_WINDOW);
+        batch += 1;
+    }
+    answers
+}
+
+/// Microseconds that each of three seconds' questions took, at `per_second`; one that got no answer in time counts as 200 ms.
+fn latencies(server: &str, per_second: f64) -> anyhow::Result<Vec<f64>> {
+    const LOST_MICROS: f64 = 200_000.0;
+    to_client_core();
+    let (socket, questions) = (socket(server), questions());
+    let pause = Duration::from_secs_f64(1.0 / per_second);
+    socket.set_nonblocking(true)?;
+    let started_at = Instant::now();
+    let count = (per_second * SECONDS as f64) as usize;
+    let mut sent: Vec<Instant> = Vec::with_capacity(count);
+    let mut took = vec![LOST_MICROS; count];
+    let mut answer = [0; 512];
+    let end = started_at + Duration::from_secs(SECONDS) + Duration::from_micros(LOST_MICROS as u64);
+    while Instant::now() < end {
+        while sent.len() < count && Instant::now() >= started_at + pause * u32::try_from(sent.len())? {
+            let mut message = questions[sent.len() * 61 % questions.len()].clone();
+            message[..2].copy_from_slice(&((sent.len() & 0xffff) as u16).to_be_bytes());
+            sent.push(Instant::now());
+            let _ = socket.send(&message);
+        }
+        while let Ok(length) = socket.recv(&mut answer) {
+            let now = Instant::now();
+            let id = usize::from(u16::from_be_bytes([answer[0], answer[1]]));
+            // Of the questions with this id the last that was sent: 65,536 are never under way.
+            let last = (sent.len().saturating_sub(1)) & !0xffff | id;
+            let at = if last < sent.len() { last } else { last.wrapping_sub(0x1_0000) };
+            if length > 12
+                && answer[7] > 0
+                && let Some(sent_at) = sent.get(at)
+            {
+                took[at] = took[at].min(now.duration_since(*sent_at).as_secs_f64() * 1e6);
+            }
+        }
+    }
+    Ok(took)
+}
+
+/// Something that runs on the server's core only when nothing else does, so that the core does not sleep.
+struct Awake(Arc<AtomicBool>);
+
+impl Awake {
+    fn keep() -> Self {
+        let over = Arc::<AtomicBool>::default();
+        let told = over.clone();
+        std::thread::spawn(move || {
+            let mut core = CpuSet::new();
+            core.set(SERVER_CORE).expect("there is a first core");
+            sched_setaffinity(Pid::from_raw(0), &core).expect("a thread may choose its core");
+            // Of itself: the thread's own number.
+            let thread = nix::unistd::gettid().to_string();
+            let idle = Command::new("chrt").args(["--idle", "--pid", "0", &thread]).status();
+            while idle.as_ref().is_ok_and(|status| status.success()) && !told.load(Ordering::Relaxed) {
+                std::hint::spin_loop();
+            }
+        });
+        Self(over)
+    }
+}
+
+impl Drop for Awake {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A resolver that has one address for every name.
+struct Upstream(Arc<AtomicBool>);
+
+impl Upstream {
+    fn start() -> anyhow::Result<Self> {
+        let socket = UdpSocket::bind((UPSTREAM, 53))?;
+        socket.set_read_timeout(Some(Duration::from_millis(100)))?;
+        let over = Arc::<AtomicBool>::default();
+        let told = over.clone();
+        std::thread::spawn(move || {
+            to_client_core();
+            let mut message = [0; 1500];
+            while !told.load(Ordering::Relaxed) {
+                let Ok((length, from)) = socket.recv_from(&mut message) else { continue };
+                let _ = socket.send_to(&answered(&message[..length]), from);
+            }
+        });
+        Ok(Self(over))
+    }
+}
+
+impl Drop for Upstream {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// The question with one A record behind it, without its OPT record.
+fn answered(question: &[u8]) -> Vec<u8> {
+    let name_end = question.iter().skip(12).position(|octet| *octet == 0).map_or(12, |at| 12 + at + 1);
+    let mut answer = question.get(..name_end + 4).unwrap_or_default().to_vec();
+    if let Some(header) = answer.get_mut(2..12) {
+        header.copy_from_slice(&[0x81, 0x80, 0, 1, 0, 1, 0, 0, 0, 0]);
+    }
+    answer.extend_from_slice(&[0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 192, 0, 2, 80]);
+    answer
+}
+
 fn socket(server: &str) -> UdpSocket {
     let server: SocketAddr = server.parse().expect("the constants are socket addresses");
     let socket = UdpSocket::bind("0.0.0.0:0").expect("a UDP socket can be bound");
@@ -105,21 +301,23 @@ fn socket(server: &str) -> UdpSocket {
     socket
 }
 
-/// The question for the A record of every Service, under id 0.
+/// The question for the A record of every Service.
 fn questions() -> Vec<Vec<u8>> {
-    let question = |service: usize| {
-        let mut question = vec![0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
-        for label in [format!("s{service}").as_str(), "default", "svc", "cluster", "local"] {
-            question.push(u8::try_from(label.len()).expect("labels are short"));
-            question.extend_from_slice(label.as_bytes());
-        }
-        question.extend_from_slice(&[0, 0, 1, 0, 1]);
-        question
-    };
-    (0..SERVICES).map(question).collect()
+    (0..SERVICES).map(|n| question(&[&format!("s{n}"), "default", "svc", "cluster", "local"])).collect()
 }
 
-/// Asks for `window` Services from `first` on at once, and returns how many were answered before one was missing: an answer
+/// For the A record of the name with these labels, under id 0.
+fn question(labels: &[&str]) -> Vec<u8> {
+    let mut question = vec![0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+    for label in labels {
+        question.push(u8::try_from(label.len()).expect("labels are short"));
+        question.extend_from_slice(label.as_bytes());
+    }
+    question.extend_from_slice(&[0, 0, 1, 0, 1]);
+    question
+}
+
+/// Asks `window` of the questions from `first` on at once, and returns how many were answered before one was missing: an answer
 /// has the id of a question that has none yet, response code 0 and at least one address (RFC 1035 section 4.1.1).
 fn ask(socket: &UdpSocket, questions: &[Vec<u8>], first: usize, window: usize) -> u64 {
     let mut outstanding = vec![false; window];
@@ -166,7 +364,7 @@ fn start_coredns(program: &Path, rig: &Rig) -> anyhow::Result<Child> {
     let corefile = folder.join("Corefile");
     let text = format!(
         ".:1053 {{\n  kubernetes cluster.local in-addr.arpa ip6.arpa {{\n    kubeconfig {}\n    pods insecure\n    ttl 30\n  }}\n  \
-         cache 30\n}}\n",
+         cache 30\n  forward . {UPSTREAM}\n}}\n",
         folder.join("kubeconfig").display()
     );
     std::fs::write(&corefile, text)?;
