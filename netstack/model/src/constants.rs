@@ -63,6 +63,7 @@ pub const ANNOTATION_PUBLIC_KEY: &str = "weft.network/public-key";
 pub const ANNOTATION_NEXT_PUBLIC_KEY: &str = "weft.network/next-public-key";
 pub const ANNOTATION_WIREGUARD_PORT: &str = "weft.network/wireguard-port";
 pub const ANNOTATION_LINKS: &str = "weft.network/links";
+pub const ANNOTATION_ANSWERS_FOR: &str = "weft.network/answers-for";
 
 /// Condition of a Node, written by the node's own agent only: whether its kernel has the rules of network policies.
 pub const CONDITION_NETWORK_POLICY: &str = "weft.network/NetworkPolicyReady";
