@@ -19,8 +19,9 @@ use super::lease::Lead;
 use super::now;
 use crate::reconcile::{Applied, Applier, Trust};
 
-/// Requests on their way at once: a thousand Services are written in about a second, and no API server is flooded.
-const AT_ONCE: usize = 16;
+/// Requests on their way at once. API servers put writes that wait together to disk with one flush, so few at once make many flushes
+/// of a long list; this is a tenth of what kube-apiserver lets in by default (`--max-requests-inflight` and its kin).
+const AT_ONCE: usize = 48;
 
 /// An object whose status is to be written.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -1,13 +1,17 @@
 //! 1,000 LoadBalancer Services of one node: until each has its addresses, and what the role costs when nothing happens.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
+use futures::StreamExt as _;
 use k8s_openapi::api::core::v1::Service;
-use kube::api::{Api, ListParams, PostParams};
+use kube::api::{Api, ListParams, PostParams, WatchEvent, WatchParams};
+use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 use weft_netstack::kernel::lan::Arp;
 
@@ -91,22 +95,50 @@ async fn allocate(client: &kube::Client) -> anyhow::Result<f64> {
     let url = "/apis/metallb.io/v1beta1/namespaces/default/ipaddresspools";
     let request =
         kube::core::Request::new(url).create(&PostParams::default(), pool.to_string().into_bytes())?;
+    let services: Api<Service> = Api::namespaced(client.clone(), "default");
+    let version = services.list_metadata(&ListParams::default().limit(1)).await?.metadata.resource_version;
+    let watch = kube::core::Request::new("/api/v1/namespaces/default/services")
+        .watch(&WatchParams::default().timeout(120), &version.context("a resourceVersion")?)?;
+    let mut changes = std::pin::pin!(client.request_events::<Seen>(watch).await?);
     let began = Instant::now();
     client.request::<Value>(request).await.context("make the pool")?;
-    let services: Api<Service> = Api::namespaced(client.clone(), "default");
-    loop {
-        let listed = services.list(&ListParams::default()).await?;
-        let has_both = |service: &&Service| {
-            let balancer = service.status.as_ref().and_then(|status| status.load_balancer.as_ref());
-            balancer.and_then(|balancer| balancer.ingress.as_ref()).is_some_and(|ingress| ingress.len() == 2)
-        };
-        let done = listed.items.iter().filter(has_both).count();
-        if done == SERVICES {
-            return Ok(began.elapsed().as_secs_f64());
+    let mut done = BTreeSet::new();
+    while done.len() < SERVICES {
+        let event = tokio::time::timeout(Duration::from_secs(60), changes.next()).await;
+        let event = event.with_context(|| format!("{} of {SERVICES} Services have addresses", done.len()))?;
+        if let WatchEvent::Added(service) | WatchEvent::Modified(service) =
+            event.context("no more changes")??
+            && service.status.load_balancer.ingress.len() == 2
+        {
+            done.insert(service.metadata.name);
         }
-        ensure!(began.elapsed() < Duration::from_secs(60), "{done} of {SERVICES} Services have addresses");
-        tokio::time::sleep(Duration::from_millis(50)).await;
     }
+    Ok(began.elapsed().as_secs_f64())
+}
+
+/// As little of a Service as tells that it has its addresses: who measures shares the cores with who is measured.
+#[derive(Clone, Deserialize)]
+struct Seen {
+    metadata: SeenName,
+    #[serde(default)]
+    status: SeenStatus,
+}
+
+#[derive(Clone, Deserialize)]
+struct SeenName {
+    name: String,
+}
+
+#[derive(Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct SeenStatus {
+    load_balancer: SeenAddresses,
+}
+
+#[derive(Clone, Default, Deserialize)]
+#[serde(default)]
+struct SeenAddresses {
+    ingress: Vec<IgnoredAny>,
 }
 
 /// Of questions for addresses of the pool, each until its answer, asked by a neighbour.
