@@ -346,6 +346,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::kernel::testing::{NamedNetns, needs_root};
 
     const MAC: Mac = [2, 0, 0, 0, 0, 7];
 
@@ -365,6 +366,43 @@ mod tests {
         assert_eq!(checksum(&echo(8, 0x1234)), !(0x0800 + 0x1234));
     }
 
+    #[test]
+    fn malformed_arp_on_a_link_is_counted_and_the_next_claim_is_heard() {
+        if !needs_root() {
+            return;
+        }
+        let node = NamedNetns::new("node");
+        node.must(&["ip", "link", "add", "up0", "type", "veth", "peer", "name", "far"]);
+        let index = |link| {
+            let shown = node.must(&["ip", "-o", "link", "show", link]);
+            shown.split(':').next().unwrap().trim().parse::<u32>().unwrap()
+        };
+        for link in ["up0", "far"] {
+            node.must(&["ip", "link", "set", link, "up"]);
+        }
+        let (near, far) = (index("up0"), index("far"));
+        node.block_on(async {
+            let (listening, sending) =
+                (Arp::open(near, [2, 0, 0, 0, 0, 1]).unwrap(), Arp::open(far, MAC).unwrap());
+            let ip = Ipv4Addr::new(192, 0, 2, 7);
+            let whole = arp(1, MAC, ip, ip);
+            let mut of_another_hardware = whole;
+            of_another_hardware[15] = 6;
+            let mut of_a_group = whole;
+            of_a_group[22] = 1;
+            for frame in [&whole[..20], &of_another_hardware, &of_a_group, &whole] {
+                sending.send(frame).unwrap();
+            }
+            let mut malformed = 0;
+            let heard = std::iter::repeat_with(|| {
+                std::thread::sleep(std::time::Duration::from_millis(10));
+                listening.next(&mut malformed).unwrap()
+            });
+            assert_eq!(heard.take(100).flatten().next(), Some(Said { mac: MAC, ip }));
+            assert_eq!(malformed, 3);
+        });
+    }
+
     proptest! {
         #[test]
         fn nothing_that_arrives_does_harm(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
@@ -372,6 +410,33 @@ mod tests {
             let _ = heard_v4(&bytes, Ipv4Addr::LOCALHOST);
             let _ = heard_v6(&bytes, Ipv6Addr::LOCALHOST);
             let _ = target_mac(&bytes);
+        }
+
+        /// Well-formed packets with some octets changed: whatever is understood obeys the rules.
+        #[test]
+        fn a_changed_packet_is_understood_by_the_rules_or_not_at_all(
+            octets in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+            options in prop::collection::vec(any::<u8>(), 0..40),
+        ) {
+            let mut frame = arp(2, MAC, Ipv4Addr::new(192, 0, 2, 7), Ipv4Addr::new(192, 0, 2, 7)).to_vec();
+            let mut message = discovery(ADVERTISEMENT, 0, Ipv6Addr::LOCALHOST, 2, MAC).to_vec();
+            message.extend(options);
+            for (at, octet) in octets {
+                let (in_frame, in_message) = (at.index(frame.len()), at.index(message.len()));
+                (frame[in_frame], message[in_message]) = (octet, octet);
+            }
+            if let Some(said) = said(&frame) {
+                prop_assert_eq!((&frame[12..21], said.mac[0] & 1), (&[8, 6, 0, 1, 8, 0, 6, 4, 0][..], 0));
+            }
+            match heard_v6(&message, Ipv6Addr::LOCALHOST) {
+                Heard::Advertisement { ip, mac } => {
+                    prop_assert!(message[0] == ADVERTISEMENT && !ip.is_multicast() && mac[0] & 1 == 0);
+                }
+                Heard::Malformed => prop_assert_eq!(message[0], ADVERTISEMENT),
+                Heard::Other | Heard::Echo { .. } | Heard::Request { .. } => {
+                    prop_assert_ne!(message[0], ADVERTISEMENT);
+                }
+            }
         }
 
         #[test]

@@ -1,6 +1,7 @@
 //! The kernel edge: netlink, namespaces, sysctls, the TUN device and sockets with segmentation offload.
 //! The only room with `unsafe`; each block states why it holds. No decisions are taken here.
 
+pub mod carrier;
 pub mod conntrack;
 pub mod datagram;
 pub mod descriptor_store;
