@@ -261,6 +261,8 @@ fn nodes_are_found_by_their_names_until_they_leave() {
             internal_ips: vec![ip("192.0.2.11"), ip("2001:db8::11")],
             public_key: None,
             next_public_key: None,
+            answers_for: Default::default(),
+            unready: false,
             wireguard_port: None,
             leaving: false,
             cordoned: false,

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Nothing is remembered: the statuses are the memory. So a restart, another writer or an edit of a pool moves no address that is
-//! still legal, and an address is free for others in the same pass in which its Service gives it up.
+//! still legal. An address that its Service gave up is free for others when no node answers for it any more, as the nodes say.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -14,10 +14,11 @@ use std::sync::Arc;
 
 use weft_model::balancer::{Balancer, CLASS_NODES, DualStack};
 use weft_model::objects::{Protocol, Service, TrafficPolicy};
-use weft_model::{ObjectRef, Problem, Reason, ServiceKey, Snapshot};
+use weft_model::{NodeName, ObjectRef, Problem, Reason, ServiceKey, Snapshot};
 
 use crate::nodes::{self, NodePorts};
 use crate::pools::{Pool, Pools, pool_ref};
+use crate::told::Told;
 
 /// Condition of a Service whose address is of a pool; its message names the pool.
 pub(crate) const CONDITION: &str = "weft.network/LoadBalancer";
@@ -32,6 +33,8 @@ pub struct Grant {
     pub pools: BTreeSet<String>,
     /// Why there are fewer than it asks for.
     pub refusal: Option<String>,
+    /// What is wrong with an address that it keeps.
+    pub warning: Option<String>,
 }
 
 #[derive(Debug, Default)]
@@ -66,6 +69,7 @@ pub fn allocate(snapshot: &Snapshot) -> Allocation {
     let mut desk = Desk {
         snapshot,
         pools: &pools,
+        told: Told::of(snapshot),
         holders: BTreeMap::new(),
         taken: BTreeMap::new(),
         problems: &mut problems,
@@ -98,8 +102,9 @@ pub fn allocate(snapshot: &Snapshot) -> Allocation {
 struct Desk<'a> {
     snapshot: &'a Snapshot,
     pools: &'a Pools,
+    told: Told<'a>,
     holders: BTreeMap<IpAddr, Vec<&'a Arc<Service>>>,
-    /// By pool and family: how many of its first addresses somebody holds, so that each Service need not look at all.
+    /// By pool and family: how many of its first addresses are not free, so that each Service need not look at all.
     taken: BTreeMap<(&'a str, bool), usize>,
     problems: &'a mut Vec<Problem>,
 }
@@ -116,8 +121,9 @@ impl<'a> Desk<'a> {
             let kept = current
                 .filter(|ip| ip.is_ipv6() == ipv6)
                 .find_map(|ip| Some((ip, self.legal(service, balancer, ip)?)));
-            if let Some((ip, pool)) = kept {
+            if let Some((ip, (pool, warning))) = kept {
                 self.hold(service, ip, pool, &mut grant);
+                grant.warning = grant.warning.or(warning);
             }
         }
         grant
@@ -129,15 +135,20 @@ impl<'a> Desk<'a> {
         grant.pools.insert(pool);
     }
 
-    /// The pool of an address that `service` has and may keep. One that left its pool stays with whom Weft gave it to.
-    fn legal(&mut self, service: &Arc<Service>, balancer: &Balancer, ip: IpAddr) -> Option<String> {
+    /// The pool of an address that `service` has and may keep. One that left its pool stays with whom Weft gave it to, with a warning.
+    fn legal(
+        &mut self,
+        service: &Arc<Service>,
+        balancer: &Balancer,
+        ip: IpAddr,
+    ) -> Option<(String, Option<String>)> {
         let asked = balancer.fixed.iter().filter(|fixed| fixed.is_ipv6() == ip.is_ipv6());
         if asked.into_iter().any(|fixed| *fixed != ip) || !self.sharable(service, ip) {
             return None;
         }
         if let Some(pool) = self.pools.holding(ip) {
             let name = &pool.object.key.name;
-            return balancer.pool.as_ref().is_none_or(|asked| asked == name).then(|| name.clone());
+            return balancer.pool.as_ref().is_none_or(|asked| asked == name).then(|| (name.clone(), None));
         }
         let former = former_pool(balancer, ip).filter(|_| self.pools.node_of(ip).is_none())?;
         if balancer.pool.as_ref().is_some_and(|asked| *asked != former) {
@@ -152,8 +163,18 @@ impl<'a> Desk<'a> {
              put it back, or give the Service another address",
             service.key
         );
-        self.problems.push(Problem::new(object, Reason::Conflict, message));
-        Some(former)
+        self.problems.push(Problem::new(object, Reason::Conflict, message.clone()));
+        Some((former, Some(message)))
+    }
+
+    /// Nobody has it, and no node answers for it.
+    fn is_free(&self, ip: IpAddr) -> bool {
+        !self.holders.contains_key(&ip) && self.told.holder(ip).is_none()
+    }
+
+    /// Somebody had it, and a node still answers for it.
+    fn lingering(&self, ip: IpAddr) -> Option<&'a NodeName> {
+        self.told.holder(ip).filter(|_| !self.holders.contains_key(&ip))
     }
 
     /// Nobody has it, or all that do share it with `service`.
@@ -230,16 +251,26 @@ impl<'a> Desk<'a> {
         };
         let found = candidates.iter().find_map(|pool| {
             let ip = match balancer.sharing_key {
-                Some(_) => self.pools.addresses(pool, ipv6).find(|ip| self.sharable(service, *ip)),
+                Some(_) => {
+                    let fits = |ip: &IpAddr| self.sharable(service, *ip) && self.lingering(*ip).is_none();
+                    self.pools.addresses(pool, ipv6).find(fits)
+                }
                 None => self.first_free(pool, ipv6),
             };
             Some((ip?, pool.object.key.name.clone()))
         });
         found.ok_or_else(|| {
             let named: Vec<&str> = candidates.iter().map(|pool| pool.object.key.name.as_str()).collect();
-            match named.as_slice() {
-                [] => format!("no IPAddressPool gives it an {family} address; make one that does (autoAssign, serviceAllocation)"),
-                named => format!("no {family} address is free in IPAddressPool {}; add some to spec.addresses", named.join(", ")),
+            let mut of_pools = candidates.iter().flat_map(|pool| self.pools.addresses(pool, ipv6));
+            let lingering = of_pools.find_map(|ip| Some((ip, self.lingering(ip)?)));
+            let refused = candidates.iter().find_map(|pool| pool.refused.first());
+            match (named.as_slice(), lingering, refused) {
+                ([], _, _) => format!("no IPAddressPool gives it an {family} address; make one that does (autoAssign, serviceAllocation)"),
+                (_, Some((ip, node)), _) => {
+                    format!("{ip} is the next free {family} address, and is given when Node {node} no longer answers for it")
+                }
+                (named, None, None) => format!("no {family} address is free in IPAddressPool {}; add some to spec.addresses", named.join(", ")),
+                (named, None, Some(refused)) => format!("no {family} address is free in IPAddressPool {}: {refused}", named.join(", ")),
             }
         })
     }
@@ -248,7 +279,7 @@ impl<'a> Desk<'a> {
         let slot = (pool.object.key.name.as_str(), ipv6);
         let taken = self.taken.get(&slot).copied().unwrap_or(0);
         let mut rest = self.pools.addresses(pool, ipv6).enumerate().skip(taken);
-        let (number, ip) = rest.find(|(_, ip)| !self.holders.contains_key(ip))?;
+        let (number, ip) = rest.find(|(_, ip)| self.is_free(*ip))?;
         self.taken.insert(slot, number);
         Some(ip)
     }
@@ -277,6 +308,11 @@ impl<'a> Desk<'a> {
         }
         self.admitting(name, service)?;
         let rival = self.holders.get(&ip).into_iter().flatten().find(|holder| !may_share(holder, service));
+        if let Some(node) = self.lingering(ip) {
+            return Err(format!(
+                "it asks for {ip}, which Node {node} still answers for; it gets it when that ends"
+            ));
+        }
         match rival {
             Some(rival) => Err(format!(
                 "it asks for {ip}, which Service {} has{}",
@@ -296,19 +332,22 @@ fn wanted_families(balancer: &Balancer) -> Vec<bool> {
 /// The pool of which Weft gave it the address, as it wrote then.
 pub(crate) fn former_pool(balancer: &Balancer, ip: IpAddr) -> Option<String> {
     let condition = balancer.conditions.iter().find(|condition| condition.kind == CONDITION)?;
-    let parts = condition.message.split(", ");
+    let (granted, _) = condition.message.split_once("; ").unwrap_or((&condition.message, ""));
+    let parts = granted.split(", ");
     let mut of_pools = parts.filter_map(|part| part.split_once(&format!(" {POOL_WORDS}")));
     of_pools.find(|(address, _)| address.parse() == Ok(ip)).map(|(_, pool)| pool.to_owned())
 }
 
 /// What [`former_pool`] reads.
 pub(crate) fn grant_message(grant: &Grant, pools: &Pools) -> String {
-    let of_pool = |ip: &IpAddr| {
-        let pool = pools.holding(*ip).map(|pool| pool.object.key.name.clone());
-        let pool = pool.or_else(|| grant.pools.first().cloned()).unwrap_or_default();
-        format!("{ip} {POOL_WORDS}{pool}")
-    };
+    let of_pool = |ip: &IpAddr| format!("{ip} {POOL_WORDS}{}", pool_of(grant, *ip, pools));
     grant.addresses.iter().map(of_pool).collect::<Vec<_>>().join(", ")
+}
+
+/// The pool that an address is of, or was.
+pub(crate) fn pool_of(grant: &Grant, ip: IpAddr, pools: &Pools) -> String {
+    let pool = pools.holding(ip).map(|pool| pool.object.key.name.clone());
+    pool.or_else(|| grant.pools.first().cloned()).unwrap_or_default()
 }
 
 fn may_share(a: &Service, b: &Service) -> bool {

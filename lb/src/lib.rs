@@ -12,4 +12,5 @@ pub mod announce;
 mod nodes;
 mod pools;
 pub mod status;
+mod told;
 pub mod trace;

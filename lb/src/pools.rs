@@ -22,6 +22,8 @@ pub struct Pools {
 pub(crate) struct Pool {
     pub(crate) object: Arc<AddressPool>,
     pub(crate) ranges: Vec<AddressRange>,
+    /// What is wrong with ranges of it that give nothing.
+    pub(crate) refused: Vec<String>,
 }
 
 pub(crate) fn pool_ref(pool: &AddressPool) -> ObjectRef {
@@ -55,7 +57,9 @@ impl Pools {
         problems: &mut Vec<Problem>,
     ) {
         let name = object.key.name.clone();
+        let mut refused = Vec::new();
         let mut refuse = |reason, message: String| {
+            refused.push(message.clone());
             problems.push(Problem::new(pool_ref(object), reason, message));
         };
         if let Some(other) = self.pools.get(&name) {
@@ -99,7 +103,7 @@ impl Pools {
                 ranges.push(*range);
             }
         }
-        self.pools.insert(name, Pool { object: object.clone(), ranges });
+        self.pools.insert(name, Pool { object: object.clone(), ranges, refused });
     }
 
     /// Some pool gives addresses to Services that do not ask for one.

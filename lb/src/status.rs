@@ -12,8 +12,10 @@ use weft_model::{Notice, Planned, ServiceKey, Severity, Snapshot};
 use weft_netstack::kube::{Kind, Notices, StatusWriter, Statuses, Target};
 use weft_netstack::reconcile::{Applied, Applier, Planner, Trust};
 
-use crate::allocate::{self, Allocation, CONDITION, Grant, grant_message, service_ref};
+use crate::allocate::{self, Allocation, CONDITION, Grant, grant_message, pool_of, service_ref};
+use crate::announce::unreached;
 use crate::pools::{Pool, Pools};
+use crate::told::Told;
 
 /// What is to be written, and what is said of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -50,6 +52,7 @@ fn reads_the_same(a: &Snapshot, b: &Snapshot) -> bool {
     }
     same(&a.services, &b.services)
         && same(&a.address_pools, &b.address_pools)
+        && same(&a.l2_advertisements, &b.l2_advertisements)
         && same(&a.nodes, &b.nodes)
         && same(&a.namespaces, &b.namespaces)
         && same(&a.endpoint_slices, &b.endpoint_slices)
@@ -63,11 +66,12 @@ pub fn plan(snapshot: &Snapshot) -> Planned<StatusPlan> {
     if snapshot.from_store {
         return Planned::new(plan, problems);
     }
+    let told = Told::of(snapshot);
     for (key, grant) in &grants {
         let Some(balancer) = snapshot.services.get(key).and_then(|service| service.balancer.as_ref()) else {
             continue;
         };
-        let wanted = condition(grant, &pools);
+        let wanted = condition(grant, &pools, || trouble(grant, &pools, &told, snapshot));
         if says(balancer, grant, wanted.as_ref()) {
             continue;
         }
@@ -92,11 +96,17 @@ pub fn plan(snapshot: &Snapshot) -> Planned<StatusPlan> {
 }
 
 /// What stands in the condition of ours; addresses of nodes need none.
-fn condition(grant: &Grant, pools: &Pools) -> Option<Condition> {
+fn condition(grant: &Grant, pools: &Pools, trouble: impl FnOnce() -> Option<Trouble>) -> Option<Condition> {
     let (status, reason, message) = match &grant.refusal {
         Some(why) if grant.addresses.is_empty() => ("False", "Pending", why.clone()),
         _ if grant.pools.is_empty() => return None,
-        _ => ("True", "Allocated", grant_message(grant, pools)),
+        _ => {
+            let granted = grant_message(grant, pools);
+            match trouble() {
+                Some((status, reason, why)) => (status, reason, format!("{granted}; {why}")),
+                None => ("True", "Allocated", granted),
+            }
+        }
     };
     Some(Condition {
         kind: CONDITION.to_owned(),
@@ -105,6 +115,28 @@ fn condition(grant: &Grant, pools: &Pools) -> Option<Condition> {
         message,
         last_transition: None,
     })
+}
+
+/// Status, reason and what is wrong.
+type Trouble = (&'static str, &'static str, String);
+
+/// What is wrong with addresses that it has: first what keeps everybody from reaching them.
+fn trouble(grant: &Grant, pools: &Pools, told: &Told<'_>, snapshot: &Snapshot) -> Option<Trouble> {
+    let contested = || {
+        let (ip, mac) = grant.addresses.iter().find_map(|ip| Some((ip, told.stranger(*ip)?)))?;
+        let why = format!(
+            "{ip} is answered for by the machine with MAC {mac}, so no node claims it; take the address from that machine, or \
+             out of the IPAddressPool"
+        );
+        Some(("False", "Conflict", why))
+    };
+    let out_of_reach = || {
+        let why = |ip: &IpAddr| unreached(snapshot, pools, *ip, &pool_of(grant, *ip, pools));
+        Some(("False", "Unreachable", grant.addresses.iter().find_map(why)?))
+    };
+    let incomplete = || Some(("True", "Incomplete", grant.refusal.clone()?));
+    let kept = || Some(("True", "Kept", grant.warning.clone()?));
+    contested().or_else(out_of_reach).or_else(incomplete).or_else(kept)
 }
 
 fn has_addresses(balancer: &Balancer, grant: &Grant) -> bool {

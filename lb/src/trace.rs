@@ -76,7 +76,7 @@ pub fn status(snapshot: &Snapshot, plan: &Plan, standing: &Standing) -> String {
         let _ = writeln!(text, "{key}  {addresses}  ({})", origin(grant));
         for ip in &grant.addresses {
             if let Some(announced) = plan.addresses.get(ip) {
-                let _ = writeln!(text, "  {ip}: {}", who(plan, *ip, announced, standing));
+                let _ = writeln!(text, "  {ip}: {}", who(snapshot, plan, *ip, announced, standing));
             }
         }
     }
@@ -98,7 +98,7 @@ fn origin(grant: &Grant) -> String {
     }
 }
 
-fn who(plan: &Plan, ip: IpAddr, announced: &Announced, standing: &Standing) -> String {
+fn who(snapshot: &Snapshot, plan: &Plan, ip: IpAddr, announced: &Announced, standing: &Standing) -> String {
     if let Some(mac) = standing.contested.get(&ip) {
         return format!("contested: the machine with MAC {mac} answers for it, so no node claims it");
     }
@@ -112,7 +112,10 @@ fn who(plan: &Plan, ip: IpAddr, announced: &Announced, standing: &Standing) -> S
         Some(node) if *node == plan.node => {
             format!("Node {node} (this node) is to answer, and does not yet (no quorum, or it asks the LAN)")
         }
-        Some(node) => format!("Node {node} is to answer (`weft lb status` there says whether it does)"),
+        Some(node) if snapshot.nodes.get(node).is_some_and(|it| it.answers_for.held.contains(&ip)) => {
+            format!("Node {node} answers by ARP or neighbour discovery")
+        }
+        Some(node) => format!("Node {node} is to answer (`weft lb status` there says why it does not yet)"),
         None => {
             "no node may answer (externalTrafficPolicy Local without ready endpoints, or no node selected)"
                 .to_owned()
@@ -124,7 +127,7 @@ pub fn trace(snapshot: &Snapshot, plan: &Plan, standing: &Standing, ip: IpAddr) 
     let mut text = format!("address    {ip}\n");
     match plan.addresses.get(&ip) {
         Some(announced) => {
-            let _ = writeln!(text, "answers    {}", who(plan, ip, announced, standing));
+            let _ = writeln!(text, "answers    {}", who(snapshot, plan, ip, announced, standing));
             let order: Vec<String> =
                 announced.candidates.iter().map(|node| format!("{node}{}", state(node, standing))).collect();
             let _ = writeln!(text, "in order   {}", order.join(", "));

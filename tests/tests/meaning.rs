@@ -116,6 +116,8 @@ fn node(name: &str, cidrs: [&str; 2], ips: [&str; 2]) -> (NodeName, Arc<Node>) {
         links: None,
         public_key: None,
         next_public_key: None,
+        answers_for: Default::default(),
+        unready: false,
         wireguard_port: None,
     };
     (name.into(), Arc::new(node))

@@ -15,6 +15,7 @@ use weft_ingress::apply::RoutesApplier;
 use weft_ingress::plan::IngressPlanner;
 use weft_lb::announce::{AnnouncePlanner, announcer};
 use weft_lb::status::{StatusApplier, StatusPlanner};
+use weft_model::balancer::AnswersFor;
 use weft_model::constants::WIREGUARD_OVERHEAD_BYTES;
 use weft_model::snapshot::Attachments;
 use weft_model::{NodeFacts, Report, Snapshot};
@@ -79,7 +80,8 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
         loops.start("overlay", OverlayPlanner { open_firewalls: config.open_firewalls }, overlay, impatient);
     let proxy_health = start_proxy(&mut loops);
     loops.start("dns", dns.planner, dns.applier, Pace::default());
-    let rotation = publish_key(&mut loops, config, &access)?;
+    let (answers_for_tx, answers_for) = watch::channel(None);
+    let rotation = publish(&mut loops, config, &access, answers_for)?;
     let (policy, judge) = start_policy(&mut loops, config.network_policy, impatient)?.unzip();
     start_ingress(&mut loops, config, &access, &lead, impatient).await;
     let sources = Sources {
@@ -92,7 +94,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let cni = open_cni(snapshots.clone(), leases, sources.readiness(), told).await?;
     let (notices, passing) = Notices::channel();
     let (balancer, balancer_counters) =
-        start_load_balancer(&mut loops, config, &access, (&lead, notices.clone())).await?;
+        start_load_balancer(&mut loops, config, &access, (&lead, notices.clone(), answers_for_tx)).await?;
     let pod_links = loops.start("cni", PodLinksPlanner, PodLinksApplier::new(cni.clone()), Pace::default());
     let handles = loops.handles;
     let reports = handles.iter().map(LoopHandle::reports).collect();
@@ -140,19 +142,29 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     Ok(durable.map(|store| start_saver(tasks, Saver { store, snapshots })))
 }
 
-/// The own Node says which key is this node's, and which one comes next.
-fn publish_key(
+/// The own Node says which key is this node's, which one comes next, and which addresses it answers for.
+fn publish(
     loops: &mut Loops<'_>,
     config: &Config,
     access: &Arc<Access>,
+    answers_for: watch::Receiver<Option<AnswersFor>>,
 ) -> anyhow::Result<Arc<Rotation>> {
     let (state_dir, run_dir) = (config.state_dir.clone(), config.run_dir.clone());
     let rotation =
         Rotation::open(state_dir, run_dir, config.cluster.wireguard_port, loops.snapshots.clone())?;
-    let publishing = Publishing { identity: rotation.identity() };
+    let publishing = Publishing { identity: rotation.identity(), answers_for: answers_for.clone() };
     let publish = loops.start("publish", publishing, Publisher::new(access.clone()), Pace::default());
+    loops.tasks.start("answers", nudge_when_changed(answers_for, publish.clone()));
     loops.tasks.start("rotation", rotation.clone().run(config.max_key_age, publish));
     Ok(rotation)
+}
+
+/// Never ends: a value without a sender changes no more.
+async fn nudge_when_changed<T>(mut value: watch::Receiver<T>, of: LoopHandle) -> Result<(), String> {
+    while value.changed().await.is_ok() {
+        of.nudge();
+    }
+    std::future::pending().await
 }
 
 fn start_saver(tasks: &mut TaskGroup, saver: Saver) -> Saver {
@@ -301,14 +313,16 @@ async fn start_load_balancer(
     loops: &mut Loops<'_>,
     config: &Config,
     access: &Arc<Access>,
-    (lead, notices): (&Lead, Notices),
+    (lead, notices, answers_for): (&Lead, Notices, watch::Sender<Option<AnswersFor>>),
 ) -> anyhow::Result<(Router, Option<Counters>)> {
     if !config.load_balancer {
         let netlink = Rtnetlink::connect().context("open an rtnetlink socket")?;
         vip::remove_all(&netlink.handle).await;
+        answers_for.send_replace(Some(AnswersFor::default()));
         return Ok((Router::new(), None));
     }
-    let (applier, standing, plan, announcer) = announcer(notices.clone(), Journal::of(&config.run_dir));
+    let (applier, standing, plan, announcer) =
+        announcer(notices.clone(), Journal::of(&config.run_dir), answers_for);
     loops.start("lb", AnnouncePlanner, applier, Pace::default());
     loops.tasks.start("announcer", announcer.run());
     let writer = StatusWriter::new(access.clone(), lead.clone());

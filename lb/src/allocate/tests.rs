@@ -289,6 +289,123 @@ fn overlapping_pools_and_ranges_of_the_cluster_are_named_and_the_rest_works() {
     assert!(said.contains("is within the cluster's own range 10.96.0.0/16"), "{said}");
 }
 
+fn answering(mut node: Value, text: &str) -> Value {
+    node["metadata"]["annotations"] = json!({"weft.network/answers-for": text});
+    node
+}
+
+#[test]
+fn an_address_is_given_again_only_when_no_node_answers_for_it_any_more() {
+    let pool = pool("p", &["198.51.100.0-198.51.100.1"]);
+    let still = answering(node("a", 1), "198.51.100.0 192.0.2.77");
+    assert_eq!(addresses(&[pool.clone(), node("b", 2), still.clone(), service(1)]), [["198.51.100.1"]]);
+    let both = answering(node("b", 2), "198.51.100.1");
+    let waiting = [pool.clone(), still.clone(), both, service(1)];
+    assert_eq!(addresses(&waiting), [[""; 0]]);
+    let said = sentences(&waiting).join("\n");
+    assert!(
+        said.contains("198.51.100.0 is the next free IPv4 address, and is given when Node a no longer"),
+        "{said}"
+    );
+    let fixed = annotated(service(1), "metallb.io/loadBalancerIPs", "198.51.100.0");
+    let said = sentences(&[pool.clone(), still.clone(), fixed.clone()]).join("\n");
+    assert!(said.contains("it asks for 198.51.100.0, which Node a still answers for"), "{said}");
+    assert_eq!(addresses(&[pool.clone(), node("a", 1), fixed]), [["198.51.100.0"]], "withdrawn");
+    let mut yesterday = still.clone();
+    yesterday["status"]["conditions"] = json!([{"type": "Ready", "status": "Unknown"}]);
+    assert_eq!(addresses(&[pool.clone(), yesterday, service(1)]), [["198.51.100.0"]], "its node is gone");
+    let shared = |n| annotated(service(n), "metallb.io/allow-shared-ip", "k");
+    let other_port = with(shared(2), "/spec/ports", json!([{"port": 443}]));
+    assert_eq!(addresses(&[pool.clone(), still.clone(), shared(1), other_port]), [["198.51.100.1"]; 2]);
+    let holding = written(&[pool, node("a", 1), service(1)]);
+    assert_eq!(addresses(&[holding[0].clone(), still, holding[2].clone()]), [["198.51.100.0"]], "its own");
+}
+
+/// Status, reason and message of our condition on the last object, once all is written.
+fn condition(objects: &[Value]) -> [String; 3] {
+    let objects = written(objects);
+    assert!(status::plan(&snapshot(&objects)).plan.statuses.is_empty(), "written once");
+    let conditions = objects.last().unwrap()["status"]["conditions"].as_array().cloned().unwrap_or_default();
+    let ours = conditions.iter().find(|it| it["type"] == CONDITION).cloned().unwrap_or_default();
+    ["status", "reason", "message"].map(|field| ours[field].as_str().unwrap_or_default().to_owned())
+}
+
+#[test]
+fn a_condition_of_the_service_says_that_a_stranger_has_its_address() {
+    let contested = answering(node("a", 1), "198.51.100.0=02:00:00:00:00:07");
+    let [status, reason, message] =
+        condition(&[pool("p", &["198.51.100.0/28"]), contested.clone(), service(1)]);
+    assert_eq!([status.as_str(), reason.as_str()], ["False", "Conflict"]);
+    let expected = "198.51.100.0 of IPAddressPool p; 198.51.100.0 is answered for by the machine with MAC 02:00:00:00:00:07";
+    assert!(message.starts_with(expected), "{message}");
+    let claimed = answering(node("b", 2), "198.51.100.0");
+    let had = written(&[pool("p", &["198.51.100.0/28"]), contested.clone(), service(1)]);
+    let [_, reason, _] = condition(&[had[0].clone(), contested, claimed, had[2].clone()]);
+    assert_eq!(reason, "Allocated", "another node has it meanwhile");
+}
+
+#[test]
+fn a_condition_of_the_service_says_what_is_wrong_with_its_pool() {
+    let mut younger = pool("b", &["198.51.100.8-198.51.100.40", "10.96.4.0/24"]);
+    younger["metadata"]["creationTimestamp"] = "2026-02-01T00:00:00Z".into();
+    let asking = annotated(service(1), "metallb.io/address-pool", "b");
+    let [status, reason, message] = condition(&[pool("a", &["198.51.100.0/28"]), younger, asking]);
+    assert_eq!([status.as_str(), reason.as_str()], ["False", "Pending"]);
+    let expected = "no IPv4 address is free in IPAddressPool b: spec.addresses 198.51.100.8-198.51.100.40 overlaps the older \
+                    IPAddressPool m/a";
+    assert!(message.starts_with(expected), "{message}");
+    let asking = annotated(service(1), "metallb.io/address-pool", "c");
+    let over_nodes = pool("c", &["192.0.2.1-192.0.2.1"]);
+    let [_, _, message] = condition(&[node("a", 1), over_nodes, asking.clone()]);
+    assert!(message.contains("holds 192.0.2.1, Node a's own, which no Service gets"), "{message}");
+    let [_, _, message] = condition(&[pool("c", &["10.96.4.0/24"]), asking]);
+    assert!(message.contains("is within the cluster's own range 10.96.0.0/16"), "{message}");
+}
+
+#[test]
+fn a_condition_of_the_service_names_the_pool_that_shrank_and_survives_it() {
+    let objects = written(&[pool("p", &["198.51.100.0/30"]), service(1)]);
+    let shrunk = with(objects[0].clone(), "/spec/addresses", json!(["198.51.100.3/32"]));
+    let [status, reason, message] = condition(&[shrunk.clone(), objects[1].clone()]);
+    assert_eq!([status.as_str(), reason.as_str()], ["True", "Kept"]);
+    let expected = "198.51.100.0 of IPAddressPool p; spec.addresses of IPAddressPool p no longer holds 198.51.100.0, which \
+                    Service default/s001 has and keeps";
+    assert!(message.starts_with(expected), "{message}");
+    let again = written(&[shrunk, objects[1].clone()]);
+    assert_eq!(addresses(&again), [["198.51.100.0"]], "the condition is still the memory of its pool");
+    let put_back = with(again[0].clone(), "/spec/addresses", json!(["198.51.100.0/30"]));
+    assert_eq!(condition(&[put_back, again[1].clone()])[1], "Allocated");
+}
+
+#[test]
+fn a_condition_of_the_service_says_that_no_node_can_answer() {
+    let linked = |name, number, links: &str| {
+        let mut node = node(name, number);
+        node["metadata"]["annotations"] = json!({"weft.network/links": links});
+        node
+    };
+    let advertisement = |spec: Value| json!({"kind": "L2Advertisement", "metadata": {"name": "l2", "namespace": "m"}, "spec": spec});
+    let nodes =
+        [linked("a", 1, "eth0=192.0.2.0/24"), linked("b", 2, "eth0=192.0.2.0/24 eth1=198.51.100.0/24")];
+    let objects =
+        |l2: Value| [nodes[0].clone(), nodes[1].clone(), pool("p", &["198.51.100.0/28"]), l2, service(1)];
+    let said = |spec: Value| condition(&objects(advertisement(spec)));
+    assert_eq!(said(json!({}))[1], "Allocated");
+    let [status, reason, message] = said(json!({"interfaces": ["eth7"]}));
+    assert_eq!([status.as_str(), reason.as_str()], ["False", "Unreachable"]);
+    assert!(
+        message
+            .contains("; spec.interfaces of L2Advertisement m/l2 name on no Node a link with the subnet of"),
+        "{message}"
+    );
+    let [_, _, message] = said(json!({"nodeSelectors": [{"matchLabels": {"lan": "yes"}}]}));
+    assert!(message.contains("spec.nodeSelectors of L2Advertisement m/l2 match no Node"), "{message}");
+    let elsewhere = [nodes[0].clone(), pool("p", &["203.0.113.0/28"]), service(1)];
+    let [_, reason, message] = condition(&elsewhere);
+    assert_eq!(reason, "Unreachable");
+    assert!(message.contains("is on no subnet of any Node's links"), "{message}");
+}
+
 #[test]
 fn a_written_plan_leaves_nothing_to_write_and_counts_the_pool() {
     let objects = written(&[pool("p", &["198.51.100.0/28"]), service(1), service(2)]);

@@ -15,6 +15,8 @@ pub struct Alive {
     pub kernels: BTreeSet<NodeName>,
     /// Those of them whose agents are heard of.
     pub agents: BTreeSet<NodeName>,
+    /// Those that left the last echoes unanswered and may be dead in a moment.
+    pub doubtful: BTreeSet<NodeName>,
 }
 
 /// Each address that this node answers for. Without a quorum there is none: the other part of the cluster answers.
@@ -24,6 +26,16 @@ pub fn elect(plan: &Plan, alive: &Alive) -> BTreeSet<IpAddr> {
     }
     let mine = plan.addresses.keys().filter(|ip| elected(plan, alive, **ip) == Some(&plan.node));
     mine.copied().collect()
+}
+
+/// Each address that this node does not answer for and would, were the doubtful nodes dead: it asks the LAN for them already, so that
+/// a death costs no more time than it takes to be sure of it.
+pub(super) fn next_in_line(plan: &Plan, alive: &Alive) -> BTreeSet<IpAddr> {
+    if alive.doubtful.is_empty() {
+        return BTreeSet::new();
+    }
+    let without = Alive { agents: &alive.agents - &alive.doubtful, ..alive.clone() };
+    &elect(plan, &without) - &elect(plan, alive)
 }
 
 /// Who is to answer for an address, as this node sees the others; whether there is a quorum is not asked.
@@ -74,7 +86,7 @@ mod tests {
 
     fn answers_beside(node: &str, all: &str, candidates: &str, kernels: &str, agents: &str) -> bool {
         let of = |letters| names(letters).into_iter().collect();
-        let alive = Alive { kernels: of(kernels), agents: of(agents) };
+        let alive = Alive { kernels: of(kernels), agents: of(agents), doubtful: of("") };
         !elect(&seen_by(node, all, candidates), &alive).is_empty()
     }
 
@@ -100,6 +112,25 @@ mod tests {
         assert!(answers_beside("a", "abc", "bac", "bc", "c"), "b's kernel lives, its agent does not");
         assert!(answers_beside("a", "abc", "bac", "bc", ""), "most kernels live");
         assert!(!answers_beside("c", "abc", "bac", "ab", "a"));
+    }
+
+    #[test]
+    fn who_is_next_asks_while_the_first_is_in_doubt_and_does_not_answer_yet() {
+        fn of(letters: &str) -> BTreeSet<NodeName> {
+            names(letters).into_iter().collect()
+        }
+        let seen = |node, doubtful| {
+            let others = "abc".replace(node, "");
+            let alive = Alive { kernels: of(&others), agents: of(&others), doubtful: of(doubtful) };
+            let plan = seen_by(node, "abc", "bac");
+            (!elect(&plan, &alive).is_empty(), !next_in_line(&plan, &alive).is_empty())
+        };
+        assert_eq!(seen("a", ""), (false, false));
+        assert_eq!(seen("a", "b"), (false, true));
+        assert_eq!(seen("a", "c"), (false, false), "c is behind a");
+        assert_eq!(seen("c", "b"), (false, false), "a is before c");
+        assert_eq!(seen("c", "ab"), (false, true), "the quorum is counted when they are dead");
+        assert_eq!(seen("b", "ac"), (true, false));
     }
 
     proptest! {

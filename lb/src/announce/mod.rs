@@ -20,6 +20,7 @@ use std::net::IpAddr;
 use weft_model::{NodeName, ServiceKey};
 
 pub use elect::{Alive, elect};
+pub(crate) use plan::unreached;
 pub use plan::{AnnouncePlanner, plan};
 pub use task::{AnnounceApplier, Announcer, Malformed, Standing, announcer};
 

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use sha2::{Digest as _, Sha256};
 use weft_model::balancer::{AddressPool, L2Advertisement};
+use weft_model::node_facts::LinkSubnets;
 use weft_model::objects::{Node, Service, host_address};
 use weft_model::{NodeName, ObjectRef, Planned, Problem, Reason, Snapshot};
 use weft_netstack::reconcile::Planner;
@@ -72,6 +73,33 @@ fn out_of_reach(plan: &Plan) -> impl Iterator<Item = Problem> {
     })
 }
 
+/// Why no node's links hold an address of a pool, if none do, by what the nodes say of them.
+pub(crate) fn unreached(snapshot: &Snapshot, pools: &Pools, ip: IpAddr, pool: &str) -> Option<String> {
+    let advertised = Advertised::of(snapshot, pools.named(pool).map(|pool| &pool.object))?;
+    let mut selected = snapshot.nodes.values().filter(|node| advertised.lets(node)).peekable();
+    let is_selected = selected.peek().is_some();
+    if snapshot.nodes.is_empty() || selected.any(|node| advertised.reaches_by(node, node.links.as_ref(), ip))
+    {
+        return None;
+    }
+    let names: Vec<String> = advertised.0.iter().map(|one| one.key.to_string()).collect();
+    let names = names.join(", ");
+    Some(if !is_selected {
+        format!(
+            "spec.nodeSelectors of L2Advertisement {names} match no Node, so nobody answers for {ip}; correct them"
+        )
+    } else if advertised.0.iter().any(|one| !one.interfaces.is_empty()) {
+        format!(
+            "spec.interfaces of L2Advertisement {names} name on no Node a link with the subnet of {ip}, so nobody answers for it; \
+             correct them, or take addresses of the LAN into IPAddressPool {pool}"
+        )
+    } else {
+        format!(
+            "{ip} is on no subnet of any Node's links, so nobody answers for it; take addresses of the LAN into IPAddressPool {pool}"
+        )
+    })
+}
+
 /// Who advertises a pool.
 struct Advertised<'a>(Vec<&'a Arc<L2Advertisement>>);
 
@@ -98,7 +126,11 @@ impl<'a> Advertised<'a> {
     /// A link of it that may be used holds the subnet. A node that has not said what its links hold may.
     fn reaches(&self, node: &Arc<Node>, ip: IpAddr, snapshot: &Snapshot) -> bool {
         let own = (node.name == snapshot.facts.name).then(|| snapshot.facts.link_subnets());
-        own.as_ref().or(node.links.as_ref()).is_none_or(|links| {
+        self.reaches_by(node, own.as_ref().or(node.links.as_ref()), ip)
+    }
+
+    fn reaches_by(&self, node: &Arc<Node>, links: Option<&LinkSubnets>, ip: IpAddr) -> bool {
+        links.is_none_or(|links| {
             let mut holding = links.0.iter().filter(|(_, net)| net.contains(&ip));
             holding.any(|(link, _)| self.lets_link(Some(node), link))
         })

@@ -5,9 +5,10 @@
 //!                                                     -> what another is to have: answer until his claim is heard, then withdraw
 //! ```
 //!
-//! A peer whose kernel left four echoes in a row unanswered is dead, half a second after its last answer at most, and lives again when
-//! it answered for a second. The kernels answer the echoes, so an agent that restarts moves nothing; what its kernel answers for when
+//! A peer whose kernel left four echoes in a row unanswered is dead, 0.45 s after its last answer at most, and lives again when it
+//! answered for a second. After two he is in doubt: who would come after him asks the LAN already, and claims when he is dead. The kernels answer the echoes, so an agent that restarts moves nothing; what its kernel answers for when
 //! it starts, it keeps.
+//! What a node answers for it tells the others too (annotation of its Node), so that nobody gets an address that is still answered for.
 //! Agents send the echoes, so who sends none for seconds has no agent, and others take over in order what his kernel answers for.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,7 +19,9 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
+use weft_model::balancer::AnswersFor;
 use weft_model::{NodeName, Notice, ObjectRef, Severity};
+use weft_netstack::kernel::carrier::Carriers;
 use weft_netstack::kernel::lan::{Arp, Heard, Icmp4, Icmp6, Mac};
 use weft_netstack::kernel::nft::answers::{AnswerRules, Answers};
 use weft_netstack::kernel::sysctl::Journal;
@@ -26,7 +29,7 @@ use weft_netstack::kernel::vip::Answering;
 use weft_netstack::kube::Notices;
 use weft_netstack::reconcile::{Applied, Applier, Trust, chain};
 
-use super::elect::{elected, has_quorum};
+use super::elect::{elected, has_quorum, next_in_line};
 use super::{Alive, Announced, Plan, elect, names};
 
 /// One turn.
@@ -35,9 +38,14 @@ const TURN: Duration = Duration::from_millis(50);
 const ECHO_TURNS: u64 = 2;
 /// Between two tries to open a link that could not be opened.
 const LINK_TURNS: u64 = 20;
-/// Echoes without an answer after which a peer is dead, and answers after which it lives again.
+/// Echoes without an answer, the last for a turn, after which a peer is in doubt, and dead; answers after which it lives again.
+const DOUBTFUL_AFTER: u32 = 2;
 const DEAD_AFTER: u32 = 4;
 const ALIVE_AFTER: u32 = 10;
+/// How long a node that was cut off, or just started, waits before it claims: until the others know that it lives, and so yield to its
+/// claim. One that is claimed from a node that thinks the claimant dead is claimed back.
+const BACK: Duration = Duration::from_millis(500);
+const STARTED: Duration = Duration::from_millis(1500);
 /// An agent that is not heard of for this long is no restart.
 const AGENT_SILENT: Duration = Duration::from_secs(5);
 /// Until a node that is to go silent does so although it heard no claim.
@@ -56,6 +64,10 @@ const LATER: Duration = Duration::from_secs(5);
 const TOLD_AGAIN: [Duration; 3] =
     [Duration::from_millis(200), Duration::from_secs(1), Duration::from_secs(2)];
 const TOLD_PERIODICALLY: Duration = Duration::from_secs(30);
+/// Least time between two changes of what the other nodes are told: each is a write to the API server.
+const PUBLISHED_AGAIN: Duration = Duration::from_millis(500);
+/// An object holds 256 KiB of annotations. What is beyond is not told, and may be given anew before it is withdrawn.
+const PUBLISHED_AT_MOST: usize = 3_000;
 
 /// What the announcer does, for people.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -74,6 +86,14 @@ pub struct Standing {
     pub failures: Vec<String>,
 }
 
+impl Standing {
+    fn published(&self) -> AnswersFor {
+        let held = self.held.iter().take(PUBLISHED_AT_MOST).copied().collect();
+        let contested = self.contested.iter().take(PUBLISHED_AT_MOST);
+        AnswersFor { held, contested: contested.map(|(ip, mac)| (*ip, mac.clone())).collect() }
+    }
+}
+
 /// Packets that were dropped because they are not well-formed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Malformed {
@@ -87,14 +107,16 @@ pub struct AnnounceApplier {
     standing: watch::Receiver<Standing>,
 }
 
-/// The announcer's task, to be run, and its applier. `journal` remembers what settings of links held before.
+/// The announcer's task, to be run, and its applier. `journal` remembers what settings of links held before; `answers_for` is where
+/// the other nodes are told.
 pub fn announcer(
     notices: Notices,
     journal: Journal,
+    answers_for: watch::Sender<Option<AnswersFor>>,
 ) -> (AnnounceApplier, watch::Receiver<Standing>, watch::Receiver<Option<Arc<Plan>>>, Announcer) {
     let (plans, plan) = watch::channel(None);
     let (standing_tx, standing) = watch::channel(Standing::default());
-    let announcer = Announcer { plan: plan.clone(), standing: standing_tx, notices, journal };
+    let announcer = Announcer { plan: plan.clone(), standing: standing_tx, answers_for, notices, journal };
     (AnnounceApplier { plans, standing: standing.clone() }, standing, plan, announcer)
 }
 
@@ -125,6 +147,7 @@ impl Applier for AnnounceApplier {
 pub struct Announcer {
     plan: watch::Receiver<Option<Arc<Plan>>>,
     standing: watch::Sender<Standing>,
+    answers_for: watch::Sender<Option<AnswersFor>>,
     notices: Notices,
     journal: Journal,
 }
@@ -171,6 +194,7 @@ struct Pulse {
     unanswered: u32,
     /// In a row, while it is dead.
     answered: u32,
+    doubtful: bool,
     dead: bool,
     /// When its agent was heard of, or when it was first listened to.
     agent_heard: Instant,
@@ -178,7 +202,7 @@ struct Pulse {
 
 impl Pulse {
     fn from_now() -> Self {
-        Self { unanswered: 0, answered: 0, dead: false, agent_heard: Instant::now() }
+        Self { unanswered: 0, answered: 0, doubtful: false, dead: false, agent_heard: Instant::now() }
     }
 
     fn is_silent(&self) -> bool {
@@ -187,13 +211,18 @@ impl Pulse {
 
     fn sent(&mut self) {
         self.unanswered += 1;
-        if self.unanswered > DEAD_AFTER {
+    }
+
+    /// In the turn after an echo was sent.
+    fn judge(&mut self) {
+        self.doubtful = self.unanswered >= DOUBTFUL_AFTER;
+        if self.unanswered >= DEAD_AFTER {
             (self.dead, self.answered) = (true, 0);
         }
     }
 
     fn replied(&mut self) {
-        self.unanswered = 0;
+        (self.unanswered, self.doubtful) = (0, false);
         self.answered += 1;
         if self.answered >= ALIVE_AFTER {
             self.dead = false;
@@ -211,6 +240,7 @@ struct Work {
     identifier: u16,
     pulses: BTreeMap<NodeName, Pulse>,
     links: BTreeMap<LinkId, Arp>,
+    carriers: Carriers,
     phases: BTreeMap<IpAddr, Phase>,
     rules: AnswerRules,
     /// What the rules say now; `None` when they may say anything.
@@ -223,6 +253,11 @@ struct Work {
     /// What `mine` was elected of.
     elected_of: Option<(Arc<Plan>, Alive)>,
     mine: BTreeSet<IpAddr>,
+    /// Addresses to be asked for before it is sure that they are `mine`.
+    next: BTreeSet<IpAddr>,
+    had_quorum: bool,
+    /// Nothing is claimed from other nodes before.
+    claim_at: Instant,
     /// When an address is to be looked at again, if nothing happens before.
     look_at: Instant,
     /// When the kernel's entries are to be looked at again.
@@ -244,18 +279,24 @@ impl Announcer {
         work.adopt(&first).await;
         let mut turns = tokio::time::interval(TURN);
         turns.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut published_at: Option<Instant> = None;
+        let mut unpublished = true;
         for turn in 0u64.. {
             let plan = self.plan.borrow_and_update().clone();
             let Some(plan) = plan else { return Ok(()) };
             work.turn(&plan, turn).await;
-            self.standing.send_if_modified(|known| {
+            unpublished |= self.standing.send_if_modified(|known| {
                 let differs = *known != work.standing;
                 if differs {
                     known.clone_from(&work.standing);
                 }
                 differs
             });
-            if plan.addresses.is_empty() && work.phases.is_empty() {
+            if unpublished && published_at.is_none_or(|at| at.elapsed() >= PUBLISHED_AGAIN) {
+                self.answers_for.send_replace(Some(work.standing.published()));
+                (published_at, unpublished) = (Some(Instant::now()), false);
+            }
+            if plan.addresses.is_empty() && work.phases.is_empty() && !unpublished {
                 // Nobody is asked for nothing.
                 work.pulses.clear();
                 if self.plan.changed().await.is_err() {
@@ -286,6 +327,7 @@ impl Work {
             identifier: u16::try_from(std::process::id() & 0xffff).unwrap_or(1),
             pulses: BTreeMap::new(),
             links: BTreeMap::new(),
+            carriers: Carriers::open()?,
             phases: BTreeMap::new(),
             rules: AnswerRules::default(),
             ruled: None,
@@ -294,6 +336,9 @@ impl Work {
             before: BTreeMap::new(),
             elected_of: None,
             mine: BTreeSet::new(),
+            next: BTreeSet::new(),
+            had_quorum: true,
+            claim_at: Instant::now() + STARTED,
             look_at: Instant::now(),
             verify_at: Instant::now() + TOLD_PERIODICALLY,
             standing: Standing::default(),
@@ -340,12 +385,23 @@ impl Work {
             self.open_links(plan).await;
         }
         self.hear(plan);
+        while let Some(index) = self.carriers.take() {
+            self.tell_soon(plan, index);
+        }
         if turn.is_multiple_of(ECHO_TURNS) {
             self.send_echoes(plan);
+        } else {
+            self.pulses.values_mut().for_each(Pulse::judge);
         }
         let alive = self.alive(plan);
         if plan_is_new || self.elected_of.as_ref().is_none_or(|(_, known)| *known != alive) {
             self.mine = elect(plan, &alive);
+            self.next = next_in_line(plan, &alive);
+            let has_quorum = has_quorum(plan, &alive.kernels);
+            if has_quorum && !self.had_quorum {
+                self.claim_at = Instant::now() + BACK;
+            }
+            self.had_quorum = has_quorum;
             self.elected_of = Some((plan.clone(), alive.clone()));
             self.look_at = Instant::now();
         }
@@ -404,14 +460,23 @@ impl Work {
             } else {
                 alive.agents.insert(name.clone());
             }
+            if pulse.is_some_and(|pulse| pulse.doubtful) {
+                alive.doubtful.insert(name.clone());
+            }
         }
         alive
+    }
+
+    /// It is asked for before it is this node's.
+    fn is_asked_early(&self, ip: IpAddr) -> bool {
+        self.next.contains(&ip) && matches!(self.phases.get(&ip), None | Some(Phase::Asking { .. }))
     }
 
     /// Addresses that this node is not to answer for: those that a living node is to have are answered for until he claims them.
     async fn let_go(&mut self, plan: &Plan, alive: &Alive) -> bool {
         let now = Instant::now();
-        let others: Vec<IpAddr> = self.phases.keys().filter(|ip| !self.mine.contains(*ip)).copied().collect();
+        let of_others = |ip: &&IpAddr| !self.mine.contains(*ip) && !self.is_asked_early(**ip);
+        let others: Vec<IpAddr> = self.phases.keys().filter(of_others).copied().collect();
         let mut changed = false;
         for ip in others {
             let succeeded = has_quorum(plan, &alive.kernels) && elected(plan, alive, ip).is_some();
@@ -432,7 +497,8 @@ impl Work {
     async fn pursue_all(&mut self, plan: &Plan) -> bool {
         let now = Instant::now();
         let due = |ip: &&IpAddr| self.phases.get(*ip).and_then(Phase::due_at).is_none_or(|at| now >= at);
-        let due: Vec<IpAddr> = self.mine.iter().filter(due).copied().collect();
+        let early = self.next.iter().filter(|ip| self.is_asked_early(**ip));
+        let due: Vec<IpAddr> = self.mine.iter().filter(due).chain(early).copied().collect();
         let mut claimed = Vec::new();
         for ip in due {
             if let Some(announced) = plan.addresses.get(&ip).filter(|it| !it.links.is_empty()) {
@@ -485,6 +551,20 @@ impl Work {
         self.standing.before = self.before.iter().map(|(ip, (node, _))| (*ip, node.clone())).collect();
     }
 
+    /// A link came up: whoever is on it may never have heard of what is answered for there, or has forgotten.
+    fn tell_soon(&mut self, plan: &Plan, index: u32) {
+        let on_link = |ip: &IpAddr| {
+            plan.addresses.get(ip).is_some_and(|announced| announced.links.values().any(|on| *on == index))
+        };
+        let now = Instant::now();
+        for (_, phase) in self.phases.iter_mut().filter(|(ip, _)| on_link(ip)) {
+            if let Phase::Held { told, tell_at } = phase {
+                (*told, *tell_at) = (0, now);
+                self.look_at = now;
+            }
+        }
+    }
+
     /// One ARP socket for each link in use; a link that went and came has another index, and so a new socket.
     async fn open_links(&mut self, plan: &Plan) {
         let links = plan.addresses.values().flat_map(|announced| &announced.links);
@@ -497,7 +577,10 @@ impl Work {
                 Arp::open(index, mac).map_err(|error| format!("listen to ARP on {name}: {error}"))
             });
             match opened {
-                Ok(arp) => drop(self.links.insert((name, index), arp)),
+                Ok(arp) => {
+                    self.links.insert((name, index), arp);
+                    self.tell_soon(plan, index);
+                }
                 Err(error) => self.failed(error),
             }
         }
@@ -595,7 +678,13 @@ impl Work {
     async fn pursue(&mut self, ip: IpAddr, announced: &Announced, plan: &Plan) {
         let now = Instant::now();
         let phase = self.phases.remove(&ip).unwrap_or(Phase::Asking { since: now, asked: 0, answered: None });
+        let may_claim = self.mine.contains(&ip) && (now >= self.claim_at || plan.peers.is_empty());
         let next = match phase {
+            // Who is in doubt lives.
+            Phase::Asking { answered: Some(_), .. } if !self.mine.contains(&ip) => {
+                Phase::Asking { since: now, asked: 0, answered: None }
+            }
+            Phase::Asking { answered: Some(mac), .. } if self.cards.contains_key(&mac) && !may_claim => phase,
             Phase::Asking { answered: Some(mac), .. } if self.cards.contains_key(&mac) => {
                 // A node of this cluster that goes silent as soon as it hears the claim.
                 let node = self.cards[&mac].clone();
@@ -613,6 +702,8 @@ impl Work {
                     self.ask_for_cards(ip, announced, plan);
                     self.ask(ip, announced);
                     Phase::Asking { since, asked: asked + 1, answered: None }
+                } else if !may_claim {
+                    phase
                 } else {
                     self.claim(ip, announced).await
                 }

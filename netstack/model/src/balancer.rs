@@ -1,8 +1,9 @@
 //! What LoadBalancer Services ask for, and what the operator gives: pools of addresses and who announces them on the LAN.
 //! The objects are MetalLB's (`metallb.io/v1beta1`), the annotations also kube-vip's and Cilium's.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::str::FromStr;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -130,6 +131,44 @@ pub struct L2Advertisement {
     pub interfaces: BTreeSet<String>,
 }
 
+/// Addresses that a node tells the others of: those that it answers for on the LAN, also when no Service has them any more, and those
+/// that it is to answer for and that another machine has. As text `IP` or `IP=MAC` with blanks between.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AnswersFor {
+    pub held: BTreeSet<IpAddr>,
+    /// With the link-layer address of the other machine.
+    pub contested: BTreeMap<IpAddr, String>,
+}
+
+impl AnswersFor {
+    pub fn is_empty(&self) -> bool {
+        self.held.is_empty() && self.contested.is_empty()
+    }
+}
+
+impl std::fmt::Display for AnswersFor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let contested = self.contested.iter().map(|(ip, mac)| format!("{ip}={mac}"));
+        let words: Vec<String> = self.held.iter().map(IpAddr::to_string).chain(contested).collect();
+        f.write_str(&words.join(" "))
+    }
+}
+
+impl FromStr for AnswersFor {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let mut read = Self::default();
+        for word in text.split_whitespace() {
+            match word.split_once('=') {
+                Some((ip, mac)) => drop(read.contested.insert(ip.parse().map_err(drop)?, mac.to_owned())),
+                None => drop(read.held.insert(word.parse().map_err(drop)?)),
+            }
+        }
+        Ok(read)
+    }
+}
+
 /// Addresses of one family from the first to the last, both included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct AddressRange {
@@ -193,6 +232,16 @@ fn address(ipv6: bool, value: u128) -> IpAddr {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_node_answers_for_is_understood_and_nothing_else() {
+        let text = "192.0.2.1 2001:db8::1 192.0.2.9=02:00:00:00:00:07 2001:db8::9=02:00:00:00:00:07";
+        assert_eq!(text.parse::<AnswersFor>().unwrap().to_string(), text);
+        assert!("".parse::<AnswersFor>().unwrap().is_empty());
+        for wrong in ["x", "192.0.2.0/24", "=02:00:00:00:00:07"] {
+            assert_eq!(wrong.parse::<AnswersFor>(), Err(()), "{wrong}");
+        }
+    }
 
     #[test]
     fn a_range_is_a_cidr_or_two_addresses_of_one_family_in_order() {

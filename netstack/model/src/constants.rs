@@ -61,6 +61,7 @@ pub const ANNOTATION_PUBLIC_KEY: &str = "weft.network/public-key";
 pub const ANNOTATION_NEXT_PUBLIC_KEY: &str = "weft.network/next-public-key";
 pub const ANNOTATION_WIREGUARD_PORT: &str = "weft.network/wireguard-port";
 pub const ANNOTATION_LINKS: &str = "weft.network/links";
+pub const ANNOTATION_ANSWERS_FOR: &str = "weft.network/answers-for";
 
 /// NetworkPolicy annotation: `keep` lets connections that the policy would deny end by themselves; `cut`, the default, ends them.
 pub const ANNOTATION_ESTABLISHED: &str = "weft.network/established";

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::balancer::Balancer;
+use crate::balancer::{AnswersFor, Balancer};
 use crate::ids::{NamespacedName, NodeName, PodKey, ServiceKey, SliceKey, WgPublicKey};
 use crate::node_facts::LinkSubnets;
 
@@ -33,6 +33,12 @@ pub struct Node {
     /// Annotation `weft.network/links`; `None` for a node whose agent has not said.
     #[serde(default)]
     pub links: Option<LinkSubnets>,
+    /// Annotation `weft.network/answers-for`.
+    #[serde(default)]
+    pub answers_for: AnswersFor,
+    /// Condition Ready is False or Unknown: what its annotations say may be of yesterday.
+    #[serde(default)]
+    pub unready: bool,
     /// Annotation `weft.network/public-key`.
     pub public_key: Option<WgPublicKey>,
     /// Annotation `weft.network/next-public-key`: replaces `public_key` soon; peers accept both.

@@ -10,7 +10,8 @@ use ipnet::IpNet;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use weft_model::constants::{
-    ANNOTATION_LINKS, ANNOTATION_NEXT_PUBLIC_KEY, ANNOTATION_PUBLIC_KEY, ANNOTATION_WIREGUARD_PORT,
+    ANNOTATION_ANSWERS_FOR, ANNOTATION_LINKS, ANNOTATION_NEXT_PUBLIC_KEY, ANNOTATION_PUBLIC_KEY,
+    ANNOTATION_WIREGUARD_PORT,
 };
 use weft_model::objects::{
     Bandwidth, ConfigMap, Endpoint, EndpointPort, EndpointSlice, NamedPort, Namespace, Node, Pod, Protocol,
@@ -59,11 +60,14 @@ pub fn node(document: &Value) -> Lowered<Node> {
             .collect();
         let annotations = meta.annotations.unwrap_or_default();
         let mut taints = wire.spec.taints.iter().flatten();
+        let mut conditions = wire.status.conditions.iter().flatten();
         Some(Node {
             leaving: meta.deletion_timestamp.is_some()
                 || taints.any(|taint| taint.key == TO_BE_DELETED_TAINT),
             cordoned: wire.spec.unschedulable.unwrap_or(false),
             links: notes.annotation(&annotations, ANNOTATION_LINKS),
+            answers_for: notes.annotation(&annotations, ANNOTATION_ANSWERS_FOR).unwrap_or_default(),
+            unready: conditions.any(|condition| condition.kind == "Ready" && condition.status != "True"),
             public_key: notes.annotation(&annotations, ANNOTATION_PUBLIC_KEY),
             next_public_key: notes.annotation(&annotations, ANNOTATION_NEXT_PUBLIC_KEY),
             wireguard_port: notes.annotation(&annotations, ANNOTATION_WIREGUARD_PORT),

@@ -1,5 +1,5 @@
-//! What this node tells the others: its WireGuard identity and which subnets its links hold, as annotations of its own Node
-//! (decision 15). A planner and an applier like any other, so the generic Loop retries it; it writes only while the Node says
+//! What this node tells the others: its WireGuard identity, which subnets its links hold and which addresses of load balancers it
+//! answers for, as annotations of its own Node (decision 15). A planner and an applier like any other, so the generic Loop retries it; it writes only while the Node says
 //! something else.
 
 use std::future::Future;
@@ -8,8 +8,10 @@ use std::sync::Arc;
 use kube::api::{Api, Patch, PatchParams};
 use serde_json::json;
 use tokio::sync::watch;
+use weft_model::balancer::AnswersFor;
 use weft_model::constants::{
-    ANNOTATION_LINKS, ANNOTATION_NEXT_PUBLIC_KEY, ANNOTATION_PUBLIC_KEY, ANNOTATION_WIREGUARD_PORT,
+    ANNOTATION_ANSWERS_FOR, ANNOTATION_LINKS, ANNOTATION_NEXT_PUBLIC_KEY, ANNOTATION_PUBLIC_KEY,
+    ANNOTATION_WIREGUARD_PORT,
 };
 use weft_model::node_facts::LinkSubnets;
 use weft_model::objects::Node;
@@ -34,6 +36,7 @@ pub struct Publication {
     pub node: NodeName,
     pub identity: Identity,
     pub links: LinkSubnets,
+    pub answers_for: AnswersFor,
 }
 
 impl Identity {
@@ -45,10 +48,12 @@ impl Identity {
     }
 }
 
-/// The identity as it is at any time.
+/// What there is to say, as it is at any time.
 #[derive(Debug)]
 pub struct Publishing {
     pub identity: watch::Receiver<Identity>,
+    /// `None` until it is known: what was said before stands.
+    pub answers_for: watch::Receiver<Option<AnswersFor>>,
 }
 
 impl Planner for Publishing {
@@ -58,11 +63,14 @@ impl Planner for Publishing {
     fn plan(&mut self, snapshot: &Snapshot) -> Planned<Self::Plan> {
         let identity = self.identity.borrow().clone();
         let links = snapshot.facts.link_subnets();
-        let due = snapshot.own_node().filter(|node| {
-            (identity.differs(node) || node.links.as_ref() != Some(&links)) && !snapshot.from_store
-        });
-        let plan = due.map(|node| Publication { node: node.name.clone(), identity, links });
-        Planned::new(plan, Vec::new())
+        let Some(node) = snapshot.own_node().filter(|_| !snapshot.from_store) else {
+            return Planned::new(None, Vec::new());
+        };
+        let answers_for = self.answers_for.borrow().clone().unwrap_or_else(|| node.answers_for.clone());
+        let due =
+            identity.differs(node) || node.links.as_ref() != Some(&links) || node.answers_for != answers_for;
+        let publication = || Publication { node: node.name.clone(), identity, links, answers_for };
+        Planned::new(due.then(publication), Vec::new())
     }
 }
 
@@ -105,12 +113,14 @@ impl Applier for Publisher {
 pub async fn publish(client: &kube::Client, publication: &Publication) -> Result<(), kube::Error> {
     let api: Api<Document> = Api::all_with(client.clone(), &Kind::Node);
     let Identity { public_key, next_public_key, wireguard_port } = &publication.identity;
+    let answers_for = &publication.answers_for;
     let annotations = json!({
         ANNOTATION_PUBLIC_KEY: public_key.to_string(),
-        // `null` takes away what a rotation left there (RFC 7386).
+        // `null` takes away what stood there (RFC 7386).
         ANNOTATION_NEXT_PUBLIC_KEY: next_public_key.map(|key| key.to_string()),
         ANNOTATION_WIREGUARD_PORT: wireguard_port.to_string(),
         ANNOTATION_LINKS: publication.links.to_string(),
+        ANNOTATION_ANSWERS_FOR: (!answers_for.is_empty()).then(|| answers_for.to_string()),
     });
     let patch = json!({ "metadata": { "annotations": annotations } });
     api.patch(&publication.node.0, &PatchParams::default(), &Patch::Merge(patch)).await.map(|_| ())

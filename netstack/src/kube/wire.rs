@@ -49,6 +49,7 @@ pub(super) struct Taint {
 #[serde(default)]
 pub(super) struct NodeStatus {
     pub addresses: Option<Vec<NodeAddress>>,
+    pub conditions: Option<Vec<Condition>>,
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -59,6 +59,8 @@ fn node() -> Node {
         links: None,
         public_key: Some(WgPublicKey([7; 32])),
         next_public_key: None,
+        answers_for: Default::default(),
+        unready: false,
         wireguard_port: Some(51820),
     }
 }

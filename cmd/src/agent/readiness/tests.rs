@@ -38,6 +38,8 @@ fn snapshot(from_store: bool) -> Snapshot {
         links: None,
         public_key: None,
         next_public_key: None,
+        answers_for: Default::default(),
+        unready: false,
         wireguard_port: None,
     };
     let config = ClusterConfig {

@@ -135,6 +135,8 @@ pub(in crate::cni) fn snapshot(pod_cidrs: &[&str]) -> Snapshot {
         links: None,
         public_key: None,
         next_public_key: None,
+        answers_for: Default::default(),
+        unready: false,
         wireguard_port: None,
     };
     Snapshot {

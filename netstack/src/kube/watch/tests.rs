@@ -468,7 +468,9 @@ async fn the_identity_is_written_once_with_a_merge_patch_of_the_own_node_only() 
     let snapshot = rig.until("the Node", |s| s.own_node().is_some()).await;
     let public_key = weft_model::WgPublicKey([7; 32]);
     let identity = Identity { public_key, next_public_key: None, wireguard_port: 51820 };
-    let mut identity = Publishing { identity: tokio::sync::watch::Sender::new(identity).subscribe() };
+    let (said, answers_for) = tokio::sync::watch::channel(None);
+    let identity = tokio::sync::watch::Sender::new(identity).subscribe();
+    let mut identity = Publishing { identity, answers_for };
     let due = identity.plan(&snapshot).plan;
     let applied = Publisher::new(rig.access.clone()).apply(&due, Trust::Nothing).await;
     assert_eq!((applied.changed.len(), applied.failed), (1, vec![]));
@@ -479,6 +481,7 @@ async fn the_identity_is_written_once_with_a_merge_patch_of_the_own_node_only() 
     let written = rig.server.lock().unwrap().patches.clone();
     let mut with_null = annotations.clone();
     with_null["weft.network/next-public-key"] = json!(null);
+    with_null["weft.network/answers-for"] = json!(null);
     let expected = json!({"metadata": {"annotations": with_null}});
     assert_eq!(written, [("/api/v1/nodes/n1".to_owned(), expected)]);
     let node = json!({"metadata": {"name": "n1", "annotations": annotations}});
@@ -486,6 +489,13 @@ async fn the_identity_is_written_once_with_a_merge_patch_of_the_own_node_only() 
     rig.server.lock().unwrap().set("nodes", node);
     let after = rig.until("the key", |s| s.own_node().is_some_and(|n| n.public_key.is_some())).await;
     assert_eq!(identity.plan(&after).plan, None);
+    let answers_for = "192.0.2.1 192.0.2.2=02:00:00:00:00:07".parse::<weft_model::balancer::AnswersFor>();
+    said.send_replace(answers_for.ok());
+    let due = identity.plan(&after).plan;
+    Publisher::new(rig.access.clone()).apply(&due, Trust::Nothing).await;
+    let written = rig.server.lock().unwrap().patches.last().unwrap().1.clone();
+    let text = &written["metadata"]["annotations"]["weft.network/answers-for"];
+    assert_eq!(text, "192.0.2.1 192.0.2.2=02:00:00:00:00:07");
 }
 
 impl Rig {

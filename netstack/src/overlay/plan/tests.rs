@@ -33,6 +33,8 @@ fn node(number: u8, ipv4: bool, ipv6: bool) -> Node {
         links: None,
         public_key: Some(WgPublicKey([number; 32])),
         next_public_key: None,
+        answers_for: Default::default(),
+        unready: false,
         wireguard_port: None,
     }
 }

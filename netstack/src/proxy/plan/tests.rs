@@ -67,6 +67,8 @@ fn cluster(services: Vec<Service>, slices: Vec<EndpointSlice>) -> Snapshot {
         links: None,
         public_key: None,
         next_public_key: None,
+        answers_for: Default::default(),
+        unready: false,
         wireguard_port: None,
     };
     let config = ClusterConfig {
