@@ -2,17 +2,23 @@
 //! LoadBalancer provisions a load balancer" (kubernetes.io/docs/concepts/services-networking/service), here by Weft, asked by a
 //! host of the LAN that is no node.
 
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 
 use crate::cluster::{Cluster, NODES, PATIENCE, in_url};
+use crate::load::Totals;
 use crate::{Case, case};
 
 pub(crate) const CASES: &[Case] = &[
     case("without a pool a Service has the nodes' addresses, and each answers", by_nodes),
     case("with a pool it has an address of each family, at which one node answers the LAN", by_pool),
     case("the power of the answering node is cut: another one answers, with the client's address", power_cut),
+    case(
+        "the answering node is drained under load: its address and its pods move, no request fails",
+        drained,
+    ),
 ];
 
 const POOL: &str = "
@@ -37,8 +43,17 @@ spec:
 
 /// `status.loadBalancer.ingress`, sorted, once there are `count`.
 fn addresses(cluster: &Cluster, count: usize, belongs: fn(&str) -> bool) -> anyhow::Result<Vec<String>> {
+    addresses_of(cluster, "fronted", count, belongs)
+}
+
+fn addresses_of(
+    cluster: &Cluster,
+    name: &str,
+    count: usize,
+    belongs: fn(&str) -> bool,
+) -> anyhow::Result<Vec<String>> {
     cluster.within(PATIENCE / 3, "addresses in the status", || {
-        let service = cluster.object(&["service", "fronted"])?;
+        let service = cluster.object(&["service", name])?;
         let ingress = service["status"]["loadBalancer"]["ingress"].as_array().cloned().unwrap_or_default();
         let mut found: Vec<String> =
             ingress.iter().filter_map(|one| one["ip"].as_str().map(str::to_owned)).collect();
@@ -139,4 +154,126 @@ fn power_cut(cluster: &Cluster) -> anyhow::Result<()> {
         cluster.node_is_back(victim)?;
         moved
     })
+}
+
+/// Pods that are evicted end as pods should: they serve on until every node has heard of it.
+const EVICTED: &str = "
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: evicted, namespace: suite}
+spec:
+  replicas: 3
+  selector: {matchLabels: {app: evicted}}
+  template:
+    metadata: {labels: {app: evicted}}
+    spec:
+      terminationGracePeriodSeconds: 20
+      topologySpreadConstraints:
+      - {maxSkew: 1, topologyKey: kubernetes.io/hostname, whenUnsatisfiable: ScheduleAnyway, labelSelector: {matchLabels: {app: evicted}}}
+      containers:
+      - name: evicted
+        image: weft.network/test:1
+        args: [netexec, --http-port=8080]
+        ports: [{name: web, containerPort: 8080}]
+        readinessProbe: {httpGet: {path: /healthz, port: web}, periodSeconds: 1}
+        lifecycle: {preStop: {exec: {command: [sleep, '5']}}}
+---
+apiVersion: policy/v1
+kind: PodDisruptionBudget
+metadata: {name: evicted, namespace: suite}
+spec: {maxUnavailable: 1, selector: {matchLabels: {app: evicted}}}
+";
+
+fn evicted_service(name: &str, policy: &str, port: u16) -> String {
+    format!(
+        "
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: {name}, namespace: suite}}
+spec:
+  type: LoadBalancer
+  externalTrafficPolicy: {policy}
+  ipFamilyPolicy: RequireDualStack
+  selector: {{app: evicted}}
+  ports: [{{port: {port}, targetPort: web}}]
+"
+    )
+}
+
+/// `weft lab load` on the host outside the cluster; it ends with this value.
+struct LanLoad(Child);
+
+impl Drop for LanLoad {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl LanLoad {
+    fn start(cluster: &Cluster, urls: &[String]) -> anyhow::Result<Self> {
+        let name = cluster.run_folder.file_name().context("a cluster's name")?.to_string_lossy();
+        let child = Command::new("nsenter")
+            .arg(format!("--net=/run/netns/{name}-client"))
+            .arg("--")
+            .arg(cluster.run_folder.join("weft"))
+            .args(["lab", "load", "new", "--connections", "2"])
+            .args(urls)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        Ok(Self(child))
+    }
+
+    /// Ends it; what it printed last.
+    fn end(mut self) -> anyhow::Result<Totals> {
+        self.0.kill()?;
+        let mut said = String::new();
+        std::io::Read::read_to_string(&mut self.0.stdout.take().context("a pipe")?, &mut said)?;
+        let last = said.lines().rfind(|line| line.ends_with('}')).context("the load printed nothing")?;
+        serde_json::from_str(last).with_context(|| last.to_owned())
+    }
+}
+
+fn drained(cluster: &Cluster) -> anyhow::Result<()> {
+    let services = [("evicted-local", "Local", 8097), ("evicted-cluster", "Cluster", 8098)];
+    let manifests: String =
+        services.iter().map(|(name, policy, port)| evicted_service(name, policy, *port)).collect();
+    let all = format!("{EVICTED}{manifests}---{POOL}");
+    cluster.apply(&all)?;
+    let checked = drain_under_load(cluster, &services);
+    for node in NODES {
+        cluster.kubectl(&["uncordon", node])?;
+    }
+    cluster.delete(&all)?;
+    checked
+}
+
+fn drain_under_load(cluster: &Cluster, services: &[(&str, &str, u16)]) -> anyhow::Result<()> {
+    cluster.kubectl(&["rollout", "status", "deployment/evicted", "--timeout=120s"])?;
+    let mut urls = Vec::new();
+    for (name, _, port) in services {
+        let found = addresses_of(cluster, name, 2, is_of_pool)?;
+        urls.extend(found.iter().map(|address| format!("http://{}:{port}/hostname", in_url(address))));
+    }
+    for url in &urls {
+        cluster.within(Duration::from_secs(20), "an answer", || {
+            cluster.on("client", &format!("curl -sS -m 1 '{url}'"))
+        })?;
+    }
+    let local = addresses_of(cluster, services[0].0, 2, is_of_pool)?;
+    let victim = answering(cluster, &local[0])?;
+    let load = LanLoad::start(cluster, &urls)?;
+    std::thread::sleep(Duration::from_secs(3));
+    let of_deployment = ["--pod-selector=app=evicted", "--ignore-daemonsets", "--timeout=120s"];
+    let said = cluster.kubectl(&[&["drain", victim], of_deployment.as_slice()].concat())?;
+    ensure!(said.contains("evicted"), "no pod was evicted: {said}");
+    ensure!(answering(cluster, &local[0])? != victim, "{} is still at {victim}", local[0]);
+    cluster.kubectl(&["uncordon", victim])?;
+    std::thread::sleep(Duration::from_secs(8));
+    let totals = load.end()?;
+    println!("        {victim} drained and let in again: {totals}");
+    ensure!(totals.requests > 500 && totals.failed == 0, "{totals}");
+    Ok(())
 }
