@@ -89,7 +89,8 @@ fn init(args: &[String]) -> anyhow::Result<()> {
     let benchmark = nix::unistd::Pid::from_raw(i32::try_from(benchmark.id())?);
     loop {
         match nix::sys::wait::wait()? {
-            WaitStatus::Exited(pid, code) if pid == benchmark => std::process::exit(code),
+            WaitStatus::Exited(pid, 0) if pid == benchmark => return Ok(()),
+            WaitStatus::Exited(pid, code) if pid == benchmark => bail!("it ended with {code}"),
             WaitStatus::Signaled(pid, signal, _) if pid == benchmark => bail!("it ended by {signal}"),
             _ => {}
         }
