@@ -42,6 +42,10 @@ const LINK_TURNS: u64 = 20;
 const DOUBTFUL_AFTER: u32 = 2;
 const DEAD_AFTER: u32 = 4;
 const ALIVE_AFTER: u32 = 10;
+/// How long a node that was cut off, or just started, waits before it claims: until the others know that it lives, and so yield to its
+/// claim. One that is claimed from a node that thinks the claimant dead is claimed back.
+const BACK: Duration = Duration::from_millis(500);
+const STARTED: Duration = Duration::from_millis(1500);
 /// An agent that is not heard of for this long is no restart.
 const AGENT_SILENT: Duration = Duration::from_secs(5);
 /// Until a node that is to go silent does so although it heard no claim.
@@ -251,6 +255,9 @@ struct Work {
     mine: BTreeSet<IpAddr>,
     /// Addresses to be asked for before it is sure that they are `mine`.
     next: BTreeSet<IpAddr>,
+    had_quorum: bool,
+    /// Nothing is claimed from other nodes before.
+    claim_at: Instant,
     /// When an address is to be looked at again, if nothing happens before.
     look_at: Instant,
     /// When the kernel's entries are to be looked at again.
@@ -330,6 +337,8 @@ impl Work {
             elected_of: None,
             mine: BTreeSet::new(),
             next: BTreeSet::new(),
+            had_quorum: true,
+            claim_at: Instant::now() + STARTED,
             look_at: Instant::now(),
             verify_at: Instant::now() + TOLD_PERIODICALLY,
             standing: Standing::default(),
@@ -376,7 +385,7 @@ impl Work {
             self.open_links(plan).await;
         }
         self.hear(plan);
-        while let Some(index) = self.carriers.next() {
+        while let Some(index) = self.carriers.came_up() {
             self.tell_soon(plan, index);
         }
         if turn.is_multiple_of(ECHO_TURNS) {
@@ -388,6 +397,11 @@ impl Work {
         if plan_is_new || self.elected_of.as_ref().is_none_or(|(_, known)| *known != alive) {
             self.mine = elect(plan, &alive);
             self.next = next_in_line(plan, &alive);
+            let has_quorum = has_quorum(plan, &alive.kernels);
+            if has_quorum && !self.had_quorum {
+                self.claim_at = Instant::now() + BACK;
+            }
+            self.had_quorum = has_quorum;
             self.elected_of = Some((plan.clone(), alive.clone()));
             self.look_at = Instant::now();
         }
@@ -664,11 +678,13 @@ impl Work {
     async fn pursue(&mut self, ip: IpAddr, announced: &Announced, plan: &Plan) {
         let now = Instant::now();
         let phase = self.phases.remove(&ip).unwrap_or(Phase::Asking { since: now, asked: 0, answered: None });
+        let may_claim = self.mine.contains(&ip) && (now >= self.claim_at || plan.peers.is_empty());
         let next = match phase {
             // Who is in doubt lives.
             Phase::Asking { answered: Some(_), .. } if !self.mine.contains(&ip) => {
                 Phase::Asking { since: now, asked: 0, answered: None }
             }
+            Phase::Asking { answered: Some(mac), .. } if self.cards.contains_key(&mac) && !may_claim => phase,
             Phase::Asking { answered: Some(mac), .. } if self.cards.contains_key(&mac) => {
                 // A node of this cluster that goes silent as soon as it hears the claim.
                 let node = self.cards[&mac].clone();
@@ -686,7 +702,7 @@ impl Work {
                     self.ask_for_cards(ip, announced, plan);
                     self.ask(ip, announced);
                     Phase::Asking { since, asked: asked + 1, answered: None }
-                } else if !self.mine.contains(&ip) {
+                } else if !may_claim {
                     phase
                 } else {
                     self.claim(ip, announced).await
