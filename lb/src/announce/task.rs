@@ -385,7 +385,7 @@ impl Work {
             self.open_links(plan).await;
         }
         self.hear(plan);
-        while let Some(index) = self.carriers.take() {
+        while let Some(index) = self.carriers.came_up() {
             self.tell_soon(plan, index);
         }
         if turn.is_multiple_of(ECHO_TURNS) {

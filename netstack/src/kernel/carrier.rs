@@ -56,7 +56,7 @@ impl Carriers {
     }
 
     /// A link that came up since the last question. Never waits.
-    pub fn take(&mut self) -> Option<u32> {
+    pub fn came_up(&mut self) -> Option<u32> {
         self.came_up.try_recv().ok()
     }
 }
@@ -98,10 +98,10 @@ mod tests {
             for _ in 0..2 {
                 node.must(&["ip", "link", "set", "far", "down"]);
                 tokio::time::sleep(Duration::from_millis(300)).await;
-                while carriers.take().is_some() {}
+                while carriers.came_up().is_some() {}
                 node.must(&["ip", "link", "set", "far", "up"]);
                 tokio::time::sleep(Duration::from_millis(1500)).await;
-                let told: Vec<u32> = std::iter::from_fn(|| carriers.take()).collect();
+                let told: Vec<u32> = std::iter::from_fn(|| carriers.came_up()).collect();
                 assert_eq!(told.iter().filter(|told| **told == index).count(), 1, "{told:?}");
             }
         });
