@@ -52,7 +52,7 @@ fn every_file_is_reached_by_a_mod_declaration() {
     for path in &all {
         let stem = path.file_stem().unwrap().to_str().unwrap();
         let folder = path.parent().unwrap();
-        if ["lib", "main"].contains(&stem) || is_test_root(path) {
+        if ["lib", "main", "build"].contains(&stem) || is_test_root(path) {
             continue;
         }
         let (name, parents) = if stem == "mod" {
