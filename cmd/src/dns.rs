@@ -39,9 +39,9 @@ enum Command {
 /// Whom it is about.
 #[derive(Args)]
 struct PodArgs {
-    /// Name of a pod on this node
+    /// A pod on this node: NAME, or NAMESPACE/NAME
     pod: String,
-    /// Namespace of the pod
+    /// Namespace of a pod that is named without one
     #[arg(short, long, default_value = "default")]
     namespace: String,
     /// Where the agent's socket is
@@ -73,6 +73,18 @@ pub(crate) fn run(args: &DnsArgs) -> anyhow::Result<()> {
     }
 }
 
+impl PodArgs {
+    /// Namespace and name.
+    ///
+    /// # Errors
+    /// For what could not be either.
+    fn named(&self) -> anyhow::Result<(&str, &str)> {
+        let (namespace, name) = self.pod.split_once('/').unwrap_or((&self.namespace, &self.pod));
+        ensure_plain(&[("namespace", namespace), ("pod", name)])?;
+        Ok((namespace, name))
+    }
+}
+
 /// Refuses what could not stand in a request.
 fn ensure_plain(words: &[(&str, &str)]) -> anyhow::Result<()> {
     for (what, text) in words {
@@ -86,22 +98,22 @@ fn ensure_plain(words: &[(&str, &str)]) -> anyhow::Result<()> {
 }
 
 fn explain_to_person(args: &ExplainArgs) -> anyhow::Result<()> {
-    let ExplainArgs { of: PodArgs { pod, namespace, run_dir }, name } = args;
-    ensure_plain(&[("pod", pod), ("namespace", namespace), ("name", name)])?;
+    let ExplainArgs { of, name } = args;
+    let (namespace, pod) = of.named()?;
+    ensure_plain(&[("name", name)])?;
     let path = format!("/dns/explain?pod={pod}&namespace={namespace}&name={name}");
-    crate::print(&ask(run_dir, &path, PATIENCE)?)
+    crate::print(&ask(&of.run_dir, &path, PATIENCE)?)
 }
 
 /// Between two questions for what was asked meanwhile.
 const PAUSE: Duration = Duration::from_millis(300);
 
 fn follow(args: &LogArgs) -> anyhow::Result<()> {
-    let PodArgs { pod, namespace, run_dir } = &args.of;
-    ensure_plain(&[("pod", pod), ("namespace", namespace)])?;
+    let (namespace, pod) = args.of.named()?;
     let mut after = String::new();
     loop {
         let path = format!("/dns/log?pod={pod}&namespace={namespace}{after}");
-        let answer = ask(run_dir, &path, crate::status::PATIENCE)?;
+        let answer = ask(&args.of.run_dir, &path, crate::status::PATIENCE)?;
         let page: Page =
             serde_json::from_str(&answer).context("the agent's answer is of another version of weft")?;
         if page.lost {

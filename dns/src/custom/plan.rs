@@ -359,6 +359,10 @@ impl Reader<'_> {
                 [word] if word == "tls" => {}
                 [word, key] if word == "tls" => tls.authorities = Some(self.authorities(option, key)?),
                 [word, name] if word == "tls_servername" => tls.name = Some(host_name(option, name)?),
+                [word, ..] if word == "tls_servername" => {
+                    let what = "tls_servername takes one name: tls_servername dns.example.net";
+                    return Err(Fault::new(option.number, what));
+                }
                 [word, ..] if FORWARD_OPTIONS.contains(&word.as_str()) => {}
                 [word, ..] => {
                     self.left_out(option, format!("forward: {word} is not there; this line is left out"))

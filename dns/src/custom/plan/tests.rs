@@ -224,6 +224,10 @@ fn servers_over_tls_have_a_name_or_their_address_and_authorities_of_the_host_or_
     let faults = [
         ("forward . tls://1.1.1.1 {\n tls_servername 'x y'\n}\n", "data[a.override] line 2"),
         (
+            "forward . tls://1.1.1.1 {\n tls_servername dns example\n}\n",
+            "line 2: tls_servername takes one name",
+        ),
+        (
             "forward . tls://1.1.1.1 {\n tls_servername a_b!\n}\n",
             "line 2: tls_servername \"a_b!\" is no name of a host",
         ),
