@@ -216,6 +216,23 @@ pub fn groups() -> Vec<&'static str> {
     groups
 }
 
+/// Every group with each of its versions, in the order of their resources.
+pub(crate) fn group_versions() -> Vec<(&'static str, &'static str)> {
+    let mut found = Vec::new();
+    for resource in RESOURCES {
+        let pair = (resource.group, resource.version);
+        if !found.contains(&pair) {
+            found.push(pair);
+        }
+    }
+    found
+}
+
+/// The versions that a group has.
+pub(crate) fn versions(group: &str) -> impl Iterator<Item = &'static str> {
+    group_versions().into_iter().filter(move |(of, _)| *of == group).map(|(_, version)| version)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -277,3 +277,23 @@ spec:
     let services = kubectl.run("get services web", "").await;
     assert_eq!(rows(&services)[1][1..5], ["ClusterIP", rows(&services)[1][2], "<none>", "80/TCP"]);
 }
+
+/// Their group has another version than the groups of Kubernetes.
+#[tokio::test(flavor = "multi_thread")]
+async fn pools_of_metallb_are_applied_and_listed_as_any_other_object() {
+    const POOL: &str = "
+apiVersion: metallb.io/v1beta1
+kind: IPAddressPool
+metadata: {name: lan}
+spec: {addresses: [192.0.2.240-192.0.2.250, '2001:db8::240/124']}
+";
+    let world = World::new().await;
+    let kubectl = Kubectl::new(&world);
+    assert_eq!(kubectl.run("apply -f -", POOL).await, "ipaddresspool.metallb.io/lan created\n");
+    assert_eq!(kubectl.run("apply -f -", POOL).await, "ipaddresspool.metallb.io/lan unchanged\n");
+    assert!(rows(&kubectl.run("get ipaddresspools", "").await)[1].contains(&"lan"));
+    let served = kubectl.run("api-resources -o name", "").await;
+    for name in ["ipaddresspools.metallb.io", "l2advertisements.metallb.io", "ingresses.networking.k8s.io"] {
+        assert!(served.lines().any(|line| line == name), "{served}");
+    }
+}

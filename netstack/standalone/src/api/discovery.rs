@@ -91,13 +91,17 @@ fn paths() -> Vec<String> {
     ]
     .map(str::to_owned)
     .to_vec();
-    paths.extend(named_groups().iter().flat_map(|it| [format!("/apis/{it}"), format!("/apis/{it}/v1")]));
+    for group in named_groups() {
+        paths.push(format!("/apis/{group}"));
+        paths.extend(resources::versions(group).map(|version| format!("/apis/{group}/{version}")));
+    }
     paths
 }
 
 fn group(name: &str) -> Value {
-    let version = json!({"groupVersion": format!("{name}/v1"), "version": "v1"});
-    json!({"kind": "APIGroup", "apiVersion": "v1", "name": name, "versions": [version], "preferredVersion": version})
+    let version = |version: &str| json!({"groupVersion": format!("{name}/{version}"), "version": version});
+    let versions: Vec<Value> = resources::versions(name).map(version).collect();
+    json!({"kind": "APIGroup", "apiVersion": "v1", "name": name, "versions": versions, "preferredVersion": versions.first()})
 }
 
 fn resource_list(group: &str, version: &str) -> Option<Value> {
@@ -147,10 +151,13 @@ fn aggregated_list(version: &'static str, wanted: impl Fn(&str) -> bool) -> Resp
 }
 
 fn aggregated_group(name: &str) -> Value {
-    let resources: Vec<Value> =
-        RESOURCES.iter().filter(|it| it.group == name).map(aggregated_resource).collect();
-    json!({"metadata": {"name": name, "creationTimestamp": null},
-        "versions": [{"version": "v1", "freshness": "Current", "resources": resources}]})
+    let version = |version: &str| {
+        let of_version = RESOURCES.iter().filter(|it| (it.group, it.version) == (name, version));
+        let resources: Vec<Value> = of_version.map(aggregated_resource).collect();
+        json!({"version": version, "freshness": "Current", "resources": resources})
+    };
+    let versions: Vec<Value> = resources::versions(name).map(version).collect();
+    json!({"metadata": {"name": name, "creationTimestamp": null}, "versions": versions})
 }
 
 fn aggregated_resource(resource: &Resource) -> Value {

@@ -13,18 +13,19 @@ pub(super) const V2_DOCUMENT: &[u8] = b"\x0a\x032.0\x12\x19\x0a\x0aKubernetes\x1
 /// `/openapi/v3` and the document of one group and version.
 pub(super) fn answer(path: &str) -> Option<Value> {
     if path == "/openapi/v3" {
-        let entries = resources::groups().into_iter().map(|group| {
-            let place = place(group);
+        let entries = resources::group_versions().into_iter().map(|(group, version)| {
+            let place = place(group, version);
             let url = format!("/openapi/v3/{place}?hash={}", env!("CARGO_PKG_VERSION"));
             (place, json!({"serverRelativeURL": url}))
         });
         return Some(json!({"paths": entries.collect::<Map<_, _>>()}));
     }
     let wanted = path.strip_prefix("/openapi/v3/")?;
-    let group = resources::groups().into_iter().find(|it| place(it) == wanted)?;
+    let of =
+        resources::group_versions().into_iter().find(|(group, version)| place(group, version) == wanted)?;
     let paths: Map<String, Value> = RESOURCES
         .iter()
-        .filter(|it| it.group == group)
+        .filter(|it| (it.group, it.version) == of)
         .map(|it| (object_path(it), json!({"patch": patch_operation(it)})))
         .collect();
     Some(
@@ -33,12 +34,12 @@ pub(super) fn answer(path: &str) -> Option<Value> {
     )
 }
 
-fn place(group: &str) -> String {
-    if group.is_empty() { "api/v1".to_owned() } else { format!("apis/{group}/v1") }
+fn place(group: &str, version: &str) -> String {
+    if group.is_empty() { format!("api/{version}") } else { format!("apis/{group}/{version}") }
 }
 
 fn object_path(resource: &Resource) -> String {
-    let place = place(resource.group);
+    let place = place(resource.group, resource.version);
     if resource.namespaced {
         format!("/{place}/namespaces/{{namespace}}/{}/{{name}}", resource.plural)
     } else {
