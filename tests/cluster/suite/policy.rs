@@ -3,10 +3,13 @@
 //!
 //! Each case makes its pods (`guarded` serves, `walled` asks, one a node each) and its policies, and takes them away again.
 
+use std::process::Command;
+use std::time::{Duration, SystemTime};
+
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
 
-use crate::cluster::{Cluster, NODES, PATIENCE, Pod, ask_by_udp, at_once, in_url};
+use crate::cluster::{Cluster, NODES, PATIENCE, Pod, ask_by_udp, at_once, in_url, said};
 use crate::{Case, case};
 
 pub(crate) const CASES: &[Case] = &[
@@ -19,7 +22,10 @@ pub(crate) const CASES: &[Case] = &[
     case("a connection that a new policy denies is cut, and no other", established),
     case("a pod of a denied namespace is isolated from its first packet on", first_packet),
     case("so is one whose node hears of everything two seconds late", first_packet_late),
-    case("a new pod that is allowed gets through to every node with its first request", allowed_at_once),
+    case(
+        "what is allowed to a new pod is allowed on every node before the API tells its addresses",
+        allowed_at_once,
+    ),
     case("what a policy says and nobody understands is named in the status, and the rest holds", invalid),
 ];
 
@@ -297,7 +303,7 @@ fn established(cluster: &Cluster) -> anyhow::Result<()> {
             .iter()
             .map(|client| scope.spawn(|| cluster.in_pod(&client.name, &slow).unwrap_or_default()))
             .collect();
-        std::thread::sleep(std::time::Duration::from_secs(3));
+        std::thread::sleep(Duration::from_secs(3));
         guarded.policies(&[policy("cut", "guarded", json!({"ingress": [{"from": peer("tools")}]}))])?;
         Ok(asking.into_iter().map(|asking| asking.join().unwrap_or_default()).collect())
     })?;
@@ -306,27 +312,30 @@ fn established(cluster: &Cluster) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A pod on `node` whose first and only act is a shell line; what it printed once it printed `done`. The pod is gone afterwards.
-fn newborn(cluster: &Cluster, name: &str, node: &str, line: &str) -> anyhow::Result<String> {
+/// A pod on `node` whose first and only act is a shell line. It needs nothing more of the API server than to be told.
+fn newborn(name: &str, node: &str, line: &str) -> String {
     let pod = json!({
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {"name": name, "namespace": "suite", "labels": {"app": "newborn"}},
         "spec": {
             "nodeName": node, "terminationGracePeriodSeconds": 0, "restartPolicy": "Never",
+            "automountServiceAccountToken": false,
             "containers": [{
                 "name": "a", "image": "weft.network/test:1",
                 "command": ["bash", "-c", format!("{line}; echo done; sleep 1000")],
             }],
         },
     });
-    cluster.apply(&pod.to_string())?;
-    let said = cluster.within(PATIENCE, "the pod has asked", || {
+    pod.to_string()
+}
+
+/// What the pod printed once it printed `done`.
+fn last_words(cluster: &Cluster, name: &str) -> anyhow::Result<String> {
+    cluster.within(PATIENCE, "the pod has asked", || {
         let said = cluster.kubectl(&["logs", name])?;
         ensure!(said.contains("done"), "{said}");
         Ok(said)
-    });
-    cluster.delete(&pod.to_string())?;
-    said
+    })
 }
 
 /// The pod's first act is to ask, and it must never have been answered.
@@ -334,9 +343,17 @@ fn first_packet(cluster: &Cluster) -> anyhow::Result<()> {
     let guarded = Guarded::start(cluster)?;
     guarded.policies(&[deny("newborn")])?;
     let server = cluster.pod_on("echo", "node2")?;
-    let ask = format!("curl -gsS -m 1 http://{}:8080/hostname && echo LEAKED", server.addresses[0]);
+    let ask = |address: &String| {
+        format!("curl -gsS -m 1 http://{}:8080/hostname && echo LEAKED {address}", in_url(address))
+    };
+    let ask = server.addresses.iter().map(ask).collect::<Vec<_>>().join("; ");
     for turn in 0..5 {
-        let said = newborn(cluster, &format!("newborn-{turn}"), NODES[turn % NODES.len()], &ask)?;
+        let name = format!("newborn-{turn}");
+        let pod = newborn(&name, NODES[turn % NODES.len()], &ask);
+        cluster.apply(&pod)?;
+        let said = last_words(cluster, &name);
+        cluster.delete(&pod)?;
+        let said = said?;
         ensure!(!said.contains("LEAKED"), "pod {turn}: {said}");
     }
     Ok(())
@@ -363,7 +380,8 @@ fn first_packet_late(cluster: &Cluster) -> anyhow::Result<()> {
     })
 }
 
-/// One request a server, none of which may wait for a second packet: a lost one would be repeated after a second only.
+/// The API server is held from the moment at which nodes have heard of the pod until it has asked, so the addresses of the pod are not in it
+/// yet: the kubelet tells them when the containers run. Whoever is let in late is told by a second packet, after a second.
 fn allowed_at_once(cluster: &Cluster) -> anyhow::Result<()> {
     let guarded = Guarded::start(cluster)?;
     guarded.policies(&[policy("newborns", "guarded", json!({"ingress": [{"from": peer("newborn")}]}))])?;
@@ -374,12 +392,32 @@ fn allowed_at_once(cluster: &Cluster) -> anyhow::Result<()> {
         );
     }
     let ask = urls.iter().map(|url| format!("curl -gsS -m 0.8 -o /dev/null {url} || echo LATE {url}"));
-    let ask = ask.collect::<Vec<_>>().join("; ");
-    for turn in 0..6 {
-        let said = newborn(cluster, &format!("newborn-{turn}"), NODES[turn % NODES.len()], &ask)?;
-        ensure!(!said.contains("LATE"), "pod {turn}: {said}");
+    let ask = format!("{}; date +%s", ask.collect::<Vec<_>>().join("; "));
+    for node in NODES {
+        let name = format!("newborn-of-{node}");
+        let pod = newborn(&name, node, &ask);
+        cluster.apply(&pod)?;
+        std::thread::sleep(Duration::from_millis(100));
+        let let_go = held(cluster, Duration::from_secs(8))?;
+        let said = last_words(cluster, &name);
+        cluster.delete(&pod)?;
+        let said = said?;
+        let asked: u64 = said.lines().rev().nth(1).and_then(|line| line.parse().ok()).context("a time")?;
+        ensure!(asked < let_go, "the pod on {node} came too late to be of use: {said}");
+        ensure!(!said.contains("LATE"), "the pod on {node}: {said}");
     }
     Ok(())
+}
+
+/// Holds the API server for a time; when it was let go, in seconds since the epoch.
+fn held(cluster: &Cluster, time: Duration) -> anyhow::Result<u64> {
+    let pid = std::fs::read_to_string(cluster.run_folder.join("kube-apiserver.pid"))?;
+    let signal = |signal| said(Command::new("kill").args([signal, pid.trim()]));
+    signal("-STOP")?;
+    std::thread::sleep(time);
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs();
+    signal("-CONT")?;
+    Ok(now)
 }
 
 fn invalid(cluster: &Cluster) -> anyhow::Result<()> {
