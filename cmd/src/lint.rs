@@ -8,7 +8,7 @@ use clap::Args;
 use serde::Deserialize as _;
 use weft_ingress::lint::{Verdict, Word, lint};
 use weft_model::node_facts::WireguardBackend;
-use weft_model::{ClusterConfig, Generation, NodeFacts, NodeName, ProxyConfig, Snapshot};
+use weft_model::{ClusterConfig, Generation, NodeFacts, NodeName, Snapshot};
 use weft_netstack::kube::Cluster;
 
 use crate::status::{PATIENCE, ask};
@@ -72,15 +72,7 @@ fn snapshot(files: &[PathBuf]) -> anyhow::Result<Snapshot> {
             documents.extend(flattened(value).into_iter().map(completed));
         }
     }
-    let config = ClusterConfig {
-        cluster_cidrs: Vec::new(),
-        service_cidrs: Vec::new(),
-        cluster_dns: Vec::new(),
-        cluster_domain: "cluster.local".to_owned(),
-        wireguard_port: weft_model::constants::WIREGUARD_PORT,
-        proxy: ProxyConfig::default(),
-        ingress: weft_model::IngressConfig::default(),
-    };
+    let config = ClusterConfig::default();
     let facts = NodeFacts {
         name: NodeName(String::new()),
         uplinks: Vec::new(),

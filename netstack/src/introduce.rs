@@ -132,16 +132,14 @@ fn counts(heard: &Heard, pod: &Pod, node: &Node) -> bool {
         && pod.ips.is_empty()
         && !pod.host_network
         && !pod.terminated
-        && node.pod_cidrs.iter().filter_map(host_address).any(|host| host == heard.from)
+        && node.hosts().any(|host| host == heard.from)
         && heard.addresses.iter().all(of_node)
 }
 
 /// Where to introduce pods, for the task that sends from `own`: the nodes' `host` addresses of its family. A node is told once: over
 /// IPv6 only where it, or this node, has no range of IPv4. Nobody where there are no policies.
 fn audience(snapshot: &Snapshot, own: IpAddr) -> Vec<IpAddr> {
-    let host = |node: &Node, ipv6: bool| {
-        node.pod_cidrs.iter().filter_map(host_address).find(|host| host.is_ipv6() == ipv6)
-    };
+    let host = |node: &Node, ipv6: bool| node.hosts().find(|host| host.is_ipv6() == ipv6);
     let Some(this) = snapshot.own_node() else { return Vec::new() };
     let others = snapshot.nodes.values().filter(|node| node.name != this.name);
     let asked = others.filter(|node| {

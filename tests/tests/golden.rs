@@ -24,13 +24,11 @@ fn snapshot(cluster: &Path) -> Result<Snapshot> {
         cluster_cidrs: vec!["10.244.0.0/16".parse()?, "fd00:244::/56".parse()?],
         service_cidrs: vec!["10.96.0.0/16".parse()?, "fd00:96::/112".parse()?],
         cluster_dns: vec!["10.96.0.10".parse()?, "fd00:96::a".parse()?],
-        cluster_domain: "cluster.local".to_owned(),
-        wireguard_port: 51820,
-        ingress: weft_model::IngressConfig::default(),
         proxy: ProxyConfig {
             external_ip_ranges: vec!["198.51.100.64/26".parse()?, "192.0.2.0/24".parse()?],
             node_port_ranges: vec![],
         },
+        ..ClusterConfig::default()
     };
     let name = NodeName::from("node-a");
     let cluster = Cluster::from_documents(documents);

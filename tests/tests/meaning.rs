@@ -90,16 +90,14 @@ fn config() -> ClusterConfig {
         cluster_cidrs: vec!["10.244.0.0/16".parse().unwrap(), "fd00:244::/56".parse().unwrap()],
         service_cidrs: vec!["10.96.0.0/16".parse().unwrap(), "fd00:96::/112".parse().unwrap()],
         cluster_dns: vec![ip(V4.vips[3]), ip(V6.vips[3])],
-        cluster_domain: "cluster.local".to_owned(),
-        wireguard_port: 51820,
         // Ranges that hold a node's address too, which is not for the taking.
-        ingress: weft_model::IngressConfig::default(),
         proxy: ProxyConfig {
             external_ip_ranges: ["198.51.100.64/26", "192.0.2.0/24", "2001:db8:e::/64", "2001:db8::/64"]
                 .map(|range| range.parse().unwrap())
                 .to_vec(),
             node_port_ranges: vec![],
         },
+        ..ClusterConfig::default()
     }
 }
 

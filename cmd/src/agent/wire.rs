@@ -239,7 +239,6 @@ fn overlay_applier(config: &Config, tasks: &mut TaskGroup) -> anyhow::Result<Ove
     Ok(overlay)
 }
 
-/// What others take away is put back at once, not at the next drift check.
 /// What the API server is told beside statuses: Events, and the condition of the own Node, which the reports of the policies' loop decide.
 fn tell_the_cluster(
     tasks: &mut TaskGroup,
@@ -255,6 +254,7 @@ fn tell_the_cluster(
     tasks.start("events", announcer.run());
 }
 
+/// What others take away is put back at once, not at the next drift check.
 fn watch_others(
     tasks: &mut TaskGroup,
     loops: &[LoopHandle],
@@ -515,32 +515,26 @@ impl Pages {
     fn serve(self, config: &Config, tasks: &mut TaskGroup, admin: Arc<Admin>, health: Arc<ProxyHealth>) {
         if let Some(address) = config.dns_metrics_address {
             let router = admin::metrics_router(admin.clone());
-            tasks.start("dns-metrics", serve_dns_metrics(address, router, self.dns_metrics));
+            // The same page where what watches a CoreDNS looks for it.
+            let page = ("DNS metrics", "--dns-metrics-address");
+            tasks.start("dns-metrics", serve_page(address, page, router, self.dns_metrics));
         }
         let router = admin::observe_router(admin);
-        tasks.start("observe", serve_observed(config.observe_address, router, self.observed));
+        let page = ("metrics and health", "--observe-address");
+        tasks.start("observe", serve_page(config.observe_address, page, router, self.observed));
         let address = config.proxy_health_address;
         tasks.start("proxy-health", serve_proxy_health(address, health, self.proxy_health));
     }
 }
 
-/// Metrics and health. Pods need neither: while the address is taken, the node works and `outcome` says what to do.
-async fn serve_observed(
+/// What machines read of the node. Pods need none of it: while the address is taken, the node works and `outcome` says what to do.
+async fn serve_page(
     address: SocketAddr,
+    (what, flag): (&str, &str),
     router: Router,
     outcome: watch::Sender<String>,
 ) -> Result<(), String> {
-    let listener = bind(address, "metrics and health", "--observe-address", &outcome).await;
-    axum::serve(listener, router).await.map_err(|error| chain(&error))
-}
-
-/// The same page where what watches a CoreDNS looks for it.
-async fn serve_dns_metrics(
-    address: SocketAddr,
-    router: Router,
-    outcome: watch::Sender<String>,
-) -> Result<(), String> {
-    let listener = bind(address, "DNS metrics", "--dns-metrics-address", &outcome).await;
+    let listener = bind(address, what, flag, &outcome).await;
     axum::serve(listener, router).await.map_err(|error| chain(&error))
 }
 

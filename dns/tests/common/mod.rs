@@ -24,10 +24,7 @@ pub(crate) fn config() -> ClusterConfig {
         cluster_cidrs: vec!["10.42.0.0/16".parse().unwrap(), "fd00:42::/48".parse().unwrap()],
         service_cidrs: vec!["10.43.0.0/16".parse().unwrap(), "fd00:43::/112".parse().unwrap()],
         cluster_dns: vec![ip("10.43.0.10"), ip("fd00:43::a")],
-        cluster_domain: "cluster.local".to_owned(),
-        wireguard_port: 51820,
-        proxy: weft_model::ProxyConfig::default(),
-        ingress: weft_model::IngressConfig::default(),
+        ..ClusterConfig::default()
     }
 }
 

@@ -15,11 +15,7 @@ pub(crate) fn snapshot(objects: &[Value]) -> Snapshot {
     let config = ClusterConfig {
         cluster_cidrs: vec!["10.244.0.0/16".parse().unwrap(), "fd00:244::/56".parse().unwrap()],
         service_cidrs: vec!["10.96.0.0/16".parse().unwrap(), "fd00:96::/112".parse().unwrap()],
-        cluster_dns: vec![],
-        cluster_domain: "cluster.local".to_owned(),
-        wireguard_port: 51820,
-        proxy: weft_model::ProxyConfig::default(),
-        ingress: weft_model::IngressConfig::default(),
+        ..ClusterConfig::default()
     };
     let facts = NodeFacts {
         name: "a".into(),

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use sha2::{Digest as _, Sha256};
 use weft_model::balancer::{AddressPool, L2Advertisement};
 use weft_model::node_facts::LinkSubnets;
-use weft_model::objects::{Node, Service, host_address};
+use weft_model::objects::{Node, Service};
 use weft_model::{NodeName, ObjectRef, Planned, Problem, Reason, Snapshot};
 use weft_netstack::reconcile::Planner;
 
@@ -198,7 +198,7 @@ fn peers(snapshot: &Snapshot) -> BTreeMap<NodeName, Peer> {
     let in_overlay = others.filter(|node| node.public_key.is_some());
     in_overlay
         .filter_map(|node| {
-            let overlay = node.pod_cidrs.iter().find_map(host_address)?;
+            let overlay = node.hosts().next()?;
             Some((node.name.clone(), Peer { overlay, lan: node.primary_ips().collect() }))
         })
         .collect()

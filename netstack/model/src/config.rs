@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::constants::WIREGUARD_PORT;
 use crate::ingress::IngressConfig;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,6 +24,21 @@ pub struct ClusterConfig {
     pub proxy: ProxyConfig,
     #[serde(default)]
     pub ingress: IngressConfig,
+}
+
+impl Default for ClusterConfig {
+    /// What the flags say of themselves, without any range or address.
+    fn default() -> Self {
+        Self {
+            cluster_cidrs: Vec::new(),
+            service_cidrs: Vec::new(),
+            cluster_dns: Vec::new(),
+            cluster_domain: "cluster.local".to_owned(),
+            wireguard_port: WIREGUARD_PORT,
+            proxy: ProxyConfig::default(),
+            ingress: IngressConfig::default(),
+        }
+    }
 }
 
 /// What Services may have outside the cluster.

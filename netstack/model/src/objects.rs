@@ -55,6 +55,11 @@ impl Node {
         let v6 = self.internal_ips.iter().copied().find(IpAddr::is_ipv6);
         v4.into_iter().chain(v6)
     }
+
+    /// The `host` address of each podCIDR, in their order.
+    pub fn hosts(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        self.pod_cidrs.iter().filter_map(host_address)
+    }
 }
 
 /// The `host` address of a podCIDR: its first usable one. `None` when the range is too small to hold pods beside it.

@@ -9,7 +9,6 @@ use tokio::net::UdpSocket;
 use tokio::sync::watch;
 use weft_model::Snapshot;
 use weft_model::constants::INTRODUCTION_PORT;
-use weft_model::objects::host_address;
 use weft_model::snapshot::Attachments;
 
 use super::{Introduced, audience, datagrams, hear, newly_attached};
@@ -64,8 +63,7 @@ impl Family {
     /// This node's `host` address.
     fn host(&mut self) -> Option<IpAddr> {
         let snapshot = self.snapshots.borrow_and_update().clone()?;
-        let cidrs = &snapshot.own_node()?.pod_cidrs;
-        cidrs.iter().filter_map(host_address).find(|host| host.is_ipv6() == self.ipv6)
+        snapshot.own_node()?.hosts().find(|host| host.is_ipv6() == self.ipv6)
     }
 
     /// Until the address is another one.
@@ -125,8 +123,7 @@ impl Family {
     fn take(&self, datagram: &[u8], from: SocketAddr) {
         let snapshot = self.snapshots.borrow().clone();
         let is_node = snapshot.is_some_and(|snapshot| {
-            let mut hosts =
-                snapshot.nodes.values().flat_map(|node| node.pod_cidrs.iter().filter_map(host_address));
+            let mut hosts = snapshot.nodes.values().flat_map(|node| node.hosts());
             hosts.any(|host| host == from.ip())
         });
         if !is_node || from.port() != INTRODUCTION_PORT {

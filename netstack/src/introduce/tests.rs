@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use weft_model::node_facts::WireguardBackend;
 use weft_model::objects::Bandwidth;
 use weft_model::snapshot::AttachedPod;
-use weft_model::{ClusterConfig, Generation, IngressConfig, NodeFacts, ProxyConfig};
+use weft_model::{ClusterConfig, Generation, NodeFacts};
 
 use super::*;
 use crate::kube::Cluster;
@@ -27,15 +27,7 @@ fn node(number: u8, cidrs: &[&str]) -> Value {
 
 /// As node1 sees it.
 fn snapshot(more: impl IntoIterator<Item = Value>) -> Snapshot {
-    let config = ClusterConfig {
-        cluster_cidrs: vec![],
-        service_cidrs: vec![],
-        cluster_dns: vec![],
-        cluster_domain: "cluster.local".to_owned(),
-        wireguard_port: 51820,
-        proxy: ProxyConfig::default(),
-        ingress: IngressConfig::default(),
-    };
+    let config = ClusterConfig::default();
     let facts = NodeFacts {
         name: "node1".into(),
         uplinks: vec![],

@@ -13,13 +13,15 @@ use rtnetlink::packet_core::NetlinkPayload;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
+use super::monitor::Monitor;
+
 /// Links that wait for their reader; more at once are not told.
 const WAITING: usize = 64;
 
 /// Follows links from now on; ends with this value.
 pub struct Carriers {
     came_up: mpsc::Receiver<u32>,
-    task: JoinHandle<()>,
+    task: JoinHandle<Result<(), String>>,
 }
 
 impl Drop for Carriers {
@@ -34,10 +36,8 @@ impl Carriers {
     /// # Errors
     /// When the kernel gives no socket.
     pub fn open() -> io::Result<Self> {
-        let (monitor, handle, mut messages) = rtnetlink::new_multicast_connection(&[MulticastGroup::Link])?;
         let (sender, came_up) = mpsc::channel(WAITING);
-        let follow = async move {
-            let _alive = handle;
+        let follow = Monitor::open(&[MulticastGroup::Link])?.follow(|mut messages| async move {
             let mut up = BTreeSet::new();
             while let Some((message, _)) = messages.next().await {
                 let NetlinkPayload::InnerMessage(message) = message.payload else { continue };
@@ -45,13 +45,8 @@ impl Carriers {
                     let _ = sender.try_send(index);
                 }
             }
-        };
-        let task = tokio::spawn(async move {
-            tokio::select! {
-                () = monitor => {}
-                () = follow => {}
-            }
         });
+        let task = tokio::spawn(follow);
         Ok(Self { came_up, task })
     }
 

@@ -16,6 +16,7 @@ use weft_model::constants::{POD_LINK_PREFIX, TUNNEL_LINK};
 use weft_model::node_facts::{ForeignRoute, NodeFacts, Uplink, WireguardBackend};
 
 use super::link::{Link, LinkAddress, LinkError, Links, cause};
+use super::monitor::Monitor;
 use super::netns::{Netns, NetnsError, Rtnetlink};
 use super::route::{RouteError, foreign_routes};
 
@@ -57,13 +58,11 @@ pub async fn watch(
 ) -> Result<(watch::Receiver<NodeFacts>, impl Future<Output = Result<(), String>> + Send + 'static), FactsError>
 {
     let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
-    let (monitor, monitor_handle, mut messages) =
-        rtnetlink::new_multicast_connection(&groups).map_err(FactsError::Socket)?;
+    let monitor = Monitor::open(&groups).map_err(FactsError::Socket)?;
     let connection = Rtnetlink::connect().map_err(FactsError::Socket)?;
     let facts = read(name, &ranges).await?;
     let (sender, receiver) = watch::channel(facts);
-    let follow = async move {
-        let _alive = monitor_handle;
+    let task = monitor.follow(|mut messages| async move {
         while !matches!(tokio::time::timeout(RE_READ, messages.next()).await, Ok(None)) {
             settle(&mut messages).await;
             match read_again(&connection.handle, &ranges).await {
@@ -73,14 +72,7 @@ pub async fn watch(
                 }
             }
         }
-    };
-    let task = async move {
-        tokio::select! {
-            () = monitor => {}
-            () = follow => {}
-        }
-        Err("the rtnetlink monitor ended".to_owned())
-    };
+    });
     Ok((receiver, task))
 }
 

@@ -9,6 +9,7 @@ pub mod facts;
 pub mod lan;
 pub mod link;
 pub mod memory;
+mod monitor;
 pub mod netns;
 pub mod nflog;
 pub mod nft;

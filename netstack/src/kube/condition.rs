@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use kube::api::{ListParams, Patch, PatchParams};
+use kube::api::{Patch, PatchParams};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -119,14 +119,13 @@ impl NodeCondition {
 
     async fn write(&self, standing: &Standing) -> Result<(), super::ApiFailure> {
         let written = self.access.ask(async |client| {
-            let nodes = Document::api(client, Kind::Node, "");
-            let own = ListParams::default().fields(&format!("metadata.name={}", self.node.0));
-            let listed = nodes.list(&own).await?;
-            let Some(node) = listed.items.first() else { return Ok(()) };
+            let found = Document::find(client.clone(), Kind::Node, ("", &self.node.0)).await?;
+            let Some(node) = found else { return Ok(()) };
             let conditions = node.value["status"]["conditions"].as_array().into_iter().flatten();
             let said = conditions.into_iter().find(|condition| condition["type"] == CONDITION_NETWORK_POLICY);
             let Some(item) = standing.patch(said, &now()) else { return Ok(()) };
             let patch = Patch::Strategic(json!({"status": {"conditions": [item]}}));
+            let nodes = Document::api(client, Kind::Node, "");
             nodes.patch_status(&self.node.0, &PatchParams::default(), &patch).await.map(drop)
         });
         written.await

@@ -4,7 +4,7 @@
 use std::borrow::Cow;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kube::api::Api;
+use kube::api::{Api, ListParams};
 use kube::core::DynamicResourceScope;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
@@ -135,6 +135,17 @@ impl Document {
             "" => Api::all_with(client, &kind),
             namespace => Api::namespaced_with(client, namespace, &kind),
         }
+    }
+
+    /// The object of this name as it is now. By a list of one, which needs no right that the watches do not need.
+    pub(super) async fn find(
+        client: kube::Client,
+        kind: Kind,
+        (namespace, name): (&str, &str),
+    ) -> Result<Option<Self>, kube::Error> {
+        let of_name = ListParams::default().fields(&format!("metadata.name={name}"));
+        let listed = Self::api(client, kind, namespace).list(&of_name).await?;
+        Ok(listed.items.into_iter().next())
     }
 
     /// Empty when the object has none.

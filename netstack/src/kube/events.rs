@@ -16,7 +16,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kube::api::{ListParams, PostParams};
+use kube::api::PostParams;
 use kube::core::Request;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
@@ -129,12 +129,10 @@ impl Announcer {
     }
 }
 
-/// `kubectl describe` finds Events by it. A list of one needs no right that the watches do not need.
+/// `kubectl describe` finds Events by it.
 async fn uid(client: &kube::Client, kind: Kind, object: &ObjectRef) -> Result<Option<String>, kube::Error> {
-    let api = Document::api(client.clone(), kind, &object.namespace);
-    let listed = api.list(&ListParams::default().fields(&format!("metadata.name={}", object.name))).await?;
-    let uid = |document: &Document| document.value["metadata"]["uid"].as_str().map(str::to_owned);
-    Ok(listed.items.first().and_then(uid))
+    let found = Document::find(client.clone(), kind, (&object.namespace, &object.name)).await?;
+    Ok(found.and_then(|document| document.value["metadata"]["uid"].as_str().map(str::to_owned)))
 }
 
 async fn create(client: &kube::Client, event: &Value) -> Result<(), kube::Error> {

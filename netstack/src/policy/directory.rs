@@ -52,7 +52,7 @@ impl Place {
         own_addresses.extend(own_cidrs.iter().filter_map(host_address));
         let mut hosts = BTreeMap::new();
         for node in snapshot.nodes.values() {
-            for host in node.pod_cidrs.iter().filter_map(host_address) {
+            for host in node.hosts() {
                 let same_family = node.internal_ips.iter().filter(|ip| ip.is_ipv6() == host.is_ipv6());
                 hosts.insert(host, same_family.copied().collect());
             }

@@ -12,7 +12,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
-use weft_model::objects::{Node, Pod, Protocol, host_address};
+use weft_model::objects::{Node, Pod, Protocol};
 use weft_model::{PodKey, Snapshot};
 
 use super::directory::{Directory, Subject};
@@ -170,8 +170,7 @@ impl Case<'_> {
 
 /// Whether the address is one of the node's own.
 fn bears(node: &Node, address: IpAddr) -> bool {
-    node.internal_ips.contains(&address)
-        || node.pod_cidrs.iter().filter_map(host_address).any(|ip| ip == address)
+    node.internal_ips.contains(&address) || node.hosts().any(|ip| ip == address)
 }
 
 fn parse_port(text: &str) -> Result<(Protocol, u16), String> {

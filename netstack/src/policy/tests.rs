@@ -274,10 +274,7 @@ fn snapshot(objects: Vec<Value>) -> Snapshot {
         cluster_cidrs: vec!["10.244.0.0/16".parse().unwrap(), "fd00:244::/56".parse().unwrap()],
         service_cidrs: vec!["10.96.0.0/16".parse().unwrap(), "fd00:96::/112".parse().unwrap()],
         cluster_dns: FAMILIES.iter().map(|family| family.dns.parse().unwrap()).collect(),
-        cluster_domain: "cluster.local".to_owned(),
-        wireguard_port: 51820,
-        proxy: weft_model::ProxyConfig::default(),
-        ingress: weft_model::IngressConfig::default(),
+        ..ClusterConfig::default()
     };
     let name = NodeName::from("node-a");
     let facts = NodeFacts {

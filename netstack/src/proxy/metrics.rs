@@ -12,8 +12,9 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
+use jiff::Timestamp;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::counter::ConstCounter;
@@ -120,7 +121,7 @@ impl ProxyMetrics {
         mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
         mut reports: watch::Receiver<Report>,
     ) -> Result<(), String> {
-        let mut follower = Follower::new(&self, now_millis());
+        let mut follower = Follower::new(&self, Timestamp::now().as_millisecond());
         loop {
             let ended = tokio::select! {
                 biased;
@@ -135,7 +136,7 @@ impl ProxyMetrics {
                 follower.saw(snapshot);
             }
             let applied = reports.borrow_and_update().generation;
-            follower.applied(applied, now_millis());
+            follower.applied(applied, Timestamp::now().as_millisecond());
         }
     }
 }
@@ -191,11 +192,6 @@ impl<'a> Follower<'a> {
             counts.endpoints_pending = 0;
         }
     }
-}
-
-fn now_millis() -> i64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
 
 /// All of it for `/metrics`.

@@ -1,8 +1,9 @@
 //! What the passes of one loop were, for metrics: durations by kind, failures, when the loop was asked and when it last succeeded.
 
 use std::sync::atomic::AtomicU64;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
+use jiff::Timestamp;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
@@ -63,5 +64,5 @@ impl Tally {
 }
 
 fn now_seconds() -> f64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+    Timestamp::now().as_duration().as_secs_f64()
 }

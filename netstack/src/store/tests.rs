@@ -95,12 +95,7 @@ fn snapshot() -> Snapshot {
         generation: Generation(7),
         config: Arc::new(ClusterConfig {
             cluster_cidrs: vec!["10.244.0.0/16".parse().unwrap()],
-            service_cidrs: vec![],
-            cluster_dns: vec![],
-            cluster_domain: "cluster.local".to_owned(),
-            wireguard_port: 51820,
-            proxy: weft_model::ProxyConfig::default(),
-            ingress: weft_model::IngressConfig::default(),
+            ..ClusterConfig::default()
         }),
         facts: Arc::new(NodeFacts {
             name: "n1".into(),

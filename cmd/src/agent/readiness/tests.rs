@@ -42,15 +42,8 @@ fn snapshot(from_store: bool) -> Snapshot {
         unready: false,
         wireguard_port: None,
     };
-    let config = ClusterConfig {
-        cluster_cidrs: vec!["10.42.0.0/16".parse().unwrap()],
-        service_cidrs: vec![],
-        cluster_dns: vec![],
-        cluster_domain: "cluster.local".to_owned(),
-        wireguard_port: 51820,
-        proxy: weft_model::ProxyConfig::default(),
-        ingress: weft_model::IngressConfig::default(),
-    };
+    let config =
+        ClusterConfig { cluster_cidrs: vec!["10.42.0.0/16".parse().unwrap()], ..ClusterConfig::default() };
     let facts = NodeFacts {
         name: "n1".into(),
         uplinks: vec![],

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use weft_model::ingress::IngressConfig;
 use weft_model::node_facts::WireguardBackend;
-use weft_model::{ClusterConfig, Generation, NodeFacts, ProxyConfig};
+use weft_model::{ClusterConfig, Generation, NodeFacts};
 use weft_netstack::kube::Cluster;
 
 use super::table::{Action, Backend, Host};
@@ -15,18 +15,13 @@ use crate::explain::{Question, decide, explain};
 
 fn config() -> ClusterConfig {
     ClusterConfig {
-        cluster_cidrs: vec![],
-        service_cidrs: vec![],
-        cluster_dns: vec![],
-        cluster_domain: "cluster.local".to_owned(),
-        wireguard_port: 51820,
-        proxy: ProxyConfig::default(),
         ingress: IngressConfig {
             on: true,
             classes: BTreeSet::from(["weft".to_owned()]),
             adopt_nginx: true,
             default_certificate: None,
         },
+        ..ClusterConfig::default()
     }
 }
 

@@ -141,15 +141,7 @@ pub(in crate::cni) fn snapshot(pod_cidrs: &[&str]) -> Snapshot {
     };
     Snapshot {
         generation: Generation(1),
-        config: Arc::new(ClusterConfig {
-            cluster_cidrs: vec![],
-            service_cidrs: vec![],
-            cluster_dns: vec![],
-            cluster_domain: "cluster.local".to_owned(),
-            wireguard_port: 51820,
-            proxy: weft_model::ProxyConfig::default(),
-            ingress: weft_model::IngressConfig::default(),
-        }),
+        config: Arc::new(ClusterConfig::default()),
         facts: Arc::new(NodeFacts {
             name: name.clone(),
             uplinks: vec![],

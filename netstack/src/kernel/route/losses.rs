@@ -15,6 +15,7 @@ use rtnetlink::packet_core::NetlinkPayload;
 use weft_model::constants::TUNNEL_LINK;
 
 use super::kernel_view::PROTOCOL;
+use crate::kernel::monitor::Monitor;
 
 /// Losses come in bursts.
 const QUIET: Duration = Duration::from_millis(100);
@@ -25,9 +26,8 @@ pub fn losses(
 ) -> io::Result<impl Future<Output = Result<(), String>> + Send + 'static> {
     use MulticastGroup::{Ipv4Ifaddr, Ipv4Route, Ipv6Ifaddr, Ipv6Route, Link};
     let groups = [Ipv4Route, Ipv6Route, Link, Ipv4Ifaddr, Ipv6Ifaddr];
-    let (monitor, alive, mut messages) = rtnetlink::new_multicast_connection(&groups)?;
-    let follow = async move {
-        let _alive = alive;
+    let monitor = Monitor::open(&groups)?;
+    Ok(monitor.follow(|mut messages| async move {
         while let Some((message, _)) = messages.next().await {
             let NetlinkPayload::InnerMessage(message) = message.payload else { continue };
             if is_loss(&message) {
@@ -35,14 +35,7 @@ pub fn losses(
                 lost();
             }
         }
-    };
-    Ok(async move {
-        tokio::select! {
-            () = monitor => {}
-            () = follow => {}
-        }
-        Err("the rtnetlink monitor ended".to_owned())
-    })
+    }))
 }
 
 fn is_loss(message: &RouteNetlinkMessage) -> bool {

@@ -27,15 +27,7 @@ fn listed(services: Vec<Document>) -> Cluster {
 }
 
 fn snapshot(cluster: &Cluster) -> Snapshot {
-    let config = ClusterConfig {
-        cluster_cidrs: vec![],
-        service_cidrs: vec![],
-        cluster_dns: vec![],
-        cluster_domain: "cluster.local".to_owned(),
-        wireguard_port: 51820,
-        proxy: weft_model::ProxyConfig::default(),
-        ingress: weft_model::IngressConfig::default(),
-    };
+    let config = ClusterConfig::default();
     let facts = NodeFacts {
         name: "n1".into(),
         uplinks: vec![],

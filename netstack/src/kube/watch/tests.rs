@@ -194,15 +194,7 @@ fn facts(mtu_bytes: u32) -> NodeFacts {
 }
 
 fn config() -> ClusterConfig {
-    ClusterConfig {
-        cluster_cidrs: vec![],
-        service_cidrs: vec![],
-        cluster_dns: vec![],
-        cluster_domain: "cluster.local".to_owned(),
-        wireguard_port: 51820,
-        proxy: weft_model::ProxyConfig::default(),
-        ingress: weft_model::IngressConfig::default(),
-    }
+    ClusterConfig::default()
 }
 
 impl Rig {

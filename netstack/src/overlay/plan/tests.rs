@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use weft_model::constants::{PRIORITY_LAST, WIREGUARD_PORT};
+use weft_model::constants::PRIORITY_LAST;
 use weft_model::node_facts::Uplink;
 use weft_model::ruleset::{Hook, Statement, Verdict};
 use weft_model::{ClusterConfig, Generation, NodeFacts, NodeName, WgPublicKey};
@@ -50,10 +50,7 @@ pub(in crate::overlay) fn snapshot(nodes: Vec<Node>) -> Snapshot {
         cluster_cidrs: parse(&["10.42.0.0/16", "fd42::/48"]),
         service_cidrs: parse(&["10.43.0.0/16", "fd43::/108"]),
         cluster_dns: ["10.43.0.10", "fd43::a"].iter().map(|text| text.parse().unwrap()).collect(),
-        cluster_domain: "cluster.local".to_owned(),
-        wireguard_port: WIREGUARD_PORT,
-        proxy: weft_model::ProxyConfig::default(),
-        ingress: weft_model::IngressConfig::default(),
+        ..ClusterConfig::default()
     };
     let addresses = nodes.iter().find(|node| node.name.0 == "node-1").map(|node| node.internal_ips.clone());
     let uplink = Uplink {

@@ -219,10 +219,6 @@ impl Rig {
         let config = ClusterConfig {
             cluster_cidrs: vec!["10.244.0.0/16".parse().unwrap(), "fd00:244::/56".parse().unwrap()],
             service_cidrs: vec!["10.96.0.0/16".parse().unwrap(), "fd00:96::/112".parse().unwrap()],
-            cluster_dns: vec![],
-            cluster_domain: "cluster.local".to_owned(),
-            wireguard_port: 51820,
-            ingress: weft_model::IngressConfig::default(),
             proxy: ProxyConfig {
                 external_ip_ranges: vec![
                     "198.51.100.64/26".parse().unwrap(),
@@ -230,6 +226,7 @@ impl Rig {
                 ],
                 node_port_ranges: vec![],
             },
+            ..ClusterConfig::default()
         };
         let name = NodeName::from("node-a");
         let cluster = Cluster::from_documents([node].into_iter().chain(objects));

@@ -4,7 +4,7 @@ use prometheus_client::encoding::text;
 use prometheus_client::registry::Registry;
 use serde_json::{Value, json};
 use weft_model::node_facts::WireguardBackend;
-use weft_model::{ClusterConfig, IngressConfig, NodeFacts, ProxyConfig, ServiceKey};
+use weft_model::{ClusterConfig, NodeFacts, ServiceKey};
 
 use super::*;
 use crate::kube::Cluster;
@@ -51,11 +51,7 @@ fn snapshot(generation: u64, objects: Vec<Value>) -> Arc<Snapshot> {
     let config = ClusterConfig {
         cluster_cidrs: vec!["10.244.0.0/16".parse().unwrap()],
         service_cidrs: vec!["10.96.0.0/16".parse().unwrap()],
-        cluster_dns: vec![],
-        cluster_domain: "cluster.local".to_owned(),
-        wireguard_port: 51820,
-        ingress: IngressConfig::default(),
-        proxy: ProxyConfig::default(),
+        ..ClusterConfig::default()
     };
     let cluster = Cluster::from_documents(objects);
     Arc::new(cluster.snapshot(Generation(generation), Arc::new(config), Arc::new(facts)))

@@ -41,15 +41,7 @@ impl Applier for Recorder {
 fn snapshot(generation: u64) -> Option<Arc<Snapshot>> {
     Some(Arc::new(Snapshot {
         generation: Generation(generation),
-        config: Arc::new(ClusterConfig {
-            cluster_cidrs: Vec::new(),
-            service_cidrs: Vec::new(),
-            cluster_dns: Vec::new(),
-            cluster_domain: "cluster.local".to_owned(),
-            wireguard_port: 51820,
-            proxy: weft_model::ProxyConfig::default(),
-            ingress: weft_model::IngressConfig::default(),
-        }),
+        config: Arc::new(ClusterConfig::default()),
         facts: Arc::new(NodeFacts {
             name: NodeName::from("a"),
             uplinks: Vec::new(),
