@@ -98,7 +98,7 @@ pub struct Passage {
 
 /// One step of a rule. A statement that reads a field of one IP family holds only for packets of that family: the
 /// encoder puts the `meta nfproto` match before it, the tracer behaves alike.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Statement {
     /// `field == value` (or `!=` when negated). An [`Datum::Net`] compares the prefix; [`Datum::NamePrefix`] likewise.
     Match {

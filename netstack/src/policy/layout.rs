@@ -183,17 +183,21 @@ fn without(net: IpNet, except: &[IpNet], kept: &mut Vec<IpNet>) {
     }
 }
 
-pub(super) fn chain_name(direction: Direction, side: &Side) -> String {
+pub(super) fn chain_name(direction: Direction, side: &Side, ipv6: bool) -> String {
     let stem = match direction {
         Direction::Ingress => "in",
         Direction::Egress => "out",
     };
-    format!("{stem}-{}", hash(side))
+    format!("{stem}{}-{}", version(ipv6), hash(side))
 }
 
-/// Returns for what is allowed; the rest is denied.
-pub(super) fn chain(direction: Direction, side: &Side) -> Chain {
-    let mut rules: Vec<Rule> = side.allows.iter().flat_map(|allow| allow_rules(direction, allow)).collect();
+/// Returns for what is allowed; the rest is denied. Of one family, since each packet and, at each transaction, the kernel's
+/// search for loops walks all of it.
+pub(super) fn chain(direction: Direction, side: &Side, ipv6: bool) -> Chain {
+    let allowing = side.allows.iter().flat_map(|allow| allow_rules(direction, allow, ipv6));
+    // Of policies that allow the same the first is named.
+    let mut told = BTreeSet::new();
+    let mut rules: Vec<Rule> = allowing.filter(|rule| told.insert(rule.statements.clone())).collect();
     let drop = Rule::new(vec![Statement::Counter, denied()]);
     let others = side.policies.len() - 1;
     let more = if others > 0 { format!(" and {others} more") } else { String::new() };
@@ -202,18 +206,16 @@ pub(super) fn chain(direction: Direction, side: &Side) -> Chain {
     Chain { base: None, rules }
 }
 
-fn allow_rules(direction: Direction, allow: &Allow) -> Vec<Rule> {
+fn allow_rules(direction: Direction, allow: &Allow, ipv6: bool) -> Vec<Rule> {
     let mut matches: Vec<Vec<Statement>> = Vec::new();
-    let addresses = address_tests(direction, allow);
+    let addresses = address_tests(direction, allow, ipv6);
     for ports in port_tests(allow.ports.as_ref()) {
         matches.extend(addresses.iter().map(|address| [address.clone(), ports.clone()].concat()));
     }
     let named = allow.ports.as_ref().and_then(|ports| SetKey::named(allow, ports));
-    matches.extend(named.iter().flat_map(|key| {
-        [false, true].map(|ipv6| {
-            let field = Field::destination(ipv6);
-            vec![look_up(&[field, Field::L4Protocol, Field::DestinationPort], key.name(ipv6))]
-        })
+    matches.extend(named.iter().map(|key| {
+        let field = Field::destination(ipv6);
+        vec![look_up(&[field, Field::L4Protocol, Field::DestinationPort], key.name(ipv6))]
     }));
     let comment = cut(&format!("{} {}[{}]", allow.policy, direction.name(), allow.index));
     let rule = |mut statements: Vec<Statement>| {
@@ -224,24 +226,17 @@ fn allow_rules(direction: Direction, allow: &Allow) -> Vec<Rule> {
 }
 
 /// One test a set of peers; a single empty one where everybody is meant.
-fn address_tests(direction: Direction, allow: &Allow) -> Vec<Vec<Statement>> {
+fn address_tests(direction: Direction, allow: &Allow, ipv6: bool) -> Vec<Vec<Statement>> {
     let Some(peers) = &allow.peers else { return vec![Vec::new()] };
-    let mut tests = Vec::new();
-    for peer in peers {
-        let key = SetKey::Peer(peer.clone());
-        let families = match peer {
-            PeerKey::Pods { .. } => vec![false, true],
-            PeerKey::Block { cidr, .. } => vec![cidr.addr().is_ipv6()],
-        };
-        for ipv6 in families {
-            let field = match direction {
-                Direction::Ingress => Field::source(ipv6),
-                Direction::Egress => Field::destination(ipv6),
-            };
-            tests.push(vec![look_up(&[field], key.name(ipv6))]);
-        }
-    }
-    tests
+    let field = match direction {
+        Direction::Ingress => Field::source(ipv6),
+        Direction::Egress => Field::destination(ipv6),
+    };
+    let of_family = peers.iter().filter(|peer| match peer {
+        PeerKey::Pods { .. } => true,
+        PeerKey::Block { cidr, .. } => cidr.addr().is_ipv6() == ipv6,
+    });
+    of_family.map(|peer| vec![look_up(&[field], SetKey::Peer(peer.clone()).name(ipv6))]).collect()
 }
 
 /// One test each of what has to be compared in its own way; a single empty one where every port is meant.

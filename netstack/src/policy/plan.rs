@@ -122,13 +122,13 @@ impl PolicyPlanner {
         }
         // What is new is counted before what is gone, so that nothing shared is removed and made again.
         for direction in Direction::BOTH {
-            let chain = new.side(direction).map(|side| self.use_chain(direction, side));
+            let chain = new.side(direction).map(|side| self.use_chain(direction, side, address.is_ipv6()));
             let jump = chain.map(|chain| ElementData::Verdict(Verdict::Jump(chain)));
             self.set_subject(SubjectSet::Side(direction), address, jump);
         }
         for direction in Direction::BOTH {
             if let Some(side) = old.side(direction) {
-                self.leave_chain(direction, side);
+                self.leave_chain(direction, side, address.is_ipv6());
             }
         }
         let isolated = (new != Sides::default()).then_some(ElementData::None);
@@ -157,20 +157,20 @@ impl PolicyPlanner {
         }
     }
 
-    fn use_chain(&mut self, direction: Direction, side: &Side) -> String {
-        let name = layout::chain_name(direction, side);
+    fn use_chain(&mut self, direction: Direction, side: &Side, ipv6: bool) -> String {
+        let name = layout::chain_name(direction, side, ipv6);
         if self.chains.begin(name.clone()) {
             for key in SetKey::of_side(side) {
                 self.use_set(key);
             }
             let table = Arc::make_mut(&mut self.plan.table);
-            table.chains.insert(name.clone(), layout::chain(direction, side));
+            table.chains.insert(name.clone(), layout::chain(direction, side, ipv6));
         }
         name
     }
 
-    fn leave_chain(&mut self, direction: Direction, side: &Side) {
-        let name = layout::chain_name(direction, side);
+    fn leave_chain(&mut self, direction: Direction, side: &Side, ipv6: bool) {
+        let name = layout::chain_name(direction, side, ipv6);
         if !self.chains.end(&name) {
             return;
         }

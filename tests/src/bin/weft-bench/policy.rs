@@ -352,7 +352,7 @@ impl Bench {
         // Of app a2 in ns0, and of app a0 in ns1: allowed at both ends, by the second peer of the first rule.
         let (server, client) = (100, 1);
         let rules = said(Command::new("nft").args(["list", "table", "inet", "weft-policy"]))?;
-        ensure!(rules.contains("jump in-"), "no pod is isolated");
+        ensure!(rules.contains("jump in4-"), "no pod is isolated");
         let peer = Peer::of(&self.own);
         peer.sync()?;
         peer.switch(false)?;
