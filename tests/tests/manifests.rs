@@ -59,6 +59,7 @@ fn used() -> Access {
         ("metallb.io", "l2advertisements"),
         ("networking.k8s.io", "ingresses"),
         ("networking.k8s.io", "ingressclasses"),
+        ("networking.k8s.io", "servicecidrs"),
     ];
     let mut access: Access = watched
         .into_iter()

@@ -124,6 +124,7 @@ pub(crate) fn snapshot(
         referred: Arc::default(),
         address_pools: Arc::default(),
         l2_advertisements: Arc::default(),
+        service_cidrs: Arc::default(),
         attachments: Arc::default(),
         problems: Arc::default(),
         from_store: false,

@@ -87,6 +87,14 @@ pub struct Namespace {
     pub labels: Labels,
 }
 
+/// A range that the API server allocates clusterIPs from (networking.k8s.io/v1 ServiceCIDR).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceCidr {
+    pub name: String,
+    /// At most one a family.
+    pub cidrs: Vec<IpNet>,
+}
+
 /// Text under names; only ConfigMaps that a domain reads are watched.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConfigMap {

@@ -14,7 +14,7 @@ use crate::config::ClusterConfig;
 use crate::ids::{Generation, NamespacedName, NodeName, PodKey, PolicyKey, ServiceKey, SliceKey};
 use crate::ingress::{Ingress, IngressClass, Referred};
 use crate::node_facts::NodeFacts;
-use crate::objects::{ConfigMap, EndpointSlice, Namespace, Node, Pod, Service};
+use crate::objects::{ConfigMap, EndpointSlice, Namespace, Node, Pod, Service, ServiceCidr};
 use crate::policy::NetworkPolicy;
 use crate::problem::Problem;
 
@@ -35,6 +35,7 @@ pub struct AttachedPod {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
     pub generation: Generation,
+    /// The flags, with the service ranges of [`Self::service_cidrs`] where there are any.
     pub config: Arc<ClusterConfig>,
     pub facts: Arc<NodeFacts>,
     pub nodes: Objects<NodeName, Node>,
@@ -54,6 +55,8 @@ pub struct Snapshot {
     /// Secrets and ConfigMaps that our Ingresses refer to, as they were read by name.
     #[serde(default)]
     pub referred: Referred,
+    #[serde(default)]
+    pub service_cidrs: Objects<String, ServiceCidr>,
     #[serde(default)]
     pub address_pools: Objects<NamespacedName, AddressPool>,
     #[serde(default)]

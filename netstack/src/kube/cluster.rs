@@ -6,16 +6,17 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use kube::runtime::watcher::Event;
 use serde_json::Value;
 use weft_model::balancer::{AddressPool, L2Advertisement};
 use weft_model::ingress::{self, Answer, Ingress, IngressClass, IngressConfig, Reference, Referred};
-use weft_model::objects::{ConfigMap, EndpointSlice, Namespace, Node, Pod, Service};
+use weft_model::objects::{ConfigMap, EndpointSlice, Namespace, Node, Pod, Service, ServiceCidr};
 use weft_model::policy::NetworkPolicy;
 use weft_model::snapshot::{Attachments, Objects};
 use weft_model::{
-    ClusterConfig, Generation, NamespacedName, NodeFacts, NodeName, PodKey, PolicyKey, Problem, ServiceKey,
-    Snapshot,
+    ClusterConfig, Generation, NamespacedName, NodeFacts, NodeName, ObjectRef, PodKey, PolicyKey, Problem,
+    Reason, ServiceKey, Snapshot,
 };
 
 use super::document::{CONFIG_MAP, Document, Kind};
@@ -34,6 +35,7 @@ pub struct Cluster {
     ingress_classes: Collection<String, IngressClass>,
     ingresses: Collection<NamespacedName, Ingress>,
     referred: Referred,
+    service_cidrs: Collection<String, ServiceCidr>,
     address_pools: Collection<NamespacedName, AddressPool>,
     l2_advertisements: Collection<NamespacedName, L2Advertisement>,
     problems: Arc<Vec<Problem>>,
@@ -54,6 +56,7 @@ impl Cluster {
             ingress_classes: Collection::from_stored(&stored.ingress_classes),
             ingresses: Collection::from_stored(&stored.ingresses),
             referred: stored.referred.clone(),
+            service_cidrs: Collection::from_stored(&stored.service_cidrs),
             address_pools: Collection::from_stored(&stored.address_pools),
             l2_advertisements: Collection::from_stored(&stored.l2_advertisements),
             problems: stored.problems.clone(),
@@ -98,6 +101,7 @@ impl Cluster {
             Kind::NetworkPolicy => self.policies.apply(event, lower::network_policy),
             Kind::IngressClass => self.ingress_classes.apply(event, lower::ingress_class),
             Kind::Ingress => self.ingresses.apply(event, lower::ingress),
+            Kind::ServiceCidr => self.service_cidrs.apply(event, lower::service_cidr),
             Kind::IpAddressPool => self.address_pools.apply(event, lower::address_pool),
             Kind::L2Advertisement => self.l2_advertisements.apply(event, lower::l2_advertisement),
         };
@@ -131,6 +135,7 @@ impl Cluster {
             && self.policies.listed
             && self.ingress_classes.listed
             && self.ingresses.listed
+            && self.service_cidrs.listed
             && self.address_pools.listed
             && self.l2_advertisements.listed
     }
@@ -141,9 +146,13 @@ impl Cluster {
         config: Arc<ClusterConfig>,
         facts: Arc<NodeFacts>,
     ) -> Snapshot {
+        let mut problems = self.problems.clone();
+        if let Some(problem) = flag_that_the_server_denies(&config, &self.service_cidrs.values) {
+            Arc::make_mut(&mut problems).push(problem);
+        }
         Snapshot {
             generation,
-            config,
+            config: with_service_cidrs(config, &self.service_cidrs.values),
             facts,
             nodes: self.nodes.values.clone(),
             config_maps: self.config_maps.values.clone(),
@@ -155,10 +164,11 @@ impl Cluster {
             ingress_classes: self.ingress_classes.values.clone(),
             ingresses: self.ingresses.values.clone(),
             referred: self.referred.clone(),
+            service_cidrs: self.service_cidrs.values.clone(),
             address_pools: self.address_pools.values.clone(),
             l2_advertisements: self.l2_advertisements.values.clone(),
             attachments: Attachments::default(),
-            problems: self.problems.clone(),
+            problems,
             from_store: false,
         }
     }
@@ -175,6 +185,7 @@ impl Cluster {
             .chain(self.policies.problems())
             .chain(self.ingress_classes.problems())
             .chain(self.ingresses.problems())
+            .chain(self.service_cidrs.problems())
             .chain(self.address_pools.problems())
             .chain(self.l2_advertisements.problems())
             .cloned()
@@ -182,6 +193,36 @@ impl Cluster {
         problems.sort();
         problems
     }
+}
+
+/// The API server knows best which ranges it allocates from: the flag holds where it does not say.
+pub(super) fn with_service_cidrs(
+    config: Arc<ClusterConfig>,
+    objects: &Objects<String, ServiceCidr>,
+) -> Arc<ClusterConfig> {
+    let told: BTreeSet<IpNet> = objects.values().flat_map(|object| object.cidrs.iter().copied()).collect();
+    let flagged: BTreeSet<IpNet> = config.service_cidrs.iter().copied().collect();
+    if told.is_empty() || told == flagged {
+        return config;
+    }
+    Arc::new(ClusterConfig { service_cidrs: told.into_iter().collect(), ..ClusterConfig::clone(&config) })
+}
+
+/// A service range that the operator gave and that the API server has nothing of.
+fn flag_that_the_server_denies(
+    config: &ClusterConfig,
+    objects: &Objects<String, ServiceCidr>,
+) -> Option<Problem> {
+    let (name, _) = objects.first_key_value()?;
+    let told: Vec<IpNet> = objects.values().flat_map(|object| object.cidrs.iter().copied()).collect();
+    let overlaps = |flag: &IpNet| told.iter().any(|range| range.contains(flag) || flag.contains(range));
+    let flag = config.service_cidrs.iter().find(|flag| !overlaps(flag))?;
+    let ranges = told.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+    let message = format!(
+        "spec.cidrs: the API server allocates from {ranges}, nothing from --service-cidr {flag}: Weft goes by the API server; give \
+         every agent the --service-cluster-ip-range of kube-apiserver"
+    );
+    Some(Problem::new(ObjectRef::new("ServiceCIDR", "", name), Reason::InvalidField, message))
 }
 
 #[derive(Clone, Copy, Default)]

@@ -26,12 +26,13 @@ pub enum Kind {
     NetworkPolicy,
     IngressClass,
     Ingress,
+    ServiceCidr,
     IpAddressPool,
     L2Advertisement,
 }
 
 impl Kind {
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Node,
         Self::ConfigMap,
         Self::Namespace,
@@ -41,6 +42,7 @@ impl Kind {
         Self::NetworkPolicy,
         Self::IngressClass,
         Self::Ingress,
+        Self::ServiceCidr,
         Self::IpAddressPool,
         Self::L2Advertisement,
     ];
@@ -57,6 +59,7 @@ impl Kind {
             Self::NetworkPolicy => "NetworkPolicy",
             Self::IngressClass => "IngressClass",
             Self::Ingress => "Ingress",
+            Self::ServiceCidr => "ServiceCIDR",
             Self::IpAddressPool => "IPAddressPool",
             Self::L2Advertisement => "L2Advertisement",
         }
@@ -69,19 +72,21 @@ impl Kind {
     fn group(self) -> &'static str {
         match self {
             Self::EndpointSlice => "discovery.k8s.io",
-            Self::NetworkPolicy | Self::IngressClass | Self::Ingress => "networking.k8s.io",
+            Self::NetworkPolicy | Self::IngressClass | Self::Ingress | Self::ServiceCidr => {
+                "networking.k8s.io"
+            }
             Self::IpAddressPool | Self::L2Advertisement => "metallb.io",
             _ => "",
         }
     }
 
     fn version(self) -> &'static str {
-        if self.is_optional() { "v1beta1" } else { "v1" }
+        if self.group() == "metallb.io" { "v1beta1" } else { "v1" }
     }
 
-    /// Clusters may lack it: then there are none.
+    /// Clusters may lack it: then there are none. ServiceCIDRs came with Kubernetes 1.33.
     pub(super) fn is_optional(self) -> bool {
-        matches!(self, Self::IpAddressPool | Self::L2Advertisement)
+        matches!(self, Self::ServiceCidr | Self::IpAddressPool | Self::L2Advertisement)
     }
 
     /// `apiVersion` as manifests write it.
@@ -103,6 +108,7 @@ impl Kind {
             Self::NetworkPolicy => "networkpolicies",
             Self::IngressClass => "ingressclasses",
             Self::Ingress => "ingresses",
+            Self::ServiceCidr => "servicecidrs",
             Self::IpAddressPool => "ipaddresspools",
             Self::L2Advertisement => "l2advertisements",
         }

@@ -15,7 +15,7 @@ use weft_model::constants::{
 };
 use weft_model::objects::{
     Bandwidth, ConfigMap, Endpoint, EndpointPort, EndpointSlice, NamedPort, Namespace, Node, Pod, Protocol,
-    Service, ServiceKind, ServicePort, TrafficPolicy,
+    Service, ServiceCidr, ServiceKind, ServicePort, TrafficPolicy,
 };
 use weft_model::{NamespacedName, NodeName, ObjectRef, Problem, Reason};
 
@@ -92,6 +92,13 @@ pub fn config_map(document: &Value) -> Lowered<ConfigMap> {
 pub fn namespace(document: &Value) -> Lowered<Namespace> {
     lower("Namespace", document, |wire: wire::Namespace, _| {
         Some(Namespace { name: wire.metadata.name, labels: wire.metadata.labels.unwrap_or_default() })
+    })
+}
+
+pub fn service_cidr(document: &Value) -> Lowered<ServiceCidr> {
+    lower("ServiceCIDR", document, |wire: wire::ServiceCidr, notes| {
+        let cidrs = notes.cidrs("spec.cidrs", &wire.spec.cidrs.unwrap_or_default());
+        Some(ServiceCidr { name: wire.metadata.name, cidrs })
     })
 }
 

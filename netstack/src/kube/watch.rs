@@ -21,7 +21,7 @@ use weft_model::snapshot::Attachments;
 use weft_model::{ClusterConfig, Generation, NodeFacts, Snapshot};
 
 use super::client::{Access, Current};
-use super::cluster::Cluster;
+use super::cluster::{Cluster, with_service_cidrs};
 use super::document::{CONFIG_MAP, Document, Kind};
 use super::failure::{Address, ApiFailure};
 use super::referred::Reader;
@@ -264,7 +264,7 @@ impl Assembler {
         let snapshot = match &self.stored {
             Some(stored) if !complete => Snapshot {
                 generation,
-                config: self.config.clone(),
+                config: with_service_cidrs(self.config.clone(), &stored.service_cidrs),
                 facts,
                 attachments,
                 from_store: true,
@@ -317,6 +317,7 @@ fn same_but_generation(a: &Snapshot, b: &Snapshot) -> bool {
         && same(&a.ingress_classes, &b.ingress_classes)
         && same(&a.ingresses, &b.ingresses)
         && same(&a.referred, &b.referred)
+        && same(&a.service_cidrs, &b.service_cidrs)
         && same(&a.address_pools, &b.address_pools)
         && same(&a.l2_advertisements, &b.l2_advertisements)
         && same(&a.attachments, &b.attachments)

@@ -430,6 +430,19 @@ pub(super) struct Condition {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
+pub(super) struct ServiceCidr {
+    pub metadata: Meta,
+    pub spec: ServiceCidrSpec,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct ServiceCidrSpec {
+    pub cidrs: Option<Vec<String>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
 pub(super) struct IpAddressPool {
     pub metadata: Meta,
     pub spec: IpAddressPoolSpec,

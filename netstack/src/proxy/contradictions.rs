@@ -51,8 +51,8 @@ pub(super) fn of_service(service: &Service, ranges: &[IpNet]) -> Option<Problem>
 
 fn outside(ips: &str, ranges: &[IpNet]) -> String {
     format!(
-        "spec.clusterIPs {ips} is outside --service-cidr {}; give every agent the --service-cluster-ip-range of kube-apiserver \
-         as --service-cidr",
+        "spec.clusterIPs {ips} is outside the service ranges {}; give every agent the --service-cluster-ip-range of \
+         kube-apiserver as --service-cidr",
         joined(ranges)
     )
 }

@@ -24,6 +24,7 @@ pub(crate) const CASES: &[Case] = &[
     case("a Service without selector sends to the slice that people write", selectorless),
     case("an unready pod gets no traffic, unless publishNotReadyAddresses", readiness),
     case("a deleted Service ends, and made again it works", deleted_and_made_again),
+    case("a ServiceCIDR that comes and goes is served like the first range", service_cidr),
     case("several ports by name, each to its own target", named_ports),
     case("a rolling update under load loses no request", rolling_update),
     case("a Deployment scaled to none and back under the same Service", scale_to_none_and_back),
@@ -303,6 +304,62 @@ spec:
         })?;
     }
     Ok(())
+}
+
+/// kubernetes.io/docs/tasks/network/extend-service-ip-ranges: the API server allocates from it at once.
+fn service_cidr(cluster: &Cluster) -> anyhow::Result<()> {
+    const RANGE: &str = "
+apiVersion: networking.k8s.io/v1
+kind: ServiceCIDR
+metadata: {name: more}
+spec: {cidrs: [10.200.0.0/24, 'fd00:200::/112']}
+";
+    const SERVICE: &str = "
+apiVersion: v1
+kind: Service
+metadata: {name: of-more, namespace: suite}
+spec:
+  clusterIP: 10.200.0.7
+  clusterIPs: [10.200.0.7, 'fd00:200::7']
+  ipFamilyPolicy: RequireDualStack
+  selector: {app: echo}
+  ports: [{port: 80, targetPort: web}]
+";
+    let client = cluster.pod_on("tools", "node1")?;
+    let rules = || cluster.on("node1", "nft list chain inet weft-proxy unanswered");
+    let range_is_known = |known: bool| {
+        cluster.within(Duration::from_secs(10), "the range is known, or no more", || {
+            let rules = rules()?;
+            for range in ["10.200.0.0/24", "fd00:200::/112"] {
+                ensure!(rules.contains(&format!("daddr {range} drop")) == known, "{range}: {rules}");
+            }
+            Ok(())
+        })
+    };
+    range_is_known(false)?;
+    cluster.apply(RANGE)?;
+    range_is_known(true)?;
+    cluster.within(Duration::from_secs(10), "the API server allocates", || cluster.apply(SERVICE))?;
+    for (ip, unused) in [("10.200.0.7", "10.200.0.9"), ("fd00:200::7", "fd00:200::9")] {
+        cluster.within(Duration::from_secs(5), "the Service answers", || {
+            answering(&in_url(ip), 3, |line| cluster.in_pod(&client.name, line))
+        })?;
+        let ask = |address: &str, port: u16| {
+            let url = format!("http://{}:{port}/", in_url(address));
+            cluster.in_pod(&client.name, &format!("curl -sS -m 2 {url} 2>&1 || true"))
+        };
+        let said = ask(ip, 81)?;
+        ensure!(is_refusal(&said), "a port that {ip} does not have: {said}");
+        let said = ask(unused, 80)?;
+        ensure!(said.contains("timed out"), "{unused}, which no Service has: {said}");
+        let name = cluster.in_pod(&client.name, &format!("dig +short -x {ip}"))?;
+        ensure!(name.trim() == "of-more.suite.svc.cluster.local.", "the name of {ip}: {name}");
+    }
+    let problems = cluster.status("node1")?["problems"].to_string();
+    ensure!(!problems.contains("of-more") && !problems.contains("ServiceCIDR"), "{problems}");
+    cluster.delete(SERVICE)?;
+    cluster.delete(RANGE)?;
+    range_is_known(false)
 }
 
 fn named_ports(cluster: &Cluster) -> anyhow::Result<()> {

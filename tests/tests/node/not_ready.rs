@@ -329,8 +329,8 @@ fn a_service_range_that_is_not_the_clusters_is_a_problem_and_pods_still_come() {
         node.start_agent();
         node.start_tunnel();
         becomes_ready(&node);
-        let expected = "spec.clusterIPs 10.97.0.1 is outside --service-cidr 10.96.0.0/16,fd00:10:96::/112; give every agent the \
-                        --service-cluster-ip-range of kube-apiserver as --service-cidr";
+        let expected = "spec.clusterIPs 10.97.0.1 is outside the service ranges 10.96.0.0/16,fd00:10:96::/112; give every \
+                        agent the --service-cluster-ip-range of kube-apiserver as --service-cidr";
         until("the problem", || node.problems().iter().any(|problem| problem.contains(expected)));
     });
 }

@@ -160,6 +160,7 @@ pub(in crate::cni) fn snapshot(pod_cidrs: &[&str]) -> Snapshot {
         referred: Arc::default(),
         address_pools: Arc::default(),
         l2_advertisements: Arc::default(),
+        service_cidrs: Arc::default(),
         attachments: Arc::default(),
         problems: Arc::default(),
         from_store: false,

@@ -63,6 +63,53 @@ fn a_change_to_one_object_keeps_the_identity_of_the_others() {
     assert!(Arc::ptr_eq(&before.nodes, &after.nodes));
 }
 
+fn service_cidr(name: &str, cidrs: &[&str]) -> Event<Document> {
+    Event::Apply(Document::new(json!({"metadata": {"name": name}, "spec": {"cidrs": cidrs}})))
+}
+
+/// Service ranges and Problems of a cluster whose operator gave 10.96.0.0/16 and fd00:96::/112.
+fn ranges(cluster: &Cluster) -> (Vec<String>, Vec<String>) {
+    let flags = ["10.96.0.0/16", "fd00:96::/112"].map(|range| range.parse().unwrap());
+    let config = ClusterConfig { service_cidrs: flags.into(), ..ClusterConfig::default() };
+    let Snapshot { config, problems, .. } =
+        cluster.snapshot(Generation(1), Arc::new(config), snapshot(cluster).facts);
+    let texts = config.service_cidrs.iter().map(ToString::to_string).collect();
+    (texts, problems.iter().map(ToString::to_string).collect())
+}
+
+#[test]
+fn service_ranges_are_those_of_the_api_server_and_of_the_flag_where_it_does_not_say() {
+    let mut cluster = listed(vec![]);
+    let flagged = ["10.96.0.0/16", "fd00:96::/112"].map(str::to_owned).to_vec();
+    assert_eq!(ranges(&cluster), (flagged.clone(), vec![]), "a server of before 1.33");
+    cluster.apply(Kind::ServiceCidr, service_cidr("kubernetes", &["10.96.0.0/16", "fd00:96::/112"]));
+    assert_eq!(ranges(&cluster), (flagged.clone(), vec![]));
+    assert!(cluster.apply(Kind::ServiceCidr, service_cidr("more", &["10.200.0.0/24"])));
+    let more = ["10.96.0.0/16", "10.200.0.0/24", "fd00:96::/112"].map(str::to_owned).to_vec();
+    assert_eq!(ranges(&cluster), (more, vec![]));
+    assert!(
+        cluster.apply(Kind::ServiceCidr, Event::Delete(Document::new(json!({"metadata": {"name": "more"}}))))
+    );
+    assert_eq!(ranges(&cluster), (flagged, vec![]));
+}
+
+#[test]
+fn a_range_of_the_flag_that_the_api_server_does_not_have_is_named_and_not_used() {
+    let mut cluster = listed(vec![]);
+    cluster.apply(Kind::ServiceCidr, service_cidr("kubernetes", &["10.43.0.0/16", "fd00:96::/112"]));
+    let problem = "ServiceCIDR kubernetes: InvalidField: spec.cidrs: the API server allocates from 10.43.0.0/16,fd00:96::/112, \
+                   nothing from --service-cidr 10.96.0.0/16: Weft goes by the API server; give every agent the \
+                   --service-cluster-ip-range of kube-apiserver";
+    let told = ["10.43.0.0/16", "fd00:96::/112"].map(str::to_owned).to_vec();
+    assert_eq!(ranges(&cluster), (told, vec![problem.to_owned()]));
+    cluster.apply(Kind::ServiceCidr, service_cidr("broken", &["10.43.0.0/33"]));
+    let (_, problems) = ranges(&cluster);
+    assert!(
+        problems.iter().any(|said| said.contains("broken") && said.contains("is not a CIDR")),
+        "{problems:?}"
+    );
+}
+
 #[test]
 fn an_equal_event_and_an_equal_list_change_nothing() {
     let mut cluster = listed(vec![service("a", "10.96.0.1")]);

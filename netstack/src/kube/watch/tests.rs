@@ -49,6 +49,7 @@ fn plural(path: &str) -> Option<&'static str> {
         "networkpolicies",
         "ingressclasses",
         "ingresses",
+        "servicecidrs",
         "ipaddresspools",
         "l2advertisements",
     ]

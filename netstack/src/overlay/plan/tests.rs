@@ -82,6 +82,7 @@ pub(in crate::overlay) fn snapshot(nodes: Vec<Node>) -> Snapshot {
         referred: Arc::default(),
         address_pools: Arc::default(),
         l2_advertisements: Arc::default(),
+        service_cidrs: Arc::default(),
         attachments: Arc::default(),
         problems: Arc::default(),
         from_store: false,

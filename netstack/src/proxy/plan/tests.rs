@@ -99,6 +99,7 @@ fn cluster(services: Vec<Service>, slices: Vec<EndpointSlice>) -> Snapshot {
         referred: Arc::default(),
         address_pools: Arc::default(),
         l2_advertisements: Arc::default(),
+        service_cidrs: Arc::default(),
         attachments: Arc::default(),
         problems: Arc::default(),
         from_store: false,
@@ -252,8 +253,8 @@ fn an_address_outside_the_service_range_is_named_with_the_flag() {
     let services = vec![service("a", "10.96.0.1", None), service("b", "192.168.9.9", None)];
     let planned = ProxyPlanner::default().plan(&cluster(services, vec![]));
     let named: Vec<String> = planned.problems.iter().map(ToString::to_string).collect();
-    let expected = "Service default/b: InvalidField: spec.clusterIPs 192.168.9.9 is outside --service-cidr 10.96.0.0/12; give \
-                    every agent the --service-cluster-ip-range of kube-apiserver as --service-cidr";
+    let expected = "Service default/b: InvalidField: spec.clusterIPs 192.168.9.9 is outside the service ranges 10.96.0.0/12; \
+                    give every agent the --service-cluster-ip-range of kube-apiserver as --service-cidr";
     assert_eq!(named, [expected]);
     let with_one = vec![service("b", "192.168.9.9", None)];
     let planned = ProxyPlanner::default().plan(&cluster(with_one, vec![slice("b", &["10.244.1.5"])])).plan;

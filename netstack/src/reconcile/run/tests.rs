@@ -60,6 +60,7 @@ fn snapshot(generation: u64) -> Option<Arc<Snapshot>> {
         referred: Arc::default(),
         address_pools: Arc::default(),
         l2_advertisements: Arc::default(),
+        service_cidrs: Arc::default(),
         attachments: Arc::default(),
         problems: Arc::default(),
         from_store: false,
