@@ -2,6 +2,7 @@
 //! pod behind `weft0` and a client outside.
 
 mod affinity;
+mod large;
 mod outside;
 mod sentences;
 mod window;
