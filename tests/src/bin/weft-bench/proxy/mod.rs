@@ -31,6 +31,8 @@ const SIZES: [usize; 4] = [10, 1000, 10_000, 30_000];
 /// Where programming is measured.
 const LARGE: usize = 10_000;
 const CHANGES: usize = 20;
+/// Of kube-proxy in iptables mode, which takes seconds for one.
+const SLOW_CHANGES: usize = 5;
 /// kube-proxy lets a second pass between two syncs, so that changes come rarely enough for each to find it idle.
 const BETWEEN_CHANGES: Duration = Duration::from_millis(1200);
 const ROUNDS: usize = 7;
@@ -62,7 +64,7 @@ pub(crate) fn measure(weft: &Path) -> anyhow::Result<Vec<Row>> {
         eprintln!("{size} Services ...");
         bench.grow_to(size)?;
         let weft = bench.path()?;
-        let (change, work) = bench.changes(bench.agent_pid()?, Some(COMMITS))?;
+        let (change, work) = bench.changes(bench.agent_pid()?, CHANGES, Some(COMMITS))?;
         if size == large {
             rows.extend(bench.programming(size, &change, &work)?);
         } else {
@@ -173,10 +175,10 @@ impl Bench {
     }
 
     /// Milliseconds from the API server's answer to the first packet that follows the change, and what process `pid` did for it.
-    fn changes(&mut self, pid: u32, kernel: Option<&str>) -> anyhow::Result<(Vec<f64>, Work)> {
+    fn changes(&mut self, pid: u32, count: usize, kernel: Option<&str>) -> anyhow::Result<(Vec<f64>, Work)> {
         let (mut took, mut work) = (Vec::new(), Work::default());
         let in_kernel = || kernel.map(|name| seconds_in(AGENT, name)).transpose();
-        for _ in 0..CHANGES {
+        for _ in 0..count {
             let (cpu_before, kernel_before) = (cpu_micros(pid)?, in_kernel()?);
             self.at = 1 - self.at;
             let (pod, vip) = (&self.answerers[self.at], Self::vip());
@@ -220,11 +222,11 @@ impl Bench {
             alone("restart with everything in place: transactions", "", transactions, Some(0.0)),
             alone("memory of the agent after a restart", "MiB", after_restart, Some(60.0)),
         ];
-        for mode in [Mode::Nftables, Mode::Iptables] {
+        for (mode, count) in [(Mode::Nftables, CHANGES), (Mode::Iptables, SLOW_CHANGES)] {
             eprintln!("{} ...", mode.name());
             self.stop_weft()?;
             let (theirs, their_load) = self.start_kube_proxy(mode)?;
-            let (their_change, their_work) = self.changes(theirs.pid(), None)?;
+            let (their_change, their_work) = self.changes(theirs.pid(), count, None)?;
             let their_memory = resident_mib(theirs.pid())?;
             theirs.end()?;
             self.start_weft()?;
