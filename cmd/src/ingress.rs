@@ -18,11 +18,12 @@ use weft_ingress::explain::{Question, explain, routes};
 use weft_ingress::lint::lint;
 use weft_ingress::plan::IngressPlanner;
 use weft_ingress::plan::table::RouteTable;
-use weft_ingress::proxy::process;
+use weft_ingress::proxy::{Handover, process};
 use weft_model::Snapshot;
 use weft_model::constants::{INGRESS_HTTP_PORT, INGRESS_HTTPS_PORT, INGRESS_USER};
 use weft_netstack::reconcile::Planner as _;
 
+use crate::kept::Kept;
 use crate::log::LogArgs;
 use crate::status::{PATIENCE, ask};
 
@@ -98,13 +99,16 @@ pub(crate) fn run(args: &IngressArgs) -> anyhow::Result<()> {
 fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     args.log.start()?;
     let control = process::bind(&args.run_dir)?;
+    let kept = Kept::from_environment();
+    let handover = Handover::new(kept.tcp, kept.store);
     give_up_root().context("give up the rights of root")?;
     process::run(
-        &process::Config {
+        process::Config {
             run_dir: args.run_dir.clone(),
             http_port: args.http_port,
             https_port: args.https_port,
             threads: args.threads,
+            handover,
         },
         control,
     )?;

@@ -14,6 +14,7 @@ mod flows;
 mod ingress;
 mod install;
 mod ipam;
+mod kept;
 mod key;
 mod lab;
 mod lb;

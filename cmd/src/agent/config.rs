@@ -8,7 +8,7 @@ use anyhow::{Context as _, bail, ensure};
 use axum::http::Uri;
 use clap::Args;
 use ipnet::IpNet;
-use weft_model::{ClusterConfig, IngressConfig, NamespacedName, NodeName, ProxyConfig};
+use weft_model::{ClusterConfig, Front, IngressConfig, NamespacedName, NodeName, Observe, ProxyConfig};
 use weft_netstack::kube::Endpoint;
 
 use crate::log::LogArgs;
@@ -93,6 +93,18 @@ pub(crate) struct AgentArgs {
     /// NAMESPACE/NAME of the Secret whose certificate answers where no other does
     #[arg(long)]
     ingress_default_certificate: Option<String>,
+    /// Addresses of proxies and load balancers in front: their X-Forwarded-* and Forwarded are believed
+    #[arg(long, value_delimiter = ',')]
+    ingress_trusted_ranges: Vec<IpNet>,
+    /// Whether connections from these addresses begin with a PROXY protocol header (version 1 or 2)
+    #[arg(long, value_enum, default_value = "off")]
+    ingress_proxy_protocol: Switch,
+    /// Whether the ingress writes an access log, a JSON object a request, to its standard output
+    #[arg(long, value_enum, default_value = "off")]
+    ingress_access_log: Switch,
+    /// Metrics of the ingress under the names of ingress-nginx too
+    #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
+    ingress_nginx_metrics: bool,
     /// Whether the addresses of Ingresses are written; off while another controller writes them
     #[arg(long, value_enum, default_value = "on")]
     ingress_status: Switch,
@@ -193,11 +205,24 @@ impl AgentArgs {
             );
             Ok(NamespacedName::new(namespace, name))
         });
+        let front = Front {
+            trusted: self.ingress_trusted_ranges.iter().map(IpNet::trunc).collect(),
+            proxy_protocol: self.ingress_proxy_protocol == Switch::On,
+        };
+        ensure!(
+            !front.proxy_protocol || !front.trusted.is_empty(),
+            "--ingress-proxy-protocol on needs --ingress-trusted-ranges with the addresses of your load balancers, such as 192.0.2.0/28"
+        );
         Ok(IngressConfig {
             on: self.ingress == Switch::On,
             classes: self.ingress_class.iter().cloned().collect(),
             adopt_nginx: self.adopt_ingress_nginx,
             default_certificate: certificate.transpose()?,
+            front,
+            observe: Observe {
+                access_log: self.ingress_access_log == Switch::On,
+                nginx_metrics: self.ingress_nginx_metrics,
+            },
         })
     }
 
@@ -334,6 +359,20 @@ mod tests {
     #[test]
     fn the_defaults_are_valid() {
         assert!(validate(&[]).is_ok());
+    }
+
+    #[test]
+    fn nobody_is_trusted_in_front_unless_a_range_says_so() {
+        let of = |flags: &[&str]| validate(flags).map(|config| config.cluster.ingress.front);
+        assert_eq!(of(&[]), Ok(Front::default()));
+        let trusted = vec!["192.0.2.0/28".parse().unwrap(), "fd00::/64".parse().unwrap()];
+        let flags = ["--ingress-trusted-ranges", "192.0.2.1/28,fd00::/64", "--ingress-proxy-protocol", "on"];
+        assert_eq!(of(&flags), Ok(Front { trusted, proxy_protocol: true }));
+        let refused = of(&["--ingress-proxy-protocol", "on"]).unwrap_err();
+        assert!(
+            refused.starts_with("--ingress-proxy-protocol on needs --ingress-trusted-ranges"),
+            "{refused}"
+        );
     }
 
     #[test]

@@ -4,7 +4,6 @@
 
 mod config;
 mod given;
-mod handover;
 mod keep;
 mod readiness;
 pub(crate) mod start;

@@ -46,10 +46,10 @@ use weft_netstack::reconcile::{
 use weft_netstack::store::{Opened, SnapshotRead, Store, StoreError};
 
 use super::config::Config;
-use super::handover;
 use super::keep::{Configurations, Conflist, Saver};
 use super::readiness::{self, Sources};
 use crate::files;
+use crate::kept::Kept;
 
 /// What decides as the rules in the kernel do.
 type Judges = watch::Receiver<Option<Arc<Judge>>>;
@@ -224,7 +224,9 @@ fn start_dns(config: &Config, leases: Arc<Store>) -> weft_dns::Dns {
         ..weft_dns::Options::default()
     };
     let namespace_of = move |address| leases.pod_of(address).map(|pod| pod.namespace);
-    weft_dns::start(&config.cluster, options, handover::from_environment(), Arc::new(namespace_of))
+    let Kept { udp, tcp, store } = Kept::from_environment();
+    let handover = weft_dns::Handover { udp, tcp, store };
+    weft_dns::start(&config.cluster, options, handover, Arc::new(namespace_of))
 }
 
 /// Its netlink connection lives as long as the agent.
@@ -436,7 +438,13 @@ fn admin(
         )],
         counters: dns_counters(dns),
         collectors: Vec::new(),
+        texts: if config.cluster.ingress.on { vec![ingress_metrics(&config.run_dir)] } else { Vec::new() },
     }
+}
+
+fn ingress_metrics(run_dir: &std::path::Path) -> Read<String> {
+    let socket = run_dir.join(weft_ingress::apply::FOLDER).join(weft_ingress::apply::SOCKET_FILE);
+    Box::new(move || weft_netstack::control::request(&socket, "GET", "/metrics").unwrap_or_default())
 }
 
 /// Under our own names.

@@ -1,8 +1,10 @@
-//! Certificates as Secrets hold them: whether chain and key can be used together. Pure.
+//! Certificates as Secrets hold them: whether chain and key can be used together, and when. Pure.
 
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
+
+use crate::calendar::{days, moment};
 
 /// What a Secret's PEM holds.
 pub(crate) type Pair = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
@@ -40,9 +42,216 @@ pub fn objection(chain_pem: &[u8], key_pem: &[u8]) -> Option<String> {
     }
 }
 
+/// Why clients will refuse the host's own certificate at this moment (seconds since the epoch), with the remedy; `None` when its
+/// validity holds, or is written so that it cannot be read (RFC 5280 4.1.2.5).
+pub fn out_of_time(chain_pem: &[u8], now: i64) -> Option<String> {
+    let chain = chain(chain_pem)?;
+    let (from, until) = validity(chain.first()?)?;
+    if until < now {
+        return Some(format!("its certificate expired at {}; renew it, clients refuse it", moment(until)));
+    }
+    (now < from).then(|| {
+        format!("its certificate is not valid before {}; clients refuse it until then", moment(from))
+    })
+}
+
+/// Who a certificate is for and who made it, as RFC 2253 writes it, the most specific part first (nginx's `$ssl_client_s_dn` and
+/// `$ssl_client_i_dn`); `None` when it cannot be read.
+pub(crate) fn names(der: &[u8]) -> Option<(String, String)> {
+    let Parts { issuer, subject, .. } = parts(der)?;
+    Some((distinguished_name(subject)?, distinguished_name(issuer)?))
+}
+
+/// What is looked at of a certificate (RFC 5280 4.1).
+struct Parts<'a> {
+    issuer: &'a [u8],
+    validity: &'a [u8],
+    subject: &'a [u8],
+}
+
+/// version, serialNumber and signature stand before issuer.
+fn parts(der: &[u8]) -> Option<Parts<'_>> {
+    let (_, certificate, _) = element(der)?;
+    let (_, mut rest, _) = element(certificate)?;
+    if let (VERSION, _, after) = element(rest)? {
+        rest = after;
+    }
+    for _ in 0..2 {
+        (_, _, rest) = element(rest)?;
+    }
+    let (_, issuer, rest) = element(rest)?;
+    let (_, validity, rest) = element(rest)?;
+    let (_, subject, _) = element(rest)?;
+    Some(Parts { issuer, validity, subject })
+}
+
+/// The elements one after another; `None` when one is damaged.
+fn elements(mut der: &[u8]) -> Option<Vec<(u8, &[u8])>> {
+    let mut found = Vec::new();
+    while !der.is_empty() {
+        let (tag, content, rest) = element(der)?;
+        found.push((tag, content));
+        der = rest;
+    }
+    Some(found)
+}
+
+/// A sequence of sets of type and value.
+fn distinguished_name(der: &[u8]) -> Option<String> {
+    let mut sets = Vec::new();
+    for (_, set) in elements(der)?.into_iter().rev() {
+        let mut pairs = Vec::new();
+        for (_, pair) in elements(set)? {
+            let (_, kind, rest) = element(pair)?;
+            let (tag, value, _) = element(rest)?;
+            pairs.push(attribute(kind, tag, value));
+        }
+        sets.push(pairs.join("+"));
+    }
+    Some(sets.join(","))
+}
+
+/// Encoded object identifiers and what OpenSSL calls them.
+const ATTRIBUTES: [(&[u8], &str); 13] = [
+    (b"\x55\x04\x03", "CN"),
+    (b"\x55\x04\x04", "SN"),
+    (b"\x55\x04\x05", "serialNumber"),
+    (b"\x55\x04\x06", "C"),
+    (b"\x55\x04\x07", "L"),
+    (b"\x55\x04\x08", "ST"),
+    (b"\x55\x04\x0a", "O"),
+    (b"\x55\x04\x0b", "OU"),
+    (b"\x55\x04\x0c", "title"),
+    (b"\x55\x04\x2a", "GN"),
+    (b"\x09\x92\x26\x89\x93\xf2\x2c\x64\x01\x01", "UID"),
+    (b"\x09\x92\x26\x89\x93\xf2\x2c\x64\x01\x19", "DC"),
+    (b"\x2a\x86\x48\x86\xf7\x0d\x01\x09\x01", "emailAddress"),
+];
+
+/// An attribute that has no name here, or a value that is no text, is written in hexadecimal digits.
+fn attribute(kind: &[u8], tag: u8, value: &[u8]) -> String {
+    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02X}")).collect::<String>();
+    let name = ATTRIBUTES.iter().find(|(known, _)| *known == kind).map(|(_, name)| *name);
+    match (name, tag) {
+        // UTF8String, PrintableString, IA5String.
+        (Some(name), 0x0c | 0x13 | 0x16) => format!("{name}={}", escaped(value)),
+        (name, _) => {
+            let name = name.map_or_else(|| format!("OID.{}", hex(kind)), str::to_owned);
+            format!("{name}=#{}", hex(value))
+        }
+    }
+}
+
+/// RFC 2253 2.4; what is not ASCII goes byte by byte, as OpenSSL has it.
+fn escaped(value: &[u8]) -> String {
+    let mut text = String::new();
+    for (at, byte) in value.iter().enumerate() {
+        let end = at == 0 || at + 1 == value.len();
+        match byte {
+            b',' | b'+' | b'"' | b'\\' | b'<' | b'>' | b';' => text.extend(['\\', char::from(*byte)]),
+            b'#' if at == 0 => text.push_str("\\#"),
+            b' ' if end => text.push_str("\\ "),
+            b' '..=b'~' => text.push(char::from(*byte)),
+            other => text.push_str(&format!("\\{other:02X}")),
+        }
+    }
+    text
+}
+
+/// notBefore and notAfter in seconds since the epoch.
+fn validity(der: &[u8]) -> Option<(i64, i64)> {
+    let (kind, from, rest) = element(parts(der)?.validity)?;
+    let from = time(kind, from)?;
+    let (kind, until, _) = element(rest)?;
+    Some((from, time(kind, until)?))
+}
+
+/// `[0]`, explicit.
+const VERSION: u8 = 0xa0;
+
+/// Tag, content and what follows of a DER element (X.690 8.1).
+fn element(der: &[u8]) -> Option<(u8, &[u8], &[u8])> {
+    let (&[tag, first], rest) = der.split_first_chunk()?;
+    let (length, rest) = match first {
+        short @ 0..=0x7f => (usize::from(short), rest),
+        0x81..=0x84 => {
+            let (digits, rest) = rest.split_at_checked(usize::from(first & 0x7f))?;
+            (digits.iter().fold(0, |length, digit| length << 8 | usize::from(*digit)), rest)
+        }
+        _ => return None,
+    };
+    let (content, rest) = rest.split_at_checked(length)?;
+    Some((tag, content, rest))
+}
+
+/// UTCTime `YYMMDDHHMMSSZ`, or GeneralizedTime with a year of four digits.
+fn time(kind: u8, text: &[u8]) -> Option<i64> {
+    let text = std::str::from_utf8(text).ok()?.strip_suffix('Z').filter(|text| text.is_ascii())?;
+    let (year, rest) = match kind {
+        0x17 => {
+            let (year, rest) = text.split_at_checked(2)?;
+            let year: i64 = year.parse().ok()?;
+            (if year < 50 { 2000 + year } else { 1900 + year }, rest)
+        }
+        0x18 => {
+            let (year, rest) = text.split_at_checked(4)?;
+            (year.parse().ok()?, rest)
+        }
+        _ => return None,
+    };
+    let two = |at: usize| rest.get(at..at + 2)?.parse::<i64>().ok();
+    let (month, day) = (two(0)?, two(2)?);
+    let sound = rest.len() == 10 && (1..=12).contains(&month) && (1..=31).contains(&day);
+    sound.then_some(())?;
+    Some(days(year, month, day) * 86_400 + two(4)? * 3600 + two(6)? * 60 + two(8)?)
+}
+
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    #[test]
+    fn a_certificate_is_of_use_between_its_two_dates() {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let of = |from: (i32, u8, u8), until: (i32, u8, u8)| {
+            let mut wanted = rcgen::CertificateParams::new(["a.example".to_owned()]).unwrap();
+            wanted.not_before = rcgen::date_time_ymd(from.0, from.1, from.2);
+            wanted.not_after = rcgen::date_time_ymd(until.0, until.1, until.2);
+            wanted.self_signed(&key).unwrap().pem()
+        };
+        let now = days(2026, 11, 27) * 86_400;
+        let said = |from, until| out_of_time(of(from, until).as_bytes(), now);
+        assert_eq!(said((2020, 1, 1), (2049, 12, 31)), None);
+        assert_eq!(said((2020, 1, 1), (2051, 1, 1)), None, "a year of four digits");
+        let expired = "its certificate expired at 2026-11-26T00:00:00Z; renew it, clients refuse it";
+        assert_eq!(said((2020, 1, 1), (2026, 11, 26)).as_deref(), Some(expired));
+        let early = "its certificate is not valid before 2026-11-28T00:00:00Z; clients refuse it until then";
+        assert_eq!(said((2026, 11, 28), (2030, 1, 1)).as_deref(), Some(early));
+        assert_eq!(out_of_time(b"", now), None);
+    }
+
+    #[test]
+    fn a_subject_is_written_as_nginx_has_it() {
+        let mut wanted = rcgen::CertificateParams::new([]).unwrap();
+        let mut name = rcgen::DistinguishedName::new();
+        name.push(rcgen::DnType::OrganizationName, "Weft, \u{e9}");
+        name.push(rcgen::DnType::CommonName, "#ann+bob ");
+        wanted.distinguished_name = name;
+        let made = wanted.self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap();
+        let written = r"CN=\#ann\+bob\ ,O=Weft\, \C3\A9".to_owned();
+        assert_eq!(names(made.der()), Some((written.clone(), written)));
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_panic(der in proptest::collection::vec(any::<u8>(), 0..200)) {
+            validity(&der);
+            names(&der);
+            distinguished_name(&der);
+        }
+    }
 
     fn pair() -> (String, String) {
         let made = rcgen::generate_simple_self_signed(["shop.example.com".to_owned()]).unwrap();

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  Snapshot --plan--> RouteTable (values) + Problems
-//!     annotations: what ingress-nginx's annotations say     certificate: whether chain and key go together
+//!     annotations: what ingress-nginx's annotations say     certificate: whether chain and key go together, and when
 //!  RouteTable --apply--> routes.json, a word to the process `weft ingress`
 //!  RouteTable --explain--> why a request goes where it goes
 //!  Snapshot --lint--> a verdict for every Ingress
@@ -10,6 +10,7 @@
 
 pub mod annotations;
 pub mod apply;
+mod calendar;
 pub mod certificate;
 pub mod explain;
 pub mod lint;

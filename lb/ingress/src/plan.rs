@@ -19,6 +19,7 @@ pub(crate) mod tests;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use weft_model::ingress::{Ingress, is_ours};
 use weft_model::objects::ingress_address;
@@ -32,10 +33,20 @@ use materials::Materials;
 use table::RouteTable;
 
 /// Plans the routes of every Ingress that is ours.
-#[derive(Default)]
 pub struct IngressPlanner {
+    /// Seconds since the epoch: certificates expire while nothing else changes.
+    now: fn() -> i64,
     parsed: BTreeMap<NamespacedName, (Arc<Ingress>, Arc<Parsed>)>,
     backends: Backends,
+}
+
+impl Default for IngressPlanner {
+    fn default() -> Self {
+        Self::at(|| {
+            let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+        })
+    }
 }
 
 /// One Ingress of ours with what its annotations say.
@@ -66,7 +77,7 @@ impl Planner for IngressPlanner {
             });
             problems.extend(told);
         }
-        let mut materials = Materials::new(snapshot);
+        let mut materials = Materials::new(snapshot, (self.now)());
         let claims = Claims::of(&claimed, &mut materials, &mut problems);
         let wanted = claims.backends();
         let backends = self.backends.plan(snapshot, wanted, &mut problems);
@@ -77,6 +88,8 @@ impl Planner for IngressPlanner {
             backends,
             certificates: materials.certificates(&claimed, &snapshot.config.ingress, &mut problems),
             default_certificate: materials.default_certificate(&snapshot.config.ingress, &mut problems),
+            front: snapshot.config.ingress.front.clone(),
+            observe: snapshot.config.ingress.observe,
             waiting: materials.waiting(),
         };
         Planned::new(table, problems)
@@ -84,6 +97,11 @@ impl Planner for IngressPlanner {
 }
 
 impl IngressPlanner {
+    /// By this clock, in seconds since the epoch.
+    pub fn at(now: fn() -> i64) -> Self {
+        Self { now, parsed: BTreeMap::new(), backends: Backends::default() }
+    }
+
     /// Ours, the oldest first.
     fn claimed(&mut self, snapshot: &Snapshot) -> Vec<Claimed> {
         self.parsed.retain(|key, _| snapshot.ingresses.contains_key(key));

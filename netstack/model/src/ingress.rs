@@ -4,8 +4,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::net::IpAddr;
 
 use base64::Engine as _;
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::NamespacedName;
@@ -39,6 +41,35 @@ pub struct IngressConfig {
     pub adopt_nginx: bool,
     /// `--ingress-default-certificate`: the Secret whose certificate answers where no other does.
     pub default_certificate: Option<NamespacedName>,
+    #[serde(default)]
+    pub front: Front,
+    #[serde(default)]
+    pub observe: Observe,
+}
+
+/// What the ingress tells of requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Observe {
+    /// `--ingress-access-log`: a JSON object a request on the standard output of the process.
+    pub access_log: bool,
+    /// `--ingress-nginx-metrics`: metrics under the names of ingress-nginx too.
+    pub nginx_metrics: bool,
+}
+
+/// What stands between clients and the ingress.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Front {
+    /// `--ingress-trusted-ranges`: addresses of proxies and load balancers; what they say of clients is believed.
+    pub trusted: Vec<IpNet>,
+    /// `--ingress-proxy-protocol`: their connections begin with a PROXY protocol header.
+    pub proxy_protocol: bool,
+}
+
+impl Front {
+    pub fn trusts(&self, address: IpAddr) -> bool {
+        let address = address.to_canonical();
+        self.trusted.iter().any(|range| range.contains(&address))
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -321,6 +352,8 @@ mod tests {
             classes: BTreeSet::from(["weft".to_owned()]),
             adopt_nginx,
             default_certificate: None,
+            front: Front::default(),
+            observe: Observe::default(),
         }
     }
 

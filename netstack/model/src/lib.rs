@@ -27,7 +27,7 @@ pub mod wireguard;
 
 pub use config::{ClusterConfig, ProxyConfig};
 pub use ids::{Generation, NamespacedName, NodeName, PodKey, PolicyKey, ServiceKey, WgPublicKey};
-pub use ingress::IngressConfig;
+pub use ingress::{Front, IngressConfig, Observe};
 pub use node_facts::NodeFacts;
 pub use notice::{Notice, Severity};
 pub use problem::{ObjectRef, Planned, Problem, Reason};

@@ -16,6 +16,9 @@ use crate::reconcile::LoopHandle;
 /// How names begin that dashboards know from the program whose work is done here.
 const KNOWN_ELSEWHERE: &str = "coredns_";
 
+/// What closes an exposition (OpenMetrics 1.0).
+const END: &str = "# EOF\n";
+
 /// A family of counters of another room: one label from a closed set, one value each.
 pub struct Counters {
     /// Without prefix and `_total`: `dns_queries`. A name that users know from another program stands whole.
@@ -52,6 +55,11 @@ pub(super) fn encode(admin: &Admin) -> Result<String, fmt::Error> {
     registry.register("resident_memory_bytes", "Resident memory of the agent", resident);
     let mut buffer = String::new();
     text::encode(&mut buffer, &all)?;
+    if let Some(families) = buffer.strip_suffix(END).map(str::len) {
+        buffer.truncate(families);
+        admin.texts.iter().for_each(|read| buffer.push_str(&read()));
+        buffer.push_str(END);
+    }
     Ok(buffer)
 }
 

@@ -57,6 +57,8 @@ pub struct Admin {
     pub parts: Vec<(&'static str, Read<serde_json::Value>)>,
     pub counters: Vec<Counters>,
     pub collectors: Vec<Collect>,
+    /// Families of the processes beside the agent: OpenMetrics text without its end, empty while one is away.
+    pub texts: Vec<Read<String>>,
 }
 
 impl Admin {
@@ -132,13 +134,16 @@ async fn readyz(State(admin): State<Arc<Admin>>) -> Response {
     (StatusCode::SERVICE_UNAVAILABLE, reasons.join("\n") + "\n").into_response()
 }
 
+/// Off the async threads, as the status.
 async fn metrics_text(State(admin): State<Arc<Admin>>) -> Response {
-    match metrics::encode(&admin) {
+    let encoded =
+        tokio::task::spawn_blocking(move || metrics::encode(&admin).map_err(|error| error.to_string()));
+    match encoded.await.unwrap_or_else(|error| Err(error.to_string())) {
         Ok(text) => {
             ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text)
                 .into_response()
         }
-        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error).into_response(),
     }
 }
 

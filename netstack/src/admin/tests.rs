@@ -36,6 +36,7 @@ fn admin(obstacles: &[&str]) -> Admin {
         parts: vec![("leases", Box::new(|| 3.into()))],
         counters: vec![counters("dns_queries"), counters("coredns_dns_responses")],
         collectors: vec![],
+        texts: vec![Box::new(|| "# TYPE beside gauge\nbeside 1\n".to_owned()), Box::new(String::new)],
     }
 }
 
@@ -58,7 +59,7 @@ fn metrics_carry_every_loop_and_counter() {
     assert!(text.contains("weft_loop_generation{loop=\"proxy\"} 0"), "{text}");
     assert!(text.contains("weft_dns_queries_total{rcode=\"nxdomain\"} 2"), "{text}");
     assert!(text.contains("\ncoredns_dns_responses_total{rcode=\"noerror\"} 7"), "{text}");
-    assert!(text.ends_with("# EOF\n"), "{text}");
+    assert!(text.ends_with("beside 1\n# EOF\n"), "{text}");
     assert_eq!(text.matches("# EOF").count(), 1);
 }
 

@@ -8,6 +8,7 @@ mod cni;
 mod custom_dns;
 mod events;
 mod faults;
+mod ingress;
 mod lease;
 mod not_ready;
 mod objects;

@@ -19,7 +19,7 @@ use weft_model::ingress::ANNOTATION_PREFIX;
 
 pub use settings::{
     Affinity, AffinityCookie, BackendProtocol, BasicAuth, Canary, ClientTls, Cors, ForwardAuth, HttpRedirect,
-    Limits, Mirror, Retry, RetryOn, SameSite, Satisfy, Settings, UpstreamTls, VerifyClient,
+    Limits, Mirror, Pace, Retry, RetryOn, SameSite, Satisfy, Settings, UpstreamTls, VerifyClient,
 };
 
 use catalog::Support;

@@ -56,6 +56,9 @@ pub struct Settings {
     /// nginx variables, such as `$request_uri`.
     pub hash_by: Option<String>,
     pub mirror: Option<Mirror>,
+    /// `limit-rate` and `limit-rate-after`.
+    #[serde(default)]
+    pub pace: Option<Pace>,
     pub access_log: bool,
 }
 
@@ -211,6 +214,14 @@ pub struct Mirror {
     pub body: bool,
 }
 
+/// What an answer may be sent at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pace {
+    pub bytes_per_second: u64,
+    /// So much goes out unhindered.
+    pub after_bytes: u64,
+}
+
 const CORS_METHODS: &str = "GET, PUT, POST, DELETE, PATCH, OPTIONS";
 const CORS_HEADERS: &str = "DNT,Keep-Alive,User-Agent,X-Requested-With,If-Modified-Since,Cache-Control,Content-Type,Range,Authorization";
 /// `proxy-body-size` (nginx's client_max_body_size, as ingress-nginx sets it).
@@ -259,6 +270,7 @@ pub(super) fn read(r: &mut Reader<'_>) -> Settings {
         custom_headers: r.text("custom-headers").map(str::to_owned),
         hash_by: r.text("upstream-hash-by").map(str::to_owned),
         mirror: mirror(r),
+        pace: pace(r),
         access_log: r.flag("enable-access-log", true),
         rewrite_target,
         closed: false,
@@ -569,12 +581,18 @@ fn location(r: &mut Reader<'_>) -> Option<(String, String)> {
     }
 }
 
+/// The body goes too unless it is switched off.
 fn mirror(r: &mut Reader<'_>) -> Option<Mirror> {
-    Some(Mirror {
-        host: r.header_value("mirror-host"),
-        body: r.flag("mirror-request-body", true),
-        target: r.header_value("mirror-target")?,
-    })
+    let (host, body) = (r.header_value("mirror-host"), r.flag("mirror-request-body", true));
+    Some(Mirror { host, body, target: r.url("mirror-target")? })
+}
+
+/// Kilobytes; zero is no limit.
+fn pace(r: &mut Reader<'_>) -> Option<Pace> {
+    let kilobytes = |r: &mut Reader<'_>, name: &str| r.number(name, 0, u32::MAX).unwrap_or(0);
+    let after_bytes = u64::from(kilobytes(r, "limit-rate-after")) * 1024;
+    let bytes_per_second = u64::from(kilobytes(r, "limit-rate")) * 1024;
+    (bytes_per_second > 0).then_some(Pace { bytes_per_second, after_bytes })
 }
 
 fn load_balance(r: &mut Reader<'_>) {

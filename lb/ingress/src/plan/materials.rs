@@ -9,10 +9,13 @@ use weft_model::{NamespacedName, ObjectRef, Problem, Reason, Snapshot};
 use super::table::{Certificate, RouteMaterials};
 use super::{Claimed, object};
 use crate::annotations::{Settings, VerifyClient};
+use crate::certificate::out_of_time;
 
 pub(super) struct Materials<'a> {
     snapshot: &'a Snapshot,
     waiting: BTreeSet<Reference>,
+    /// Seconds since the epoch.
+    now: i64,
 }
 
 /// Why there is nothing.
@@ -24,8 +27,8 @@ enum Lack {
 }
 
 impl<'a> Materials<'a> {
-    pub(super) fn new(snapshot: &'a Snapshot) -> Self {
-        Self { snapshot, waiting: BTreeSet::new() }
+    pub(super) fn new(snapshot: &'a Snapshot, now: i64) -> Self {
+        Self { snapshot, waiting: BTreeSet::new(), now }
     }
 
     pub(super) fn waiting(self) -> BTreeSet<Reference> {
@@ -151,6 +154,10 @@ impl<'a> Materials<'a> {
                         continue;
                     }
                 };
+                if let Some(why) = out_of_time(&found.chain_pem.0, self.now) {
+                    let message = format!("spec.tls[{i}].secretName: Secret {}: {why}", found.secret);
+                    problems.push(Problem::new(one.object(), Reason::InvalidField, message));
+                }
                 let rules = one.ingress.rules.iter().filter_map(|rule| rule.host.clone());
                 let hosts: BTreeSet<String> = match tls.hosts.is_empty() {
                     true => rules.collect(),
@@ -184,7 +191,14 @@ impl<'a> Materials<'a> {
         let found =
             self.data(&Reference::Secret(key.clone())).and_then(|data| certificate(key.clone(), data));
         match found {
-            Ok(found) => Some(found),
+            Ok(found) => {
+                if let Some(why) = out_of_time(&found.chain_pem.0, self.now) {
+                    let object = ObjectRef::new("Secret", &key.namespace, &key.name);
+                    let message = format!("--ingress-default-certificate: {why}");
+                    problems.push(Problem::new(object, Reason::InvalidField, message));
+                }
+                Some(found)
+            }
             Err(Lack::Waiting) => None,
             Err(Lack::Told(reason, message)) => {
                 let object = ObjectRef::new("Secret", &key.namespace, &key.name);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use weft_model::NamespacedName;
-use weft_model::ingress::{Bytes, Reference};
+use weft_model::ingress::{Bytes, Front, Observe, Reference};
 
 use crate::annotations::{Canary, HttpRedirect, Settings};
 
@@ -21,6 +21,11 @@ pub struct RouteTable {
     /// By host name in lower case, `*.` for one label.
     pub certificates: BTreeMap<String, Certificate>,
     pub default_certificate: Option<Certificate>,
+    /// What stands in front of the ingress, and whom of it to believe.
+    #[serde(default)]
+    pub front: Front,
+    #[serde(default)]
+    pub observe: Observe,
     /// Asked for and not answered yet: the table is not whole.
     pub waiting: BTreeSet<Reference>,
 }
@@ -149,6 +154,16 @@ impl PathMatch {
             }
             Self::Text(text) => path.starts_with(text.as_str()),
             Self::Regex(text) => expression(text).is_ok_and(|expression| expression.is_match(path)),
+        }
+    }
+}
+
+impl PathMatch {
+    /// The path of the rule.
+    pub fn path(&self) -> &str {
+        match self {
+            Self::Prefix(text) if text.is_empty() => "/",
+            Self::Exact(text) | Self::Prefix(text) | Self::Text(text) | Self::Regex(text) => text,
         }
     }
 }

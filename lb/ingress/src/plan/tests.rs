@@ -19,7 +19,7 @@ fn config() -> ClusterConfig {
             on: true,
             classes: BTreeSet::from(["weft".to_owned()]),
             adopt_nginx: true,
-            default_certificate: None,
+            ..IngressConfig::default()
         },
         ..ClusterConfig::default()
     }
@@ -331,6 +331,27 @@ fn with_tls(annotations: Value) -> Value {
     let mut spec = rules(Some("a.example"), &[path("Prefix", "/", "web")]);
     spec["tls"] = json!([{"hosts": ["a.example"], "secretName": "tls"}]);
     ingress_of("web", 1, annotations, spec)
+}
+
+#[test]
+fn a_certificate_out_of_its_time_is_told_and_served_still() {
+    let (chain, key) = pair("a.example");
+    let documents =
+        vec![service("web"), with_tls(json!({})), secret("tls", &[("tls.crt", &chain), ("tls.key", &key)])];
+    let at = |now: fn() -> i64| IngressPlanner::at(now).plan(&snapshot(documents.clone()));
+    // rcgen's certificates hold from 1975 to 4096.
+    for (now, said) in [
+        ((|| 0) as fn() -> i64, "is not valid before 1975-01-01T00:00:00Z"),
+        (|| 70_000_000_000, "expired at 4096-01-01T00:00:00Z; renew it"),
+    ] {
+        let planned = at(now);
+        let sentence = format!(
+            "Ingress default/web: InvalidField: spec.tls[0].secretName: Secret default/tls: its certificate {said}"
+        );
+        assert!(messages(&planned)[0].starts_with(&sentence), "{:?}", messages(&planned));
+        assert!(planned.plan.certificates.contains_key("a.example"));
+    }
+    assert_eq!(messages(&at(|| 1_800_000_000)), [""; 0]);
 }
 
 #[test]

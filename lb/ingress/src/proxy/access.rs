@@ -9,7 +9,8 @@ use rustls::pki_types::{CertificateDer, UnixTime};
 
 use super::compiled::CompiledRoute;
 use super::htpasswd;
-use crate::annotations::{Cors, Satisfy, VerifyClient};
+use crate::annotations::{ClientTls, Cors, Satisfy, VerifyClient};
+use crate::certificate::names;
 use crate::plan::table::RouteMaterials;
 
 /// Why a request is answered here.
@@ -21,6 +22,8 @@ pub(super) enum Denial {
     Password(String),
     /// No certificate of the client, or one that is not trusted; where its browser is sent, if anywhere.
     Certificate(Option<String>),
+    /// The certificate is trusted and for somebody else (`auth-tls-match-cn`).
+    Name,
 }
 
 /// Addresses and passwords, one of which is enough under `satisfy: any`.
@@ -73,17 +76,31 @@ pub(super) fn client_certificate(
     else {
         return Ok(None);
     };
+    let verified = verified(route, wanted, shown)?;
+    let subject =
+        || shown.first().and_then(|own| names(own)).map_or_else(String::new, |(subject, _)| subject);
+    match &route.client_name {
+        Some(pattern) if !pattern.is_match(&subject()) => Err(Denial::Name),
+        _ => Ok(Some(verified)),
+    }
+}
+
+fn verified(
+    route: &CompiledRoute,
+    wanted: &ClientTls,
+    shown: &[CertificateDer<'static>],
+) -> Result<&'static str, Denial> {
     let denial = || Denial::Certificate(wanted.error_page.clone());
     let Some((own, rest)) = shown.split_first() else {
-        return if wanted.verify == VerifyClient::On { Err(denial()) } else { Ok(Some("NONE")) };
+        return if wanted.verify == VerifyClient::On { Err(denial()) } else { Ok("NONE") };
     };
     let trusted = route
         .client_verifier
         .as_ref()
         .is_some_and(|verifier| verifier.verify_client_cert(own, rest, UnixTime::now()).is_ok());
     match (trusted, wanted.verify) {
-        (true, _) => Ok(Some("SUCCESS")),
-        (false, VerifyClient::OptionalNoCa) => Ok(Some("FAILED")),
+        (true, _) => Ok("SUCCESS"),
+        (false, VerifyClient::OptionalNoCa) => Ok("FAILED"),
         (false, _) => Err(denial()),
     }
 }
@@ -91,7 +108,7 @@ pub(super) fn client_certificate(
 /// Status and fields of the answer to somebody who may not pass.
 pub(super) fn answer(denial: &Denial) -> (StatusCode, Option<(header::HeaderName, String)>) {
     match denial {
-        Denial::Address => (StatusCode::FORBIDDEN, None),
+        Denial::Address | Denial::Name => (StatusCode::FORBIDDEN, None),
         Denial::Password(realm) => {
             let quoted: String = realm.chars().filter(|letter| !matches!(letter, '"' | '\\')).collect();
             (StatusCode::UNAUTHORIZED, Some((header::WWW_AUTHENTICATE, format!("Basic realm=\"{quoted}\""))))

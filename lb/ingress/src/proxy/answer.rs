@@ -1,9 +1,9 @@
 //! What becomes of one request: refused, redirected, asked who it is, forwarded; in the order of nginx's phases.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::sync::{Arc, OnceLock};
+use std::time::{Instant, SystemTime};
 
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Request, Response, StatusCode, Version};
@@ -14,24 +14,31 @@ use rustls::pki_types::CertificateDer;
 use super::access;
 use super::balance::Choice;
 use super::body::{Body, Upload};
-use super::compiled::{CompiledRoute, Found, Upstream};
+use super::compiled::{Compiled, CompiledRoute, Found, Upstream};
 use super::forward::{self, Answered, Plan, address, forward};
+use super::front::{self, Client};
 use super::hygiene::{self, Admitted};
 use super::limits::{self, Counted};
-use super::select::{cookie, select};
+use super::log::{self, Line, Record};
+use super::select::{cookie, holds, select};
+use super::stats::Refused;
 use super::variables::{self, as_path, escaped, target};
-use super::{Worker, authenticate};
+use super::{Worker, authenticate, mirror};
 use crate::annotations::Settings;
 use crate::plan::table::Action;
+use crate::{calendar, certificate};
 
 /// What is known of a connection.
 pub(super) struct Peer {
+    /// The other end, or whom a load balancer's PROXY header names.
     pub(super) client: SocketAddr,
     /// The port that the client asked.
     pub(super) port: u16,
     pub(super) https: bool,
     /// What the client showed, its own certificate first.
     pub(super) certificates: Vec<CertificateDer<'static>>,
+    /// Counts the connection, and what became of it, among those that a drain waits for.
+    pub(super) open: Option<Arc<()>>,
 }
 
 impl Peer {
@@ -46,32 +53,115 @@ struct Taken<'a> {
     peer: &'a Peer,
     route: Arc<CompiledRoute>,
     admitted: Admitted,
+    client: Client,
+    /// Who answered, once somebody did.
+    via: OnceLock<Via>,
+}
+
+struct Via {
+    endpoint: SocketAddr,
+    canary: bool,
 }
 
 /// Never fails: what goes wrong has its status.
 pub(super) async fn answer(worker: &Worker, peer: &Peer, request: Request<Incoming>) -> Response<Body> {
-    let admitted = hygiene::admit(request.method(), request.uri(), request.version(), request.headers());
-    let admitted = match admitted {
-        Ok(admitted) => admitted,
-        Err(refusal) => return plain(refusal.status()),
-    };
     let compiled = worker.proxy.compiled.load_full();
+    let client = front::client(&compiled.front, peer, request.headers());
+    let mut record = record(worker, &compiled, &client, &request);
+    let mut response = match admit(worker, &request) {
+        Ok(admitted) => by_route(worker, peer, request, (&compiled, admitted, client), &mut record).await,
+        Err(status) => plain(status),
+    };
+    record.status = response.status();
+    response.body_mut().follow(record);
+    response
+}
+
+fn admit(worker: &Worker, request: &Request<Incoming>) -> Result<Admitted, StatusCode> {
+    let admitted = hygiene::admit(request.method(), request.uri(), request.version(), request.headers());
+    admitted.map_err(|refusal| {
+        worker.proxy.standing.stats.refuse(refusal.counted());
+        refusal.status()
+    })
+}
+
+fn record(worker: &Worker, compiled: &Compiled, client: &Client, request: &Request<Incoming>) -> Record {
+    let text = |name: HeaderName| {
+        request.headers().get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned())
+    };
+    let line = || {
+        Box::new(Line {
+            time: calendar::timestamp(SystemTime::now()),
+            client: client.address,
+            method: request.method().to_string(),
+            host: request.uri().authority().map_or_else(
+                || text(header::HOST).unwrap_or_default(),
+                |authority| authority.as_str().to_owned(),
+            ),
+            target: target(request.uri()).to_owned(),
+            protocol: log::protocol(request.version()),
+            https: client.https,
+            referer: text(header::REFERER),
+            user_agent: text(header::USER_AGENT),
+        })
+    };
+    let log = worker.proxy.log.get().filter(|_| compiled.observe.access_log);
+    Record {
+        stats: worker.proxy.standing.stats.clone(),
+        route: None,
+        line: log.map(|log| (line(), log.clone())),
+        started: Instant::now(),
+        method: request.method().clone(),
+        status: StatusCode::OK,
+        canary: false,
+        endpoint: None,
+        received_bytes: content_length(request.headers()).unwrap_or(0),
+        sent_bytes: 0,
+    }
+}
+
+/// The route's answer, or that there is none.
+async fn by_route(
+    worker: &Worker,
+    peer: &Peer,
+    request: Request<Incoming>,
+    (compiled, mut admitted, mut client): (&Compiled, Admitted, Client),
+    record: &mut Record,
+) -> Response<Body> {
+    if let Some(host) = client.host.take() {
+        admitted.authority = host;
+    }
     let route = match compiled.find(&admitted.host, &admitted.path) {
-        None => return plain(StatusCode::NOT_FOUND),
+        None => {
+            worker.proxy.standing.stats.refuse(Refused::NoRoute);
+            return plain(StatusCode::NOT_FOUND);
+        }
         Some(Found::OtherName(other)) => {
-            let scheme = if peer.https { "https" } else { "http" };
+            let scheme = if client.https { "https" } else { "http" };
             return redirect(308, &format!("{scheme}://{other}{}", target(request.uri())));
         }
         Some(Found::Route(route)) => route.clone(),
     };
+    record.route = Some(route.stats.clone());
+    if !route.route.settings.access_log {
+        record.line = None;
+    }
+    let taken = Taken { worker, peer, route, admitted, client, via: OnceLock::new() };
+    let response = taken_answer(&taken, request).await;
+    if let Some(via) = taken.via.get() {
+        (record.endpoint, record.canary) = (Some(via.endpoint), via.canary);
+    }
+    response
+}
+
+async fn taken_answer(taken: &Taken<'_>, request: Request<Incoming>) -> Response<Body> {
     let origin =
         request.headers().get(header::ORIGIN).and_then(|origin| origin.to_str().ok()).map(str::to_owned);
-    let taken = Taken { worker, peer, route, admitted };
     let settings = &taken.route.route.settings;
     let preflight = access::is_preflight(request.method(), settings.cors.as_ref());
-    let mut response = match early(&taken, &request, preflight) {
+    let mut response = match early(taken, &request, preflight) {
         Some(response) => response,
-        None => late(&taken, request).await,
+        None => late(taken, request).await,
     };
     if let Some(cors) = &settings.cors {
         access::put(response.headers_mut(), access::cors_fields(cors, origin.as_deref(), preflight));
@@ -82,7 +172,7 @@ pub(super) async fn answer(worker: &Worker, peer: &Peer, request: Request<Incomi
         }
     }
     // ingress-nginx's default (`hsts`), on hosts that are served over TLS.
-    if peer.https && taken.route.route.to_https {
+    if taken.client.https && taken.route.route.to_https {
         let always = HeaderValue::from_static("max-age=31536000; includeSubDomains");
         response.headers_mut().insert(header::STRICT_TRANSPORT_SECURITY, always);
     }
@@ -95,12 +185,13 @@ fn early(taken: &Taken<'_>, request: &Request<Incoming>, preflight: bool) -> Opt
     if taken.route.closed.is_some() {
         return Some(plain(StatusCode::SERVICE_UNAVAILABLE));
     }
-    if route.to_https && !taken.peer.https {
-        let host = bracketed(&taken.admitted.host);
+    if route.to_https && !taken.client.https {
+        let host = hygiene::bare_host(&taken.admitted.authority);
+        let host = bracketed(host.as_ref().unwrap_or(&taken.admitted.host));
         return Some(redirect(308, &format!("https://{host}{}", target(request.uri()))));
     }
     if let Some(root) = settings.app_root.as_ref().filter(|_| taken.admitted.path == "/") {
-        let scheme = if taken.peer.https { "https" } else { "http" };
+        let scheme = if taken.client.https { "https" } else { "http" };
         return Some(redirect(302, &format!("{scheme}://{}{root}", taken.admitted.authority)));
     }
     match &route.action {
@@ -122,15 +213,14 @@ fn variables<'a, B>(taken: &'a Taken<'_>, request: &'a Request<B>) -> variables:
         uri: request.uri(),
         headers: request.headers(),
         admitted: &taken.admitted,
-        client: taken.peer.address(),
-        https: taken.peer.https,
+        client: &taken.client,
     }
 }
 
 /// Limits, access, then the backend.
 async fn late(taken: &Taken<'_>, mut request: Request<Incoming>) -> Response<Body> {
     let settings = &taken.route.route.settings;
-    let client = taken.peer.address();
+    let client = taken.client.address;
     let Ok(counted) = limits::admit(&taken.route.clients, &settings.limits, client, Instant::now()) else {
         return plain(StatusCode::SERVICE_UNAVAILABLE);
     };
@@ -195,6 +285,13 @@ fn client_fields(taken: &Taken<'_>, headers: &mut HeaderMap, verified: Option<&'
     }
     let Some(verified) = verified else { return };
     headers.insert("ssl-client-verify", HeaderValue::from_static(verified));
+    if let Some((subject, issuer)) = taken.peer.certificates.first().and_then(|own| certificate::names(own)) {
+        for (name, value) in [("ssl-client-subject-dn", subject), ("ssl-client-issuer-dn", issuer)] {
+            if let Ok(value) = HeaderValue::from_str(&value) {
+                headers.insert(name, value);
+            }
+        }
+    }
     let wanted = taken.route.route.settings.client_tls.as_ref().is_some_and(|tls| tls.pass_certificate);
     if let Some(own) = taken.peer.certificates.first().filter(|_| wanted)
         && let Ok(value) = HeaderValue::from_str(&escaped(&pem(own)))
@@ -232,11 +329,23 @@ async fn backend(
     let client = from_client.then(|| hyper::upgrade::on(&mut request));
     let upload = Arc::new(Upload::default());
     let (mut head, incoming) = request.into_parts();
-    let body = Body::request(incoming, settings.body_limit_bytes, upload.clone());
     let upgrade = prepare(taken, &mut head.headers).filter(|_| from_client);
+    let copy = settings.mirror.as_ref().and_then(|mirror| {
+        let request = variables::Request {
+            method: &head.method,
+            uri: &head.uri,
+            headers: &head.headers,
+            admitted: &taken.admitted,
+            client: &taken.client,
+        };
+        let has_body = !http_body::Body::is_end_stream(&incoming);
+        mirror::start(taken.worker, mirror, &request, (&head.headers, has_body))
+    });
+    let body = Body::request(incoming, settings.body_limit_bytes, upload.clone(), copy);
     let Some((upstream, held)) = select(&taken.route, &head.headers) else {
         return plain(StatusCode::SERVICE_UNAVAILABLE);
     };
+    let canary = taken.route.canary.as_ref().is_some_and(|(_, canary)| std::ptr::eq(canary, upstream));
     let (upstream, held) = (upstream.clone(), held.map(str::to_owned));
     let choice = match (&held, &hash) {
         (Some(token), _) => Choice::Sticky(token),
@@ -251,6 +360,7 @@ async fn backend(
         head.headers.insert(header::UPGRADE, protocol.clone());
     }
     let errors = head.headers.clone();
+    let agent = settings.affinity.as_ref().and_then(|_| errors.get(header::USER_AGENT).cloned());
     let plan = plan(taken, &upstream, choice, upload.clone());
     let answered = forward(&plan, head, body).await;
     if upload.exceeded.load(Ordering::Relaxed) {
@@ -258,10 +368,11 @@ async fn backend(
     }
     match answered {
         Ok(answered) => {
+            let _ = taken.via.set(Via { endpoint: answered.endpoint.address, canary });
             let status = answered.response.status();
             if status == StatusCode::SWITCHING_PROTOCOLS {
                 return match (client, upgrade) {
-                    (Some(client), Some(_)) => tunnel(answered, client, counted),
+                    (Some(client), Some(_)) => tunnel(answered, client, (counted, taken.peer.open.clone())),
                     _ => plain(StatusCode::BAD_GATEWAY),
                 };
             }
@@ -270,9 +381,14 @@ async fn backend(
             {
                 return page;
             }
-            let sticky =
-                settings.affinity.as_ref().filter(|_| held.as_deref() != Some(&answered.endpoint.token()));
-            let set = sticky.map(|affinity| cookie(affinity, &answered.endpoint, taken.peer.https));
+            let sticky = settings.affinity.as_ref().filter(|affinity| match held.as_deref() {
+                None => true,
+                Some(token) if token == answered.endpoint.token() => false,
+                // Its endpoint is there and failed: the client comes back to it, unless it is told to move.
+                Some(token) => affinity.change_on_failure || !holds(&upstream, token),
+            });
+            let set = sticky
+                .map(|affinity| cookie(affinity, &answered.endpoint, taken.client.https, agent.as_ref()));
             returned(taken, answered, counted, set)
         }
         Err(status) => match error_page(taken, errors, status, &path).await {
@@ -320,7 +436,7 @@ fn path_of<B>(taken: &Taken<'_>, request: &Request<B>) -> String {
 fn prepare(taken: &Taken<'_>, headers: &mut HeaderMap) -> Option<HeaderValue> {
     let upgrade = hygiene::strip_hop_by_hop(headers);
     headers.remove(header::EXPECT);
-    hygiene::forwarded(headers, taken.peer.address(), &taken.admitted, taken.peer.https, taken.peer.port);
+    hygiene::forwarded(headers, &taken.client, &taken.admitted);
     if let Some(prefix) = &taken.route.route.settings.x_forwarded_prefix
         && let Ok(prefix) = HeaderValue::from_str(prefix)
     {
@@ -378,7 +494,7 @@ fn returned(
     }
     let mut held = answered.held;
     held.counted = counted;
-    Response::from_parts(head, Body::answer(incoming, settings.read_timeout, Box::new(held)))
+    Response::from_parts(head, Body::answer(incoming, settings.read_timeout, settings.pace, Box::new(held)))
 }
 
 /// `proxy-redirect-*`, `proxy-cookie-domain`, `proxy-cookie-path`.
@@ -428,7 +544,11 @@ fn rewritten_cookie(settings: &Settings, text: &str) -> String {
 }
 
 /// Both sides agreed on another protocol: bytes go to and fro until one side ends.
-fn tunnel(answered: Answered, client: hyper::upgrade::OnUpgrade, counted: Option<Counted>) -> Response<Body> {
+fn tunnel(
+    answered: Answered,
+    client: hyper::upgrade::OnUpgrade,
+    counted: (Option<Counted>, Option<Arc<()>>),
+) -> Response<Body> {
     let forward::Answered { mut response, held, .. } = answered;
     let backend = hyper::upgrade::on(&mut response);
     let (mut head, _) = response.into_parts();

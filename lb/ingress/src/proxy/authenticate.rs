@@ -90,7 +90,8 @@ async fn sub_request(question: &Question<'_>) -> Option<Response<()>> {
     Some(Response::from_parts(head, ()))
 }
 
-fn upstream(url: &Uri) -> Option<Upstream> {
+/// A place that a URL names; over TLS whoever it is.
+pub(super) fn upstream(url: &Uri) -> Option<Upstream> {
     let secure = match url.scheme_str()? {
         "http" => false,
         "https" => true,
@@ -118,7 +119,7 @@ fn fields(question: &Question<'_>) -> Option<HeaderMap> {
     for name in [header::CONTENT_LENGTH, header::EXPECT, header::HOST] {
         headers.remove(name);
     }
-    hygiene::forwarded(&mut headers, request.client, request.admitted, request.https, 0);
+    hygiene::forwarded(&mut headers, request.client, request.admitted);
     headers.remove("x-forwarded-port");
     let original = format!("{}://{}{}", request.scheme(), request.admitted.authority, target(request.uri));
     let redirect = auth

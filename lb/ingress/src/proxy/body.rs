@@ -4,12 +4,16 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
+use tokio::sync::mpsc;
 use tokio::time::Sleep;
+
+use super::log::Record;
+use crate::annotations::Pace;
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum BodyError {
@@ -17,6 +21,8 @@ pub(super) enum BodyError {
     TooLong,
     #[error("nothing came for {0:?}")]
     Timeout(Duration),
+    #[error("the copy could not keep up")]
+    GivenUp,
     #[error(transparent)]
     Broken(#[from] hyper::Error),
 }
@@ -27,6 +33,17 @@ pub(super) enum Body {
     Text(Option<Bytes>),
     Request(Limited),
     Answer(Box<Timed>),
+    /// Of a mirrored request: the pieces of the request's body as they pass.
+    Copy(mpsc::Receiver<Piece>),
+}
+
+/// Of a copied body; `None` is its end, without which it is not whole.
+pub(super) type Piece = Option<Bytes>;
+
+/// How long after its beginning an answer of which so much was sent may go on.
+fn due(pace: Pace, sent_bytes: u64) -> Duration {
+    let beyond = sent_bytes.saturating_sub(pace.after_bytes);
+    Duration::from_millis(beyond.saturating_mul(1000) / pace.bytes_per_second.max(1))
 }
 
 /// A request's body: at most `left` bytes of it pass.
@@ -34,6 +51,7 @@ pub(super) struct Limited {
     inner: Incoming,
     left: u64,
     upload: Arc<Upload>,
+    copy: Option<mpsc::Sender<Piece>>,
 }
 
 /// What became of a request's body so far.
@@ -51,6 +69,30 @@ pub(super) struct Timed {
     patience: Duration,
     timer: Option<Pin<Box<Sleep>>>,
     held: Box<dyn Held>,
+    record: Option<Record>,
+    paced: Option<Paced>,
+}
+
+/// An answer that is held back.
+struct Paced {
+    pace: Pace,
+    begun: Instant,
+    sent_bytes: u64,
+    timer: Option<Pin<Box<Sleep>>>,
+}
+
+impl Paced {
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        let due = due(self.pace, self.sent_bytes);
+        if self.timer.is_none() && self.begun.elapsed() < due {
+            self.timer = Some(Box::pin(tokio::time::sleep_until((self.begun + due).into())));
+        }
+        if let Some(timer) = &mut self.timer {
+            ready!(timer.as_mut().poll(context));
+            self.timer = None;
+        }
+        Poll::Ready(())
+    }
 }
 
 /// Whoever wants to know that an answer was read to its end.
@@ -64,19 +106,39 @@ impl Body {
     }
 
     /// A limit of `None` is unlimited.
-    pub(super) fn request(inner: Incoming, limit_bytes: Option<u64>, upload: Arc<Upload>) -> Self {
+    pub(super) fn request(
+        inner: Incoming,
+        limit_bytes: Option<u64>,
+        upload: Arc<Upload>,
+        copy: Option<mpsc::Sender<Piece>>,
+    ) -> Self {
         if inner.is_end_stream() {
             return Self::Empty;
         }
-        Self::Request(Limited { inner, left: limit_bytes.unwrap_or(u64::MAX), upload })
+        Self::Request(Limited { inner, left: limit_bytes.unwrap_or(u64::MAX), upload, copy })
     }
 
-    pub(super) fn answer(inner: Incoming, patience: Duration, mut held: Box<dyn Held>) -> Self {
+    pub(super) fn answer(
+        inner: Incoming,
+        patience: Duration,
+        pace: Option<Pace>,
+        mut held: Box<dyn Held>,
+    ) -> Self {
         if inner.is_end_stream() {
             held.complete();
             return Self::Empty;
         }
-        Self::Answer(Box::new(Timed { inner, patience, timer: None, held }))
+        let paced = pace.map(|pace| Paced { pace, begun: Instant::now(), sent_bytes: 0, timer: None });
+        Self::Answer(Box::new(Timed { inner, patience, timer: None, held, record: None, paced }))
+    }
+
+    /// The record ends with the last byte of the answer.
+    pub(super) fn follow(&mut self, mut record: Record) {
+        match self {
+            Self::Answer(timed) => timed.record = Some(record),
+            Self::Text(Some(text)) => record.sent_bytes = text.len() as u64,
+            Self::Text(None) | Self::Empty | Self::Request(_) | Self::Copy(_) => {}
+        }
     }
 
     /// Nothing of it can be lost by sending it a second time.
@@ -88,17 +150,34 @@ impl Body {
 type Polled = Poll<Option<Result<Frame<Bytes>, BodyError>>>;
 
 impl Limited {
+    /// A copy that cannot keep up is given up.
+    fn copied(&mut self, piece: Piece) {
+        let is_end = piece.is_none();
+        if self.copy.as_ref().is_some_and(|copy| copy.try_send(piece).is_err()) || is_end {
+            self.copy = None;
+        }
+    }
+
     fn poll(&mut self, context: &mut Context<'_>) -> Polled {
         let frame = match ready!(Pin::new(&mut self.inner).poll_frame(context)) {
             Some(Ok(frame)) => frame,
             Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
-            None => return Poll::Ready(None),
+            None => {
+                self.copied(None);
+                return Poll::Ready(None);
+            }
         };
         let length = frame.data_ref().map_or(0, |data| data.len() as u64);
         match self.left.checked_sub(length) {
             Some(left) => {
                 self.left = left;
                 self.upload.pieces.fetch_add(1, Ordering::Relaxed);
+                if let Some(data) = frame.data_ref() {
+                    self.copied(Some(data.clone()));
+                }
+                if self.inner.is_end_stream() {
+                    self.copied(None);
+                }
                 Poll::Ready(Some(Ok(frame)))
             }
             None => {
@@ -111,9 +190,18 @@ impl Limited {
 
 impl Timed {
     fn poll(&mut self, context: &mut Context<'_>) -> Polled {
+        if let Some(paced) = &mut self.paced {
+            ready!(paced.poll(context));
+        }
         match Pin::new(&mut self.inner).poll_frame(context) {
             Poll::Ready(Some(Ok(frame))) => {
                 self.timer = None;
+                if let (Some(paced), Some(data)) = (&mut self.paced, frame.data_ref()) {
+                    paced.sent_bytes += data.len() as u64;
+                }
+                if let (Some(record), Some(data)) = (&mut self.record, frame.data_ref()) {
+                    record.sent_bytes += data.len() as u64;
+                }
                 if self.inner.is_end_stream() {
                     self.held.complete();
                 }
@@ -144,6 +232,11 @@ impl HttpBody for Body {
             Self::Text(text) => Poll::Ready(text.take().map(|text| Ok(Frame::data(text)))),
             Self::Request(limited) => limited.poll(context),
             Self::Answer(timed) => timed.poll(context),
+            Self::Copy(pieces) => Poll::Ready(match ready!(pieces.poll_recv(context)) {
+                Some(Some(data)) => Some(Ok(Frame::data(data))),
+                Some(None) => None,
+                None => Some(Err(BodyError::GivenUp)),
+            }),
         }
     }
 
@@ -153,6 +246,7 @@ impl HttpBody for Body {
             Self::Text(text) => text.is_none(),
             Self::Request(limited) => limited.inner.is_end_stream(),
             Self::Answer(timed) => timed.inner.is_end_stream(),
+            Self::Copy(_) => false,
         }
     }
 
@@ -162,6 +256,7 @@ impl HttpBody for Body {
             Self::Text(text) => SizeHint::with_exact(text.as_ref().map_or(0, |text| text.len() as u64)),
             Self::Request(limited) => limited.inner.size_hint(),
             Self::Answer(timed) => timed.inner.size_hint(),
+            Self::Copy(_) => SizeHint::default(),
         }
     }
 }

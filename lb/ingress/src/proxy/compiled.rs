@@ -10,10 +10,13 @@ use regex::Regex;
 use rustls::pki_types::ServerName;
 use rustls::server::danger::ClientCertVerifier;
 use weft_model::NamespacedName;
+use weft_model::ingress::{Front, Observe};
 
 use super::balance::{Directory, Endpoint};
 use super::limits::Clients;
+use super::mirror::Copies;
 use super::pool::{Speech, Tls};
+use super::stats::{RouteLabels, RouteStats, Stats};
 use super::tls::{self, Certificates};
 use crate::annotations::{BackendProtocol, VerifyClient};
 use crate::plan::table::{
@@ -25,6 +28,8 @@ use crate::plan::table::{
 pub(super) struct Standing {
     pub(super) endpoints: Directory,
     clients: Mutex<HashMap<NamespacedName, Arc<Clients>>>,
+    pub(super) stats: Arc<Stats>,
+    pub(super) copies: Arc<Copies>,
 }
 
 impl Standing {
@@ -36,6 +41,7 @@ impl Standing {
     /// Forgets what no table holds any more.
     pub(super) fn tidy(&self) {
         self.endpoints.tidy();
+        self.stats.tidy();
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         clients.retain(|_, known| Arc::strong_count(known) > 1);
     }
@@ -48,6 +54,8 @@ pub(super) struct Compiled {
     wildcard: HashMap<String, CompiledServer>,
     any: Option<CompiledServer>,
     pub(super) addresses: BTreeSet<SocketAddr>,
+    pub(super) front: Front,
+    pub(super) observe: Observe,
 }
 
 pub(super) struct CompiledServer {
@@ -62,7 +70,10 @@ pub(super) struct CompiledRoute {
     pub(super) canary: Option<(Option<Regex>, Upstream)>,
     pub(super) fallback: Option<Upstream>,
     pub(super) clients: Arc<Clients>,
+    pub(super) stats: Arc<RouteStats>,
     pub(super) client_verifier: Option<Arc<dyn ClientCertVerifier>>,
+    /// `auth-tls-match-cn`.
+    pub(super) client_name: Option<Regex>,
     /// Why every request gets 503: something that protects the backend is asked for and cannot be done.
     pub(super) closed: Option<&'static str>,
 }
@@ -101,10 +112,10 @@ impl Compiled {
     pub(super) fn new(table: &RouteTable, standing: &Standing) -> (Self, Certificates) {
         let places: BTreeMap<&BackendKey, Places> =
             table.backends.iter().map(|(key, backend)| (key, places(backend, standing))).collect();
-        let mut compiled = Self::default();
+        let mut compiled = Self { front: table.front.clone(), observe: table.observe, ..Self::default() };
         let mut mutual = BTreeSet::new();
         for (host, server) in &table.hosts {
-            let ready = server_of(server, &places, standing);
+            let ready = server_of(host, server, &places, standing);
             if ready.routes.iter().any(|route| asks_for_certificate(&route.route)) {
                 mutual.insert(host.to_string());
             }
@@ -184,12 +195,19 @@ fn places(backend: &Backend, standing: &Standing) -> Places {
     }
 }
 
-fn server_of(server: &Server, places: &BTreeMap<&BackendKey, Places>, standing: &Standing) -> CompiledServer {
-    let routes = server.routes.iter().map(|route| Arc::new(route_of(route, places, standing))).collect();
+fn server_of(
+    host: &Host,
+    server: &Server,
+    places: &BTreeMap<&BackendKey, Places>,
+    standing: &Standing,
+) -> CompiledServer {
+    let routes =
+        server.routes.iter().map(|route| Arc::new(route_of(host, route, places, standing))).collect();
     CompiledServer { routes, redirect_to: server.redirect_to.clone() }
 }
 
 fn route_of(
+    host: &Host,
     route: &Arc<Route>,
     places: &BTreeMap<&BackendKey, Places>,
     standing: &Standing,
@@ -212,6 +230,12 @@ fn route_of(
     if asks_for_certificate(route) && client_verifier.is_none() && !accepts_any(route) {
         closed = Some("the authorities of client certificates cannot be used");
     }
+    let client_name =
+        settings.client_tls.as_ref().and_then(|tls| tls.match_cn.as_ref()).map(|text| Regex::new(text));
+    if client_name.as_ref().is_some_and(Result::is_err) {
+        closed = Some("auth-tls-match-cn is no expression");
+    }
+    let client_name = client_name.and_then(Result::ok);
     CompiledRoute {
         matcher: match &route.matcher {
             PathMatch::Regex(text) => expression(text).map_or(Matcher::Never, Matcher::Regex),
@@ -224,9 +248,24 @@ fn route_of(
         canary,
         fallback: route.fallback.as_ref().map(|key| upstream(key, &Speech { http2: false, tls: None })),
         clients: standing.clients(&route.origin.ingress),
+        stats: standing.stats.of(labels(host, route)),
         client_verifier,
+        client_name,
         closed: if settings.closed { Some("what protects it cannot be honoured") } else { closed },
         route: route.clone(),
+    }
+}
+
+fn labels(host: &Host, route: &Route) -> RouteLabels {
+    RouteLabels {
+        ingress: route.origin.ingress.clone(),
+        host: host.to_string(),
+        path: route.matcher.path().to_owned(),
+        service: match &route.action {
+            Action::Forward(key) => key.service.name.clone(),
+            _ => String::new(),
+        },
+        canary: route.canary.as_ref().map_or_else(String::new, |canary| canary.backend.service.name.clone()),
     }
 }
 
@@ -240,11 +279,7 @@ fn verifier(materials: &RouteMaterials) -> Option<Arc<dyn ClientCertVerifier>> {
 
 /// What protects a backend and is not done by this proxy.
 fn unable(route: &Route) -> Option<&'static str> {
-    let client_tls = route.settings.client_tls.as_ref();
-    if route.settings.ssl_passthrough {
-        return Some("ssl-passthrough is not supported");
-    }
-    client_tls.and_then(|tls| tls.match_cn.as_ref()).map(|_| "auth-tls-match-cn is not supported")
+    route.settings.ssl_passthrough.then_some("ssl-passthrough is not supported")
 }
 
 fn speech(route: &Route) -> Result<Speech, tls::TlsError> {

@@ -8,6 +8,8 @@ use std::net::IpAddr;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, StatusCode, Uri, Version};
 
+use super::front::{Chain, Client};
+use super::stats::Refused;
 use crate::path;
 
 /// Why a request is refused before any route is asked.
@@ -30,6 +32,15 @@ impl Refusal {
         match self {
             Self::Connect => StatusCode::METHOD_NOT_ALLOWED,
             _ => StatusCode::BAD_REQUEST,
+        }
+    }
+
+    pub(super) fn counted(self) -> Refused {
+        match self {
+            Self::Host | Self::Authority => Refused::Host,
+            Self::Framing => Refused::Framing,
+            Self::Path => Refused::Path,
+            Self::Connect => Refused::Connect,
         }
     }
 }
@@ -62,6 +73,10 @@ pub(super) fn admit(
     {
         return Err(Refusal::Framing);
     }
+    // The whole server is meant by OPTIONS only (RFC 9112 3.2.4).
+    if uri.path() == "*" && method != Method::OPTIONS {
+        return Err(Refusal::Path);
+    }
     let authority = authority(uri, version, headers)?;
     let host = bare_host(&authority).ok_or(Refusal::Host)?;
     let path = path::normal(uri.path()).ok_or(Refusal::Path)?;
@@ -88,7 +103,7 @@ fn authority(uri: &Uri, version: Version, headers: &HeaderMap) -> Result<String,
 }
 
 /// `None` for what can be no host: userinfo, spaces, an empty name, a port that is no number.
-fn bare_host(authority: &str) -> Option<String> {
+pub(super) fn bare_host(authority: &str) -> Option<String> {
     let (host, port) = match authority.strip_prefix('[') {
         Some(rest) => {
             let (inner, after) = rest.split_once(']')?;
@@ -143,28 +158,29 @@ pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) -> Option<HeaderValue> {
     upgrade
 }
 
-/// Tells the backend who asked and how. What the client said of itself is replaced: nobody in front of it is trusted.
-pub(super) fn forwarded(
-    headers: &mut HeaderMap,
-    client: IpAddr,
-    admitted: &Admitted,
-    https: bool,
-    port: u16,
-) {
-    headers.remove("forwarded");
-    headers.remove("x-original-forwarded-for");
-    headers.remove("proxy");
-    let scheme = if https { "https" } else { "http" };
+/// Tells the backend who asked and how. What the request said of it goes no further than `client` has believed it.
+pub(super) fn forwarded(headers: &mut HeaderMap, client: &Client, admitted: &Admitted) {
+    for name in ["forwarded", "x-original-forwarded-for", "proxy"] {
+        headers.remove(name);
+    }
+    let scheme = if client.https { "https" } else { "http" };
     let mut set = |name: &'static str, value: &str| {
         if let Ok(value) = HeaderValue::from_str(value) {
             headers.insert(name, value);
         }
     };
-    let client = client.to_canonical().to_string();
-    set("x-real-ip", &client);
-    set("x-forwarded-for", &client);
+    match &client.chain {
+        Chain::None => {}
+        Chain::ForwardedFor(list) => set("x-original-forwarded-for", list),
+        // RFC 7239 4: each proxy adds an element for the one whom it was asked by.
+        Chain::Forwarded(list, IpAddr::V4(by)) => set("forwarded", &format!("{list}, for={by}")),
+        Chain::Forwarded(list, IpAddr::V6(by)) => set("forwarded", &format!("{list}, for=\"[{by}]\"")),
+    }
+    let address = client.address.to_string();
+    set("x-real-ip", &address);
+    set("x-forwarded-for", &address);
     set("x-forwarded-host", &admitted.authority);
-    set("x-forwarded-port", &port.to_string());
+    set("x-forwarded-port", &client.port.to_string());
     set("x-forwarded-proto", scheme);
     set("x-forwarded-scheme", scheme);
     set("x-scheme", scheme);
@@ -239,9 +255,18 @@ mod tests {
         let mut headers =
             map(&[("x-forwarded-for", "1.2.3.4"), ("forwarded", "for=1.2.3.4"), ("proxy", "x")]);
         let admitted = Admitted { host: "a".into(), authority: "a:80".into(), path: "/".into() };
-        forwarded(&mut headers, "::ffff:10.0.0.9".parse().unwrap(), &admitted, true, 443);
+        let address = "10.0.0.9".parse().unwrap();
+        let mut client = Client { address, https: true, port: 443, host: None, chain: Chain::None };
+        forwarded(&mut headers, &client, &admitted);
         assert_eq!(headers.get("x-forwarded-for").unwrap(), "10.0.0.9");
         assert_eq!(headers.get("x-forwarded-proto").unwrap(), "https");
         assert!(headers.get("forwarded").is_none() && headers.get("proxy").is_none());
+        client.chain = Chain::ForwardedFor("1.2.3.4, 10.0.0.9".into());
+        forwarded(&mut headers, &client, &admitted);
+        assert_eq!(headers.get("x-original-forwarded-for").unwrap(), "1.2.3.4, 10.0.0.9");
+        client.chain = Chain::Forwarded("for=1.2.3.4".into(), "fd00::1".parse().unwrap());
+        forwarded(&mut headers, &client, &admitted);
+        assert_eq!(headers.get("forwarded").unwrap(), "for=1.2.3.4, for=\"[fd00::1]\"");
+        assert!(headers.get("x-original-forwarded-for").is_none());
     }
 }

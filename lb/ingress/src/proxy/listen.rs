@@ -1,13 +1,15 @@
 //! Connections of clients: accepted, TLS by SNI, HTTP/1.1 or HTTP/2 by ALPN, each bounded in what it may hold and how long it
-//! may be silent.
+//! may be silent. One that is to end does so between two requests.
 
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use http::StatusCode;
+use http::header::{self, HeaderValue};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -19,10 +21,27 @@ use weft_model::constants::{INGRESS_HTTP_PORT, INGRESS_HTTPS_PORT};
 
 use super::Worker;
 use super::answer::{Peer, answer};
+use super::proxy_protocol::{self, HeaderError, Origin};
+use super::stats::{Refused, Stats};
 
-/// From the first byte of a connection to a whole head, and between two requests (nginx's keepalive_timeout is 75 s).
-const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// For how long clients may be silent.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// From the first byte of a connection to a whole head, and between two requests (nginx's keepalive_timeout is 75 s).
+    pub head: Duration,
+    /// For a PROXY header, for a TLS handshake, for the answer to a PING.
+    pub handshake: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self { head: Duration::from_secs(60), handshake: Duration::from_secs(10) }
+    }
+}
+
+/// A kept HTTP/1.1 connection that is to end is told so with the answer to its next request (`Connection: close`); one on which
+/// nothing is asked for so long is closed. Closing it at once would meet requests that are on their way.
+const QUIET: Duration = Duration::from_secs(1);
 /// Of one request head (nginx: 4 buffers of 8 kB).
 const MAX_HEAD_BYTES: usize = 32 * 1024;
 const MAX_FIELDS: usize = 100;
@@ -52,18 +71,52 @@ fn client_port(own: u16) -> u16 {
     }
 }
 
-/// Accepts until `stop` says so; connections go on until they are idle.
-pub async fn serve(worker: Arc<Worker>, listener: TcpListener, https: bool, mut stop: watch::Receiver<bool>) {
+/// How far a listener is on its way out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Phase {
+    Serving,
+    /// Connections from before end as soon as nothing is asked on them; new ones are served.
+    Draining,
+    /// No further connection is taken, and each ends as soon as nothing is asked on it.
+    Ending,
+}
+
+/// What a listener's connections need to know of its end, and by what they are counted.
+#[derive(Clone)]
+pub struct Life {
+    pub phase: watch::Receiver<Phase>,
+    /// Held by connections that were taken before draining began.
+    pub early: Weak<()>,
+    /// Held by those that were taken since.
+    pub late: Weak<()>,
+    pub patience: Patience,
+}
+
+impl Life {
+    /// The phase of the moment and what a connection holds that begins in it.
+    fn begin(&self) -> (Phase, Option<Arc<()>>) {
+        // One that is taken in the last moment has an end before it, too.
+        let phase = (*self.phase.borrow()).min(Phase::Draining);
+        let counted = if phase == Phase::Serving { &self.early } else { &self.late };
+        (phase, counted.upgrade().or_else(|| self.late.upgrade()))
+    }
+}
+
+/// Accepts until the phase is [`Phase::Ending`]; connections go on until they are idle.
+pub async fn serve(worker: Arc<Worker>, listener: TcpListener, https: bool, mut life: Life) {
     let port = listener.local_addr().map_or(0, |address| client_port(address.port()));
     loop {
         let accepted = tokio::select! {
+            biased;
+            _ = life.phase.wait_for(|phase| *phase == Phase::Ending) => return,
             accepted = listener.accept() => accepted,
-            _ = stop.wait_for(|stop| *stop) => return,
         };
         match accepted {
             Ok((stream, client)) => {
-                let peer = Peer { client, port, https, certificates: Vec::new() };
-                tokio::spawn(connection(worker.clone(), stream, peer, stop.clone()));
+                let (begun, open) = life.begin();
+                let peer = Peer { client, port, https, certificates: Vec::new(), open };
+                let until = Until { phase: life.phase.clone(), begun, patience: life.patience };
+                tokio::spawn(connection(worker.clone(), stream, peer, until));
             }
             // Out of descriptors: those that are open go on, and one of them ends soon.
             Err(error) => {
@@ -74,28 +127,84 @@ pub async fn serve(worker: Arc<Worker>, listener: TcpListener, https: bool, mut 
     }
 }
 
-async fn connection(worker: Arc<Worker>, stream: TcpStream, mut peer: Peer, stop: watch::Receiver<bool>) {
+/// The end of one connection: a phase beyond the one that it began in, or silence.
+#[derive(Clone)]
+struct Until {
+    phase: watch::Receiver<Phase>,
+    begun: Phase,
+    patience: Patience,
+}
+
+impl Until {
+    fn has_come(&self) -> bool {
+        *self.phase.borrow() > self.begun
+    }
+
+    async fn come(mut self) {
+        // A sender that is gone never says stop.
+        if self.phase.wait_for(|phase| *phase > self.begun).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+async fn connection(worker: Arc<Worker>, mut stream: TcpStream, mut peer: Peer, until: Until) {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "nodelay");
     }
+    let stats = worker.proxy.standing.stats.clone();
+    let _connected = stats.connected();
+    if let Err(error) = origin(&worker, &mut stream, &mut peer, until.patience).await {
+        stats.refuse(Refused::ProxyHeader);
+        tracing::debug!(client = %peer.client, error = weft_netstack::reconcile::chain(&error), "connection refused");
+        return;
+    }
     if !peer.https {
-        return http_1(worker, stream, peer, stop).await;
+        return http_1(worker, stream, peer, until).await;
     }
     let client = peer.client;
-    match tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake(&worker, stream)).await {
+    match tokio::time::timeout(until.patience.handshake, handshake(&worker, stream)).await {
         Ok(Ok(stream)) => {
             let (_, session) = stream.get_ref();
             let certificates = session.peer_certificates().unwrap_or_default();
             peer.certificates = certificates.iter().map(|one| one.clone().into_owned()).collect();
-            if session.alpn_protocol() == Some(b"h2") {
-                http_2(worker, stream, peer, stop).await;
-            } else {
-                http_1(worker, stream, peer, stop).await;
+            match session.alpn_protocol() {
+                Some(b"h2") => http_2(worker, stream, peer, until).await,
+                _ => http_1(worker, stream, peer, until).await,
             }
         }
-        Ok(Err(error)) => tracing::debug!(%client, %error, "TLS handshake"),
-        Err(_) => tracing::debug!(%client, "TLS handshake: nothing came"),
+        Ok(Err(error)) => {
+            stats.refuse(Refused::TlsHandshake);
+            tracing::debug!(%client, %error, "TLS handshake");
+        }
+        Err(_) => {
+            stats.refuse(Refused::Slow);
+            tracing::debug!(%client, "TLS handshake: nothing came");
+        }
     }
+}
+
+/// Whose connection it is, where a load balancer in front is to say so.
+async fn origin(
+    worker: &Worker,
+    stream: &mut TcpStream,
+    peer: &mut Peer,
+    patience: Patience,
+) -> Result<(), HeaderError> {
+    let expected = {
+        let front = &worker.proxy.compiled.load().front;
+        front.proxy_protocol && front.trusts(peer.address())
+    };
+    if !expected {
+        return Ok(());
+    }
+    let read = tokio::time::timeout(patience.handshake, proxy_protocol::read(stream)).await;
+    if let Origin::Passed { client, asked } =
+        read.unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut).into()))?
+    {
+        (peer.client, peer.port) = (client, client_port(asked.port()));
+    }
+    Ok(())
 }
 
 async fn handshake(
@@ -109,30 +218,42 @@ async fn handshake(
     start.into_stream(config.clone()).await
 }
 
-async fn http_1<S>(worker: Arc<Worker>, stream: S, peer: Peer, stop: watch::Receiver<bool>)
+async fn http_1<S>(worker: Arc<Worker>, stream: S, peer: Peer, until: Until)
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
 {
-    let peer = Arc::new(peer);
+    let (peer, stats) = (Arc::new(peer), worker.proxy.standing.stats.clone());
+    let end = until.clone();
     let service = service_fn(move |request| {
-        let (worker, peer) = (worker.clone(), peer.clone());
-        async move { Ok::<_, std::convert::Infallible>(answer(&worker, &peer, request).await) }
+        let (worker, peer, end) = (worker.clone(), peer.clone(), end.clone());
+        async move {
+            let mut response = answer(&worker, &peer, request).await;
+            if end.has_come() && response.status() != StatusCode::SWITCHING_PROTOCOLS {
+                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
+            Ok::<_, std::convert::Infallible>(response)
+        }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIMEOUT)
+        .header_read_timeout(until.patience.head)
         .max_buf_size(MAX_HEAD_BYTES)
         .max_headers(MAX_FIELDS)
         .serve_connection(TokioIo::new(stream), service)
         .with_upgrades();
-    until_idle(connection, |connection| connection.graceful_shutdown(), stop).await;
+    let quiet = async {
+        until.come().await;
+        tokio::time::sleep(QUIET).await;
+    };
+    let ended = until_idle(connection, |connection| connection.graceful_shutdown(), quiet).await;
+    tell(&stats, ended);
 }
 
-async fn http_2<S>(worker: Arc<Worker>, stream: S, peer: Peer, stop: watch::Receiver<bool>)
+async fn http_2<S>(worker: Arc<Worker>, stream: S, peer: Peer, until: Until)
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
 {
-    let peer = Arc::new(peer);
+    let (peer, stats) = (Arc::new(peer), worker.proxy.standing.stats.clone());
     let service = service_fn(move |request| {
         let (worker, peer) = (worker.clone(), peer.clone());
         async move {
@@ -146,33 +267,44 @@ where
         .max_concurrent_streams(MAX_STREAMS)
         .max_header_list_size(32 * 1024)
         .max_pending_accept_reset_streams(MAX_PENDING_RESETS)
-        .keep_alive_interval(HEAD_TIMEOUT)
-        .keep_alive_timeout(HANDSHAKE_TIMEOUT)
+        .keep_alive_interval(until.patience.head)
+        .keep_alive_timeout(until.patience.handshake)
         .serve_connection(TokioIo::new(stream), service);
-    until_idle(connection, |connection| connection.graceful_shutdown(), stop).await;
+    // GOAWAY first names no stream: what the client has sent meanwhile is served (RFC 9113 6.8).
+    let ended = until_idle(connection, |connection| connection.graceful_shutdown(), until.come()).await;
+    tell(&stats, ended);
 }
 
-/// Once told to stop it takes no further request.
-async fn until_idle<C>(connection: C, shut_down: impl FnOnce(Pin<&mut C>), stop: watch::Receiver<bool>)
+/// Once `end` has come it takes no further request.
+async fn until_idle<C>(
+    connection: C,
+    shut_down: impl FnOnce(Pin<&mut C>),
+    end: impl Future<Output = ()>,
+) -> hyper::Result<()>
 where
     C: Future<Output = Result<(), hyper::Error>>,
 {
     let mut connection = std::pin::pin!(connection);
-    let ended = tokio::select! {
+    tokio::select! {
         ended = connection.as_mut() => ended,
-        () = told(stop) => {
+        () = end => {
             shut_down(connection.as_mut());
             connection.await
         }
-    };
-    if let Err(error) = ended {
-        tracing::debug!(%error, "connection");
     }
 }
 
-async fn told(mut stop: watch::Receiver<bool>) {
-    // A sender that is gone never says stop.
-    if stop.wait_for(|stop| *stop).await.is_err() {
-        std::future::pending::<()>().await;
+/// Counts a connection that was ended for what its client did; one that simply broke is none.
+fn tell(stats: &Stats, ended: hyper::Result<()>) {
+    let Err(error) = ended else { return };
+    let text = weft_netstack::reconcile::chain(&error);
+    if error.is_timeout() {
+        stats.refuse(Refused::Slow);
+    } else if error.is_parse() {
+        stats.refuse(Refused::Malformed);
+    } else if text.contains("connection error detected") {
+        // The words of the h2 crate for what this side ended, with the reason.
+        stats.refuse(Refused::Flood);
     }
+    tracing::debug!(error = text, "connection");
 }

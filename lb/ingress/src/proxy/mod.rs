@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  RouteTable --compiled--> match table, certificates (swapped in one step)
-//!  listen (TLS by SNI, HTTP/1.1, HTTP/2) --answer--> hygiene -> route -> early answers -> limits -> access, authenticate
+//!  listen (PROXY protocol, TLS by SNI, HTTP/1.1, HTTP/2) --answer--> hygiene -> front (who asks) -> route -> early answers -> limits -> access, authenticate
 //!      -> select (canary, affinity) -> forward: balance -> pool -> backend; its answer streams back
 //! ```
 //!
@@ -16,28 +16,39 @@ mod balance;
 mod body;
 mod compiled;
 mod forward;
+mod front;
+mod handover;
 mod htpasswd;
 mod hygiene;
 mod limits;
 pub mod listen;
+mod log;
+mod mirror;
 mod pool;
 pub mod process;
+mod proxy_protocol;
 mod select;
+mod stats;
+mod tickets;
 mod tls;
 mod variables;
 
 #[cfg(test)]
 mod tests;
 
-use std::sync::Arc;
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwap;
 
 use crate::plan::table::RouteTable;
 use compiled::{Compiled, Standing};
+use log::AccessLog;
 use pool::{Pool, Sources};
+use tickets::Tickets;
 use tls::{Certificates, ServerConfigs};
 
+pub use handover::Handover;
 pub use tls::TlsError;
 
 /// What all threads share.
@@ -47,6 +58,7 @@ pub struct Proxy {
     standing: Standing,
     sources: Arc<Sources>,
     tls: ServerConfigs,
+    log: OnceLock<AccessLog>,
 }
 
 /// One thread's share.
@@ -56,30 +68,48 @@ pub struct Worker {
 }
 
 impl Proxy {
-    /// With no route: every request gets 404.
+    /// With no route: every request gets 404. `tickets` holds the keys of session tickets.
     ///
     /// # Errors
     /// TLS cannot be set up.
-    pub fn new() -> Result<Arc<Self>, TlsError> {
+    pub fn new(tickets: &Path) -> Result<Arc<Self>, TlsError> {
         let certificates: Arc<ArcSwap<Certificates>> = Arc::default();
-        let tls = ServerConfigs::new(&certificates)?;
+        let tickets = Arc::new(Tickets::open(tickets).ok_or(TlsError::Random)?);
+        let tls = ServerConfigs::new(&certificates, &tickets)?;
         Ok(Arc::new(Self {
             compiled: ArcSwap::default(),
             certificates,
             standing: Standing::default(),
             sources: Arc::default(),
             tls,
+            log: OnceLock::new(),
         }))
     }
 
     /// Takes another table in one step: requests under way end on the one before.
     pub fn apply(&self, table: &RouteTable) {
+        if table.observe.access_log && self.log.get().is_none() {
+            self.log_to(std::io::stdout());
+        }
         let (compiled, certificates) = Compiled::new(table, &self.standing);
         self.sources.store(Arc::new(table.addresses.clone()));
         // A host's certificate is there before its routes are.
         self.certificates.store(Arc::new(certificates));
         self.compiled.store(Arc::new(compiled));
         self.standing.tidy();
+    }
+
+    /// Where the access log goes; only the first word counts.
+    fn log_to(&self, out: impl std::io::Write + Send + 'static) {
+        match AccessLog::start(out) {
+            Ok(log) => drop(self.log.set(log)),
+            Err(error) => tracing::warn!(%error, "there is no access log: its thread cannot start"),
+        }
+    }
+
+    /// What was counted, as OpenMetrics text without its end.
+    pub fn metrics(&self) -> String {
+        self.standing.stats.text(self.compiled.load().observe.nginx_metrics)
     }
 
     pub fn worker(self: &Arc<Self>) -> Arc<Worker> {

@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener as StdListener, TcpStream as StdStream};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener as StdListener, TcpStream as StdStream};
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use weft_model::NamespacedName;
-use weft_model::ingress::{Answer, Bytes, Data, Reference};
+use weft_model::ingress::{Answer, Bytes, Data, Front, Reference};
 use weft_netstack::reconcile::Planner as _;
 
 use super::*;
@@ -17,7 +17,7 @@ use crate::plan::IngressPlanner;
 use crate::plan::table::{Backend, Target};
 use crate::plan::tests::snapshot;
 
-/// Answers each request with its name, the request line and the fields it got; `/sleep` never answers; an Upgrade is
+/// Answers each request with its name, the request line and the fields it got; `/sleep` never answers, `/second` takes one; an Upgrade is
 /// accepted and echoes.
 fn backend(name: &'static str) -> SocketAddr {
     let listener = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
@@ -60,12 +60,15 @@ fn serve_one(name: &str, mut stream: &StdStream) -> Option<()> {
     if head.contains("/sleep") {
         std::thread::sleep(Duration::from_secs(20));
     }
+    if head.contains("/second") {
+        std::thread::sleep(Duration::from_secs(1));
+    }
     let status = match (head.contains("/deny"), head.contains("/broken")) {
         (true, _) => "401 Unauthorized",
         (_, true) => "503 Service Unavailable",
         _ => "200 OK",
     };
-    let body = format!("{name}\n{head}");
+    let body = if head.contains("/big") { "x".repeat(60 * 1024) } else { format!("{name}\n{head}") };
     let extra = "X-User: ann\r\nConnection: X-Hop\r\nX-Hop: 1\r\n";
     let answer = format!("HTTP/1.1 {status}\r\n{extra}Content-Length: {}\r\n\r\n{body}", body.len());
     stream.write_all(answer.as_bytes()).ok()
@@ -85,35 +88,57 @@ fn head_of(mut stream: &StdStream) -> Option<String> {
 /// A proxy on loopback, plain and TLS, with a thread of its own.
 struct Rig {
     plain: SocketAddr,
+    plain_6: SocketAddr,
     tls: SocketAddr,
     proxy: Arc<Proxy>,
-    _stop: watch::Sender<bool>,
+    phase: watch::Sender<listen::Phase>,
+    _open: Arc<()>,
 }
 
 impl Rig {
     fn start(table: &RouteTable) -> Self {
-        let proxy = Proxy::new().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let tickets = folder.path().join("tickets.key");
+        tickets::prepare(&tickets).unwrap();
+        Self::start_with(table, &tickets)
+    }
+
+    /// With the keys for session tickets that stand there.
+    fn start_with(table: &RouteTable, tickets: &std::path::Path) -> Self {
+        let proxy = Proxy::new(tickets).unwrap();
         proxy.apply(table);
-        let (stop, stopped) = watch::channel(false);
+        let (phase, phases) = watch::channel(listen::Phase::Serving);
+        let open = Arc::new(());
+        let life = listen::Life {
+            phase: phases,
+            early: Arc::downgrade(&open),
+            late: Arc::downgrade(&open),
+            patience: listen::Patience { head: Duration::from_secs(2), handshake: Duration::from_secs(2) },
+        };
         let (tell, told) = std::sync::mpsc::channel();
         let worker = proxy.worker();
         std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async move {
                 let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-                let (plain, tls) = (listen::bind(any).unwrap(), listen::bind(any).unwrap());
-                tell.send((plain.local_addr().unwrap(), tls.local_addr().unwrap())).unwrap();
-                let plain = listen::serve(worker.clone(), plain, false, stopped.clone());
-                tokio::join!(plain, listen::serve(worker, tls, true, stopped));
+                let any_6 = SocketAddr::from((Ipv6Addr::LOCALHOST, 0));
+                let [plain, plain_6, tls] = [any, any_6, any].map(|at| listen::bind(at).unwrap());
+                tell.send([&plain, &plain_6, &tls].map(|bound| bound.local_addr().unwrap())).unwrap();
+                let serve = |listener, https| listen::serve(worker.clone(), listener, https, life.clone());
+                tokio::join!(serve(plain, false), serve(plain_6, false), serve(tls, true));
             });
         });
-        let (plain, tls) = told.recv().unwrap();
-        Self { plain, tls, proxy, _stop: stop }
+        let [plain, plain_6, tls] = told.recv().unwrap();
+        Self { plain, plain_6, tls, proxy, phase, _open: open }
     }
 
     /// Everything that comes back for these bytes, until the proxy closes or is silent.
     fn raw(&self, bytes: &[u8]) -> String {
-        let mut stream = StdStream::connect(self.plain).unwrap();
+        Self::raw_at(self.plain, bytes)
+    }
+
+    fn raw_at(address: SocketAddr, bytes: &[u8]) -> String {
+        let mut stream = StdStream::connect(address).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
         // A proxy that refuses early may close before all is written.
         let _ = stream.write_all(bytes);
@@ -488,16 +513,29 @@ fn a_websocket_goes_through_without_an_annotation() {
     assert_eq!(&echoed, b"hello");
 }
 
+fn certificate(host: &str) -> crate::plan::table::Certificate {
+    let made = rcgen::generate_simple_self_signed([host.to_owned()]).unwrap();
+    crate::plan::table::Certificate {
+        secret: NamespacedName::new("default", format!("{host}-tls")),
+        chain_pem: Bytes(made.cert.pem().into_bytes()),
+        key_pem: Bytes(made.signing_key.serialize_pem().into_bytes()),
+    }
+}
+
+type Http2 = hyper::client::conn::http2::SendRequest<body::Body>;
+
+/// A client that speaks HTTP/2 to `a.com`, and the future that drives it.
+async fn http_2(rig: &Rig) -> (Http2, impl Future<Output = hyper::Result<()>> + Send + use<>) {
+    let config = tls::client_config(None, None, true).unwrap();
+    let stream = tokio::net::TcpStream::connect(rig.tls).await.unwrap();
+    let name = rustls::pki_types::ServerName::try_from("a.com").unwrap();
+    let stream = tokio_rustls::TlsConnector::from(config).connect(name, stream).await.unwrap();
+    let executor = hyper_util::rt::TokioExecutor::new();
+    hyper::client::conn::http2::handshake(executor, hyper_util::rt::TokioIo::new(stream)).await.unwrap()
+}
+
 #[tokio::test]
 async fn http_2_over_tls_by_sni_reaches_the_backend_and_shows_a_renewed_certificate() {
-    let certificate = |host: &str| {
-        let made = rcgen::generate_simple_self_signed([host.to_owned()]).unwrap();
-        crate::plan::table::Certificate {
-            secret: NamespacedName::new("default", format!("{host}-tls")),
-            chain_pem: Bytes(made.cert.pem().into_bytes()),
-            key_pem: Bytes(made.signing_key.serialize_pem().into_bytes()),
-        }
-    };
     let document = ingress("web", "a.com", &json!({}), &[("Prefix", "/", "web")]);
     let mut table = table(vec![document], &[("web", &[backend("web")])], &[]);
     table.certificates.insert("a.com".to_owned(), certificate("a.com"));
@@ -522,4 +560,686 @@ async fn http_2_over_tls_by_sni_reaches_the_backend_and_shows_a_renewed_certific
     table.certificates.insert("a.com".to_owned(), certificate("a.com"));
     rig.proxy.apply(&table);
     assert_ne!(shown("a.com").await.1, own, "renewed");
+}
+
+/// A backend behind a host without TLS annotations, with these proxies in front.
+fn behind(trusted: &[&str], proxy_protocol: bool, annotations: &Value) -> Rig {
+    let document = ingress("web", "a.com", annotations, &[("Prefix", "/", "web")]);
+    let mut table = table(vec![document], &[("web", &[backend("web")])], &[]);
+    table.front =
+        Front { trusted: trusted.iter().map(|range| range.parse().unwrap()).collect(), proxy_protocol };
+    Rig::start(&table)
+}
+
+#[test]
+fn what_a_trusted_proxy_in_front_says_of_the_client_is_believed_in_both_families() {
+    let rig = behind(&["127.0.0.0/8", "::1/128"], false, &json!({"denylist-source-range": "192.0.2.66"}));
+    let ask = |at, fields: &str| {
+        let text = format!("GET / HTTP/1.1\r\nHost: a.com\r\nConnection: close\r\n{fields}\r\n");
+        Rig::raw_at(at, text.as_bytes())
+    };
+    for at in [rig.plain, rig.plain_6] {
+        let fields = "X-Forwarded-For: 6.6.6.6, 2001:db8::1\r\nX-Forwarded-Proto: https\r\nX-Forwarded-Host: shop.com\r\n";
+        let got = ask(at, fields);
+        for line in [
+            "x-real-ip: 2001:db8::1",
+            "x-forwarded-for: 2001:db8::1",
+            "x-original-forwarded-for: 6.6.6.6, 2001:db8::1",
+            "x-forwarded-proto: https",
+            "x-forwarded-port: 443",
+            "x-forwarded-host: shop.com",
+            "host: shop.com",
+        ] {
+            assert!(got.lines().any(|got| got == line), "{line}: {got}");
+        }
+        assert_eq!(status(&ask(at, "X-Forwarded-For: 192.0.2.66\r\n")), 403, "lists are for the client");
+        assert_eq!(status(&ask(at, "X-Forwarded-For: 192.0.2.66, 192.0.2.1\r\n")), 200);
+        let by = if at.is_ipv6() { "\"[::1]\"" } else { "127.0.0.1" };
+        let got = ask(at, "Forwarded: for=192.0.2.7;proto=https\r\n");
+        assert!(got.contains(&format!("forwarded: for=192.0.2.7;proto=https, for={by}\r\n")), "{got}");
+        assert!(
+            got.contains("x-real-ip: 192.0.2.7\r\n") && got.contains("x-forwarded-proto: https\r\n"),
+            "{got}"
+        );
+    }
+}
+
+/// ingress-nginx: `ssl-redirect` respects X-Forwarded-Proto of a load balancer that has ended TLS.
+#[test]
+fn where_a_trusted_proxy_ended_tls_nobody_is_sent_to_https_again() {
+    let rig = behind(&["127.0.0.1/32"], false, &json!({"force-ssl-redirect": "true"}));
+    assert_eq!(status(&rig.get("a.com", "/", "X-Forwarded-Proto: https\r\n")), 200);
+    assert_eq!(status(&rig.get("a.com", "/", "X-Forwarded-Proto: http\r\n")), 308);
+    let answer = rig.get("a.com", "/x", "X-Forwarded-Host: shop.com:8080\r\n");
+    assert_eq!(field(&answer, "location"), Some("https://shop.com/x"));
+    let rig = behind(&["192.0.2.0/24"], false, &json!({"force-ssl-redirect": "true"}));
+    assert_eq!(status(&rig.get("a.com", "/", "X-Forwarded-Proto: https\r\n")), 308, "said by a stranger");
+}
+
+#[test]
+fn a_load_balancers_proxy_header_names_the_client_in_both_versions_and_families() {
+    let rig = behind(&["127.0.0.1/32", "::1/128"], true, &json!({}));
+    let request = b"GET / HTTP/1.1\r\nHost: a.com\r\nConnection: close\r\nX-Forwarded-For: 6.6.6.6\r\n\r\n";
+    let mut version_2 = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\x00\x0c".to_vec();
+    version_2.extend([192, 0, 2, 7, 10, 0, 0, 1, 0x12, 0x67, 1, 187]);
+    for at in [rig.plain, rig.plain_6] {
+        let ask = |header: &[u8]| Rig::raw_at(at, &[header, request].concat());
+        let got = ask(b"PROXY TCP6 2001:db8::7 fd00::1 4711 443\r\n");
+        assert!(
+            got.contains("x-real-ip: 2001:db8::7\r\n") && got.contains("x-forwarded-port: 443\r\n"),
+            "{got}"
+        );
+        assert!(!got.contains("6.6.6.6"), "the client itself is not trusted: {got}");
+        assert!(ask(&version_2).contains("x-real-ip: 192.0.2.7\r\n"));
+        let own = ask(b"\r\n\r\n\0\r\nQUIT\n\x20\x00\x00\x00");
+        assert_eq!(status(&own), 200, "a health check of the load balancer itself");
+        assert_eq!(ask(b""), "", "a connection that begins otherwise is closed");
+    }
+    let strangers = behind(&["192.0.2.0/24"], true, &json!({}));
+    assert_eq!(status(&strangers.raw(request)), 200);
+    let forged = [&b"PROXY TCP4 192.0.2.7 10.0.0.1 4711 443\r\n"[..], request].concat();
+    assert_eq!(status(&strangers.raw(&forged)), 400, "whoever is not trusted cannot name another client");
+}
+
+#[test]
+fn a_proxy_header_that_comes_byte_by_byte_is_taken_whole() {
+    let rig = behind(&["127.0.0.1/32"], true, &json!({}));
+    let mut stream = StdStream::connect(rig.plain).unwrap();
+    stream.set_nodelay(true).unwrap();
+    for byte in b"PROXY TCP4 192.0.2.7 10.0.0.1 4711 80\r\nGET / HTTP/1.1\r\nHost: a.com\r\n\r\n" {
+        stream.write_all(&[*byte]).unwrap();
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert_eq!(status(&head_of(&stream).unwrap()), 200);
+}
+
+/// Sends a request on a kept connection and returns the head of the answer, its body read.
+fn on_kept(mut stream: &StdStream, path: &str) -> String {
+    stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: a.com\r\n\r\n").as_bytes()).unwrap();
+    let head = head_of(stream).unwrap();
+    let length: usize = field(&head, "content-length").unwrap().parse().unwrap();
+    stream.read_exact(&mut vec![0; length]).unwrap();
+    head
+}
+
+fn ends_within(mut stream: &StdStream, patience: Duration) -> bool {
+    stream.set_read_timeout(Some(patience)).unwrap();
+    matches!(stream.read(&mut [0; 1]), Ok(0))
+}
+
+#[test]
+fn a_drain_ends_kept_connections_with_their_next_answer_and_idle_ones_by_themselves() {
+    let rig = simple(&json!({}), ("Prefix", "/"));
+    let [idle, kept, busy] = [(); 3].map(|()| StdStream::connect(rig.plain_6).unwrap());
+    for stream in [&idle, &kept] {
+        assert_eq!(field(&on_kept(stream, "/"), "connection"), None);
+    }
+    let asked =
+        std::thread::spawn(move || (on_kept(&busy, "/second"), ends_within(&busy, Duration::from_secs(1))));
+    std::thread::sleep(Duration::from_millis(300));
+    rig.phase.send_replace(listen::Phase::Draining);
+    let (answer, ended) = asked.join().unwrap();
+    assert_eq!((status(&answer), field(&answer, "connection"), ended), (200, Some("close"), true));
+    // A request that crosses the word is answered still: the connection was quiet for less than a second.
+    assert!(ends_within(&idle, Duration::from_secs(2)));
+    let rig = simple(&json!({}), ("Prefix", "/"));
+    let kept = StdStream::connect(rig.plain).unwrap();
+    on_kept(&kept, "/");
+    rig.phase.send_replace(listen::Phase::Draining);
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(field(&on_kept(&kept, "/"), "connection"), Some("close"));
+    assert!(ends_within(&kept, Duration::from_millis(500)));
+    let new = StdStream::connect(rig.plain).unwrap();
+    assert_eq!(field(&on_kept(&new, "/"), "connection"), None, "new ones are served as ever meanwhile");
+    rig.phase.send_replace(listen::Phase::Ending);
+    assert!(ends_within(&new, Duration::from_secs(2)));
+}
+
+#[tokio::test]
+async fn a_drain_ends_http_2_with_goaway_after_the_requests_that_are_under_way() {
+    let document = ingress("web", "a.com", &json!({}), &[("Prefix", "/", "web")]);
+    let mut table = table(vec![document], &[("web", &[backend("web")])], &[]);
+    table.default_certificate = Some(certificate("a.com"));
+    let rig = Rig::start(&table);
+    let (mut sender, connection) = http_2(&rig).await;
+    let ended = tokio::spawn(connection);
+    let request = || http::Request::get("https://a.com/second").body(body::Body::Empty).unwrap();
+    let under_way = sender.send_request(request());
+    let drained = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        rig.phase.send_replace(listen::Phase::Draining);
+    };
+    let (answer, ()) = tokio::join!(under_way, drained);
+    assert_eq!(answer.unwrap().status(), 200);
+    tokio::time::timeout(Duration::from_secs(2), ended).await.unwrap().unwrap().expect("GOAWAY is no error");
+    assert!(sender.send_request(request()).await.is_err(), "the client must take another connection");
+}
+
+/// What is written, for everybody who holds it.
+#[derive(Clone, Default)]
+struct Paper(Arc<std::sync::Mutex<Vec<u8>>>);
+
+impl std::io::Write for Paper {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Paper {
+    /// The lines as JSON, once there are so many.
+    fn lines(&self, count: usize) -> Vec<Value> {
+        for _ in 0..200 {
+            let text = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
+            let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+            if lines.len() >= count {
+                return lines;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("fewer than {count} lines")
+    }
+}
+
+#[test]
+fn each_request_is_a_json_line_where_the_log_is_on() {
+    let quiet = json!({"enable-access-log": "false"});
+    let documents = vec![
+        ingress("web", "a.com", &json!({}), &[("Prefix", "/", "web")]),
+        ingress("quiet", "q.com", &quiet, &[("Prefix", "/", "web")]),
+    ];
+    let web = backend("web");
+    let mut table = table(documents, &[("web", &[web])], &[]);
+    table.front.trusted = vec!["127.0.0.1/32".parse().unwrap()];
+    let rig = Rig::start(&table);
+    let paper = Paper::default();
+    rig.proxy.log_to(paper.clone());
+    rig.get("a.com", "/before", "");
+    table.observe.access_log = true;
+    rig.proxy.apply(&table);
+    rig.get("q.com", "/", "");
+    let answer = rig.get("a.com", "/x?y=1", "User-Agent: a\"b\r\nX-Forwarded-For: 2001:db8::1\r\n");
+    rig.get("nobody.com", "/", "");
+    rig.raw(b"GET /%00 HTTP/1.1\r\nHost: a.com\r\nConnection: close\r\n\r\n");
+    let lines = paper.lines(3);
+    assert_eq!(lines.len(), 3, "{lines:#?}");
+    let mut first = lines[0].clone();
+    let first = first.as_object_mut().unwrap();
+    let (time, seconds) = (first.remove("time").unwrap(), first.remove("seconds").unwrap());
+    assert!(time.as_str().unwrap().ends_with('Z') && seconds.as_f64().unwrap() > 0.0);
+    let body = answer.split("\r\n\r\n").skip(1).collect::<Vec<_>>().join("\r\n\r\n");
+    let expected = json!({"client": "2001:db8::1", "method": "GET", "host": "a.com", "target": "/x?y=1",
+        "protocol": "HTTP/1.1", "https": false, "user_agent": "a\"b", "status": 200, "received_bytes": 0,
+        "sent_bytes": body.len(), "namespace": "default", "ingress": "web", "service": "web",
+        "endpoint": web.to_string()});
+    assert_eq!(Value::Object(first.clone()), expected);
+    assert_eq!((&lines[1]["status"], &lines[1]["ingress"]), (&json!(404), &Value::Null));
+    assert_eq!((&lines[2]["status"], &lines[2]["target"]), (&json!(400), &json!("/%00")));
+}
+
+#[test]
+fn requests_are_counted_by_route_and_what_is_refused_by_its_reason() {
+    let main = ingress("main", "a.com", &json!({}), &[("Prefix", "/", "main")]);
+    let canary = json!({"canary": "true", "canary-by-header": "X-Canary"});
+    let canary = ingress("next", "a.com", &canary, &[("Prefix", "/", "next")]);
+    let mut table =
+        table(vec![main, canary], &[("main", &[backend("main")]), ("next", &[backend("next")])], &[]);
+    table.observe.nginx_metrics = true;
+    table.front = Front { trusted: vec!["::1/128".parse().unwrap()], proxy_protocol: true };
+    let rig = Rig::start(&table);
+    for _ in 0..3 {
+        rig.get("a.com", "/", "");
+    }
+    rig.get("a.com", "/broken", "X-Canary: always\r\n");
+    rig.get("b.com", "/", "");
+    rig.get("a b", "/", "");
+    rig.raw(b"GET / HTTP/1.1\r\nHost: a.com\r\nX : 1\r\n\r\n");
+    Rig::raw_at(rig.plain_6, b"GET / HTTP/1.1\r\n\r\n");
+    Rig::raw_at(rig.tls, b"GET / HTTP/1.1\r\n\r\n");
+    let text = rig.proxy.metrics();
+    let labels = r#"namespace="default",ingress="main",host="a.com",path="/",service="main""#;
+    for (part, count) in [
+        (format!("weft_ingress_requests_total{{{labels},status=\"200\"}}"), 3),
+        (format!("weft_ingress_requests_total{{{labels},status=\"503\"}}"), 1),
+        (format!("weft_ingress_request_duration_seconds_count{{{labels}}}"), 4),
+        ("weft_ingress_refused_total{reason=\"no_route\"}".to_owned(), 1),
+        ("weft_ingress_refused_total{reason=\"host\"}".to_owned(), 1),
+        ("weft_ingress_refused_total{reason=\"malformed\"}".to_owned(), 1),
+        ("weft_ingress_refused_total{reason=\"proxy_header\"}".to_owned(), 1),
+        ("weft_ingress_refused_total{reason=\"tls_handshake\"}".to_owned(), 1),
+    ] {
+        let line = format!("{part} {count}\n");
+        // A connection is counted when it has ended.
+        let told = (0..200).any(|_| {
+            std::thread::sleep(Duration::from_millis(10));
+            rig.proxy.metrics().contains(&line)
+        });
+        assert!(told, "{line}{}", rig.proxy.metrics());
+    }
+    assert!(text.contains("method=\"GET\",status=\"503\",canary=\"next\"} 1\n"), "{text}");
+}
+
+#[tokio::test]
+async fn a_client_resumes_its_tls_session_after_a_restart() {
+    let document = ingress("web", "a.com", &json!({}), &[("Prefix", "/", "web")]);
+    let mut table = table(vec![document], &[("web", &[backend("web")])], &[]);
+    table.default_certificate = Some(certificate("a.com"));
+    let folder = tempfile::tempdir().unwrap();
+    let keys = folder.path().join("tickets.key");
+    tickets::prepare(&keys).unwrap();
+    let config = tls::client_config(None, None, false).unwrap();
+    let handshake = async |rig: &Rig| {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        let stream = tokio::net::TcpStream::connect(rig.tls).await.unwrap();
+        let name = rustls::pki_types::ServerName::try_from("a.com").unwrap();
+        let mut stream =
+            tokio_rustls::TlsConnector::from(config.clone()).connect(name, stream).await.unwrap();
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: a.com\r\nConnection: close\r\n\r\n").await.unwrap();
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer).await;
+        assert_eq!(status(&String::from_utf8_lossy(&answer)), 200);
+        stream.get_ref().1.handshake_kind().unwrap()
+    };
+    assert_eq!(handshake(&Rig::start_with(&table, &keys)).await, rustls::HandshakeKind::Full);
+    assert_eq!(handshake(&Rig::start_with(&table, &keys)).await, rustls::HandshakeKind::Resumed);
+    assert_eq!(handshake(&Rig::start(&table)).await, rustls::HandshakeKind::Full, "another node's keys");
+}
+
+#[test]
+fn a_mirror_gets_each_request_with_its_body_and_the_client_only_the_backends_answer() {
+    let (mirror, copies) = recorder();
+    let rig = |annotations: Value| simple(&annotations, ("Prefix", "/"));
+    let post = |rig: &Rig, framing: &str, body: &str| {
+        let text =
+            format!("POST /x?y=1 HTTP/1.1\r\nHost: a.com\r\nConnection: close\r\n{framing}\r\n\r\n{body}");
+        let answer = rig.raw(text.as_bytes());
+        assert_eq!((status(&answer), who(&answer)), (200, "web"));
+        copies.recv_timeout(Duration::from_secs(5)).unwrap()
+    };
+    let all = rig(json!({"mirror-target": format!("http://{mirror}$request_uri")}));
+    let copy = post(&all, "Content-Length: 3", "abc");
+    assert!(copy.starts_with("POST /x?y=1 HTTP/1.1\r\n") && copy.ends_with("\r\n\r\nabc"), "{copy}");
+    assert!(
+        copy.contains(&format!("host: {mirror}\r\n")) && copy.contains("x-real-ip: 127.0.0.1\r\n"),
+        "{copy}"
+    );
+    let copy = post(&all, "Transfer-Encoding: chunked", "3\r\nabc\r\n0\r\n\r\n");
+    assert!(copy.ends_with("3\r\nabc\r\n0\r\n\r\n"), "{copy}");
+    let head = rig(json!({"mirror-target": format!("http://{mirror}"), "mirror-request-body": "off",
+        "mirror-host": "copy.example"}));
+    let copy = post(&head, "Content-Length: 3", "abc");
+    assert!(copy.starts_with("POST /x?y=1 HTTP/1.1\r\n") && copy.ends_with("\r\n\r\n"), "{copy}");
+    assert!(copy.contains("host: copy.example\r\n") && !copy.contains("content-length: 3"), "{copy}");
+    let dead = rig(json!({"mirror-target": "http://127.0.0.1:1/"}));
+    assert_eq!(who(&dead.get("a.com", "/", "")), "web", "a mirror that is away costs nothing");
+}
+
+/// Takes one request a connection, gives it to the test, and never answers.
+fn recorder() -> (SocketAddr, std::sync::mpsc::Receiver<String>) {
+    let listener = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address = listener.local_addr().unwrap();
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let mut open = Vec::new();
+        for mut stream in listener.incoming().flatten() {
+            let mut text = head_of(&stream).unwrap();
+            stream.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+            let mut piece = [0; 4096];
+            while let Ok(length @ 1..) = stream.read(&mut piece) {
+                text.push_str(std::str::from_utf8(&piece[..length]).unwrap());
+            }
+            open.push(stream);
+            if tell.send(text).is_err() {
+                return;
+            }
+        }
+    });
+    (address, told)
+}
+
+#[test]
+fn an_answer_is_sent_at_its_rate_after_what_is_free() {
+    let rig = simple(&json!({"limit-rate": "100", "limit-rate-after": "50"}), ("Prefix", "/"));
+    // The backend answers with the head that it got.
+    let long = format!("X-Long: {}\r\n", "x".repeat(20_000));
+    let started = std::time::Instant::now();
+    assert_eq!(status(&rig.get("a.com", "/", &long)), 200);
+    assert!(started.elapsed() < Duration::from_millis(150), "20 kB of 50 are free");
+    let slow = simple(&json!({"limit-rate": "20"}), ("Prefix", "/"));
+    let started = std::time::Instant::now();
+    let answer = slow.get("a.com", "/big", "");
+    let took = started.elapsed();
+    assert_eq!(answer.split("\r\n\r\n").nth(1).map(str::len), Some(60 * 1024));
+    assert!((2.0..5.0).contains(&took.as_secs_f64()), "60 kB at 20 kB a second: {took:?}");
+}
+
+#[test]
+fn the_cookie_of_an_endpoint_that_failed_stays_unless_it_is_told_to_change() {
+    for (change, sets) in [("false", false), ("true", true)] {
+        let annotations = json!({"affinity": "cookie", "session-cookie-name": "route",
+            "session-cookie-change-on-failure": change});
+        let document = ingress("web", "a.com", &annotations, &[("Prefix", "/", "web")]);
+        let dead = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
+        let rig = Rig::start(&table(vec![document], &[("web", &[dead, backend("web")])], &[]));
+        let token = rig.proxy.standing.endpoints.one(dead).token();
+        let answer = rig.get("a.com", "/", &format!("Cookie: route={token}\r\n"));
+        assert_eq!((who(&answer), field(&answer, "set-cookie").is_some()), ("web", sets), "{answer}");
+        let gone = rig.get("a.com", "/", "Cookie: route=0123456789abcdef\r\n");
+        assert!(field(&gone, "set-cookie").is_some(), "an endpoint that is no more");
+    }
+}
+
+/// How often the proxy has refused for this reason.
+fn refused(rig: &Rig, reason: &str) -> u64 {
+    let text = rig.proxy.metrics();
+    let start = format!("weft_ingress_refused_total{{reason=\"{reason}\"}} ");
+    text.lines().find_map(|line| line.strip_prefix(&start)).unwrap().parse().unwrap()
+}
+
+#[test]
+fn clients_that_only_drip_are_cut_off_and_counted() {
+    let rig = simple(&json!({}), ("Prefix", "/"));
+    for (address, first) in [
+        (rig.plain, &b"GET / HTTP/1.1\r\nHost: a.com\r\n"[..]),
+        (rig.plain_6, b"G"),
+        (rig.tls, b"\x16\x03\x01"),
+    ] {
+        let mut stream = StdStream::connect(address).unwrap();
+        stream.write_all(first).unwrap();
+        let started = std::time::Instant::now();
+        stream.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        // A byte of a field every tenth of a second, for as long as it is taken.
+        let ended = loop {
+            let dripped = address == rig.tls || stream.write_all(b"X").is_ok();
+            let mut piece = [0; 256];
+            match stream.read(&mut piece) {
+                Ok(0) => break true,
+                Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => break true,
+                _ if !dripped => break true,
+                _ if started.elapsed() > Duration::from_secs(5) => break false,
+                _ => {}
+            }
+        };
+        assert!(ended && started.elapsed() >= Duration::from_millis(1500), "{:?}", started.elapsed());
+    }
+    let counted = (0..200).any(|_| {
+        std::thread::sleep(Duration::from_millis(10));
+        refused(&rig, "slow") == 3
+    });
+    assert!(counted, "{}", refused(&rig, "slow"));
+    assert_eq!(status(&rig.get("a.com", "/", "")), 200, "others are served");
+}
+
+#[test]
+fn too_many_fields_and_tricks_with_paths_get_their_status() {
+    let rig = simple(&json!({}), ("Prefix", "/"));
+    let many: String = (0..101).map(|number| format!("X-{number}: 1\r\n")).collect();
+    assert_eq!(status(&rig.get("a.com", "/", &many)), 431);
+    for (path, wanted) in [
+        ("/..", 400),
+        ("/%2e%2e/", 400),
+        ("/a/%2E%2e/%2e./x", 400),
+        ("/a%2f..%2f..%2fetc", 400),
+        ("/a%00b", 400),
+        ("/a%", 400),
+        ("/a%4", 400),
+        ("/%gg", 400),
+        ("/a/../b", 200),
+        ("//a//b", 200),
+        ("/%252e%252e/", 200),
+        ("/a;/..;/b", 200),
+        ("/\u{e9}", 200),
+        ("*", 400),
+    ] {
+        let got = status(&rig.get("a.com", path, ""));
+        assert_eq!(got, wanted, "{path}");
+    }
+    assert_eq!(refused(&rig, "path"), 9);
+}
+
+#[tokio::test]
+async fn a_name_in_the_handshake_that_is_no_name_or_that_nobody_has_ends_it() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let document = ingress("web", "a.com", &json!({}), &[("Prefix", "/", "web")]);
+    let mut table = table(vec![document], &[("web", &[backend("web")])], &[]);
+    table.certificates.insert("aaaa.com".to_owned(), certificate("aaaa.com"));
+    let rig = Rig::start(&table);
+    for (name, sound) in [("aaaa.com", true), ("bbbb.com", false), ("aa\0a.com", false), ("a a..com", false)]
+    {
+        let config = tls::client_config(None, None, true).unwrap();
+        let wanted = rustls::pki_types::ServerName::try_from("aaaa.com").unwrap();
+        let mut hello = Vec::new();
+        rustls::ClientConnection::new(config, wanted).unwrap().write_tls(&mut hello).unwrap();
+        let at = hello.windows(8).position(|bytes| bytes == b"aaaa.com").unwrap();
+        hello[at..at + 8].copy_from_slice(name.as_bytes());
+        let mut stream = tokio::net::TcpStream::connect(rig.tls).await.unwrap();
+        stream.write_all(&hello).await.unwrap();
+        let mut kind = [0; 1];
+        stream.read_exact(&mut kind).await.unwrap();
+        // Handshake or alert (RFC 8446 5.1).
+        assert_eq!(kind[0], if sound { 22 } else { 21 }, "{name:?}");
+    }
+    for _ in 0..100 {
+        if refused(&rig, "tls_handshake") >= 3 {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("not counted");
+}
+
+/// HTTP/2 by hand: what the server says for these frames, until it closes or has said `enough`.
+async fn frames(rig: &Rig, sent: Vec<u8>, enough: impl Fn(&[Frame]) -> bool) -> Vec<Frame> {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let config = tls::client_config(None, None, true).unwrap();
+    let stream = tokio::net::TcpStream::connect(rig.tls).await.unwrap();
+    let name = rustls::pki_types::ServerName::try_from("a.com").unwrap();
+    let stream = tokio_rustls::TlsConnector::from(config).connect(name, stream).await.unwrap();
+    let (mut from, mut to) = tokio::io::split(stream);
+    let writing = tokio::spawn(async move {
+        let _ = to.write_all(&sent).await;
+        let _ = to.flush().await;
+        // Kept open: the server is to close it.
+        tokio::time::sleep(Duration::from_secs(5)).await;
+    });
+    let mut heard = Vec::new();
+    let reading = async {
+        while !enough(&heard) {
+            let mut head = [0; 9];
+            if from.read_exact(&mut head).await.is_err() {
+                return;
+            }
+            let length = usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2]);
+            let mut content = vec![0; length];
+            if from.read_exact(&mut content).await.is_err() {
+                return;
+            }
+            heard.push(Frame { kind: head[3], content });
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), reading).await.expect("the server says nothing");
+    writing.abort();
+    heard
+}
+
+struct Frame {
+    kind: u8,
+    content: Vec<u8>,
+}
+
+const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
+const SETTINGS: u8 = 4;
+const GOAWAY: u8 = 7;
+const CONTINUATION: u8 = 9;
+
+/// RFC 9113 4.1.
+fn frame(kind: u8, flags: u8, stream: u32, content: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(content.len()).unwrap().to_be_bytes();
+    [&length[1..], &[kind, flags], &stream.to_be_bytes(), content].concat()
+}
+
+fn preface(settings: &[u8]) -> Vec<u8> {
+    [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", frame(SETTINGS, 0, 0, settings).as_slice()].concat()
+}
+
+/// `GET https://a.com/` (RFC 7541, appendix A).
+const GET: &[u8] = b"\x82\x87\x84\x41\x05a.com";
+
+fn error_of(heard: &[Frame]) -> Option<u32> {
+    let goaway = heard.iter().find(|frame| frame.kind == GOAWAY)?;
+    Some(u32::from_be_bytes(goaway.content[4..8].try_into().unwrap()))
+}
+
+fn http_2_rig() -> Rig {
+    let document = ingress("web", "a.com", &json!({}), &[("Prefix", "/", "web")]);
+    let mut table = table(vec![document], &[("web", &[backend("web")])], &[]);
+    table.default_certificate = Some(certificate("a.com"));
+    Rig::start(&table)
+}
+
+async fn await_flood(rig: &Rig, count: u64) {
+    for _ in 0..100 {
+        if refused(rig, "flood") >= count {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("not counted: {}", rig.proxy.metrics());
+}
+
+/// ENHANCE_YOUR_CALM (RFC 9113 7).
+const CALM: u32 = 0xb;
+
+#[tokio::test]
+async fn a_client_that_resets_what_it_asks_is_told_to_calm_down() {
+    let rig = http_2_rig();
+    let mut sent = preface(&[]);
+    for number in 0..2000 {
+        let stream = 2 * number + 1;
+        sent.extend(frame(HEADERS, 0x5, stream, GET));
+        sent.extend(frame(RST_STREAM, 0, stream, &8_u32.to_be_bytes()));
+    }
+    let heard = frames(&rig, sent, |heard| error_of(heard).is_some_and(|error| error != 0)).await;
+    assert_eq!(error_of(&heard), Some(CALM));
+    await_flood(&rig, 1).await;
+    let heard = frames(&rig, [preface(&[]), frame(HEADERS, 0x5, 1, GET)].concat(), |heard| {
+        heard.iter().any(|frame| frame.kind == HEADERS)
+    });
+    assert!(!heard.await.is_empty(), "others are served");
+}
+
+#[tokio::test]
+async fn a_head_without_end_ends_the_connection() {
+    let rig = http_2_rig();
+    let mut sent = [preface(&[]), frame(HEADERS, 0x1, 1, GET)].concat();
+    // Literals that nobody is to remember, 16 kB a frame, 16 MB in all.
+    let field = [b"\x00\x01x\x7f\x01".as_slice(), &[b'y'; 128]].concat();
+    let block = field.repeat(16_000 / field.len());
+    for _ in 0..1000 {
+        sent.extend(frame(CONTINUATION, 0, 1, &block));
+    }
+    let heard = frames(&rig, sent, |heard| error_of(heard).is_some()).await;
+    assert_eq!(error_of(&heard), Some(CALM));
+    await_flood(&rig, 1).await;
+}
+
+#[tokio::test]
+async fn header_tables_stay_small_whatever_the_client_says() {
+    let rig = http_2_rig();
+    let answered = |heard: &[Frame]| heard.iter().any(|frame| frame.kind == HEADERS);
+    // SETTINGS_HEADER_TABLE_SIZE of 4 GB is for what the server sends; it need not use it.
+    let huge = [0, 1, 0xff, 0xff, 0xff, 0xff];
+    let heard = frames(&rig, [preface(&huge), frame(HEADERS, 0x5, 1, GET)].concat(), answered).await;
+    assert!(answered(&heard));
+    // A table beyond what the server allows (RFC 7541 6.3), 65,536 bytes.
+    let grown = [b"\x3f\xe1\xff\x03".as_slice(), GET].concat();
+    let heard = frames(&rig, [preface(&[]), frame(HEADERS, 0x5, 1, &grown)].concat(), |heard| {
+        error_of(heard).is_some()
+    });
+    // COMPRESSION_ERROR is what it is called; PROTOCOL_ERROR is what the h2 crate says.
+    assert!(matches!(error_of(&heard.await), Some(1 | 9)));
+    await_flood(&rig, 1).await;
+    // One field of 3 kB in the table, named again and again: 36 kB of fields, or 3 MB, from a few bytes.
+    let entry = [b"\x40\x01x\x7f\xb9\x16".as_slice(), &[b'y'; 3000]].concat();
+    let bomb = |count: usize| {
+        let block = [GET, &entry, &vec![0xbe; count]].concat();
+        [preface(&[]), frame(HEADERS, 0x5, 1, &block)].concat()
+    };
+    let ended = |heard: &[Frame]| answered(heard) || error_of(heard).is_some();
+    let heard = frames(&rig, bomb(11), ended).await;
+    let refusal = heard.iter().find(|frame| frame.kind == HEADERS).map(|frame| frame.content.clone());
+    // `:status` 431, a literal whose value is Huffman-coded (RFC 7541 6.2.1, 5.2).
+    assert_eq!(refusal.as_deref().and_then(|block| block.get(..5)), Some(&b"\x48\x83\x69\x90\xff"[..]));
+    assert_eq!(error_of(&frames(&rig, bomb(1000), ended).await), Some(CALM));
+    await_flood(&rig, 2).await;
+}
+
+/// A certificate for a client of this name, and the PEM of the authority that made it.
+fn client_identity(name: &str) -> (crate::plan::table::Certificate, String) {
+    let mut authority = rcgen::CertificateParams::new([]).unwrap();
+    authority.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    authority.distinguished_name.push(rcgen::DnType::CommonName, "authority");
+    let key = rcgen::KeyPair::generate().unwrap();
+    let pem = authority.self_signed(&key).unwrap().pem();
+    let issuer = rcgen::Issuer::new(authority, key);
+    let mut wanted = rcgen::CertificateParams::new([]).unwrap();
+    wanted.distinguished_name = rcgen::DistinguishedName::new();
+    wanted.distinguished_name.push(rcgen::DnType::CommonName, name);
+    wanted.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ClientAuth];
+    let own_key = rcgen::KeyPair::generate().unwrap();
+    let made = wanted.signed_by(&own_key, &issuer).unwrap();
+    let identity = crate::plan::table::Certificate {
+        secret: NamespacedName::new("default", "client"),
+        chain_pem: Bytes(made.pem().into_bytes()),
+        key_pem: Bytes(own_key.serialize_pem().into_bytes()),
+    };
+    (identity, pem)
+}
+
+#[tokio::test]
+async fn a_client_shows_a_certificate_that_is_trusted_and_has_the_wanted_name() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let (ann, authority) = client_identity("ann");
+    let (stranger, _) = client_identity("ann");
+    let rig = |annotations: Value| {
+        let document = ingress("web", "a.com", &annotations, &[("Prefix", "/", "web")]);
+        let mut table =
+            table(vec![document], &[("web", &[backend("web")])], &[("authority", "ca.crt", &authority)]);
+        table.default_certificate = Some(certificate("a.com"));
+        Rig::start(&table)
+    };
+    let ask = async |rig: &Rig, identity: Option<&crate::plan::table::Certificate>| {
+        let config = tls::client_config(None, identity, false).unwrap();
+        let stream = tokio::net::TcpStream::connect(rig.tls).await.unwrap();
+        let name = rustls::pki_types::ServerName::try_from("a.com").unwrap();
+        let mut stream = tokio_rustls::TlsConnector::from(config).connect(name, stream).await.unwrap();
+        let request =
+            b"GET / HTTP/1.1\r\nHost: a.com\r\nssl-client-subject-dn: CN=root\r\nConnection: close\r\n\r\n";
+        stream.write_all(request).await.unwrap();
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer).await;
+        String::from_utf8_lossy(&answer).into_owned()
+    };
+    let trusting = rig(json!({"auth-tls-secret": "authority"}));
+    let answer = ask(&trusting, Some(&ann)).await;
+    assert_eq!(status(&answer), 200, "{answer}");
+    for line in
+        ["ssl-client-verify: SUCCESS", "ssl-client-subject-dn: CN=ann", "ssl-client-issuer-dn: CN=authority"]
+    {
+        assert!(answer.lines().any(|got| got == line), "{line}: {answer}");
+    }
+    assert!(!answer.contains("CN=root"), "{answer}");
+    for nobody in [None, Some(&stranger)] {
+        assert_eq!(status(&ask(&trusting, nobody).await), 400);
+    }
+    let named = |pattern: &str| rig(json!({"auth-tls-secret": "authority", "auth-tls-match-cn": pattern}));
+    assert_eq!(status(&ask(&named("CN=(ann|bob)"), Some(&ann)).await), 200);
+    assert_eq!(status(&ask(&named("CN=bob"), Some(&ann)).await), 403);
+    assert_eq!(status(&ask(&named("CN=ann"), None).await), 400, "there is no name to compare");
+    assert_eq!(status(&ask(&named("CN=ann"), Some(&stranger)).await), 400, "the right name from nobody");
 }

@@ -15,6 +15,7 @@ use rustls::{
     ClientConfig, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, SignatureScheme,
 };
 
+use super::tickets::Tickets;
 use crate::certificate::{self, Pair};
 use crate::plan::table::Certificate;
 
@@ -24,6 +25,8 @@ pub enum TlsError {
     Certificate(String),
     #[error("no authority can be read")]
     Authorities,
+    #[error("the system gives no random bytes for keys")]
+    Random,
     #[error("TLS configuration")]
     Rustls(#[from] rustls::Error),
 }
@@ -111,12 +114,14 @@ pub(super) struct ServerConfigs {
 }
 
 impl ServerConfigs {
-    /// TLS 1.2 and 1.3 with rustls's suites. Tickets are sealed with keys of this process that change by themselves.
+    /// TLS 1.2 and 1.3 with rustls's suites. Hosts that ask for the client's certificate give no tickets.
     ///
     /// # Errors
     /// The provider lacks what is asked of it.
-    pub(super) fn new(certificates: &Arc<ArcSwap<Certificates>>) -> Result<Self, TlsError> {
-        let ticketer = rustls::crypto::ring::Ticketer::new()?;
+    pub(super) fn new(
+        certificates: &Arc<ArcSwap<Certificates>>,
+        tickets: &Arc<Tickets>,
+    ) -> Result<Self, TlsError> {
         let make = |asks: bool| -> Result<Arc<ServerConfig>, TlsError> {
             let builder =
                 ServerConfig::builder_with_provider(provider()).with_safe_default_protocol_versions()?;
@@ -128,7 +133,7 @@ impl ServerConfigs {
             let mut config = builder.with_cert_resolver(Arc::new(Resolver(certificates.clone())));
             config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
             if !asks {
-                config.ticketer = ticketer.clone();
+                config.ticketer = tickets.clone();
             }
             Ok(Arc::new(config))
         };

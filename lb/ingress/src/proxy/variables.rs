@@ -1,10 +1,9 @@
 //! nginx's variables in annotations (`upstream-hash-by`, `auth-url`, `auth-signin`, `upstream-vhost`). Pure.
 
-use std::net::IpAddr;
-
 use http::header::{self, HeaderMap};
 use http::{Method, Uri};
 
+use super::front::Client;
 use super::hygiene::Admitted;
 
 /// What variables are taken from.
@@ -13,8 +12,7 @@ pub(super) struct Request<'a> {
     pub(super) uri: &'a Uri,
     pub(super) headers: &'a HeaderMap,
     pub(super) admitted: &'a Admitted,
-    pub(super) client: IpAddr,
-    pub(super) https: bool,
+    pub(super) client: &'a Client,
 }
 
 impl Request<'_> {
@@ -58,13 +56,13 @@ impl Request<'_> {
             "args" | "query_string" => self.uri.query().unwrap_or_default().to_owned(),
             "scheme" | "pass_access_scheme" => self.scheme().to_owned(),
             "request_method" => self.method.to_string(),
-            "remote_addr" | "the_real_ip" => self.client.to_string(),
+            "remote_addr" | "the_real_ip" => self.client.address.to_string(),
             _ => String::new(),
         }
     }
 
     pub(super) fn scheme(&self) -> &'static str {
-        if self.https { "https" } else { "http" }
+        if self.client.https { "https" } else { "http" }
     }
 }
 
@@ -124,6 +122,7 @@ pub(super) fn as_path(text: &str) -> String {
 mod tests {
     use http::HeaderValue;
 
+    use super::super::front::Chain;
     use super::*;
 
     #[test]
@@ -137,8 +136,13 @@ mod tests {
             uri: &Uri::from_static("/p?x=1&y=2"),
             headers: &headers,
             admitted: &admitted,
-            client: "192.0.2.1".parse().unwrap(),
-            https: true,
+            client: &Client {
+                address: "192.0.2.1".parse().unwrap(),
+                https: true,
+                port: 443,
+                host: None,
+                chain: Chain::None,
+            },
         };
         let text =
             "$scheme://${http_host}$request_uri|$http_x_user|$cookie_session|$arg_y|$remote_addr|$nothing|$";
