@@ -6,8 +6,8 @@
 //! question at a time, at half of what CoreDNS answers at most, while something of the lowest priority keeps the server's
 //! core awake. And beside `dnsperf`, which has no part of ours.
 //!
-//! Last, the agent is killed under such load and comes back as systemd does it: after the pause of its unit, with the sockets that
-//! were kept.
+//! Then the agent is killed under such load and comes back as systemd does it: after the pause of its unit, with the sockets that
+//! were kept. Last, the memory of a large cluster's names.
 
 mod names;
 
@@ -65,13 +65,14 @@ pub(crate) fn measure(weft: &Path) -> anyhow::Result<Vec<Row>> {
     let _upstream = Upstream::start()?;
     let (ours_pid, mut coredns) = (rig.pid("agent")?, start_coredns(&peer, &rig)?);
     let measured = all(ours_pid, coredns.id(), rig.folder.path());
-    let grown = measured.and_then(|rows| Ok((rows, grown(&rig, ours_pid, coredns.id())?)));
+    let measured = measured.and_then(|mut rows| {
+        rows.extend(killed(&mut rig, &flags)?);
+        rows.push(grown(&rig, rig.pid("agent")?, coredns.id())?);
+        Ok(rows)
+    });
     coredns.kill()?;
     coredns.wait()?;
-    let (mut rows, grown) = grown?;
-    rows.push(grown);
-    rows.extend(killed(&mut rig, &flags)?);
-    Ok(rows)
+    measured
 }
 
 /// The agent's sockets, which outlive it.
