@@ -11,7 +11,7 @@ use crate::forward::Forwarder;
 use crate::listen::Listeners;
 use crate::serve::Resolver;
 use crate::stats::Stats;
-use crate::store::{PodNames, Store};
+use crate::store::{PodNames, Store, Written};
 use crate::zone::{DnsPlan, Groups};
 
 /// Most changed groups that one pass names one by one.
@@ -44,7 +44,7 @@ impl Applier for DnsApplier {
         let (opened, failed) = self.listeners.ensure(&plan.listen);
         changed.extend(opened);
         let custom_changed = self.apply_custom(plan);
-        changed.extend(shortened(self.store.write(&self.written, plan)));
+        changed.extend(named(&self.store.write(&self.written, plan)));
         self.count_programmed(plan);
         self.written.clone_from(&plan.groups);
         changed.extend(custom_changed);
@@ -101,11 +101,10 @@ fn pod_names(mode: PodMode, plan: &DnsPlan) -> PodNames {
     }
 }
 
-fn shortened(mut changed: Vec<String>) -> Vec<String> {
-    if changed.len() > NAMED_CHANGES {
-        let more = changed.len() - NAMED_CHANGES;
-        changed.truncate(NAMED_CHANGES);
-        changed.push(format!("and {more} more objects"));
+fn named(written: &[Written]) -> Vec<String> {
+    let mut lines: Vec<String> = written.iter().take(NAMED_CHANGES).map(Written::to_string).collect();
+    if written.len() > NAMED_CHANGES {
+        lines.push(format!("and {} more objects", written.len() - NAMED_CHANGES));
     }
-    changed
+    lines
 }

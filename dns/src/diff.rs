@@ -52,7 +52,11 @@ mod tests {
     #[test]
     fn a_newer_change_is_told_and_the_end_of_a_service_is_none() {
         let key = |name: &str| Arc::new(GroupKey::Namespace(name.to_owned()));
-        let at = |triggered_millis| Arc::new(Group { triggered_millis, ..Group::default() });
+        let at = |triggered_millis| {
+            let mut group = Group::default();
+            group.triggered_millis = triggered_millis;
+            Arc::new(group)
+        };
         let groups = |of: [(&str, Option<i64>); 3]| of.map(|(name, millis)| (key(name), at(millis))).into();
         let before: Groups = groups([("a", Some(5)), ("b", None), ("gone", Some(6))]);
         let after: Groups = groups([("a", Some(7)), ("b", None), ("new", Some(8))]);

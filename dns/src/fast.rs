@@ -13,9 +13,8 @@ use hickory_proto::op::ResponseCode;
 use hickory_proto::rr::RecordType;
 
 use crate::answer::{Soa, SoaPlace};
-use crate::name::Name;
 use crate::serve::{OPT_BYTES, PLAIN_UDP_BYTES, UDP_PAYLOAD_BYTES};
-use crate::store::{Found, Reading, Records};
+use crate::store::{DataRef, Found, NameRef, Reading, Records};
 use crate::zone::{Data, TTL_SECONDS};
 
 /// Octets of a message's header (RFC 1035 section 4.1.1), where the question begins.
@@ -253,9 +252,9 @@ impl<'a> Writer<'a> {
     }
 
     /// As many as fit; addresses of SRV targets all or not at all. `None` when not one fits.
-    fn records(&mut self, records: &Records<'_>, reading: &Reading<'_>, turn: usize) -> Option<()> {
+    fn records<'r>(&mut self, records: &Records<'r>, reading: &'r Reading<'_>, turn: usize) -> Option<()> {
         for data in records.rotated(turn) {
-            if self.record(Owner::Question, data).is_none() {
+            if self.record(Owner::Question, &data).is_none() {
                 self.truncated = true;
                 break;
             }
@@ -267,7 +266,7 @@ impl<'a> Writer<'a> {
         if !self.truncated {
             let end = self.reply.len();
             for (target, data) in reading.targets(records) {
-                if self.record(Owner::Name(target), data).is_none() {
+                if self.record(Owner::Name(target), &data).is_none() {
                     self.reply.truncate(end);
                     self.additionals = 0;
                     break;
@@ -300,7 +299,7 @@ impl<'a> Writer<'a> {
     }
 
     /// One whole record, or none.
-    fn record(&mut self, owner: Owner<'_>, data: &Data) -> Option<()> {
+    fn record(&mut self, owner: Owner<'_>, data: &DataRef<'_>) -> Option<()> {
         let start = self.reply.len();
         self.put_owner(owner);
         self.put_fixed(data.record_type());
@@ -317,7 +316,7 @@ impl<'a> Writer<'a> {
         match owner {
             Owner::Question => self.reply.extend_from_slice(&pointer(HEADER_BYTES).to_be_bytes()),
             Owner::At(at) => self.reply.extend_from_slice(&pointer(at).to_be_bytes()),
-            Owner::Name(name) => self.reply.extend_from_slice(name.wire()),
+            Owner::Name(name) => name.put(self.reply),
         }
     }
 
@@ -359,19 +358,19 @@ enum Owner<'a> {
     /// A pointer into the question's name.
     At(usize),
     /// In full.
-    Name(&'a Name),
+    Name(NameRef<'a>),
 }
 
-fn put_data(reply: &mut Vec<u8>, data: &Data) {
+fn put_data(reply: &mut Vec<u8>, data: &DataRef<'_>) {
     match data {
         Data::A(address) => reply.extend_from_slice(&address.octets()),
         Data::Aaaa(address) => reply.extend_from_slice(&address.octets()),
-        Data::Cname(name) | Data::Ns(name) | Data::Ptr(name) => reply.extend_from_slice(name.wire()),
+        Data::Cname(name) | Data::Ns(name) | Data::Ptr(name) => name.put(reply),
         Data::Srv(srv) => {
             for number in [srv.priority, srv.weight, srv.port] {
                 reply.extend_from_slice(&number.to_be_bytes());
             }
-            reply.extend_from_slice(srv.target.wire());
+            srv.target.put(reply);
         }
         Data::Txt(text) => {
             let text = &text.as_bytes()[..text.len().min(255)];

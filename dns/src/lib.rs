@@ -23,6 +23,7 @@ mod listen;
 mod log;
 mod metrics;
 mod name;
+mod octets;
 mod plan;
 mod quota;
 mod rate;
@@ -46,7 +47,7 @@ pub use metrics::CorednsNames;
 pub use name::{InvalidName, Name};
 pub use plan::{DnsPlanner, plan_service};
 pub use stats::Stats;
-pub use store::Store;
+pub use store::{Store, Written};
 use weft_model::ClusterConfig;
 use weft_netstack::reconcile::chain;
 pub use zone::{

@@ -104,6 +104,20 @@ impl Name {
         Self::parse(&text).expect("32 hexadecimal digits and two words are labels, and short")
     }
 
+    /// The address whose [`Name::reverse`] this is.
+    pub(crate) fn address(&self) -> Option<IpAddr> {
+        let labels: Vec<&str> = self.labels().map_while(|label| std::str::from_utf8(label).ok()).collect();
+        let address: IpAddr = match labels.as_slice() {
+            [d, c, b, a, "in-addr", "arpa"] => format!("{a}.{b}.{c}.{d}").parse().ok()?,
+            [digits @ .., "ip6", "arpa"] if digits.len() == 32 => {
+                let digits: String = digits.iter().rev().copied().collect();
+                Ipv6Addr::from(u128::from_str_radix(&digits, 16).ok()?).into()
+            }
+            _ => return None,
+        };
+        (Self::reverse(address) == *self).then_some(address)
+    }
+
     /// Labels, first label first, without the root.
     pub fn labels(&self) -> impl Iterator<Item = &[u8]> {
         suffixes(&self.0).map_while(first_label)
@@ -156,13 +170,13 @@ impl Ord for Name {
 
 /// Where the labels of a wire name begin: 255 octets hold at most 127 labels. On the stack, because names are
 /// compared far more often than anything else here.
-struct LabelStarts {
+pub(crate) struct LabelStarts {
     starts: [u8; 127],
     count: usize,
 }
 
 impl LabelStarts {
-    fn of(wire: &[u8]) -> Self {
+    pub(crate) fn of(wire: &[u8]) -> Self {
         let mut found = Self { starts: [0; 127], count: 0 };
         let mut at: u8 = 0;
         while let Some(&length @ 1..) = wire.get(usize::from(at)) {
@@ -173,8 +187,15 @@ impl LabelStarts {
         found
     }
 
+    /// The wire name that was looked at is `ancestor` or below it.
+    pub(crate) fn end_with(&self, wire: &[u8], ancestor: &Name) -> bool {
+        let at = wire.len().checked_sub(ancestor.0.len());
+        let is_start = |at: &usize| self.starts[..self.count].iter().any(|start| usize::from(*start) == *at);
+        at.filter(is_start).is_some_and(|at| wire[at..] == *ancestor.0)
+    }
+
     /// Labels, last label first.
-    fn backwards<'a>(&'a self, wire: &'a [u8]) -> impl Iterator<Item = &'a [u8]> {
+    pub(crate) fn backwards<'a>(&'a self, wire: &'a [u8]) -> impl Iterator<Item = &'a [u8]> {
         let starts = self.starts[..self.count].iter().rev();
         starts.filter_map(|&at| first_label(&wire[usize::from(at)..]))
     }
@@ -249,6 +270,19 @@ mod tests {
             Name::reverse("fd00:43::a".parse().unwrap()).to_string(),
             "a.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.3.4.0.0.0.0.d.f.ip6.arpa."
         );
+    }
+
+    #[test]
+    fn a_reverse_name_has_an_address_and_no_other_name_has() {
+        for address in ["10.43.0.10", "0.0.0.0", "fd00:43::a", "::"].map(|text| text.parse().unwrap()) {
+            assert_eq!(Name::reverse(address).address(), Some(address));
+        }
+        for text in
+            ["1.2.3.in-addr.arpa", "01.2.3.4.in-addr.arpa", "256.2.3.4.in-addr.arpa", "f.ip6.arpa", "a.b"]
+        {
+            assert_eq!(name(text).address(), None, "{text}");
+        }
+        assert_eq!(name(&("+.".repeat(32) + "ip6.arpa")).address(), None);
     }
 
     #[test]

@@ -191,7 +191,7 @@ impl DnsPlanner {
                 Some(memo) if memo.is_for(service, slices) => memo,
                 old => ServiceMemo::plan(old, service, slices, domain),
             };
-            if !memo.planned.plan.names.is_empty() {
+            if !memo.planned.plan.is_empty() {
                 groups.push((memo.key.clone(), memo.planned.plan.clone()));
             }
             problems.extend(memo.planned.problems.iter().cloned());
@@ -254,9 +254,8 @@ fn zone_group(domain: &Name, cluster_dns: &[IpAddr]) -> Result<Group, InvalidNam
 /// A Namespace's names exist without records: `<ns>.svc.<zone>` and, as the parent of pod names, `<ns>.pod.<zone>`.
 fn plan_namespace(name: &str, domain: &Name) -> Planned<Arc<Group>> {
     let names = || -> Result<Group, InvalidName> {
-        let empty = || Arc::from([]);
-        let names = ["svc", "pod"].map(|kind| Ok((domain.child(kind)?.child(name)?, empty())));
-        Ok(Group { names: names.into_iter().collect::<Result<_, InvalidName>>()?, ..Group::default() })
+        let names = ["svc", "pod"].map(|kind| Ok((domain.child(kind)?.child(name)?, BTreeSet::new())));
+        Ok(Group::new(&names.into_iter().collect::<Result<_, InvalidName>>()?))
     };
     match names() {
         Ok(group) => Planned::new(Arc::new(group), Vec::new()),
@@ -285,7 +284,8 @@ pub fn plan_service<'a>(
         (Ok(name), ServiceKind::Headless) => draft.headless(&name, slices),
         (Ok(name), ServiceKind::ExternalName(target)) => draft.external_name(&name, target),
     }
-    let group = Group { triggered_millis: draft.triggered_millis, ..draft.records.into_iter().collect() };
+    let mut group: Group = draft.records.into_iter().collect();
+    group.triggered_millis = draft.triggered_millis;
     Planned::new(group, draft.problems)
 }
 

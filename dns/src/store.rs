@@ -8,9 +8,15 @@
 //! ```
 //!
 //! A name exists when a group says so or when a name below it exists (an empty non-terminal, RFC 4592 section
-//! 2.2.2): every entry counts its direct children and goes when it has neither.
+//! 2.2.2): every node counts its direct children that exist. `tree` holds the names and `contributions` their records, both
+//! as octets: a name with its records takes some fifty.
 
-use std::collections::{BTreeSet, HashMap};
+mod contributions;
+mod pages;
+mod tree;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -20,8 +26,13 @@ use tokio::sync::Notify;
 
 use crate::answer::{Answer, Local, MAX_ALIASES, Question, Soa, SoaPlace};
 use crate::diff::{Change, changed_groups};
-use crate::name::{Name, first_label, parent, suffixes};
-use crate::zone::{Data, DnsPlan, GroupKey, Groups, PodAddresses, Zones};
+use crate::name::{LabelStarts, Name, first_label, parent};
+use crate::zone::{Data, DnsPlan, Group, GroupKey, Groups, PodAddresses, Srv, Zones};
+
+pub(crate) use contributions::DataRef;
+use contributions::GroupNumbers;
+pub(crate) use tree::NameRef;
+use tree::{Id, ROOT, Tree};
 
 /// The source of a name of ours that comes from no object: one between others, or one that is not there.
 pub(crate) const NO_OBJECT: &str = "names of the cluster";
@@ -38,9 +49,14 @@ pub struct Store {
 #[derive(Default)]
 struct Table {
     zones: Option<Zones>,
-    /// Apexes of `zones` by wire name.
-    apexes: HashMap<Arc<[u8]>, Soa>,
-    names: HashMap<Arc<[u8]>, Entry>,
+    /// The apex of the cluster domain.
+    domain: Option<Id>,
+    /// Of `zones`.
+    apexes: BTreeMap<Id, Soa>,
+    tree: Tree,
+    groups: GroupNumbers,
+    /// Names that exist.
+    count: usize,
     pods: PodNames,
 }
 
@@ -68,15 +84,6 @@ impl PodNames {
     }
 }
 
-/// What is known of one name.
-#[derive(Default)]
-pub(crate) struct Entry {
-    /// Records by the group they come from, ordered by group; almost always one.
-    contributions: Vec<(Arc<GroupKey>, Arc<[Data]>)>,
-    /// Entries directly below.
-    children: u32,
-}
-
 /// Table and lock stay usable after a panic elsewhere: every write leaves a whole entry behind.
 impl Store {
     /// Knows its zones but nothing in them yet: answers [`Answer::NotReady`] there.
@@ -102,17 +109,17 @@ impl Store {
     /// The objects that a name of the cluster comes from; `None` for a name in no zone of ours.
     pub(crate) fn sources(&self, name: &Name) -> Option<String> {
         let table = self.read_lock();
-        table.zone_of(name.wire())?;
-        let Some(entry) = table.names.get(name.wire()) else {
-            return Some(NO_OBJECT.to_owned());
-        };
-        let keys: Vec<String> = entry.contributions.iter().map(|(key, _)| key.to_string()).collect();
+        let place = table.place(name.wire());
+        place.zone?;
+        let contributions = place.node.map(|id| contributions::contributions(table.tree.content(id)));
+        let keys = contributions.into_iter().flatten().filter_map(|(number, _)| table.groups.key(number));
+        let keys: Vec<String> = keys.map(|key| key.to_string()).collect();
         Some(if keys.is_empty() { NO_OBJECT.to_owned() } else { keys.join(", ") })
     }
 
     /// Names that exist, empty non-terminals included.
     pub fn len(&self) -> usize {
-        self.read_lock().names.len()
+        self.read_lock().count
     }
 
     /// Not even a zone.
@@ -138,9 +145,9 @@ impl Store {
         self.write_lock().pods = pods;
     }
 
-    /// Brings the table from `old` (what the caller wrote last) to `plan`. Returns one line for each changed group.
-    /// New and changed names come first, so that a name that moves between groups is never missing.
-    pub fn write(&self, old: &Groups, plan: &DnsPlan) -> Vec<String> {
+    /// Brings the table from `old` (what the caller wrote last) to `plan`. Returns the changed groups. New and changed names
+    /// come first, so that a name that moves between groups is never missing.
+    pub fn write(&self, old: &Groups, plan: &DnsPlan) -> Vec<Written> {
         let rezoned = self.read_lock().zones != plan.zones;
         let none = Groups::new();
         let old = if rezoned { &none } else { old };
@@ -149,39 +156,39 @@ impl Store {
             self.write_lock().set_zones(plan.zones.clone());
         }
         let changes = changed_groups(old, &plan.groups);
-        let written: Vec<usize> = changes.iter().map(|change| self.write_names(change)).collect();
-        let removed: Vec<usize> = changes.iter().map(|change| self.remove_names(change)).collect();
+        let written = |change: &Change<'_>| Written {
+            key: change.key.clone(),
+            written: self.write_names(change),
+            removed: 0,
+        };
+        let mut all: Vec<Written> = changes.iter().map(written).collect();
+        for (change, written) in changes.iter().zip(&mut all) {
+            written.removed = self.remove_names(change);
+        }
         self.ready.store(true, Ordering::Release);
         self.became_ready.notify_waiters();
-        let line = |((change, written), removed): ((&Change<'_>, usize), usize)| match (written, removed) {
-            (0, 0) => None,
-            (written, 0) => Some(format!("{}: {written} names", change.key)),
-            (0, removed) => Some(format!("{}: {removed} names gone", change.key)),
-            (written, removed) => Some(format!("{}: {written} names, {removed} gone", change.key)),
-        };
-        changes.iter().zip(written).zip(removed).filter_map(line).collect()
+        all.retain(|written| (written.written, written.removed) != (0, 0));
+        all
     }
 
     fn write_names(&self, change: &Change<'_>) -> usize {
-        let known = |name| change.before.and_then(|before| before.names.get(name));
-        let mut count = 0;
-        for (name, records) in change.after.into_iter().flat_map(|after| &after.names) {
-            if known(name) != Some(records) {
-                self.write_lock().set(name.wire(), change.key, records);
-                count += 1;
-            }
-        }
-        count
+        let known: BTreeMap<Name, Vec<Data>> = names(change.before).collect();
+        let changed = names(change.after).filter(|(name, records)| known.get(name) != Some(records));
+        let mut changed: Vec<(Name, Vec<Data>)> = changed.collect();
+        // Names that others name come before these, so that they get their place with their records.
+        changed.sort_by_key(|(_, records)| records.iter().any(|data| data.name().is_some()));
+        changed
+            .into_iter()
+            .map(|(name, records)| self.write_lock().set(name.wire(), change.key, &records))
+            .count()
     }
 
     fn remove_names(&self, change: &Change<'_>) -> usize {
-        let stays = |name| change.after.is_some_and(|after| after.names.contains_key(name));
-        let mut count = 0;
-        for name in change.before.into_iter().flat_map(|before| before.names.keys()) {
-            if !stays(name) {
-                self.write_lock().unset(name.wire(), change.key);
-                count += 1;
-            }
+        let staying: BTreeSet<Name> = names(change.after).map(|(name, _)| name).collect();
+        let gone = names(change.before).filter(|(name, _)| !staying.contains(name));
+        let count = gone.map(|(name, _)| self.write_lock().unset(name.wire(), change.key)).count();
+        if change.after.is_none() {
+            self.write_lock().groups.forget(change.key);
         }
         count
     }
@@ -206,13 +213,16 @@ impl Store {
                 }
                 Found::NotReady => return Answer::NotReady,
                 Found::Alias(target) => {
+                    let target = target.to_name();
                     local.records.push((name, Data::Cname(target.clone())));
-                    name = target.clone();
+                    name = target;
                 }
                 Found::Records(records) => {
                     let targets = reading.targets(&records).into_iter();
-                    local.additionals.extend(targets.map(|(target, data)| (target.clone(), data.clone())));
-                    local.records.extend(records.rotated(turn).map(|data| (name.clone(), data.clone())));
+                    local
+                        .additionals
+                        .extend(targets.map(|(target, data)| (target.to_name(), data.to_data())));
+                    local.records.extend(records.rotated(turn).map(|data| (name.clone(), data.to_data())));
                     return Answer::Local(local);
                 }
                 Found::Soa(place, soa) => {
@@ -230,6 +240,24 @@ impl Store {
     }
 }
 
+/// A group some of whose names changed.
+#[derive(Debug)]
+pub struct Written {
+    key: Arc<GroupKey>,
+    written: usize,
+    removed: usize,
+}
+
+impl fmt::Display for Written {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.written, self.removed) {
+            (written, 0) => write!(f, "{}: {written} names", self.key),
+            (0, removed) => write!(f, "{}: {removed} names gone", self.key),
+            (written, removed) => write!(f, "{}: {written} names, {removed} gone", self.key),
+        }
+    }
+}
+
 /// The table, locked for reading.
 pub(crate) struct Reading<'a> {
     table: RwLockReadGuard<'a, Table>,
@@ -243,16 +271,21 @@ impl Reading<'_> {
     }
 
     /// The addresses of SRV targets that are ours, for the additional section (RFC 2782).
-    pub(crate) fn targets<'a>(&'a self, records: &'a Records<'_>) -> Vec<(&'a Name, &'a Data)> {
+    pub(crate) fn targets<'a>(&'a self, records: &Records<'a>) -> Vec<(NameRef<'a>, DataRef<'a>)> {
         self.table.targets(records)
     }
+}
+
+/// The names of a group, if there is one.
+fn names(group: Option<&Arc<Group>>) -> impl Iterator<Item = (Name, Vec<Data>)> {
+    group.into_iter().flat_map(|group| group.names())
 }
 
 /// What the table has for one name and type.
 pub(crate) enum Found<'a> {
     Elsewhere,
     NotReady,
-    Alias(&'a Name),
+    Alias(NameRef<'a>),
     /// Never empty.
     Records(Records<'a>),
     /// The SOA itself, or that the name exists without such records.
@@ -262,25 +295,37 @@ pub(crate) enum Found<'a> {
 
 /// The records of one name and type.
 pub(crate) enum Records<'a> {
-    Listed(&'a Entry, RecordType),
+    Listed(NameRef<'a>, RecordType),
     /// Worked out from the name of a pod.
-    Pod(Data),
+    Pod(IpAddr),
 }
 
-impl Records<'_> {
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Data> {
-        let (listed, pod) = match self {
-            Self::Listed(entry, record_type) => (Some(entry.of_type(*record_type)), None),
-            Self::Pod(data) => (None, Some(data)),
+impl<'a> Records<'a> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = DataRef<'a>> + use<'a> {
+        let (listed, pod) = match *self {
+            Self::Listed(name, record_type) => (Some(of_type(name, record_type)), None),
+            Self::Pod(address) => (None, Some(Data::from(address))),
         };
         listed.into_iter().flatten().chain(pod)
     }
 
     /// Beginning at another one with every turn, so that clients that take the first spread.
-    pub(crate) fn rotated(&self, turn: usize) -> impl Iterator<Item = &Data> {
+    pub(crate) fn rotated(&self, turn: usize) -> impl Iterator<Item = DataRef<'a>> + use<'a> {
         let first = turn % self.iter().count().max(1);
         self.iter().skip(first).chain(self.iter().take(first))
     }
+}
+
+fn of_type(name: NameRef<'_>, record_type: RecordType) -> impl Iterator<Item = DataRef<'_>> {
+    contributions::records(name.tree, name.id).filter(move |data| asks_for(record_type, data))
+}
+
+/// Where a wire name stands.
+struct Place {
+    /// Of the name itself, when it is known.
+    node: Option<Id>,
+    /// Apex of the zone of ours that it is in.
+    zone: Option<Id>,
 }
 
 impl Table {
@@ -291,89 +336,140 @@ impl Table {
         if let (Ok(server), Ok(mailbox)) = (named(&["ns", "dns"]), named(&["hostmaster"])) {
             for apex in zones.apexes() {
                 let soa = Soa { apex: apex.clone(), server: server.clone(), mailbox: mailbox.clone() };
-                self.apexes.insert(apex.wire().clone(), soa);
-                self.names.entry(apex.wire().clone()).or_default();
+                let id = self.tree.intern(apex.wire());
+                self.tree.link(id);
+                self.apexes.insert(id, soa);
+                self.count += 1;
             }
         }
+        self.domain = self.tree.find(zones.domain.wire());
         self.zones = Some(zones);
     }
 
-    /// The zone of ours that the name is in.
-    fn zone_of(&self, wire: &[u8]) -> Option<&Soa> {
-        let domain = self.zones.as_ref()?.domain.wire();
-        if suffixes(wire).any(|suffix| suffix == domain.as_ref()) {
-            return self.apexes.get(domain);
-        }
-        suffixes(wire).find_map(|suffix| self.apexes.get(suffix))
-    }
-
-    fn set(&mut self, wire: &Arc<[u8]>, key: &Arc<GroupKey>, records: &Arc<[Data]>) {
-        if !self.names.contains_key(wire) {
-            self.adopt_by_parent(wire);
-        }
-        let entry = self.names.entry(wire.clone()).or_default();
-        match entry.contributions.binary_search_by(|(other, _)| other.cmp(key)) {
-            Ok(at) => entry.contributions[at].1 = records.clone(),
-            Err(at) => {
-                // Almost always the only one: no room for others is kept.
-                entry.contributions.reserve_exact(1);
-                entry.contributions.insert(at, (key.clone(), records.clone()));
+    /// Down from the cluster's domain, or else from the root past the apexes of the other zones.
+    fn place(&self, wire: &[u8]) -> Place {
+        let starts = LabelStarts::of(wire);
+        let mut labels = starts.backwards(wire);
+        let domain = self.domain.zip(self.zones.as_ref()).map(|(id, zones)| (id, &zones.domain));
+        let (mut id, mut zone) = match domain.filter(|(_, domain)| starts.end_with(wire, domain)) {
+            Some((id, domain)) => {
+                labels.by_ref().take(domain.labels().count()).for_each(drop);
+                (id, Some(id))
+            }
+            None => (ROOT, None),
+        };
+        for label in labels {
+            let Some(child) = self.tree.child(id, label) else { return Place { node: None, zone } };
+            id = child;
+            if zone.is_none() && self.apexes.contains_key(&id) {
+                zone = Some(id);
             }
         }
+        Place { node: Some(id), zone }
     }
 
-    /// Counts a new name in the entry of its parent, which is made when it is not there, up to the zone's apex.
-    /// Names outside our zones (reverse names of endpoints beyond the cluster's ranges) have no parents.
-    fn adopt_by_parent(&mut self, wire: &[u8]) {
-        if self.zone_of(wire).is_none() {
-            return;
-        }
-        let mut child = wire;
-        while let Some(name) = parent(child).filter(|_| !self.apexes.contains_key(child)) {
-            if let Some(entry) = self.names.get_mut(name) {
-                entry.children += 1;
-                return;
-            }
-            self.names.insert(Arc::from(name), Entry { children: 1, ..Entry::default() });
-            child = name;
+    fn exists(&self, id: Id) -> bool {
+        self.tree.children(id) > 0 || !self.tree.content(id).is_empty() || self.apexes.contains_key(&id)
+    }
+
+    fn set(&mut self, wire: &[u8], key: &Arc<GroupKey>, records: &[Data]) {
+        let number = self.groups.number_or_new(key);
+        let tree = &mut self.tree;
+        let records = contributions::put_records(records, |name| {
+            let id = tree.intern(name);
+            tree.link(id);
+            id
+        });
+        let id = self.tree.intern(wire);
+        let existed = self.exists(id);
+        self.put(id, number, Some(&records));
+        if !existed {
+            self.appeared(id);
         }
     }
 
     fn unset(&mut self, wire: &[u8], key: &GroupKey) {
-        let Some(entry) = self.names.get_mut(wire) else { return };
-        entry.contributions.retain(|(other, _)| other.as_ref() != key);
-        let mut name = Some(wire);
-        while let Some(wire) = name {
-            let unused = self.names.get(wire).is_some_and(Entry::is_unused);
-            if !unused || self.apexes.contains_key(wire) {
-                return;
-            }
-            self.names.remove(wire);
-            name = parent(wire).filter(|_| self.zone_of(wire).is_some());
-            if let Some(entry) = name.and_then(|name| self.names.get_mut(name)) {
-                entry.children = entry.children.saturating_sub(1);
-            }
+        let (Some(id), Some(number)) = (self.tree.find(wire), self.groups.number(key)) else { return };
+        let existed = self.exists(id);
+        // Or what goes with the records could take the node along.
+        self.tree.link(id);
+        self.put(id, number, None);
+        if existed && !self.exists(id) {
+            self.vanished(id);
+        }
+        self.tree.unlink(id);
+    }
+
+    /// Replaces the records of a group, and lets go of the names in the old ones. The node has content or links.
+    fn put(&mut self, id: Id, number: usize, records: Option<&[u8]>) {
+        let content = self.tree.content(id);
+        let old = contributions::contributions(content).find(|(other, _)| *other == number);
+        let named = old.map(|(_, records)| contributions::named(records)).unwrap_or_default();
+        let content = contributions::replaced(content, &self.groups, number, records);
+        self.tree.set_content(id, &content);
+        for target in named {
+            self.tree.unlink(target);
         }
     }
 
+    /// Counts a name that was not there with its parent, which is there then too, and so on up to the zone's apex. Names outside our
+    /// zones (reverse names of endpoints beyond the cluster's ranges) have no parents.
+    fn appeared(&mut self, id: Id) {
+        self.count += 1;
+        let mut child = id;
+        while let Some(parent) = self.counting(child) {
+            let existed = self.exists(parent);
+            *self.tree.children_mut(parent) += 1;
+            if existed {
+                return;
+            }
+            self.count += 1;
+            child = parent;
+        }
+    }
+
+    /// The way back.
+    fn vanished(&mut self, id: Id) {
+        self.count -= 1;
+        let mut child = id;
+        while let Some(parent) = self.counting(child) {
+            *self.tree.children_mut(parent) -= 1;
+            if self.exists(parent) {
+                return;
+            }
+            self.count -= 1;
+            child = parent;
+        }
+    }
+
+    /// The parent that counts this name.
+    fn counting(&self, id: Id) -> Option<Id> {
+        let above = std::iter::successors(Some(id), |id| self.tree.parent(*id));
+        let in_zone = !self.apexes.contains_key(&id) && above.skip(1).any(|id| self.apexes.contains_key(&id));
+        self.tree.parent(id).filter(|_| in_zone)
+    }
+
     fn find(&self, wire: &[u8], record_type: RecordType, ready: bool) -> Found<'_> {
-        let zone = self.zone_of(wire);
-        if !ready && zone.is_some() {
+        let place = self.place(wire);
+        let soa = place.zone.and_then(|zone| self.apexes.get(&zone));
+        if !ready && soa.is_some() {
             return Found::NotReady;
         }
-        let entry = self.names.get(wire);
-        let of_type = |entry: &&Entry| entry.of_type(record_type).next().is_some();
-        let listed = entry.filter(of_type).map(|entry| Records::Listed(entry, record_type));
-        let Some(soa) = zone else { return listed.map_or(Found::Elsewhere, Found::Records) };
-        let records = match entry {
-            Some(entry) => match entry.alias() {
+        let name = place.node.filter(|id| self.exists(*id)).map(|id| NameRef { tree: &self.tree, id });
+        let has_some = |name: &NameRef<'_>| of_type(*name, record_type).next().is_some();
+        let listed = name.filter(has_some).map(|name| Records::Listed(name, record_type));
+        let Some(soa) = soa else { return listed.map_or(Found::Elsewhere, Found::Records) };
+        let records = match name {
+            Some(name) => match alias(name) {
                 Some(target) if !matches!(record_type, RecordType::CNAME | RecordType::ANY) => {
                     return Found::Alias(target);
                 }
                 _ => listed,
             },
-            None => match self.pod_address(wire).map(Data::from) {
-                Some(data) => asks_for(record_type, &data).then_some(Records::Pod(data)),
+            None => match self.pod_address(wire) {
+                Some(address) => {
+                    asks_for(record_type, &Data::<Name>::from(address)).then_some(Records::Pod(address))
+                }
                 None => return Found::NoName(soa),
             },
         };
@@ -392,47 +488,53 @@ impl Table {
         if first_label(pod)? != b"pod" || parent(pod)? != domain.wire().as_ref() {
             return None;
         }
-        let known = &self.names.get(namespace)?.contributions;
-        if !known.iter().any(|(key, _)| matches!(key.as_ref(), GroupKey::Namespace(_))) {
+        let mut known = contributions::contributions(self.tree.content(self.place(namespace).node?));
+        let is_namespace =
+            |number| matches!(self.groups.key(number).map(Arc::as_ref), Some(GroupKey::Namespace(_)));
+        if !known.any(|(number, _)| is_namespace(number)) {
             return None;
         }
         let address = dashed_address(std::str::from_utf8(first_label(wire)?).ok()?)?;
         self.pods.has(address, first_label(namespace)?).then_some(address)
     }
 
-    fn targets<'a>(&'a self, records: &'a Records<'_>) -> Vec<(&'a Name, &'a Data)> {
-        let targets: BTreeSet<&Name> = records
-            .iter()
-            .filter_map(|data| if let Data::Srv(srv) = data { Some(&srv.target) } else { None })
-            .collect();
-        let known = targets.into_iter().filter_map(|target| Some((target, self.names.get(target.wire())?)));
-        let addresses = known.flat_map(|(target, entry)| {
-            let of_both = entry.of_type(RecordType::A).chain(entry.of_type(RecordType::AAAA));
-            of_both.map(move |data| (target, data))
+    fn targets<'a>(&'a self, records: &Records<'a>) -> Vec<(NameRef<'a>, DataRef<'a>)> {
+        let mut seen = BTreeSet::new();
+        let targets = records.iter().filter_map(|data| match data {
+            Data::Srv(srv) if seen.insert(srv.target.id) => Some(srv.target),
+            _ => None,
         });
-        addresses.collect()
+        let addresses = |target| of_type(target, RecordType::A).chain(of_type(target, RecordType::AAAA));
+        targets.flat_map(|target| addresses(target).map(move |data| (target, data))).collect()
     }
 }
 
-impl Entry {
-    fn is_unused(&self) -> bool {
-        self.contributions.is_empty() && self.children == 0
-    }
+fn alias(name: NameRef<'_>) -> Option<NameRef<'_>> {
+    contributions::records(name.tree, name.id)
+        .find_map(|data| if let Data::Cname(target) = data { Some(target) } else { None })
+}
 
-    fn records(&self) -> impl Iterator<Item = &Data> {
-        self.contributions.iter().flat_map(|(_, records)| records.iter())
-    }
-
-    fn alias(&self) -> Option<&Name> {
-        self.records().find_map(|data| if let Data::Cname(target) = data { Some(target) } else { None })
-    }
-
-    fn of_type(&self, record_type: RecordType) -> impl Iterator<Item = &Data> {
-        self.records().filter(move |data| asks_for(record_type, data))
+impl DataRef<'_> {
+    /// With names of their own.
+    pub(crate) fn to_data(&self) -> Data {
+        match self {
+            Self::A(address) => Data::A(*address),
+            Self::Aaaa(address) => Data::Aaaa(*address),
+            Self::Cname(name) => Data::Cname(name.to_name()),
+            Self::Ns(name) => Data::Ns(name.to_name()),
+            Self::Ptr(name) => Data::Ptr(name.to_name()),
+            Self::Srv(srv) => Data::Srv(Srv {
+                priority: srv.priority,
+                weight: srv.weight,
+                port: srv.port,
+                target: srv.target.to_name(),
+            }),
+            Self::Txt(text) => Data::Txt(text.clone()),
+        }
     }
 }
 
-fn asks_for(record_type: RecordType, data: &Data) -> bool {
+fn asks_for<N>(record_type: RecordType, data: &Data<N>) -> bool {
     record_type == RecordType::ANY || record_type == data.record_type()
 }
 

@@ -2,6 +2,8 @@
 //!
 //! `plan` makes a [`DnsPlan`], `store` holds it for answering. It prints as zone text, names in canonical order.
 
+mod group;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -10,6 +12,8 @@ use std::sync::Arc;
 use hickory_proto::rr::RecordType;
 use ipnet::IpNet;
 use weft_model::{ClusterConfig, ServiceKey};
+
+pub use group::Group;
 
 use crate::custom::{Part, Parts};
 use crate::name::{InvalidName, Name};
@@ -20,28 +24,28 @@ pub const TTL_SECONDS: u32 = 5;
 /// Text of `dns-version.<zone>`: the version of the Kubernetes DNS-Based Service Discovery specification.
 pub const SPECIFICATION_VERSION: &str = "1.1.0";
 
-/// Data of one record.
+/// Data of one record; names in them are of type `N`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Data {
+pub enum Data<N = Name> {
     /// RFC 1035 section 3.4.1.
     A(Ipv4Addr),
     /// RFC 3596.
     Aaaa(Ipv6Addr),
     /// The only record of its name.
-    Cname(Name),
+    Cname(N),
     /// At the apex of the cluster domain only.
-    Ns(Name),
+    Ns(N),
     /// Of a reverse name.
-    Ptr(Name),
+    Ptr(N),
     /// Of a named port.
-    Srv(Srv),
+    Srv(Srv<N>),
     /// One string of at most 255 octets.
     Txt(String),
 }
 
 /// RFC 2782.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Srv {
+pub struct Srv<N = Name> {
     /// Lower first.
     pub priority: u16,
     /// Share among equal priorities.
@@ -49,10 +53,19 @@ pub struct Srv {
     /// Of the target.
     pub port: u16,
     /// Has addresses, is no alias.
-    pub target: Name,
+    pub target: N,
 }
 
-impl Data {
+impl<N> Data<N> {
+    /// The name in them.
+    pub(crate) fn name(&self) -> Option<&N> {
+        match self {
+            Self::Cname(name) | Self::Ns(name) | Self::Ptr(name) => Some(name),
+            Self::Srv(srv) => Some(&srv.target),
+            Self::A(_) | Self::Aaaa(_) | Self::Txt(_) => None,
+        }
+    }
+
     /// The type that these data belong to.
     pub fn record_type(&self) -> RecordType {
         match self {
@@ -67,7 +80,7 @@ impl Data {
     }
 }
 
-impl From<IpAddr> for Data {
+impl<N> From<IpAddr> for Data<N> {
     fn from(address: IpAddr) -> Self {
         match address {
             IpAddr::V4(v4) => Self::A(v4),
@@ -109,27 +122,6 @@ impl fmt::Display for GroupKey {
             Self::Namespace(name) => write!(f, "Namespace {name}"),
             Self::Service(key) => write!(f, "Service {key}"),
         }
-    }
-}
-
-/// All names of one object with their records, sorted and without duplicates. A name without records exists: its
-/// answer is NODATA.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Group {
-    /// In canonical order.
-    pub names: BTreeMap<Name, Arc<[Data]>>,
-    /// When what the names of a headless Service follow changed last, in milliseconds since the epoch; for a metric only.
-    pub triggered_millis: Option<i64>,
-}
-
-impl FromIterator<(Name, Data)> for Group {
-    fn from_iter<I: IntoIterator<Item = (Name, Data)>>(records: I) -> Self {
-        let mut names: BTreeMap<Name, BTreeSet<Data>> = BTreeMap::new();
-        for (name, data) in records {
-            names.entry(name).or_default().insert(data);
-        }
-        let names = names.into_iter().map(|(name, set)| (name, set.into_iter().collect())).collect();
-        Self { names, triggered_millis: None }
     }
 }
 
@@ -225,9 +217,9 @@ impl fmt::Display for DnsPlan {
             writeln!(f, "; pod {address} {}", namespaces.join(" "))?;
         }
         writeln!(f, "$TTL {TTL_SECONDS}")?;
-        let mut names: BTreeMap<&Name, Vec<(&GroupKey, &[Data])>> = BTreeMap::new();
+        let mut names: BTreeMap<Name, Vec<(&GroupKey, Vec<Data>)>> = BTreeMap::new();
         for (key, group) in &self.groups {
-            for (name, records) in &group.names {
+            for (name, records) in group.names() {
                 names.entry(name).or_default().push((key, records));
             }
         }

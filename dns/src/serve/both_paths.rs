@@ -1,5 +1,7 @@
 //! Whatever the short path (`fast`) answers, the long one answers too: same code, flags, question, records, order.
 
+use std::collections::BTreeSet;
+
 use hickory_proto::op::{Edns, Message, Query};
 use hickory_proto::rr::rdata::opt::EdnsOption;
 use proptest::prelude::*;
@@ -47,7 +49,7 @@ fn everything() -> Resolver {
     }
     let namespace = GroupKey::Namespace("default".to_owned());
     let names = ["default.svc.cluster.local", "default.pod.cluster.local"];
-    let empty = Group { names: names.map(|text| (name(text), Arc::from([]))).into(), ..Group::default() };
+    let empty = Group::new(&names.map(|text| (name(text), BTreeSet::new())).into());
     let zones = Zones { domain: name(DOMAIN), reverse: [name("43.10.in-addr.arpa")].into() };
     let groups = Groups::from([
         (Arc::new(GroupKey::Zone), Arc::new(records.into_iter().collect::<Group>())),

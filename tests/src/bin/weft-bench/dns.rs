@@ -4,10 +4,16 @@
 //!
 //! Closed loop: four clients, each with as many questions outstanding as the figure's window. Open loop, for the latency: a
 //! question at a time, at half of what CoreDNS answers at most, while something of the lowest priority keeps the server's
-//! core awake.
+//! core awake. And beside `dnsperf`, which has no part of ours.
+//!
+//! Then the agent is killed under such load and comes back as systemd does it: after the pause of its unit, with the sockets that
+//! were kept. Last, the memory of a large cluster's names.
+
+mod names;
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -16,10 +22,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use nix::sched::{CpuSet, sched_setaffinity};
+use nix::sys::socket::{
+    self, AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, setsockopt, sockopt,
+};
 use nix::unistd::Pid;
 
 use super::proxy::{SERVICES, make_services};
-use super::rig::{Rig, cpu_seconds, until};
+use super::rig::{Rig, cpu_seconds, resident_mib, until, until_within};
 use super::row::{Better, Row, median, percentile};
 
 const ROUNDS: usize = 3;
@@ -35,6 +44,12 @@ const OURS: &str = "10.96.0.10:53";
 const THEIRS: &str = "127.0.0.1:1053";
 /// Answers every name with one address at once.
 const UPSTREAM: &str = "127.0.0.9";
+/// `RestartSec=` of the agent's unit.
+const RESTART_PAUSE: Duration = Duration::from_millis(200);
+/// Questions in a second while the agent is killed: some that come in the gap, none too many for a socket's buffer.
+const PER_SECOND_AT_A_KILL: f64 = 1000.0;
+/// What a resolver waits for an answer at least (`options timeout:1`).
+const PATIENCE: Duration = Duration::from_secs(1);
 
 pub(crate) fn measure(weft: &Path) -> anyhow::Result<Vec<Row>> {
     let peer = peer_binary()?;
@@ -43,17 +58,83 @@ pub(crate) fn measure(weft: &Path) -> anyhow::Result<Vec<Row>> {
     let resolv_conf = rig.folder.path().join("resolv.conf");
     std::fs::write(&resolv_conf, format!("nameserver {UPSTREAM}\n"))?;
     let resolv_conf = resolv_conf.to_string_lossy().into_owned();
-    rig.start_agent_with(&["--dns-rate-limit", "0", "--resolv-conf", &resolv_conf])?;
+    let flags = ["--dns-rate-limit", "0", "--resolv-conf", &resolv_conf];
+    rig.keep(&sockets_of_service_manager()?)?;
+    rig.start_agent_with(&flags)?;
     rig.await_ready()?;
     let _upstream = Upstream::start()?;
     let (ours_pid, mut coredns) = (rig.pid("agent")?, start_coredns(&peer, &rig)?);
-    let measured = all(ours_pid, coredns.id());
+    let measured = all(ours_pid, coredns.id(), rig.folder.path());
+    let measured = measured.and_then(|mut rows| {
+        rows.extend(killed(&mut rig, &flags)?);
+        rows.push(grown(&rig, rig.pid("agent")?, coredns.id())?);
+        Ok(rows)
+    });
     coredns.kill()?;
     coredns.wait()?;
     measured
 }
 
-fn all(ours: u32, theirs: u32) -> anyhow::Result<Vec<Row>> {
+/// The agent's sockets, which outlive it.
+fn sockets_of_service_manager() -> anyhow::Result<[OwnedFd; 2]> {
+    // The address is none of this node's before the agent's route is there (IP_FREEBIND).
+    let address = SockaddrStorage::from(OURS.parse::<SocketAddr>()?);
+    let open = |kind| -> anyhow::Result<OwnedFd> {
+        let socket = socket::socket(AddressFamily::Inet, kind, SockFlag::SOCK_CLOEXEC, None)?;
+        setsockopt(&socket, sockopt::IpFreebind, &true)?;
+        socket::bind(socket.as_raw_fd(), &address)?;
+        Ok(socket)
+    };
+    let (udp, tcp) = (open(SockType::Datagram)?, open(SockType::Stream)?);
+    socket::listen(&tcp, Backlog::new(1024)?)?;
+    Ok([udp, tcp])
+}
+
+/// Memory that the names of a large cluster take, in the whole agent: the objects, the plans and rules of Services, and the names.
+/// `dns/tests/memory.rs` holds the names' own part.
+fn grown(rig: &Rig, ours: u32, theirs: u32) -> anyhow::Result<Row> {
+    let before = (resident_mib(ours)?, resident_mib(theirs)?);
+    rig.runtime.block_on(names::make(&rig.client))?;
+    let last = [vec![question(&names::LAST_SERVICE)], vec![question(&names::LAST_SET)]];
+    for server in [OURS, THEIRS] {
+        for questions in &last {
+            until_within(Duration::from_secs(60), server, || ask(&socket(server), questions, 0, 1) == 1)?;
+        }
+    }
+    std::thread::sleep(Duration::from_secs(2));
+    let (weft, peer) = (resident_mib(ours)? - before.0, resident_mib(theirs)? - before.1);
+    let name = "memory for 154,000 names more, the whole agent's";
+    Ok(Row::bounded(name, "MiB", weft, ("CoreDNS", peer), Better::Lower, None))
+}
+
+/// The longest that a question waited, and how many waited for more than a resolver does.
+fn killed(rig: &mut Rig, flags: &[&str]) -> anyhow::Result<Vec<Row>> {
+    let mut took = Vec::new();
+    for _ in 0..ROUNDS {
+        let client = std::thread::spawn(|| latencies(OURS, PER_SECOND_AT_A_KILL, PATIENCE));
+        std::thread::sleep(Duration::from_secs(1));
+        rig.kill_agent()?;
+        std::thread::sleep(RESTART_PAUSE);
+        rig.start_agent_alone(flags)?;
+        took.extend(client.join().map_err(|_| anyhow::anyhow!("the client panicked"))??);
+    }
+    let patience_micros = PATIENCE.as_secs_f64() * 1e6;
+    let unanswered = took.iter().filter(|micros| **micros >= patience_micros).count();
+    let longest = took.into_iter().fold(0.0, f64::max) / 1000.0;
+    let of = "kill -9 under load, restarted by a service manager that keeps the sockets";
+    Ok(vec![
+        Row::alone(&format!("{of}: longest wait for an answer"), "ms", longest, Better::Lower, 500.0),
+        Row::alone(
+            &format!("{of}: no answer within 1 s"),
+            "questions",
+            unanswered as f64,
+            Better::Lower,
+            0.0,
+        ),
+    ])
+}
+
+fn all(ours: u32, theirs: u32, folder: &Path) -> anyhow::Result<Vec<Row>> {
     for pid in [ours, theirs] {
         pin_all(pid)?;
     }
@@ -84,16 +165,48 @@ fn all(ours: u32, theirs: u32) -> anyhow::Result<Vec<Row>> {
         beside("answers on one core", "1/s", |round| round.per_second, Better::Higher, target);
         beside("CPU per answer", "us", |round| round.cpu_micros, Better::Lower, 1.0 / target);
     }
+    rows.push(beside_dnsperf(folder)?);
     let (mut of_ours, mut of_theirs) = (Vec::new(), Vec::new());
     let _awake = Awake::keep();
     for _ in 0..ROUNDS {
-        of_ours.push(percentile(latencies(OURS, most_of_theirs / 2.0)?, 99.0));
-        of_theirs.push(percentile(latencies(THEIRS, most_of_theirs / 2.0)?, 99.0));
+        of_ours.push(percentile(latencies(OURS, most_of_theirs / 2.0, LOST)?, 99.0));
+        of_theirs.push(percentile(latencies(THEIRS, most_of_theirs / 2.0, LOST)?, 99.0));
     }
     let name = "A of a Service at half of CoreDNS's most, p99";
     let theirs = ("CoreDNS", median(of_theirs));
     rows.push(Row::beside(name, "us", median(of_ours), theirs, Better::Lower, 0.2));
     Ok(rows)
+}
+
+/// What Debian's `dnsperf` says; where it has no more to give itself (some 90,000/s on one core) the ratio is too small.
+fn beside_dnsperf(folder: &Path) -> anyhow::Result<Row> {
+    let questions = folder.join("questions");
+    let lines = (0..SERVICES).map(|n| format!("s{n}.default.svc.cluster.local A\n"));
+    std::fs::write(&questions, lines.collect::<String>())?;
+    let (mut of_ours, mut of_theirs) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        of_ours.push(dnsperf(OURS, &questions)?);
+        of_theirs.push(dnsperf(THEIRS, &questions)?);
+    }
+    let theirs = ("CoreDNS", median(of_theirs));
+    let name = "A of a Service by dnsperf, answers on one core";
+    Ok(Row::bounded(name, "1/s", median(of_ours), theirs, Better::Higher, None))
+}
+
+/// Questions answered in a second, as many outstanding as our own clients have.
+fn dnsperf(server: &str, questions: &Path) -> anyhow::Result<f64> {
+    let server: SocketAddr = server.parse()?;
+    let output = Command::new("taskset")
+        .args(["--cpu-list", &CLIENT_CORE.to_string(), "dnsperf", "-s", &server.ip().to_string()])
+        .args(["-p", &server.port().to_string(), "-l", &SECONDS.to_string(), "-T", "1"])
+        .args(["-c", &CLIENTS.to_string(), "-q", &(CLIENTS * WINDOW).to_string(), "-d"])
+        .arg(questions)
+        .output()
+        .context("run dnsperf (Debian's dnsperf)")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let said = text.lines().find_map(|line| line.trim().strip_prefix("Queries per second:"));
+    let said = said.with_context(|| format!("dnsperf: {}", String::from_utf8_lossy(&output.stderr)))?;
+    Ok(said.trim().parse()?)
 }
 
 /// Answers that a client with a number got from a server in a round with a number.
@@ -190,9 +303,11 @@ fn miss_client(server: &str, n: usize, round: usize) -> u64 {
     answers
 }
 
-/// Microseconds that each of three seconds' questions took, at `per_second`; one that got no answer in time counts as 200 ms.
-fn latencies(server: &str, per_second: f64) -> anyhow::Result<Vec<f64>> {
-    const LOST_MICROS: f64 = 200_000.0;
+/// What a question counts as that got no answer.
+const LOST: Duration = Duration::from_millis(200);
+
+/// Microseconds that each of three seconds' questions took, at `per_second`; one that got no answer in time counts as `lost`.
+fn latencies(server: &str, per_second: f64, lost: Duration) -> anyhow::Result<Vec<f64>> {
     to_client_core();
     let (socket, questions) = (socket(server), questions());
     let pause = Duration::from_secs_f64(1.0 / per_second);
@@ -200,9 +315,9 @@ fn latencies(server: &str, per_second: f64) -> anyhow::Result<Vec<f64>> {
     let started_at = Instant::now();
     let count = (per_second * SECONDS as f64) as usize;
     let mut sent: Vec<Instant> = Vec::with_capacity(count);
-    let mut took = vec![LOST_MICROS; count];
+    let mut took = vec![lost.as_secs_f64() * 1e6; count];
     let mut answer = [0; 512];
-    let end = started_at + Duration::from_secs(SECONDS) + Duration::from_micros(LOST_MICROS as u64);
+    let end = started_at + Duration::from_secs(SECONDS) + lost;
     while Instant::now() < end {
         while sent.len() < count && Instant::now() >= started_at + pause * u32::try_from(sent.len())? {
             let mut message = questions[sent.len() * 61 % questions.len()].clone();

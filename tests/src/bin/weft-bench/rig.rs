@@ -1,5 +1,6 @@
 //! One node for a benchmark: the embedded API server, the tunnel and the agent in the namespaces of this process.
 
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -7,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail, ensure};
 use kube::api::{Api, Patch, PatchParams, PostParams};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, dup};
 use serde_json::json;
 
 pub(crate) const NODE: &str = "bench";
@@ -24,6 +25,8 @@ pub(crate) struct Rig {
     pub(crate) client: kube::Client,
     pub(crate) runtime: tokio::runtime::Runtime,
     children: Vec<(&'static str, Child)>,
+    /// What a service manager keeps between two agents.
+    kept: Vec<OwnedFd>,
 }
 
 impl Drop for Rig {
@@ -62,7 +65,14 @@ impl Rig {
             .spawn()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let client = runtime.block_on(connect(&folder.path().join("kubeconfig")))?;
-        let rig = Self { weft: weft.to_owned(), folder, client, runtime, children: vec![("server", server)] };
+        let rig = Self {
+            weft: weft.to_owned(),
+            folder,
+            client,
+            runtime,
+            children: vec![("server", server)],
+            kept: vec![],
+        };
         rig.runtime.block_on(make_node(&rig.client))?;
         Ok(rig)
     }
@@ -87,7 +97,7 @@ impl Rig {
     /// The agent, beside a tunnel that runs; returns the instant before.
     pub(crate) fn start_agent_alone(&mut self, flags: &[&str]) -> anyhow::Result<Instant> {
         let folder = self.folder.path().to_owned();
-        let mut agent = Command::new(&self.weft);
+        let mut agent = self.program();
         agent.args(["agent", "--node-name", NODE, "--cluster-dns", CLUSTER_DNS]).args(CIDRS).args(flags);
         agent.arg("--kubeconfig").arg(folder.join("kubeconfig"));
         agent.arg("--cni-conf-dir").arg(folder.join("cni")).arg("--cni-bin-dir").arg(folder.join("bin"));
@@ -95,6 +105,38 @@ impl Rig {
         let started_at = Instant::now();
         self.children.push(("agent", agent.stderr(log(&folder, "agent")?).spawn()?));
         Ok(started_at)
+    }
+
+    /// Every agent from now on gets these sockets, as a service manager keeps them from one to the next (sd_listen_fds(3)).
+    pub(crate) fn keep(&mut self, sockets: &[OwnedFd]) -> anyhow::Result<()> {
+        // A copy is inherited, the original is not.
+        self.kept = sockets.iter().map(dup).collect::<Result<_, _>>()?;
+        Ok(())
+    }
+
+    /// The binary, with the sockets that are kept at descriptor 3 and above.
+    fn program(&self) -> Command {
+        if self.kept.is_empty() {
+            return Command::new(&self.weft);
+        }
+        let aside =
+            self.kept.iter().enumerate().map(|(n, fd)| format!("exec {{s{n}}}<&{}; ", fd.as_raw_fd()));
+        let in_place = (0..self.kept.len()).map(|n| format!("exec {}<&$s{n}; ", n + 3));
+        let moved: String = aside.chain(in_place).collect();
+        let script = format!("{moved}LISTEN_PID=$$ LISTEN_FDS={} exec \"$@\"", self.kept.len());
+        let mut shell = Command::new("bash");
+        shell.args(["-c", &script, "bash"]).arg(&self.weft);
+        shell
+    }
+
+    /// Ends the agent with SIGKILL; the tunnel goes on.
+    pub(crate) fn kill_agent(&mut self) -> anyhow::Result<()> {
+        for (_, child) in self.children.iter_mut().filter(|(name, _)| *name == "agent") {
+            child.kill()?;
+            child.wait()?;
+        }
+        self.children.retain(|(name, _)| *name != "agent");
+        Ok(())
     }
 
     /// Ends the agent as a service manager does; what it made in the kernel stays, and so does the tunnel.
