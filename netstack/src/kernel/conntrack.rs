@@ -1,8 +1,8 @@
 //! Tracked flows of the calling thread's network namespace: read, and deleted where they lead to what is gone.
 //!
 //! A UDP flow keeps the translation of its first packet for as long as the client goes on sending: after an endpoint
-//! went, or the first one came, the old entry has to be deleted. One call reads the table once a family, so callers
-//! collect what they are looking for first.
+//! went, or the first one came, the old entry has to be deleted. A call has the kernel walk its whole table, ten milliseconds where
+//! it has room for 262,144 flows, so callers collect what they are looking for first.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -13,7 +13,7 @@ use weft_model::objects::Protocol;
 
 use super::nflog::receive;
 use super::nft::NetfilterSocket;
-use super::nft::uapi::{NFPROTO_IPV4, NFPROTO_IPV6};
+use super::nft::uapi::{NFPROTO_IPV4, NFPROTO_IPV6, NFPROTO_UNSPEC};
 use super::nft::wire::{Attribute, Message, Writer};
 
 // linux/netfilter/nfnetlink_conntrack.h
@@ -103,7 +103,9 @@ pub fn delete_flows(matches: impl Fn(&Flow) -> bool) -> Result<usize, ConntrackE
 fn delete_matching(protocol: Option<u8>, matches: impl Fn(&Flow) -> bool) -> Result<usize, ConntrackError> {
     let mut socket = NetfilterSocket::open().map_err(ConntrackError::Open)?;
     let mut found = Vec::new();
-    for family in [NFPROTO_IPV4, NFPROTO_IPV6] {
+    // A filter is of one family; without, one walk finds both.
+    let families = if protocol.is_some() { &[NFPROTO_IPV4, NFPROTO_IPV6][..] } else { &[NFPROTO_UNSPEC] };
+    for &family in families {
         let entries = dump(&mut socket, family, protocol, &matches);
         found.append(&mut entries.map_err(ConntrackError::Read)?);
     }
@@ -163,7 +165,6 @@ impl NewFlows {
 /// A flow with what names it to the kernel: the original tuple, the zone and the id, as they were read.
 struct Entry {
     flow: Flow,
-    family: u8,
     names: Vec<(u16, Vec<u8>)>,
 }
 
@@ -187,7 +188,7 @@ fn dump(
                     .filter(|attribute| matches!(attribute.kind, CTA_TUPLE_ORIG | CTA_ZONE | CTA_ID))
                     .map(|attribute| (attribute.kind, attribute.value.to_vec()))
                     .collect();
-                entries.push(Entry { flow, family, names });
+                entries.push(Entry { flow, names });
             }
         },
     )
@@ -205,9 +206,10 @@ fn write_filter(writer: &mut Writer, protocol: u8) {
 }
 
 fn delete(socket: &mut NetfilterSocket, entry: &Entry) -> Result<(), Errno> {
+    let family = if entry.flow.original.source.is_ipv6() { NFPROTO_IPV6 } else { NFPROTO_IPV4 };
     socket.request(
         CT_DELETE,
-        entry.family,
+        family,
         |writer| {
             for (kind, value) in &entry.names {
                 writer.attribute(*kind, value);

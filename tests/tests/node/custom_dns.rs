@@ -79,6 +79,6 @@ fn a_node_is_found_by_its_name_and_an_explanation_needs_a_pod_of_the_node() {
         let said = String::from_utf8_lossy(&log.output().expect("run weft").stderr).into_owned();
         assert!(said.contains("pod default/absent has no address on this node"), "{said}");
         let help = run(node.weft("dns").args(["explain", "--help"]));
-        assert!(help.contains("Name of a pod on this node"), "{help}");
+        assert!(help.contains("A pod on this node"), "{help}");
     });
 }

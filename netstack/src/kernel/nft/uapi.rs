@@ -2,6 +2,8 @@
 
 /// Family of every table of ours: IPv4 and IPv6 at once (NFPROTO_INET).
 pub(crate) const NFPROTO_INET: u8 = 1;
+/// Every family, where a dump is asked for one.
+pub(crate) const NFPROTO_UNSPEC: u8 = 0;
 pub(crate) const NFPROTO_IPV4: u8 = 2;
 pub(crate) const NFPROTO_IPV6: u8 = 10;
 

@@ -21,7 +21,7 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 
 use super::rig::{Rig, private_names, resident_mib, until_within};
-use super::row::{Better, Row, median};
+use super::row::{Better, Row, median, table};
 use load::{PROBE_IP, make, make_probe, move_probe};
 use peer::{KubeProxy, Mode};
 use pods::{Answerer, Asker, PORT, now_micros};
@@ -82,6 +82,8 @@ pub(crate) fn measure(weft: &Path) -> anyhow::Result<Vec<Row>> {
         theirs.end()?;
         bench.start_weft()?;
         paths.push((size, weft, peer));
+        // It takes half an hour as a whole.
+        eprint!("{}{}", table("so far", &rows), table("so far", &path_rows(&paths)));
     }
     rows.extend(path_rows(&paths));
     Ok(rows)
@@ -252,6 +254,7 @@ impl Bench {
                 beside("CPU of one endpoint change", "us", cpu, median(their_work.cpu_micros), None),
                 beside("memory", "MiB", memory, their_memory, Some(60.0)),
             ]);
+            eprint!("{}", table("so far", &rows));
         }
         Ok(rows)
     }
