@@ -63,6 +63,7 @@ impl DnsApplier {
         let own = plan.zones.iter().flat_map(|zones| zones.apexes().cloned()).collect();
         let custom = Custom::new(&self.parts, &plan.nodes, own);
         self.store.set_pod_names(pod_names(custom.pod_mode(), plan));
+        self.forwarder.set_ranges(plan.ranges.clone());
         self.forwarder.configure(custom.routes(), custom.cache_seconds());
         self.resolver.set_custom(custom).then(|| "zones, hosts and rules of users".to_owned())
     }

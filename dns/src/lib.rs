@@ -115,7 +115,7 @@ pub fn start(config: &ClusterConfig, options: Options, handover: Handover, names
         Arc::new(forward::Forwarder::new(options.resolv_conf, options.upstream_port, stats.clone()));
     let listen: std::collections::BTreeSet<IpAddr> = config.cluster_dns.iter().copied().collect();
     forwarder.set_own(listen.clone());
-    forwarder.set_ranges(config.cluster_cidrs.iter().chain(&config.service_cidrs).copied().collect());
+    forwarder.set_ranges(config.ranges());
     let rate = rate::Rate::new(options.queries_per_second);
     let resolver =
         Arc::new(serve::Resolver::new(store.clone(), forwarder.clone(), stats.clone(), namespaces, rate));

@@ -94,6 +94,7 @@ impl Planner for DnsPlanner {
         if self.config.as_ref() != Some(config) {
             *self = Self { config: Some(config.clone()), ..Self::default() };
         }
+        let ranges = config.ranges();
         let listen = config.cluster_dns.iter().copied().collect();
         let (custom, mut problems) = self.plan_custom(snapshot);
         let nodes = node_names(snapshot);
@@ -102,7 +103,8 @@ impl Planner for DnsPlanner {
             Ok(zones) => zones,
             Err(error) => {
                 problems.push(bad_domain(config, &error));
-                let plan = DnsPlan { zones: None, groups: Groups::new(), listen, custom, nodes, pods };
+                let plan =
+                    DnsPlan { zones: None, groups: Groups::new(), ranges, listen, custom, nodes, pods };
                 return Planned::new(plan, problems);
             }
         };
@@ -115,7 +117,7 @@ impl Planner for DnsPlanner {
         self.plan_services(snapshot, &zones.domain, &mut groups, &mut problems);
         // Already in the order of their keys, so this only builds the map.
         let groups = groups.into_iter().collect();
-        Planned::new(DnsPlan { zones: Some(zones), groups, listen, custom, nodes, pods }, problems)
+        Planned::new(DnsPlan { zones: Some(zones), groups, ranges, listen, custom, nodes, pods }, problems)
     }
 }
 

@@ -41,7 +41,7 @@ pub(crate) const NO_OBJECT: &str = "names of the cluster";
 #[derive(Default)]
 pub struct Store {
     table: RwLock<Table>,
-    /// A whole plan has been written since the zones were last changed.
+    /// A whole plan has been written.
     ready: AtomicBool,
     became_ready: Notify,
 }
@@ -89,7 +89,7 @@ impl Store {
     /// Knows its zones but nothing in them yet: answers [`Answer::NotReady`] there.
     pub fn new(zones: Option<Zones>) -> Self {
         let store = Self::default();
-        store.write_lock().set_zones(zones);
+        *store.write_lock() = Table::of(zones);
         store
     }
 
@@ -148,12 +148,8 @@ impl Store {
     /// Brings the table from `old` (what the caller wrote last) to `plan`. Returns the changed groups. New and changed names
     /// come first, so that a name that moves between groups is never missing.
     pub fn write(&self, old: &Groups, plan: &DnsPlan) -> Vec<Written> {
-        let rezoned = self.read_lock().zones != plan.zones;
-        let none = Groups::new();
-        let old = if rezoned { &none } else { old };
-        if rezoned {
-            self.ready.store(false, Ordering::Release);
-            self.write_lock().set_zones(plan.zones.clone());
+        if self.read_lock().zones != plan.zones {
+            return self.write_anew(plan);
         }
         let changes = changed_groups(old, &plan.groups);
         let written = |change: &Change<'_>| Written {
@@ -165,10 +161,30 @@ impl Store {
         for (change, written) in changes.iter().zip(&mut all) {
             written.removed = self.remove_names(change);
         }
-        self.ready.store(true, Ordering::Release);
-        self.became_ready.notify_waiters();
+        self.become_ready();
         all.retain(|written| (written.written, written.removed) != (0, 0));
         all
+    }
+
+    /// With other zones. The names of before are answered until all of now are there.
+    fn write_anew(&self, plan: &DnsPlan) -> Vec<Written> {
+        let anew = Self::new(plan.zones.clone());
+        let written = anew.write(&Groups::new(), plan);
+        let mut table = anew.table.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let before = {
+            let mut own = self.write_lock();
+            table.pods = std::mem::take(&mut own.pods);
+            std::mem::replace(&mut *own, table)
+        };
+        // A hundred thousand names take their time to go.
+        drop(before);
+        self.become_ready();
+        written
+    }
+
+    fn become_ready(&self) {
+        self.ready.store(true, Ordering::Release);
+        self.became_ready.notify_waiters();
     }
 
     fn write_names(&self, change: &Change<'_>) -> usize {
@@ -329,21 +345,23 @@ struct Place {
 }
 
 impl Table {
-    fn set_zones(&mut self, zones: Option<Zones>) {
-        *self = Self { pods: std::mem::take(&mut self.pods), ..Self::default() };
-        let Some(zones) = zones else { return };
+    /// With nothing but its zones.
+    fn of(zones: Option<Zones>) -> Self {
+        let mut table = Self::default();
+        let Some(zones) = zones else { return table };
         let named = |labels: &[&str]| labels.iter().rev().try_fold(zones.domain.clone(), |n, l| n.child(l));
         if let (Ok(server), Ok(mailbox)) = (named(&["ns", "dns"]), named(&["hostmaster"])) {
             for apex in zones.apexes() {
                 let soa = Soa { apex: apex.clone(), server: server.clone(), mailbox: mailbox.clone() };
-                let id = self.tree.intern(apex.wire());
-                self.tree.link(id);
-                self.apexes.insert(id, soa);
-                self.count += 1;
+                let id = table.tree.intern(apex.wire());
+                table.tree.link(id);
+                table.apexes.insert(id, soa);
+                table.count += 1;
             }
         }
-        self.domain = self.tree.find(zones.domain.wire());
-        self.zones = Some(zones);
+        table.domain = table.tree.find(zones.domain.wire());
+        table.zones = Some(zones);
+        table
     }
 
     /// Down from the cluster's domain, or else from the root past the apexes of the other zones.

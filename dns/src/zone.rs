@@ -144,8 +144,7 @@ impl Zones {
         if domain.labels().next().is_none() {
             return Err(InvalidName::Label(String::new()));
         }
-        let ranges = config.service_cidrs.iter().chain(&config.cluster_cidrs);
-        let cuts: BTreeSet<Name> = ranges.flat_map(|range| reverse_zones(*range)).collect();
+        let cuts: BTreeSet<Name> = config.ranges().into_iter().flat_map(reverse_zones).collect();
         let inside_another = |apex: &Name| cuts.iter().any(|other| other != apex && apex.is_in(other));
         let reverse = cuts.iter().filter(|apex| !inside_another(apex)).cloned().collect();
         Ok(Self { domain, reverse })
@@ -180,6 +179,8 @@ pub struct DnsPlan {
     pub zones: Option<Zones>,
     /// Names outside the zones are reverse names of endpoints beyond the cluster's ranges.
     pub groups: Groups,
+    /// Of pods and Services.
+    pub ranges: Vec<IpNet>,
     /// Addresses to answer on, UDP and TCP.
     pub listen: BTreeSet<IpAddr>,
     /// What users add, by key of their ConfigMap.

@@ -5,6 +5,7 @@
 mod common;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::*;
 use hickory_proto::rr::RecordType::{A, AAAA, ANY, CNAME, NS, PTR, SOA, SRV, TXT};
@@ -356,6 +357,35 @@ fn before_the_first_plan_cluster_names_are_not_ready_and_others_are_forwarded() 
         assert_eq!(ask(&store, name, A), Answer::NotReady, "{name}");
     }
     assert_eq!(ask(&store, "example.com", A), Answer::Elsewhere);
+}
+
+#[test]
+fn a_service_range_that_comes_later_is_a_zone_of_ours_and_no_name_is_unanswered_meanwhile() {
+    let many = (0..2_000).map(|n| service("default", &format!("s{n}"), cluster_ips(&["10.43.1.1"])));
+    let mut cluster = snapshot(&["default"], many, []);
+    let store = Arc::new(Store::new(Zones::new(&cluster.config).ok()));
+    let mut planner = DnsPlanner::default();
+    let before = planner.plan(&cluster).plan;
+    store.write(&Groups::new(), &before);
+    assert_eq!(ask(&store, "9.0.200.10.in-addr.arpa", PTR), Answer::Elsewhere);
+    Arc::make_mut(&mut cluster.config).service_cidrs.push("10.200.0.0/24".parse().unwrap());
+    let after = planner.plan(&cluster).plan;
+    let done = AtomicBool::new(false);
+    let asked = std::thread::scope(|scope| {
+        let asking = scope.spawn(|| {
+            let mut asked = 0;
+            while !done.load(Ordering::Relaxed) {
+                assert_eq!(records(&store, "s7.default.svc.cluster.local", A).len(), 1);
+                asked += 1;
+            }
+            asked
+        });
+        store.write(&before.groups, &after);
+        done.store(true, Ordering::Relaxed);
+        asking.join().unwrap()
+    });
+    assert!(asked > 0);
+    assert_no_name(&store, "9.0.200.10.in-addr.arpa");
 }
 
 #[test]

@@ -61,6 +61,7 @@ fn everything() -> Resolver {
         &DnsPlan {
             zones: Some(zones),
             groups,
+            ranges: Default::default(),
             listen: Default::default(),
             custom: Default::default(),
             nodes: Default::default(),

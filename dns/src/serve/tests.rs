@@ -22,6 +22,7 @@ pub(super) fn resolver(endpoints: u8) -> Resolver {
     let plan = DnsPlan {
         zones: Some(Zones { domain, reverse: Default::default() }),
         groups: Groups::from([(Arc::new(GroupKey::Zone), Arc::new(group))]),
+        ranges: Default::default(),
         listen: Default::default(),
         custom: Default::default(),
         nodes: Default::default(),

@@ -71,9 +71,9 @@ fn pod_cidrs(node: &Node, config: &ClusterConfig, problems: &mut Vec<Problem>) -
 
 /// Traffic to pods and Services must never follow a Node's word about its own address.
 fn addresses(node: &Node, config: &ClusterConfig, problems: &mut Vec<Problem>) -> Vec<IpAddr> {
-    let ranges = || config.cluster_cidrs.iter().chain(&config.service_cidrs);
+    let ranges = config.ranges();
     let (bad, good): (Vec<IpAddr>, Vec<IpAddr>) =
-        node.primary_ips().partition(|address| ranges().any(|range| range.contains(address)));
+        node.primary_ips().partition(|address| ranges.iter().any(|range| range.contains(address)));
     for address in bad {
         let message = format!("InternalIP {address} lies inside a pod or Service range; it is ignored");
         problems.push(problem(node, Reason::InvalidField, message));
