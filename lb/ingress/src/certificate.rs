@@ -4,7 +4,9 @@ use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
 
-use crate::calendar::{days, moment};
+use jiff::Timestamp;
+use jiff::civil::DateTime;
+use jiff::tz::TimeZone;
 
 /// What a Secret's PEM holds.
 pub(crate) type Pair = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
@@ -42,17 +44,15 @@ pub fn objection(chain_pem: &[u8], key_pem: &[u8]) -> Option<String> {
     }
 }
 
-/// Why clients will refuse the host's own certificate at this moment (seconds since the epoch), with the remedy; `None` when its
+/// Why clients will refuse the host's own certificate at this moment, with the remedy; `None` when its
 /// validity holds, or is written so that it cannot be read (RFC 5280 4.1.2.5).
-pub fn out_of_time(chain_pem: &[u8], now: i64) -> Option<String> {
+pub fn out_of_time(chain_pem: &[u8], now: Timestamp) -> Option<String> {
     let chain = chain(chain_pem)?;
     let (from, until) = validity(chain.first()?)?;
     if until < now {
-        return Some(format!("its certificate expired at {}; renew it, clients refuse it", moment(until)));
+        return Some(format!("its certificate expired at {until}; renew it, clients refuse it"));
     }
-    (now < from).then(|| {
-        format!("its certificate is not valid before {}; clients refuse it until then", moment(from))
-    })
+    (now < from).then(|| format!("its certificate is not valid before {from}; clients refuse it until then"))
 }
 
 /// Who a certificate is for and who made it, as RFC 2253 writes it, the most specific part first (nginx's `$ssl_client_s_dn` and
@@ -158,8 +158,8 @@ fn escaped(value: &[u8]) -> String {
     text
 }
 
-/// notBefore and notAfter in seconds since the epoch.
-fn validity(der: &[u8]) -> Option<(i64, i64)> {
+/// notBefore and notAfter.
+fn validity(der: &[u8]) -> Option<(Timestamp, Timestamp)> {
     let (kind, from, rest) = element(parts(der)?.validity)?;
     let from = time(kind, from)?;
     let (kind, until, _) = element(rest)?;
@@ -184,26 +184,19 @@ fn element(der: &[u8]) -> Option<(u8, &[u8], &[u8])> {
     Some((tag, content, rest))
 }
 
-/// UTCTime `YYMMDDHHMMSSZ`, or GeneralizedTime with a year of four digits.
-fn time(kind: u8, text: &[u8]) -> Option<i64> {
-    let text = std::str::from_utf8(text).ok()?.strip_suffix('Z').filter(|text| text.is_ascii())?;
-    let (year, rest) = match kind {
-        0x17 => {
-            let (year, rest) = text.split_at_checked(2)?;
-            let year: i64 = year.parse().ok()?;
-            (if year < 50 { 2000 + year } else { 1900 + year }, rest)
-        }
-        0x18 => {
-            let (year, rest) = text.split_at_checked(4)?;
-            (year.parse().ok()?, rest)
-        }
+/// UTCTime `YYMMDDHHMMSSZ`, or GeneralizedTime with a year of four digits; 99991231235959Z, which is beyond what a [`Timestamp`]
+/// can hold, means never.
+fn time(kind: u8, text: &[u8]) -> Option<Timestamp> {
+    let text = std::str::from_utf8(text).ok()?.strip_suffix('Z')?;
+    let whole = match kind {
+        0x17 if text < "50" => format!("20{text}"),
+        0x17 => format!("19{text}"),
+        0x18 => text.to_owned(),
         _ => return None,
     };
-    let two = |at: usize| rest.get(at..at + 2)?.parse::<i64>().ok();
-    let (month, day) = (two(0)?, two(2)?);
-    let sound = rest.len() == 10 && (1..=12).contains(&month) && (1..=31).contains(&day);
-    sound.then_some(())?;
-    Some(days(year, month, day) * 86_400 + two(4)? * 3600 + two(6)? * 60 + two(8)?)
+    let digits = whole.len() == 14 && whole.bytes().all(|byte| byte.is_ascii_digit());
+    let at = DateTime::strptime("%Y%m%d%H%M%S", whole).ok().filter(|_| digits)?;
+    Some(TimeZone::UTC.to_timestamp(at).unwrap_or(Timestamp::MAX))
 }
 
 #[cfg(test)]
@@ -221,7 +214,7 @@ mod tests {
             wanted.not_after = rcgen::date_time_ymd(until.0, until.1, until.2);
             wanted.self_signed(&key).unwrap().pem()
         };
-        let now = days(2026, 11, 27) * 86_400;
+        let now = "2026-11-27T00:00:00Z".parse().unwrap();
         let said = |from, until| out_of_time(of(from, until).as_bytes(), now);
         assert_eq!(said((2020, 1, 1), (2049, 12, 31)), None);
         assert_eq!(said((2020, 1, 1), (2051, 1, 1)), None, "a year of four digits");

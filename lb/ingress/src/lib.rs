@@ -10,7 +10,6 @@
 
 pub mod annotations;
 pub mod apply;
-mod calendar;
 pub mod certificate;
 pub mod explain;
 pub mod lint;

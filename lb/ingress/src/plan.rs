@@ -19,8 +19,8 @@ pub(crate) mod tests;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
+use jiff::Timestamp;
 use weft_model::ingress::{Ingress, is_ours};
 use weft_model::objects::ingress_address;
 use weft_model::{NamespacedName, ObjectRef, Planned, Problem, Reason, Snapshot};
@@ -34,18 +34,15 @@ use table::RouteTable;
 
 /// Plans the routes of every Ingress that is ours.
 pub struct IngressPlanner {
-    /// Seconds since the epoch: certificates expire while nothing else changes.
-    now: fn() -> i64,
+    /// Certificates expire while nothing else changes.
+    now: fn() -> Timestamp,
     parsed: BTreeMap<NamespacedName, (Arc<Ingress>, Arc<Parsed>)>,
     backends: Backends,
 }
 
 impl Default for IngressPlanner {
     fn default() -> Self {
-        Self::at(|| {
-            let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-            i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
-        })
+        Self::at(Timestamp::now)
     }
 }
 
@@ -97,8 +94,8 @@ impl Planner for IngressPlanner {
 }
 
 impl IngressPlanner {
-    /// By this clock, in seconds since the epoch.
-    pub fn at(now: fn() -> i64) -> Self {
+    /// By this clock.
+    pub fn at(now: fn() -> Timestamp) -> Self {
         Self { now, parsed: BTreeMap::new(), backends: Backends::default() }
     }
 

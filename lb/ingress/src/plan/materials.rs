@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use jiff::Timestamp;
 use weft_model::ingress::{Answer, Bytes, Data, Ingress, IngressConfig, Reference};
 use weft_model::{NamespacedName, ObjectRef, Problem, Reason, Snapshot};
 
@@ -14,8 +15,7 @@ use crate::certificate::out_of_time;
 pub(super) struct Materials<'a> {
     snapshot: &'a Snapshot,
     waiting: BTreeSet<Reference>,
-    /// Seconds since the epoch.
-    now: i64,
+    now: Timestamp,
 }
 
 /// Why there is nothing.
@@ -27,7 +27,7 @@ enum Lack {
 }
 
 impl<'a> Materials<'a> {
-    pub(super) fn new(snapshot: &'a Snapshot, now: i64) -> Self {
+    pub(super) fn new(snapshot: &'a Snapshot, now: Timestamp) -> Self {
         Self { snapshot, waiting: BTreeSet::new(), now }
     }
 

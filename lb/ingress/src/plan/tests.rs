@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use jiff::Timestamp;
 use serde_json::{Value, json};
 use weft_model::ingress::IngressConfig;
 use weft_model::node_facts::WireguardBackend;
@@ -338,11 +339,11 @@ fn a_certificate_out_of_its_time_is_told_and_served_still() {
     let (chain, key) = pair("a.example");
     let documents =
         vec![service("web"), with_tls(json!({})), secret("tls", &[("tls.crt", &chain), ("tls.key", &key)])];
-    let at = |now: fn() -> i64| IngressPlanner::at(now).plan(&snapshot(documents.clone()));
+    let at = |now: fn() -> Timestamp| IngressPlanner::at(now).plan(&snapshot(documents.clone()));
     // rcgen's certificates hold from 1975 to 4096.
     for (now, said) in [
-        ((|| 0) as fn() -> i64, "is not valid before 1975-01-01T00:00:00Z"),
-        (|| 70_000_000_000, "expired at 4096-01-01T00:00:00Z; renew it"),
+        ((|| Timestamp::UNIX_EPOCH) as fn() -> Timestamp, "is not valid before 1975-01-01T00:00:00Z"),
+        (|| Timestamp::from_second(70_000_000_000).unwrap(), "expired at 4096-01-01T00:00:00Z; renew it"),
     ] {
         let planned = at(now);
         let sentence = format!(
@@ -351,7 +352,7 @@ fn a_certificate_out_of_its_time_is_told_and_served_still() {
         assert!(messages(&planned)[0].starts_with(&sentence), "{:?}", messages(&planned));
         assert!(planned.plan.certificates.contains_key("a.example"));
     }
-    assert_eq!(messages(&at(|| 1_800_000_000)), [""; 0]);
+    assert_eq!(messages(&at(|| Timestamp::from_second(1_800_000_000).unwrap())), [""; 0]);
 }
 
 #[test]

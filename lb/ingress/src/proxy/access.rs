@@ -7,10 +7,10 @@ use http::header::{self, HeaderMap, HeaderValue};
 use http::{Method, StatusCode};
 use rustls::pki_types::{CertificateDer, UnixTime};
 
+use super::answer::Peer;
 use super::compiled::CompiledRoute;
 use super::htpasswd;
 use crate::annotations::{ClientTls, Cors, Satisfy, VerifyClient};
-use crate::certificate::names;
 use crate::plan::table::RouteMaterials;
 
 /// Why a request is answered here.
@@ -68,19 +68,15 @@ fn password(materials: &RouteMaterials, headers: &HeaderMap) -> bool {
 ///
 /// # Errors
 /// It is missing or not trusted.
-pub(super) fn client_certificate(
-    route: &CompiledRoute,
-    shown: &[CertificateDer<'static>],
-) -> Result<Option<&'static str>, Denial> {
+pub(super) fn client_certificate(route: &CompiledRoute, peer: &Peer) -> Result<Option<&'static str>, Denial> {
     let Some(wanted) = route.route.settings.client_tls.as_ref().filter(|tls| tls.verify != VerifyClient::Off)
     else {
         return Ok(None);
     };
-    let verified = verified(route, wanted, shown)?;
-    let subject =
-        || shown.first().and_then(|own| names(own)).map_or_else(String::new, |(subject, _)| subject);
+    let verified = verified(route, wanted, &peer.certificates)?;
+    let subject = peer.names.as_ref().map_or("", |(subject, _)| subject);
     match &route.client_name {
-        Some(pattern) if !pattern.is_match(&subject()) => Err(Denial::Name),
+        Some(pattern) if !pattern.is_match(subject) => Err(Denial::Name),
         _ => Ok(Some(verified)),
     }
 }

@@ -3,12 +3,13 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
-use std::time::{Instant, SystemTime};
+use std::time::Instant;
 
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
+use jiff::Timestamp;
 use rustls::pki_types::CertificateDer;
 
 use super::access;
@@ -26,7 +27,6 @@ use super::variables::{self, as_path, escaped, target};
 use super::{Worker, authenticate, mirror};
 use crate::annotations::Settings;
 use crate::plan::table::Action;
-use crate::{calendar, certificate};
 
 /// What is known of a connection.
 pub(super) struct Peer {
@@ -37,6 +37,8 @@ pub(super) struct Peer {
     pub(super) https: bool,
     /// What the client showed, its own certificate first.
     pub(super) certificates: Vec<CertificateDer<'static>>,
+    /// Subject and issuer of that one, where they can be read.
+    pub(super) names: Option<(String, String)>,
     /// Counts the connection, and what became of it, among those that a drain waits for.
     pub(super) open: Option<Arc<()>>,
 }
@@ -91,7 +93,7 @@ fn record(worker: &Worker, compiled: &Compiled, client: &Client, request: &Reque
     };
     let line = || {
         Box::new(Line {
-            time: calendar::timestamp(SystemTime::now()),
+            time: Timestamp::now().strftime("%Y-%m-%dT%H:%M:%S.%3fZ").to_string(),
             client: client.address,
             method: request.method().to_string(),
             host: request.uri().authority().map_or_else(
@@ -224,7 +226,7 @@ async fn late(taken: &Taken<'_>, mut request: Request<Incoming>) -> Response<Bod
     let Ok(counted) = limits::admit(&taken.route.clients, &settings.limits, client, Instant::now()) else {
         return plain(StatusCode::SERVICE_UNAVAILABLE);
     };
-    let verified = access::client_certificate(&taken.route, &taken.peer.certificates);
+    let verified = access::client_certificate(&taken.route, taken.peer);
     let verified = match verified
         .and_then(|verified| access::admit(&taken.route, client, request.headers()).map(|()| verified))
     {
@@ -285,9 +287,9 @@ fn client_fields(taken: &Taken<'_>, headers: &mut HeaderMap, verified: Option<&'
     }
     let Some(verified) = verified else { return };
     headers.insert("ssl-client-verify", HeaderValue::from_static(verified));
-    if let Some((subject, issuer)) = taken.peer.certificates.first().and_then(|own| certificate::names(own)) {
+    if let Some((subject, issuer)) = &taken.peer.names {
         for (name, value) in [("ssl-client-subject-dn", subject), ("ssl-client-issuer-dn", issuer)] {
-            if let Ok(value) = HeaderValue::from_str(&value) {
+            if let Ok(value) = HeaderValue::from_str(value) {
                 headers.insert(name, value);
             }
         }

@@ -9,12 +9,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use regex::Regex;
 use rustls::pki_types::ServerName;
 use rustls::server::danger::ClientCertVerifier;
+use tokio::sync::Semaphore;
 use weft_model::NamespacedName;
 use weft_model::ingress::{Front, Observe};
 
 use super::balance::{Directory, Endpoint};
 use super::limits::Clients;
-use super::mirror::Copies;
+use super::mirror::MAX_COPIES;
 use super::pool::{Speech, Tls};
 use super::stats::{RouteLabels, RouteStats, Stats};
 use super::tls::{self, Certificates};
@@ -24,12 +25,23 @@ use crate::plan::table::{
 };
 
 /// What outlives a change of routes.
-#[derive(Default)]
 pub(super) struct Standing {
     pub(super) endpoints: Directory,
     clients: Mutex<HashMap<NamespacedName, Arc<Clients>>>,
     pub(super) stats: Arc<Stats>,
-    pub(super) copies: Arc<Copies>,
+    /// Copies of requests (`mirror`) that may be begun.
+    pub(super) copies: Arc<Semaphore>,
+}
+
+impl Default for Standing {
+    fn default() -> Self {
+        Self {
+            endpoints: Directory::default(),
+            clients: Mutex::default(),
+            stats: Arc::default(),
+            copies: Arc::new(Semaphore::new(MAX_COPIES)),
+        }
+    }
 }
 
 impl Standing {

@@ -179,6 +179,7 @@ mod tests {
             port: 80,
             https: false,
             certificates: vec![],
+            names: None,
             open: None,
         };
         client(&front, &peer, &headers)

@@ -1,6 +1,7 @@
 //! Connections of clients: accepted, TLS by SNI, HTTP/1.1 or HTTP/2 by ALPN, each bounded in what it may hold and how long it
 //! may be silent. One that is to end does so between two requests.
 
+use std::error::Error as _;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
@@ -23,6 +24,7 @@ use super::Worker;
 use super::answer::{Peer, answer};
 use super::proxy_protocol::{self, HeaderError, Origin};
 use super::stats::{Refused, Stats};
+use crate::certificate;
 
 /// For how long clients may be silent.
 #[derive(Clone, Copy, Debug)]
@@ -114,7 +116,7 @@ pub async fn serve(worker: Arc<Worker>, listener: TcpListener, https: bool, mut 
         match accepted {
             Ok((stream, client)) => {
                 let (begun, open) = life.begin();
-                let peer = Peer { client, port, https, certificates: Vec::new(), open };
+                let peer = Peer { client, port, https, certificates: Vec::new(), names: None, open };
                 let until = Until { phase: life.phase.clone(), begun, patience: life.patience };
                 tokio::spawn(connection(worker.clone(), stream, peer, until));
             }
@@ -168,6 +170,7 @@ async fn connection(worker: Arc<Worker>, mut stream: TcpStream, mut peer: Peer, 
             let (_, session) = stream.get_ref();
             let certificates = session.peer_certificates().unwrap_or_default();
             peer.certificates = certificates.iter().map(|one| one.clone().into_owned()).collect();
+            peer.names = certificates.first().and_then(|own| certificate::names(own));
             match session.alpn_protocol() {
                 Some(b"h2") => http_2(worker, stream, peer, until).await,
                 _ => http_1(worker, stream, peer, until).await,
@@ -297,14 +300,14 @@ where
 /// Counts a connection that was ended for what its client did; one that simply broke is none.
 fn tell(stats: &Stats, ended: hyper::Result<()>) {
     let Err(error) = ended else { return };
-    let text = weft_netstack::reconcile::chain(&error);
+    let of_http_2 = error.source().and_then(|source| source.downcast_ref::<h2::Error>());
     if error.is_timeout() {
         stats.refuse(Refused::Slow);
     } else if error.is_parse() {
         stats.refuse(Refused::Malformed);
-    } else if text.contains("connection error detected") {
-        // The words of the h2 crate for what this side ended, with the reason.
+    } else if of_http_2.is_some_and(|error| error.is_go_away() && error.is_library()) {
+        // This side ended the connection.
         stats.refuse(Refused::Flood);
     }
-    tracing::debug!(error = text, "connection");
+    tracing::debug!(error = weft_netstack::reconcile::chain(&error), "connection");
 }

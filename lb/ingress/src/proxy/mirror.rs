@@ -3,7 +3,6 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use http::header::{self, HeaderMap, HeaderValue};
@@ -20,33 +19,12 @@ use super::variables::{self, target};
 use crate::annotations::{Mirror, Retry};
 
 /// Copies that are under way at once, of all routes.
-const MAX_COPIES: usize = 256;
+pub(super) const MAX_COPIES: usize = 256;
 /// Pieces of a body that a copy may be behind: about a megabyte.
 const MAX_BEHIND: usize = 64;
 /// nginx's defaults, which `mirror` has no annotation for.
 const CONNECT: Duration = Duration::from_secs(5);
 const READ: Duration = Duration::from_secs(60);
-
-/// Copies under way.
-#[derive(Default)]
-pub(super) struct Copies(AtomicUsize);
-
-struct Counted(Arc<Copies>);
-
-impl Copies {
-    fn admit(self: &Arc<Self>) -> Option<Counted> {
-        let admitted = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| {
-            (count < MAX_COPIES).then_some(count + 1)
-        });
-        admitted.ok().map(|_| Counted(self.clone()))
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
 
 /// Starts the copy of a request whose fields are those for the backend. Where its body goes too, the pieces are to be put into
 /// what is returned.
@@ -80,7 +58,7 @@ pub(super) fn start(
         |host| Some(request.expand(host)),
     )?;
     address(&mut head, &upstream.speech, whole, &host).ok()?;
-    let counted = worker.proxy.standing.copies.admit()?;
+    let counted = worker.proxy.standing.copies.clone().try_acquire_owned().ok()?;
     let (sender, body) = if copied {
         let (sender, pieces) = mpsc::channel(MAX_BEHIND);
         (Some(sender), Body::Copy(pieces))
