@@ -46,6 +46,8 @@ const ALIVE_AFTER: u32 = 10;
 /// claim. One that is claimed from a node that thinks the claimant dead is claimed back.
 const BACK: Duration = Duration::from_millis(500);
 const STARTED: Duration = Duration::from_millis(1500);
+/// Two turns further apart than this: this agent did not run meanwhile, and so heard nobody.
+const SLEPT: Duration = Duration::from_millis(250);
 /// An agent that is not heard of for this long is no restart.
 const AGENT_SILENT: Duration = Duration::from_secs(5);
 /// Until a node that is to go silent does so although it heard no claim.
@@ -205,6 +207,11 @@ impl Pulse {
         Self { unanswered: 0, answered: 0, doubtful: false, dead: false, agent_heard: Instant::now() }
     }
 
+    /// The time in which this agent did not run says nothing about the peer's.
+    fn forgive(&mut self, slept: Duration) {
+        self.agent_heard += slept;
+    }
+
     fn is_silent(&self) -> bool {
         self.agent_heard.elapsed() > AGENT_SILENT
     }
@@ -256,6 +263,7 @@ struct Work {
     /// Addresses to be asked for before it is sure that they are `mine`.
     next: BTreeSet<IpAddr>,
     had_quorum: bool,
+    last_turn: Instant,
     /// Nothing is claimed from other nodes before.
     claim_at: Instant,
     /// When an address is to be looked at again, if nothing happens before.
@@ -338,6 +346,7 @@ impl Work {
             mine: BTreeSet::new(),
             next: BTreeSet::new(),
             had_quorum: true,
+            last_turn: Instant::now(),
             claim_at: Instant::now() + STARTED,
             look_at: Instant::now(),
             verify_at: Instant::now() + TOLD_PERIODICALLY,
@@ -381,6 +390,11 @@ impl Work {
             self.pulses.retain(|name, _| plan.peers.contains_key(name));
             self.cards.retain(|_, name| plan.peers.contains_key(name));
         }
+        let slept = self.last_turn.elapsed();
+        if slept > SLEPT {
+            self.pulses.values_mut().for_each(|pulse| pulse.forgive(slept));
+        }
+        self.last_turn = Instant::now();
         if plan_is_new || turn.is_multiple_of(LINK_TURNS) {
             self.open_links(plan).await;
         }
@@ -579,6 +593,8 @@ impl Work {
             match opened {
                 Ok(arp) => {
                     self.links.insert((name, index), arp);
+                    // The kernel may have seen claims that nobody heard here.
+                    self.ruled = None;
                     self.tell_soon(plan, index);
                 }
                 Err(error) => self.failed(error),
