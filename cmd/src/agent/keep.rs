@@ -45,7 +45,8 @@ impl Saver {
                 reserve = 1;
             }
             self.snapshots.borrow_and_update();
-            self.save_now();
+            let saver = self.clone();
+            tokio::task::spawn_blocking(move || saver.save_now()).await.map_err(|error| chain(&error))?;
             reserve -= 1;
         }
         Ok(())

@@ -6,7 +6,7 @@
 //!
 //! ```text
 //!  cni ADD/DEL --Lease--> leases (flushed before the answer)      --at start--> cni reconcile
-//!  Snapshot    --JSON---> snapshot (coalesced by the caller)      --at start--> kube
+//!  Snapshot    --JSON of what changed---> snapshot (coalesced by the caller)    --at start--> kube
 //! ```
 
 pub mod key;
@@ -18,8 +18,11 @@ pub(crate) mod tests;
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use nix::sys::statvfs::{FsFlags, statvfs};
+
+use weft_model::Snapshot;
 
 pub use lease::{Boottime, HostPort, Lease, LeaseRecords};
 pub use open::Opened;
@@ -56,6 +59,8 @@ pub struct Store {
     db: sled::Db,
     leases: sled::Tree,
     snapshot: sled::Tree,
+    /// What `snapshot` holds.
+    saved: Mutex<Option<Snapshot>>,
 }
 
 impl Store {

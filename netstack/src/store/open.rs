@@ -9,6 +9,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use super::{CACHE_BYTES, Store, StoreError};
 
@@ -80,7 +81,7 @@ fn attempt(path: &Path) -> Result<Store, Failure> {
         for record in leases.iter().chain(snapshot.iter()) {
             record?;
         }
-        Ok(Store { path: path.to_owned(), db, leases, snapshot })
+        Ok(Store { path: path.to_owned(), db, leases, snapshot, saved: Mutex::default() })
     });
     match catch_unwind(opening) {
         Ok(Ok(store)) => Ok(store),

@@ -242,6 +242,60 @@ fn the_last_good_snapshot_comes_back_marked() {
     assert_eq!(store.load_snapshot().unwrap().snapshot, Some(expected));
 }
 
+fn with_services(names: &[&str]) -> Snapshot {
+    let named = |name: &&str| {
+        let key = ServiceKey::new("default", *name);
+        (key.clone(), Arc::new(Service { key, ..service() }))
+    };
+    Snapshot { services: Arc::new(names.iter().map(named).collect()), ..snapshot() }
+}
+
+/// As a process does that died right after a write, and as one that never read what is there.
+#[test]
+fn a_snapshot_holds_what_the_last_write_had_and_nothing_else() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store");
+    let written = [&["a", "b"][..], &["b", "c"], &["b", "c"], &[], &["d"]];
+    let mut before = None;
+    for (round, names) in written.into_iter().enumerate() {
+        let store = open_when_free(&path).store;
+        if round != 2 {
+            assert_eq!(store.load_snapshot().unwrap().snapshot, before, "round {round}");
+        }
+        let snapshots = [with_services(&["z", "b"]), with_services(names)];
+        snapshots.iter().for_each(|snapshot| store.save_snapshot(snapshot).unwrap());
+        before = Some(Snapshot { from_store: true, ..with_services(names) });
+        assert_eq!(store.load_snapshot().unwrap().snapshot, before, "round {round}");
+    }
+}
+
+#[test]
+fn a_change_writes_its_objects_only() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(folder.path().join("store")).unwrap().store;
+    let names: Vec<String> = (0..2_000).map(|i| format!("s{i}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    store.save_snapshot(&with_services(&names)).unwrap();
+    // Whoever wrote it again would put it back.
+    store.snapshot.remove(br#"services/"default/s7""#).unwrap().expect("each object has a record");
+    store.save_snapshot(&with_services(&names[1..])).unwrap();
+    let read = store.load_snapshot().unwrap().snapshot.unwrap();
+    assert_eq!(read.services.len(), 1_998);
+    assert!(!read.services.contains_key(&ServiceKey::new("default", "s0")));
+}
+
+#[test]
+fn a_snapshot_in_one_piece_of_the_version_before_is_read_and_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(folder.path().join("store")).unwrap().store;
+    let one_piece = serde_json::json!({"version": 1, "snapshot": with_services(&["a"])});
+    store.snapshot.insert("last-good", serde_json::to_vec(&one_piece).unwrap()).unwrap();
+    let expected = |names| Some(Snapshot { from_store: true, ..with_services(names) });
+    assert_eq!(store.load_snapshot().unwrap().snapshot, expected(&["a"]));
+    store.save_snapshot(&with_services(&["b"])).unwrap();
+    assert_eq!(store.load_snapshot().unwrap().snapshot, expected(&["b"]));
+}
+
 #[test]
 fn a_snapshot_of_another_version_is_none_and_says_why() {
     let folder = tempfile::tempdir().unwrap();
