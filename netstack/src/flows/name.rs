@@ -1,12 +1,12 @@
 //! Names for what the kernel tells: whose addresses, which Service, which policy. Pure.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use weft_model::ids::SliceKey;
-use weft_model::objects::{EndpointSlice, Protocol, Service, ServiceKind};
-use weft_model::snapshot::Objects;
+use weft_model::objects::{EndpointSlice, Protocol, Service, ServiceKind, ServicePort};
+use weft_model::snapshot::{Objects, changes};
 use weft_model::{ServiceKey, Snapshot};
 
 use super::record::{End, Record, Verdict};
@@ -24,21 +24,21 @@ pub(super) struct Names {
     services: Arc<Services>,
 }
 
-/// Services by what is called, and by what is behind them.
+/// Services by what is called. What is behind them is looked for when a denied packet asks, which is seldom: an index of
+/// every endpoint of a big cluster would cost more than it gives.
+#[derive(Clone, Default)]
 struct Services {
-    of: (Objects<ServiceKey, Service>, Objects<SliceKey, EndpointSlice>),
-    fronts: BTreeMap<Called, ServiceKey>,
-    behind: BTreeMap<Called, BTreeSet<ServiceKey>>,
+    /// Addresses at which NodePorts answer.
+    nodes: Vec<IpAddr>,
+    all: Objects<ServiceKey, Service>,
+    slices: Objects<SliceKey, EndpointSlice>,
+    fronts: BTreeSet<(Called, ServiceKey)>,
 }
 
 impl Names {
     pub(super) fn of(snapshot: &Snapshot, judge: Arc<Judge>, known: Option<Self>) -> Self {
-        let same = |known: &Arc<Services>| {
-            Arc::ptr_eq(&known.of.0, &snapshot.services)
-                && Arc::ptr_eq(&known.of.1, &snapshot.endpoint_slices)
-        };
-        let known = known.map(|known| known.services).filter(same);
-        let services = known.unwrap_or_else(|| Arc::new(Services::of(snapshot)));
+        let mut services = known.map(|known| known.services).unwrap_or_default();
+        Arc::make_mut(&mut services).follow(snapshot);
         Self { judge, services }
     }
 
@@ -134,45 +134,58 @@ fn protocol_name(number: u8) -> String {
 }
 
 impl Services {
-    fn of(snapshot: &Snapshot) -> Self {
-        let nodes: Vec<IpAddr> =
-            snapshot.own_node().map(|node| node.internal_ips.clone()).unwrap_or_default();
-        let mut fronts = BTreeMap::new();
-        for (key, service) in snapshot.services.iter() {
-            let own = match &service.kind {
-                ServiceKind::ClusterIps(ips) => ips.as_slice(),
-                ServiceKind::Headless | ServiceKind::ExternalName(_) => &[],
-            };
-            let addresses = [own, &service.load_balancer_ips, &service.external_ips].concat();
-            for port in &service.ports {
-                let number = port.protocol.number();
-                let vips = addresses.iter().map(|ip| SocketAddr::new(*ip, port.port));
-                let node_port = |node_port| nodes.iter().map(move |ip| SocketAddr::new(*ip, node_port));
-                let node_ports = port.node_port.into_iter().flat_map(node_port);
-                fronts.extend(vips.chain(node_ports).map(|front| ((front, number), key.clone())));
+    /// Looks at the Services that changed.
+    fn follow(&mut self, snapshot: &Snapshot) {
+        let nodes = snapshot.own_node().map(|node| node.internal_ips.clone()).unwrap_or_default();
+        if nodes != self.nodes {
+            *self = Self { nodes, ..Self::default() };
+        }
+        let before = std::mem::replace(&mut self.all, snapshot.services.clone());
+        for (key, old, new) in changes(&before, &self.all) {
+            for front in old.into_iter().flat_map(|service| fronts(service, &self.nodes)) {
+                self.fronts.remove(&(front, key.clone()));
+            }
+            for front in new.into_iter().flat_map(|service| fronts(service, &self.nodes)) {
+                self.fronts.insert((front, key.clone()));
             }
         }
-        let mut behind = BTreeMap::<Called, BTreeSet<ServiceKey>>::new();
-        for slice in snapshot.endpoint_slices.values() {
-            for port in &slice.ports {
-                for endpoint in &slice.endpoints {
-                    let called = (SocketAddr::new(endpoint.address, port.port), port.protocol.number());
-                    behind.entry(called).or_default().insert(slice.service.clone());
-                }
-            }
-        }
-        let of = (snapshot.services.clone(), snapshot.endpoint_slices.clone());
-        Self { of, fronts, behind }
+        self.slices = snapshot.endpoint_slices.clone();
     }
 
     /// The Service that has this address and port of its own.
     fn called(&self, front: SocketAddr, protocol: u8) -> Option<String> {
-        self.fronts.get(&(front, protocol)).map(ToString::to_string)
+        let called = (front, protocol);
+        let (of, key) = self.fronts.range((called, ServiceKey::new("", ""))..).next()?;
+        (*of == called).then(|| key.to_string())
     }
 
     /// The Services of an endpoint; `None` for what is behind none.
     fn behind(&self, endpoint: SocketAddr, protocol: u8) -> Option<String> {
-        let services = self.behind.get(&(endpoint, protocol))?;
-        Some(services.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or "))
+        let is_behind = |slice: &&Arc<EndpointSlice>| {
+            let mut ports = slice.ports.iter();
+            ports.any(|port| port.port == endpoint.port() && port.protocol.number() == protocol)
+                && slice.endpoints.iter().any(|one| one.address == endpoint.ip())
+        };
+        let services: BTreeSet<&ServiceKey> =
+            self.slices.values().filter(is_behind).map(|slice| &slice.service).collect();
+        let names: Vec<String> = services.into_iter().map(ToString::to_string).collect();
+        (!names.is_empty()).then(|| names.join(" or "))
     }
+}
+
+/// Where a Service answers.
+fn fronts(service: &Service, nodes: &[IpAddr]) -> Vec<Called> {
+    let own = match &service.kind {
+        ServiceKind::ClusterIps(ips) => ips.as_slice(),
+        ServiceKind::Headless | ServiceKind::ExternalName(_) => &[],
+    };
+    let addresses = [own, &service.load_balancer_ips, &service.external_ips].concat();
+    let of_port = |port: &ServicePort| {
+        let number = port.protocol.number();
+        let vips = addresses.iter().map(|ip| SocketAddr::new(*ip, port.port));
+        let node_port = |node_port| nodes.iter().map(move |ip| SocketAddr::new(*ip, node_port));
+        let node_ports = port.node_port.into_iter().flat_map(node_port);
+        vips.chain(node_ports).map(|front| (front, number)).collect::<Vec<Called>>()
+    };
+    service.ports.iter().flat_map(of_port).collect()
 }

@@ -64,7 +64,8 @@ impl Store {
     pub fn save_snapshot(&self, snapshot: &Snapshot) -> Result<(), StoreError> {
         self.ensure_writable()?;
         let mut saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
-        let write = |batch| self.snapshot.apply_batch(batch).map_err(self.error("write the last good Snapshot"));
+        let write =
+            |batch| self.snapshot.apply_batch(batch).map_err(self.error("write the last good Snapshot"));
         let mut records = Records { store: self, count: 0, batch: Batch::default() };
         if let Some(before) = &*saved {
             macro_rules! differences {
