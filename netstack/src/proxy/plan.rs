@@ -55,7 +55,8 @@ pub struct ProxyPlanner {
     common: Option<Common>,
     services: Objects<ServiceKey, Service>,
     slices: Objects<SliceKey, EndpointSlice>,
-    by_service: BTreeMap<ServiceKey, BTreeMap<SliceKey, Arc<EndpointSlice>>>,
+    /// In the order of their keys.
+    by_service: BTreeMap<ServiceKey, Vec<Arc<EndpointSlice>>>,
     planned: BTreeMap<ServiceKey, ServicePlan>,
     claims: Claims,
     emitted: BTreeMap<ServiceKey, Emitted>,
@@ -190,14 +191,15 @@ impl ProxyPlanner {
         for (key, old, new) in changes(&slices, &snapshot.endpoint_slices) {
             if let Some(old) = old {
                 let siblings = self.by_service.entry(old.service.clone()).or_default();
-                siblings.remove(key);
+                siblings.retain(|slice| slice.key != *key);
                 if siblings.is_empty() {
                     self.by_service.remove(&old.service);
                 }
                 dirty.insert(old.service.clone());
             }
             if let Some(new) = new {
-                self.by_service.entry(new.service.clone()).or_default().insert(key.clone(), new.clone());
+                let siblings = self.by_service.entry(new.service.clone()).or_default();
+                siblings.insert(siblings.partition_point(|slice| slice.key < *key), new.clone());
                 dirty.insert(new.service.clone());
             }
         }
@@ -207,7 +209,7 @@ impl ProxyPlanner {
     /// Plans one Service; returns it with the Services that share a claim with it.
     fn replan(&mut self, key: ServiceKey) -> BTreeSet<ServiceKey> {
         let slices = self.by_service.get(&key);
-        let slices = slices.into_iter().flat_map(|slices| slices.values().map(Arc::as_ref));
+        let slices = slices.into_iter().flatten().map(Arc::as_ref);
         let new = match (self.services.get(&key), &self.common) {
             (Some(service), Some(common)) => Some(service::plan(service, slices, &common.view)),
             _ => None,
