@@ -192,11 +192,20 @@ pub(crate) fn first_label(wire: &[u8]) -> Option<&[u8]> {
     if length == 0 { None } else { rest.get(..usize::from(length)) }
 }
 
+/// Octets at the end that are the same in both.
+pub(crate) fn shared_end(one: &[u8], other: &[u8]) -> usize {
+    const AT_ONCE: usize = 8;
+    let chunks = one.rchunks_exact(AT_ONCE).zip(other.rchunks_exact(AT_ONCE));
+    let whole = AT_ONCE * chunks.take_while(|(a, b)| a == b).count();
+    let (one, other) = (&one[..one.len() - whole], &other[..other.len() - whole]);
+    whole + one.iter().rev().zip(other.iter().rev()).take_while(|(a, b)| a == b).count()
+}
+
 impl Ord for Name {
     /// Finds the longest end that both have in common, label by label from the front, and compares the labels before it.
     fn cmp(&self, other: &Self) -> Ordering {
         let (ours, theirs) = (&*self.0, &*other.0);
-        let shared = ours.iter().rev().zip(theirs.iter().rev()).take_while(|(a, b)| a == b).count();
+        let shared = shared_end(ours, theirs);
         let (mut at, mut other_at) = (0, 0);
         let (mut label, mut other_label) = (None, None);
         loop {

@@ -14,7 +14,7 @@ use std::fmt;
 use std::net::IpAddr;
 
 use super::Data;
-use crate::name::Name;
+use crate::name::{Name, shared_end};
 use crate::octets::{Octets, put_counted, put_data, put_number};
 
 /// In place of the octets shared: the reverse name of an IPv4 address follows, more than a name can share.
@@ -105,7 +105,7 @@ impl Group {
 /// The shorter of the two forms.
 fn put_name(octets: &mut Vec<u8>, before: &[u8], name: &Name) {
     let wire = name.wire();
-    let shared = wire.iter().rev().zip(before.iter().rev()).take_while(|(new, old)| new == old).count();
+    let shared = shared_end(wire, before);
     let new = &wire[..wire.len() - shared];
     let address = if new.len() > 4 { name.address() } else { None };
     match address {
