@@ -59,13 +59,8 @@ const POLICY_OFF: &str = "off (--network-policy off): every NetworkPolicy is ign
 
 /// Starts every part of the node in `tasks`.
 pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Result<Option<Saver>> {
-    // Names are answered once this is read, and of a large cluster it is much.
     let path = config.state_dir.join("store");
-    let reading = tokio::task::spawn_blocking(move || {
-        let durable = open_durable(&path);
-        let initial = durable.as_deref().and_then(last_good);
-        (durable, initial)
-    });
+    let reading = tokio::task::spawn_blocking(move || open_with_last_good(&path));
     let access = Arc::new(Access::open(config.api_server.clone()).await?);
     let leases = Arc::new(open_store(&config.run_dir.join("store"))?);
     let (facts_rx, follow_facts) = facts::watch(config.node.clone(), config.cluster.ranges()).await?;
@@ -177,6 +172,13 @@ async fn nudge_when_changed<T>(mut value: watch::Receiver<T>, of: LoopHandle) ->
 fn start_saver(tasks: &mut TaskGroup, saver: Saver) -> Saver {
     tasks.start("saver", saver.clone().run());
     saver
+}
+
+/// Beside the rest of the start: names are answered once this is read, and of a large cluster it is much.
+fn open_with_last_good(path: &Path) -> (Option<Arc<Store>>, Option<Snapshot>) {
+    let durable = open_durable(path);
+    let initial = durable.as_deref().and_then(last_good);
+    (durable, initial)
 }
 
 /// Without it the node works, until it reboots while the API server is away.
