@@ -105,7 +105,7 @@ pub struct Dns {
 /// Opens the sockets on the configuration's cluster DNS addresses and answers at once: what is asked for a name of
 /// the cluster waits for the first plan, three seconds at most (then SERVFAIL), everything else comes from the host's resolvers. An address that cannot be
 /// opened is logged here and tried again, and reported, with every failing pass of the loop. What `handover` brings is used
-/// instead of a new socket.
+/// instead of a new socket; a UDP socket among it is read once there is a plan, or after a second.
 ///
 /// Needs a tokio runtime: the sockets' tasks end when the applier is dropped.
 pub fn start(config: &ClusterConfig, options: Options, handover: Handover, namespaces: Namespaces) -> Dns {

@@ -19,11 +19,13 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
 use crate::serve::Resolver;
+use udp::First;
 
 pub use handover::Handover;
 
-/// Questions that came while the thread was away from the CPU wait here: some two thousand.
-const RECEIVE_BUFFER_BYTES: usize = 1 << 20;
+/// Questions that came while the thread was away from the CPU, or no agent ran, wait here: some ten thousand (the kernel
+/// doubles this, and counts 768 octets for a small datagram).
+const RECEIVE_BUFFER_BYTES: usize = 4 << 20;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Transport {
@@ -124,9 +126,13 @@ impl Listeners {
     }
 
     fn udp(&mut self, address: SocketAddr) -> io::Result<udp::Server> {
-        let socket = self.handover.take_udp(address).map_or_else(|| open_udp(address), Ok)?;
+        let kept = self.handover.take_udp(address);
+        let first = if kept.is_some() { First::Names } else { First::Questions };
+        let socket = kept.map_or_else(|| open_udp(address), Ok)?;
+        // Only a help: without the privilege the host's limit stays.
+        let _ = setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER_BYTES);
         self.handover.keep(address, Transport::Udp, &socket);
-        udp::Server::start(socket, self.resolver.clone())
+        udp::Server::start(socket, self.resolver.clone(), first)
     }
 
     fn tcp(&mut self, address: SocketAddr) -> io::Result<JoinSet<()>> {
@@ -163,10 +169,7 @@ fn named(address: SocketAddr, transport: &'static str, source: io::Error) -> Lis
 }
 
 fn open_udp(address: SocketAddr) -> io::Result<std::net::UdpSocket> {
-    let socket = bound(address, SockType::Datagram)?;
-    // Only a help: without the privilege the host's limit stays.
-    let _ = setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER_BYTES);
-    Ok(std::net::UdpSocket::from(socket))
+    Ok(std::net::UdpSocket::from(bound(address, SockType::Datagram)?))
 }
 
 fn open_tcp(address: SocketAddr) -> io::Result<std::net::TcpListener> {

@@ -15,6 +15,11 @@ const MAX_NAME_OCTETS: usize = 255;
 /// Longest label in octets (RFC 1035 section 2.3.4).
 const MAX_LABEL_OCTETS: usize = 63;
 
+/// Ends of reverse names (RFC 1035 section 3.5, RFC 3596 section 2.5).
+const IN_ADDR_ARPA: &[u8] = b"\x07in-addr\x04arpa\0";
+const IP6_ARPA: &[u8] = b"\x03ip6\x04arpa\0";
+const HEX_DIGITS: &[u8; 16] = b"0123456789abcdef";
+
 /// A fully qualified name in lower-case wire format: length octet and label, repeated, then the root's zero.
 /// Ordered canonically (RFC 4034 section 6.1): by the last label first.
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -39,12 +44,7 @@ impl Name {
     pub fn from_labels<'a>(labels: impl IntoIterator<Item = &'a [u8]>) -> Result<Self, InvalidName> {
         let mut wire = Vec::with_capacity(64);
         for label in labels {
-            let length = u8::try_from(label.len()).unwrap_or(u8::MAX);
-            if label.is_empty() || usize::from(length) > MAX_LABEL_OCTETS {
-                return Err(InvalidName::Label(String::from_utf8_lossy(label).into_owned()));
-            }
-            wire.push(length);
-            wire.extend(label.iter().map(u8::to_ascii_lowercase));
+            put_label(&mut wire, label)?;
         }
         wire.push(0);
         if wire.len() > MAX_NAME_OCTETS { Err(InvalidName::TooLong) } else { Ok(Self(wire.into())) }
@@ -66,9 +66,15 @@ impl Name {
 
     /// From lower-case wire format; `None` when the octets are none.
     pub(crate) fn from_wire(wire: &[u8]) -> Option<Self> {
-        Self::from_labels(suffixes(wire).map_while(first_label))
-            .ok()
-            .filter(|name| name.0.len() == wire.len())
+        let mut at = 0;
+        while let length @ 1.. = usize::from(*wire.get(at)?) {
+            if length > MAX_LABEL_OCTETS {
+                return None;
+            }
+            at += 1 + length;
+        }
+        let is_whole = at + 1 == wire.len() && wire.len() <= MAX_NAME_OCTETS;
+        (is_whole && !wire.iter().any(u8::is_ascii_uppercase)).then(|| Self(wire.into()))
     }
 
     /// The name without its first label; `None` for the root.
@@ -78,7 +84,10 @@ impl Name {
 
     /// `label` in front of this name; the label may hold anything but has at most 63 octets.
     pub fn child(&self, label: &str) -> Result<Self, InvalidName> {
-        Self::from_labels(std::iter::once(label.as_bytes()).chain(self.labels()))
+        let mut wire = Vec::with_capacity(1 + label.len() + self.0.len());
+        put_label(&mut wire, label.as_bytes())?;
+        wire.extend_from_slice(&self.0);
+        if wire.len() > MAX_NAME_OCTETS { Err(InvalidName::TooLong) } else { Ok(Self(wire.into())) }
     }
 
     /// Name of an address under `in-addr.arpa` (RFC 1035 section 3.5) or `ip6.arpa` (RFC 3596 section 2.5).
@@ -90,30 +99,41 @@ impl Name {
     }
 
     fn reverse_v4(address: Ipv4Addr) -> Self {
-        let [a, b, c, d] = address.octets();
-        Self::parse(&format!("{d}.{c}.{b}.{a}.in-addr.arpa"))
-            .expect("four numbers and two words are labels, and short")
+        let mut wire = Vec::with_capacity(30);
+        for octet in address.octets().iter().rev() {
+            let digits = [octet / 100, octet / 10 % 10, octet % 10].map(|digit| b'0' + digit);
+            let length = 1 + u8::from(*octet > 9) + u8::from(*octet > 99);
+            wire.push(length);
+            wire.extend_from_slice(&digits[3 - usize::from(length)..]);
+        }
+        wire.extend_from_slice(IN_ADDR_ARPA);
+        Self(wire.into())
     }
 
     fn reverse_v6(address: Ipv6Addr) -> Self {
-        let mut text = String::with_capacity(72);
+        let mut wire = Vec::with_capacity(74);
         for octet in address.octets().iter().rev() {
-            text.push_str(&format!("{:x}.{:x}.", octet & 0xf, octet >> 4));
+            for digit in [octet & 0xf, octet >> 4] {
+                wire.extend_from_slice(&[1, HEX_DIGITS[usize::from(digit)]]);
+            }
         }
-        text.push_str("ip6.arpa");
-        Self::parse(&text).expect("32 hexadecimal digits and two words are labels, and short")
+        wire.extend_from_slice(IP6_ARPA);
+        Self(wire.into())
     }
 
     /// The address whose [`Name::reverse`] this is.
     pub(crate) fn address(&self) -> Option<IpAddr> {
-        let labels: Vec<&str> = self.labels().map_while(|label| std::str::from_utf8(label).ok()).collect();
-        let address: IpAddr = match labels.as_slice() {
-            [d, c, b, a, "in-addr", "arpa"] => format!("{a}.{b}.{c}.{d}").parse().ok()?,
-            [digits @ .., "ip6", "arpa"] if digits.len() == 32 => {
-                let digits: String = digits.iter().rev().copied().collect();
-                Ipv6Addr::from(u128::from_str_radix(&digits, 16).ok()?).into()
-            }
-            _ => return None,
+        let text = |label| std::str::from_utf8(label).ok();
+        let address = if self.0.ends_with(IN_ADDR_ARPA) {
+            let mut octets = self.labels().map_while(|label| text(label)?.parse::<u8>().ok());
+            let (d, c, b, a) = (octets.next()?, octets.next()?, octets.next()?, octets.next()?);
+            IpAddr::from([a, b, c, d])
+        } else if self.0.ends_with(IP6_ARPA) {
+            let mut digits = self.labels().map_while(|label| u128::from_str_radix(text(label)?, 16).ok());
+            let number = (0..32).try_fold(0, |number, at| Some(number | (digits.next()? << (4 * at))))?;
+            IpAddr::from(Ipv6Addr::from(number))
+        } else {
+            return None;
         };
         (Self::reverse(address) == *self).then_some(address)
     }
@@ -144,6 +164,17 @@ impl Name {
     }
 }
 
+/// Appends a label with its length, ASCII letters lower-cased.
+fn put_label(wire: &mut Vec<u8>, label: &[u8]) -> Result<(), InvalidName> {
+    let length = u8::try_from(label.len()).unwrap_or(u8::MAX);
+    if label.is_empty() || usize::from(length) > MAX_LABEL_OCTETS {
+        return Err(InvalidName::Label(String::from_utf8_lossy(label).into_owned()));
+    }
+    wire.push(length);
+    wire.extend(label.iter().map(u8::to_ascii_lowercase));
+    Ok(())
+}
+
 /// The wire name itself, then its parent, and so on to the root.
 pub(crate) fn suffixes(wire: &[u8]) -> impl Iterator<Item = &[u8]> {
     std::iter::successors(Some(wire), |name| parent(name))
@@ -161,10 +192,35 @@ pub(crate) fn first_label(wire: &[u8]) -> Option<&[u8]> {
     if length == 0 { None } else { rest.get(..usize::from(length)) }
 }
 
+/// Octets at the end that are the same in both.
+pub(crate) fn shared_end(one: &[u8], other: &[u8]) -> usize {
+    const AT_ONCE: usize = 8;
+    let chunks = one.rchunks_exact(AT_ONCE).zip(other.rchunks_exact(AT_ONCE));
+    let whole = AT_ONCE * chunks.take_while(|(a, b)| a == b).count();
+    let (one, other) = (&one[..one.len() - whole], &other[..other.len() - whole]);
+    whole + one.iter().rev().zip(other.iter().rev()).take_while(|(a, b)| a == b).count()
+}
+
 impl Ord for Name {
+    /// Finds the longest end that both have in common, label by label from the front, and compares the labels before it.
     fn cmp(&self, other: &Self) -> Ordering {
-        let (ours, theirs) = (LabelStarts::of(&self.0), LabelStarts::of(&other.0));
-        ours.backwards(&self.0).cmp(theirs.backwards(&other.0))
+        let (ours, theirs) = (&*self.0, &*other.0);
+        let shared = shared_end(ours, theirs);
+        let (mut at, mut other_at) = (0, 0);
+        let (mut label, mut other_label) = (None, None);
+        loop {
+            let (left, other_left) = (ours.len() - at, theirs.len() - other_at);
+            if left == other_left && left <= shared {
+                return label.cmp(&other_label);
+            }
+            if left >= other_left {
+                label = first_label(&ours[at..]);
+                at += 1 + label.map_or(0, <[u8]>::len);
+            } else {
+                other_label = first_label(&theirs[other_at..]);
+                other_at += 1 + other_label.map_or(0, <[u8]>::len);
+            }
+        }
     }
 }
 
@@ -264,8 +320,42 @@ mod tests {
     }
 
     #[test]
+    fn order_and_equality_are_those_of_the_labels_whatever_octets_they_hold() {
+        let labels: [&[u8]; 6] = [b"a", b"b", b"ab", b"\x01a", b"a\x01b", b"\0"];
+        let mut names = vec![Name::root()];
+        for depth in 0..3 {
+            let longer = names.iter().filter(|name| name.labels().count() == depth);
+            let longer = longer.flat_map(|name| {
+                let with = |label| Name::from_labels(std::iter::once(label).chain(name.labels())).unwrap();
+                labels.map(with)
+            });
+            names.extend(longer.collect::<Vec<_>>());
+        }
+        let from_the_root = |name: &Name| {
+            let labels: Vec<Vec<u8>> = name.labels().map(<[u8]>::to_vec).collect();
+            labels.into_iter().rev().collect::<Vec<_>>()
+        };
+        for (one, other) in names.iter().flat_map(|one| names.iter().map(move |other| (one, other))) {
+            assert_eq!(one.cmp(other), from_the_root(one).cmp(&from_the_root(other)), "{one} {other}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_lower_case_wire_name_is_none() {
+        assert_eq!(Name::from_wire(name("a.b").wire()), Some(name("a.b")));
+        let long = [&[63; 64][..], &[63; 64], &[63; 64], &[63; 64], &[0]].concat();
+        for wire in [&b""[..], b"\x01", b"\x01a", b"\x01a\0\0", b"\x01A\0", b"\x40a\0", &long] {
+            assert_eq!(Name::from_wire(wire), None, "{wire:?}");
+        }
+        assert!(name("a").child("B").is_ok_and(|child| child == name("b.a")));
+        assert_eq!(name(&"abcdefg.".repeat(31)).child("abcdefg"), Err(InvalidName::TooLong));
+        assert_eq!(name("a").child(""), Err(InvalidName::Label(String::new())));
+    }
+
+    #[test]
     fn addresses_have_reverse_names_in_both_families() {
         assert_eq!(Name::reverse("10.43.0.10".parse().unwrap()).to_string(), "10.0.43.10.in-addr.arpa.");
+        assert_eq!(Name::reverse("9.99.100.255".parse().unwrap()).to_string(), "255.100.99.9.in-addr.arpa.");
         assert_eq!(
             Name::reverse("fd00:43::a".parse().unwrap()).to_string(),
             "a.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.3.4.0.0.0.0.d.f.ip6.arpa."

@@ -200,6 +200,9 @@ impl Store {
     }
 
     fn remove_names(&self, change: &Change<'_>) -> usize {
+        if change.before.is_none() {
+            return 0;
+        }
         let staying: BTreeSet<Name> = names(change.after).map(|(name, _)| name).collect();
         let gone = names(change.before).filter(|(name, _)| !staying.contains(name));
         let count = gone.map(|(name, _)| self.write_lock().unset(name.wire(), change.key)).count();

@@ -6,6 +6,7 @@ mod common;
 #[path = "common/place.rs"]
 mod place;
 
+use std::collections::BTreeSet;
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ use common::*;
 use hickory_proto::op::{Message, Query, ResponseCode};
 use hickory_proto::rr::rdata::{A, PTR};
 use hickory_proto::rr::{RData, Record, RecordType};
+use nix::sys::socket::{setsockopt, sockopt};
 use place::*;
 use weft_model::objects::{Protocol, ServiceKind};
 use weft_model::{Health, Snapshot};
@@ -261,7 +263,7 @@ fn names_are_spelled_at_random_and_the_client_gets_its_own_spelling() {
         place.serve(&zoo());
         let spelled =
             |upstream: &Upstream| upstream.last.lock().unwrap().as_ref().unwrap().queries[0].name.to_ascii();
-        let mut spellings = std::collections::BTreeSet::new();
+        let mut spellings = BTreeSet::new();
         for number in 0..8 {
             dig(&format!("n{number}.some-long-name-of-many-letters.example.com"));
             spellings.insert(spelled(&upstream)[2..].to_owned());
@@ -514,6 +516,31 @@ fn what_is_asked_between_two_agents_waits_in_the_kept_sockets() {
 }
 
 #[test]
+fn a_thousand_questions_of_one_client_wait_for_the_names_of_the_next_agent() {
+    in_namespace(|place| {
+        place.route_cluster_dns();
+        let kept = UdpSocket::bind("10.43.0.10:53").unwrap();
+        place.handover.udp = vec![kept.try_clone().unwrap()];
+        place.start();
+        let client = UdpSocket::bind("0.0.0.0:0").unwrap();
+        setsockopt(&client, sockopt::RcvBufForce, &(4 << 20)).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        for id in 0..1000_u16 {
+            client.send_to(&query(id, "web"), "10.43.0.10:53").unwrap();
+        }
+        place.apply(&zoo());
+        let mut ids = BTreeSet::new();
+        let mut buffer = [0; 512];
+        while ids.len() < 1000 {
+            let length = client.recv(&mut buffer).unwrap();
+            let answer = Message::from_vec(&buffer[..length]).unwrap();
+            assert_eq!(answer.answers[0].data, RData::A(A::new(10, 43, 0, 80)));
+            ids.insert(answer.metadata.id);
+        }
+    });
+}
+
+#[test]
 fn the_service_manager_is_given_every_socket_under_a_name() {
     in_namespace(|place| {
         let folder = tempfile::tempdir().unwrap();
@@ -589,6 +616,15 @@ fn garbage_on_the_sockets_does_not_end_them() {
     });
 }
 
+/// For the A record of a Service in the Namespace `default`.
+fn query(id: u16, service: &str) -> Vec<u8> {
+    let mut query = Message::query();
+    query.metadata.id = id;
+    let name = format!("{service}.default.svc.cluster.local.").parse().unwrap();
+    query.add_query(Query::query(name, RecordType::A));
+    query.to_vec().unwrap()
+}
+
 #[test]
 fn a_burst_is_answered_whole_from_the_address_that_was_asked() {
     in_namespace(|place| {
@@ -598,15 +634,11 @@ fn a_burst_is_answered_whole_from_the_address_that_was_asked() {
             let socket = UdpSocket::bind(any).unwrap();
             socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
             for id in 0..200_u16 {
-                let mut query = Message::query();
-                query.metadata.id = id;
                 // Every fourth takes the long way: an alias that is followed.
                 let name = if id % 4 == 0 { "alias" } else { "web" };
-                let name = format!("{name}.default.svc.cluster.local.").parse().unwrap();
-                query.add_query(Query::query(name, RecordType::A));
-                socket.send_to(&query.to_vec().unwrap(), server).unwrap();
+                socket.send_to(&query(id, name), server).unwrap();
             }
-            let mut ids = std::collections::BTreeSet::new();
+            let mut ids = BTreeSet::new();
             let mut buffer = [0; 512];
             while ids.len() < 200 {
                 let (length, from) = socket.recv_from(&mut buffer).unwrap();

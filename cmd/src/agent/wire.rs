@@ -59,13 +59,14 @@ const POLICY_OFF: &str = "off (--network-policy off): every NetworkPolicy is ign
 
 /// Starts every part of the node in `tasks`.
 pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Result<Option<Saver>> {
+    let path = config.state_dir.join("store");
+    let reading = tokio::task::spawn_blocking(move || open_with_last_good(&path));
     let access = Arc::new(Access::open(config.api_server.clone()).await?);
-    let durable = open_durable(&config.state_dir.join("store"));
     let leases = Arc::new(open_store(&config.run_dir.join("store"))?);
     let (facts_rx, follow_facts) = facts::watch(config.node.clone(), config.cluster.ranges()).await?;
     tasks.start("facts", follow_facts);
 
-    let initial = durable.as_deref().and_then(last_good);
+    let (durable, initial) = reading.await.context("read the last good snapshot")?;
     let (attachments_tx, attachments) = watch::channel(cni::attachments(&leases.leases()?));
     let (introduced_tx, introduced) = watch::channel(Introduced::default());
     let here = Here { facts: facts_rx.clone(), attachments: attachments.clone(), introduced };
@@ -77,12 +78,13 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let dns = start_dns(config, leases.clone());
     let overlay = overlay_applier(config, tasks)?;
     let mut loops = Loops { tasks, snapshots: snapshots.clone(), handles: Vec::new() };
+    // The first: pods' questions wait in its sockets.
+    loops.start("dns", dns.planner, dns.applier, Pace::default());
     // The tunnel is a process of its own and may come late: pods wait for this loop, so it is not tried rarely.
     let impatient = Pace { max_backoff: Duration::from_secs(1), ..Pace::default() };
     let overlay =
         loops.start("overlay", OverlayPlanner { open_firewalls: config.open_firewalls }, overlay, impatient);
     let (proxy_health, proxy_metrics) = start_proxy(&mut loops);
-    loops.start("dns", dns.planner, dns.applier, Pace::default());
     let (answers_for_tx, answers_for) = watch::channel(None);
     let rotation = publish(&mut loops, config, &access, answers_for)?;
     let (policy, judge) = start_policy(&mut loops, config.network_policy, impatient)?.unzip();
@@ -170,6 +172,13 @@ async fn nudge_when_changed<T>(mut value: watch::Receiver<T>, of: LoopHandle) ->
 fn start_saver(tasks: &mut TaskGroup, saver: Saver) -> Saver {
     tasks.start("saver", saver.clone().run());
     saver
+}
+
+/// Beside the rest of the start: names are answered once this is read, and of a large cluster it is much.
+fn open_with_last_good(path: &Path) -> (Option<Arc<Store>>, Option<Snapshot>) {
+    let durable = open_durable(path);
+    let initial = durable.as_deref().and_then(last_good);
+    (durable, initial)
 }
 
 /// Without it the node works, until it reboots while the API server is away.

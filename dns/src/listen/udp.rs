@@ -6,7 +6,8 @@
 //! ```
 //!
 //! A blocking thread, because a runtime's other work would delay it. The tasks are bounded, in all and for each client:
-//! beyond that a datagram is dropped, never waited for. So is that of a client that asks too often.
+//! beyond that a datagram is dropped, never waited for. So is that of a client that asks too often. What was asked while no agent
+//! ran would be too much for these bounds: it stays in the socket until the names are there.
 
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
@@ -32,12 +33,26 @@ use crate::store::Reading;
 
 /// How often a thread without datagrams looks whether it is to end.
 const LOOK: Duration = Duration::from_millis(100);
+/// How long a kept socket is left alone for names to come. Not longer: where there is no last good Snapshot, names outside the
+/// cluster would wait for nothing.
+const LEFT_ALONE: Duration = Duration::from_secs(1);
+/// How often it is asked whether they came.
+const NAMES_LOOK: Duration = Duration::from_millis(1);
 /// Pause after a failed receive, so that a broken socket costs no whole core.
 const RECEIVE_PAUSE: Duration = Duration::from_millis(10);
 /// Questions of one socket that wait for an answer that is not at hand.
 const MAX_WAITING: usize = 2048;
 /// Of one client.
 const MAX_WAITING_PER_CLIENT: usize = 256;
+
+/// What a socket sees first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum First {
+    /// It is new: nothing waits in it.
+    Questions,
+    /// It was kept from the agent before, which also left names.
+    Names,
+}
 
 /// A socket that is answered until this is dropped.
 pub(super) struct Server {
@@ -47,7 +62,7 @@ pub(super) struct Server {
 
 impl Server {
     /// Needs a tokio runtime, for what takes longer.
-    pub(super) fn start(socket: UdpSocket, resolver: Arc<Resolver>) -> io::Result<Self> {
+    pub(super) fn start(socket: UdpSocket, resolver: Arc<Resolver>, first: First) -> io::Result<Self> {
         socket.set_nonblocking(false)?;
         socket.set_read_timeout(Some(LOOK))?;
         let stop = Arc::<AtomicBool>::default();
@@ -61,6 +76,9 @@ impl Server {
         let told = stop.clone();
         let thread = std::thread::Builder::new().name("dns-udp".to_owned()).spawn(move || {
             let mut batch = Batch::default();
+            if first == First::Names {
+                serving.await_names(&told);
+            }
             while !told.load(Ordering::Relaxed) {
                 serving.turn(&mut batch);
             }
@@ -89,6 +107,14 @@ struct Serving {
 }
 
 impl Serving {
+    fn await_names(&self, stop: &AtomicBool) {
+        let since = Instant::now();
+        let store = self.resolver.store();
+        while !store.is_ready() && !stop.load(Ordering::Relaxed) && since.elapsed() < LEFT_ALONE {
+            std::thread::sleep(NAMES_LOOK);
+        }
+    }
+
     /// Waits for one batch and answers it.
     fn turn(&mut self, batch: &mut Batch) {
         match batch.receive(&self.socket) {

@@ -14,7 +14,7 @@ use std::fmt;
 use std::net::IpAddr;
 
 use super::Data;
-use crate::name::Name;
+use crate::name::{Name, shared_end};
 use crate::octets::{Octets, put_counted, put_data, put_number};
 
 /// In place of the octets shared: the reverse name of an IPv4 address follows, more than a name can share.
@@ -37,13 +37,23 @@ pub struct Group {
 impl Group {
     /// Names with and without records.
     pub fn new(names: &BTreeMap<Name, BTreeSet<Data>>) -> Self {
-        if names.is_empty() {
+        let with_records = |(name, records): (&Name, &BTreeSet<Data>)| {
+            let data = std::iter::once(None).chain(records.iter().cloned().map(Some));
+            data.map(|data| (name.clone(), data)).collect::<Vec<_>>()
+        };
+        Self::of_sorted(&names.iter().flat_map(with_records).collect::<Vec<_>>())
+    }
+
+    /// Names in canonical order with their records in order; `None` is no record.
+    fn of_sorted(records: &[(Name, Option<Data>)]) -> Self {
+        if records.is_empty() {
             return Self::default();
         }
-        let mut all: Vec<&Name> = names.keys().collect();
+        let owners = || records.chunk_by(|(one, _), (other, _)| one == other);
+        let mut all: Vec<&Name> = owners().map(|records| &records[0].0).collect();
         // Only looked up in, never iterated.
         let mut places: HashMap<&Name, usize> = all.iter().copied().zip(0..).collect();
-        for target in names.values().flatten().filter_map(Data::name) {
+        for target in records.iter().filter_map(|(_, data)| data.as_ref()?.name()) {
             places.entry(target).or_insert_with(|| {
                 all.push(target);
                 all.len() - 1
@@ -56,9 +66,10 @@ impl Group {
             put_name(&mut octets, before, name);
             before = name.wire();
         }
-        for records in names.values() {
-            put_number(&mut octets, records.len());
-            for data in records {
+        for records in owners() {
+            let data = || records.iter().filter_map(|(_, data)| data.as_ref());
+            put_number(&mut octets, data().count());
+            for data in data() {
                 put_data(&mut octets, data, |octets, name| put_number(octets, places[name]));
             }
         }
@@ -94,7 +105,7 @@ impl Group {
 /// The shorter of the two forms.
 fn put_name(octets: &mut Vec<u8>, before: &[u8], name: &Name) {
     let wire = name.wire();
-    let shared = wire.iter().rev().zip(before.iter().rev()).take_while(|(new, old)| new == old).count();
+    let shared = shared_end(wire, before);
     let new = &wire[..wire.len() - shared];
     let address = if new.len() > 4 { name.address() } else { None };
     match address {
@@ -127,11 +138,10 @@ fn take_name(octets: &mut Octets<'_>, before: &[u8]) -> Option<Name> {
 
 impl FromIterator<(Name, Data)> for Group {
     fn from_iter<I: IntoIterator<Item = (Name, Data)>>(records: I) -> Self {
-        let mut names: BTreeMap<Name, BTreeSet<Data>> = BTreeMap::new();
-        for (name, data) in records {
-            names.entry(name).or_default().insert(data);
-        }
-        Self::new(&names)
+        let mut records: Vec<_> = records.into_iter().map(|(name, data)| (name, Some(data))).collect();
+        records.sort_unstable();
+        records.dedup();
+        Self::of_sorted(&records)
     }
 }
 

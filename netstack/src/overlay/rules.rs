@@ -1,11 +1,14 @@
 //! The nft table `weft-host`: strictness, masquerade towards the outside, DNS without conntrack. Pure.
 //!
 //! ```text
-//!  raw-prerouting (-300)  from the underlay with a pod's source: drop;  cluster DNS: notrack
+//!  raw-prerouting (-300)  from the underlay --> from-underlay: with a pod's source: drop;  cluster DNS: notrack
 //!  raw-output     (-300)  cluster DNS: notrack; that its port is closed: drop
 //!  masquerade       (95)  own pod -> outside: masquerade
-//!  underlay-out    (300)  to the underlay with a pod's source or destination: drop
+//!  underlay-out    (300)  to the underlay --> to-underlay: with a pod's source or destination: drop
 //! ```
+//!
+//! Every packet of the node passes here, so each is asked once over which link it goes, and answers of cluster DNS, which are
+//! what the node sends most of by itself, leave at the first rule.
 //!
 //! And what the firewalls of other programs must let through, since an accept here cannot override their drop.
 //!
@@ -29,6 +32,8 @@ use weft_model::ruleset::{
 use super::quarantine::Accepted;
 
 const DNS_PORT: u16 = 53;
+const FROM_UNDERLAY: &str = "from-underlay";
+const TO_UNDERLAY: &str = "to-underlay";
 
 /// Names of sets and fields of one family.
 struct Family {
@@ -75,11 +80,13 @@ pub(super) fn table(config: &ClusterConfig, nodes: &[Accepted<'_>], own_pod_cidr
         table.sets.insert(family.cluster.to_owned(), cluster_set(family, config));
         table.sets.insert(family.nodes.to_owned(), node_set(family, nodes));
     }
-    let mut raw_prerouting: Vec<Rule> = [&V4, &V6].map(from_underlay).into();
-    raw_prerouting.extend(dns_rules(config));
-    let mut raw_output = dns_rules(config);
+    let mut raw_prerouting = vec![over_underlay(Field::InputLink, FROM_UNDERLAY)];
+    raw_prerouting.extend(dns_rules(config, [Towards::Server, Towards::Client]));
+    let mut raw_output = dns_rules(config, [Towards::Client, Towards::Server]);
     raw_output.extend(config.cluster_dns.iter().map(|address| dns_silence(*address)));
-    let underlay_out = [&V4, &V6].iter().flat_map(|family| to_underlay(family)).collect();
+    let underlay_out = vec![over_underlay(Field::OutputLink, TO_UNDERLAY)];
+    let from_underlay = [&V4, &V6].map(from_underlay).into();
+    let to_underlay = [&V4, &V6].iter().flat_map(|family| to_underlay(family)).collect();
     let masquerade = own_pod_cidrs.iter().map(masquerade).collect();
     let chains = [
         ("raw-prerouting", ChainKind::Filter, Hook::Prerouting, PRIORITY_RAW, raw_prerouting),
@@ -90,6 +97,9 @@ pub(super) fn table(config: &ClusterConfig, nodes: &[Accepted<'_>], own_pod_cidr
     for (name, kind, hook, priority, rules) in chains {
         let chain = Chain { base: Some(Base { kind, hook, priority }), rules };
         table.chains.insert(name.to_owned(), chain);
+    }
+    for (name, rules) in [(FROM_UNDERLAY, from_underlay), (TO_UNDERLAY, to_underlay)] {
+        table.chains.insert(name.to_owned(), Chain { base: None, rules });
     }
     table
 }
@@ -154,19 +164,23 @@ fn in_cluster(family: &Family, key: Field) -> Statement {
     Statement::Lookup { key: vec![key], negated: false, set: family.cluster.to_owned() }
 }
 
+fn over_underlay(field: Field, chain: &str) -> Rule {
+    let mut statements = not_ours(field).to_vec();
+    statements.push(Statement::Verdict(Verdict::Jump(chain.to_owned())));
+    Rule::new(statements)
+}
+
+fn dropped_if_in_cluster(family: &Family, key: Field) -> Rule {
+    Rule::new(vec![in_cluster(family, key), Statement::Counter, Statement::Verdict(Verdict::Drop)])
+}
+
 fn from_underlay(family: &Family) -> Rule {
-    let mut statements = not_ours(Field::InputLink).to_vec();
-    statements.push(in_cluster(family, family.source));
-    statements.extend([Statement::Counter, Statement::Verdict(Verdict::Drop)]);
-    Rule::new(statements).comment("a pod's source in clear on the underlay is forged")
+    dropped_if_in_cluster(family, family.source).comment("a pod's source in clear on the underlay is forged")
 }
 
 fn to_underlay(family: &Family) -> [Rule; 2] {
     [(family.source, "source"), (family.destination, "destination")].map(|(field, name)| {
-        let mut statements = not_ours(Field::OutputLink).to_vec();
-        statements.push(in_cluster(family, field));
-        statements.extend([Statement::Counter, Statement::Verdict(Verdict::Drop)]);
-        Rule::new(statements).comment(format!("strict: no pod {name} on the underlay"))
+        dropped_if_in_cluster(family, field).comment(format!("strict: no pod {name} on the underlay"))
     })
 }
 
@@ -188,20 +202,30 @@ fn masquerade(pod_cidr: &IpNet) -> Rule {
     Rule::new(statements).comment("pod to outside")
 }
 
-/// Queries to the cluster DNS addresses and their answers, in either hook.
-fn dns_rules(config: &ClusterConfig) -> Vec<Rule> {
+/// Whom a packet of cluster DNS goes to.
+#[derive(Clone, Copy)]
+enum Towards {
+    Server,
+    Client,
+}
+
+/// Questions to the cluster DNS addresses and their answers; nothing further is asked of them in this chain.
+fn dns_rules(config: &ClusterConfig, order: [Towards; 2]) -> Vec<Rule> {
     let mut rules = Vec::new();
-    for address in &config.cluster_dns {
-        let family = family_of(*address);
-        for (field, port) in
-            [(family.destination, Field::DestinationPort), (family.source, Field::SourcePort)]
-        {
+    for towards in order {
+        for address in &config.cluster_dns {
+            let family = family_of(*address);
+            let (field, port) = match towards {
+                Towards::Server => (family.destination, Field::DestinationPort),
+                Towards::Client => (family.source, Field::SourcePort),
+            };
             for protocol in [Protocol::Udp, Protocol::Tcp] {
                 rules.push(Rule::new(vec![
                     Statement::equals(field, Datum::Ip(*address)),
                     Statement::equals(Field::L4Protocol, Datum::Protocol(protocol)),
                     Statement::equals(port, Datum::Port(DNS_PORT)),
                     Statement::Notrack,
+                    Statement::Verdict(Verdict::Accept),
                 ]));
             }
         }

@@ -376,7 +376,7 @@ fn pods_leave_the_cluster_with_the_address_of_their_node() {
         let prefix = if address.is_ipv6() { 128 } else { 32 };
         outside.must(&["ip", "address", "add", &format!("{forged}/{prefix}"), "dev", "lo"]);
     }
-    let counters = || host.netns.must(&["nft", "list", "chain", "inet", TABLE_HOST, "raw-prerouting"]);
+    let counters = || host.netns.must(&["nft", "list", "chain", "inet", TABLE_HOST, "from-underlay"]);
     let before = counters();
     assert!(!outside.exec(&["ping", "-c", "1", "-W", "0.3", "-I", "10.42.7.7", "192.0.2.1"]).0);
     assert_ne!(counters(), before, "the forged packet was counted");

@@ -270,11 +270,13 @@ fn the_host_is_strict_before_its_own_node_and_any_peer_are_known() {
     );
     let last = &plan.table.chains["underlay-out"];
     assert_eq!(last.base.map(|base| (base.hook, base.priority)), Some((Hook::Postrouting, PRIORITY_LAST)));
-    assert_eq!(last.rules.len(), 4, "source and destination, both families");
-    assert!(
-        last.rules.iter().all(|rule| rule.statements.last() == Some(&Statement::Verdict(Verdict::Drop))),
-        "{last:?}"
-    );
+    let ends = |chain: &str| {
+        let rules = plan.table.chains[chain].rules.iter();
+        rules.map(|rule| rule.statements.last().cloned().unwrap()).collect::<Vec<_>>()
+    };
+    assert_eq!(ends("underlay-out"), [Statement::Verdict(Verdict::Jump("to-underlay".to_owned()))]);
+    // Source and destination, both families.
+    assert_eq!(ends("to-underlay"), vec![Statement::Verdict(Verdict::Drop); 4]);
     assert!(plan.table.chains["masquerade"].rules.is_empty());
 }
 

@@ -28,7 +28,7 @@ use nix::sys::socket::{
 use nix::unistd::Pid;
 
 use super::proxy::{SERVICES, make_services};
-use super::rig::{Rig, cpu_seconds, resident_mib, until, until_within};
+use super::rig::{Rig, cpu_seconds_by_mode, resident_mib, until, until_within};
 use super::row::{Better, Row, median, percentile};
 
 const ROUNDS: usize = 3;
@@ -107,7 +107,7 @@ fn grown(rig: &Rig, ours: u32, theirs: u32) -> anyhow::Result<Row> {
     Ok(Row::bounded(name, "MiB", weft, ("CoreDNS", peer), Better::Lower, None))
 }
 
-/// The longest that a question waited, and how many waited for more than a resolver does.
+/// The longest that a question waited that was answered in time, and how many were not.
 fn killed(rig: &mut Rig, flags: &[&str]) -> anyhow::Result<Vec<Row>> {
     let mut took = Vec::new();
     for _ in 0..ROUNDS {
@@ -119,15 +119,16 @@ fn killed(rig: &mut Rig, flags: &[&str]) -> anyhow::Result<Vec<Row>> {
         took.extend(client.join().map_err(|_| anyhow::anyhow!("the client panicked"))??);
     }
     let patience_micros = PATIENCE.as_secs_f64() * 1e6;
-    let unanswered = took.iter().filter(|micros| **micros >= patience_micros).count();
-    let longest = took.into_iter().fold(0.0, f64::max) / 1000.0;
+    let (answered, unanswered): (Vec<f64>, Vec<f64>) =
+        took.into_iter().partition(|micros| *micros < patience_micros);
+    let longest = answered.into_iter().fold(0.0, f64::max) / 1000.0;
     let of = "kill -9 under load, restarted by a service manager that keeps the sockets";
     Ok(vec![
         Row::alone(&format!("{of}: longest wait for an answer"), "ms", longest, Better::Lower, 500.0),
         Row::alone(
             &format!("{of}: no answer within 1 s"),
             "questions",
-            unanswered as f64,
+            unanswered.len() as f64,
             Better::Lower,
             0.0,
         ),
@@ -164,6 +165,10 @@ fn all(ours: u32, theirs: u32, folder: &Path) -> anyhow::Result<Vec<Row>> {
         };
         beside("answers on one core", "1/s", |round| round.per_second, Better::Higher, target);
         beside("CPU per answer", "us", |round| round.cpu_micros, Better::Lower, 1.0 / target);
+        let (weft, peer) =
+            (of(&of_ours, |round| round.kernel_micros), of(&of_theirs, |round| round.kernel_micros));
+        let name = format!("{what}, CPU per answer in the kernel");
+        rows.push(Row::bounded(&name, "us", weft, ("CoreDNS", peer), Better::Lower, None));
     }
     rows.push(beside_dnsperf(folder)?);
     let (mut of_ours, mut of_theirs) = (Vec::new(), Vec::new());
@@ -212,13 +217,15 @@ fn dnsperf(server: &str, questions: &Path) -> anyhow::Result<f64> {
 /// Answers that a client with a number got from a server in a round with a number.
 type Client = fn(&str, usize, usize) -> u64;
 
+/// Of an answer: microseconds of CPU, and how many of them in the kernel.
 struct Round {
     per_second: f64,
     cpu_micros: f64,
+    kernel_micros: f64,
 }
 
 fn round(server: &'static str, pid: u32, client: Client, number: usize) -> anyhow::Result<Round> {
-    let cpu_before = cpu_seconds(pid);
+    let before = cpu_seconds_by_mode(pid);
     let started_at = Instant::now();
     let clients: Vec<_> = (0..CLIENTS)
         .map(|n| {
@@ -233,9 +240,13 @@ fn round(server: &'static str, pid: u32, client: Client, number: usize) -> anyho
         answers += client.join().map_err(|_| anyhow::anyhow!("a client panicked"))?;
     }
     ensure!(answers > 0, "{server} answered nothing");
-    let cpu = cpu_seconds(pid) - cpu_before;
+    let [user, kernel] = cpu_seconds_by_mode(pid);
     let answers = answers as f64;
-    Ok(Round { per_second: answers / started_at.elapsed().as_secs_f64(), cpu_micros: cpu * 1e6 / answers })
+    Ok(Round {
+        per_second: answers / started_at.elapsed().as_secs_f64(),
+        cpu_micros: (user + kernel - before[0] - before[1]) * 1e6 / answers,
+        kernel_micros: (kernel - before[1]) * 1e6 / answers,
+    })
 }
 
 fn to_client_core() {
@@ -306,10 +317,15 @@ fn miss_client(server: &str, n: usize, round: usize) -> u64 {
 /// What a question counts as that got no answer.
 const LOST: Duration = Duration::from_millis(200);
 
+/// Room for a second's answers.
+const CLIENT_BUFFER_BYTES: usize = 4 << 20;
+
 /// Microseconds that each of three seconds' questions took, at `per_second`; one that got no answer in time counts as `lost`.
 fn latencies(server: &str, per_second: f64, lost: Duration) -> anyhow::Result<Vec<f64>> {
     to_client_core();
     let (socket, questions) = (socket(server), questions());
+    // What waited for the next agent is answered all at once.
+    setsockopt(&socket, sockopt::RcvBufForce, &CLIENT_BUFFER_BYTES)?;
     let pause = Duration::from_secs_f64(1.0 / per_second);
     socket.set_nonblocking(true)?;
     let started_at = Instant::now();

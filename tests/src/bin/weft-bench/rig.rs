@@ -193,12 +193,18 @@ pub(crate) fn ip(args: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// utime + stime of a process in seconds (proc_pid_stat(5), fields 14 and 15, in clock ticks of 10 ms).
+/// Time of a process on the CPU in seconds.
 pub(crate) fn cpu_seconds(pid: u32) -> f64 {
+    let [user, kernel] = cpu_seconds_by_mode(pid);
+    user + kernel
+}
+
+/// utime and stime of a process in seconds (proc_pid_stat(5), fields 14 and 15, in clock ticks of 10 ms).
+pub(crate) fn cpu_seconds_by_mode(pid: u32) -> [f64; 2] {
     let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid)).unwrap_or_default();
     let after_name = stat.rsplit(')').next().unwrap_or_default();
-    let fields = after_name.split_whitespace().skip(11).take(2);
-    fields.filter_map(|field| field.parse::<f64>().ok()).sum::<f64>() / 100.0
+    let mut fields = after_name.split_whitespace().skip(11);
+    [0; 2].map(|_| fields.next().and_then(|field| field.parse::<f64>().ok()).unwrap_or_default() / 100.0)
 }
 
 /// Polls every millisecond, for ten seconds at most.
