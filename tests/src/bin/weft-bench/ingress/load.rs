@@ -45,7 +45,11 @@ fn said(text: &str) -> Option<Said> {
     let codes = text.lines().find_map(|line| line.strip_prefix("status codes: "))?;
     let others = codes.split(", ").filter(|part| !part.ends_with(" 2xx"));
     let others: f64 = others.filter_map(|part| number(part.split(' ').next()?)).sum();
-    Some(Said { done: of("done")?, per_second, failed: of("failed")? + of("errored")? + of("timeout")? + others })
+    Some(Said {
+        done: of("done")?,
+        per_second,
+        failed: of("failed")? + of("errored")? + of("timeout")? + others,
+    })
 }
 
 fn request(host: &str, path: &str) -> Vec<u8> {

@@ -112,7 +112,11 @@ impl Proxy {
         };
         let log = ground.folder.join(format!("{}.log", kind.name()));
         let started_at = Instant::now();
-        let child = command.stdout(Stdio::null()).stderr(std::fs::File::create(&log)?).spawn().context(kind.name())?;
+        let child = command
+            .stdout(Stdio::null())
+            .stderr(std::fs::File::create(&log)?)
+            .spawn()
+            .context(kind.name())?;
         let mut proxy = Self { kind, child, ready_after: Duration::ZERO };
         let (host, path) = shape.last();
         let all = [(host.as_str(), path.as_str()), (SIX, "/p0")];
@@ -138,7 +142,8 @@ impl Proxy {
     /// The process and those that it started.
     fn processes(&self) -> Vec<u32> {
         let own = self.child.id();
-        let children = std::fs::read_to_string(format!("/proc/{own}/task/{own}/children")).unwrap_or_default();
+        let children =
+            std::fs::read_to_string(format!("/proc/{own}/task/{own}/children")).unwrap_or_default();
         children.split_whitespace().filter_map(|pid| pid.parse().ok()).chain([own]).collect()
     }
 

@@ -18,7 +18,6 @@ use super::table::{BACKEND, PROXY, SIX, Shape, host};
 const ROUNDS: usize = 5;
 const SECONDS: &str = "2";
 const IDLE_CONNECTIONS: usize = 5_000;
-/// Files of 1 and 10,000 routes, and the one host of the last.
 const FEW: Shape = Shape { hosts: 1, paths: 1 };
 const MANY: [(&str, Shape); 3] = [
     ("1,000 routes", Shape { hosts: 20, paths: 50 }),
@@ -40,7 +39,8 @@ pub(crate) fn measure(weft: &Path) -> anyhow::Result<Vec<Row>> {
     let folder = tempfile::tempdir()?;
     // The users of the proxies have to come through.
     std::fs::set_permissions(folder.path(), PermissionsExt::from_mode(0o755))?;
-    let ground = Ground { weft: weft.to_owned(), traefik: traefik_binary()?, folder: folder.path().to_owned() };
+    let ground =
+        Ground { weft: weft.to_owned(), traefik: traefik_binary()?, folder: folder.path().to_owned() };
     ground.make_certificate()?;
     let _backend = Backend::start(folder.path())?;
     let mut rows = few(&ground)?;
@@ -55,7 +55,7 @@ fn all(ground: &Ground, shape: Shape) -> anyhow::Result<Vec<Proxy>> {
 }
 
 /// A load and what is to be reached beside each peer.
-struct Kindly {
+struct Load {
     name: &'static str,
     /// 0 is IPv4.
     family: usize,
@@ -78,8 +78,8 @@ enum Count {
 
 const KEEP_ALIVE: &[&str] = &["--h1", "-c", "128", "-D", SECONDS];
 
-const LOADS: [Kindly; 6] = [
-    Kindly {
+const LOADS: [Load; 6] = [
+    Load {
         name: "HTTP/1.1 kept alive, IPv4",
         family: 0,
         tls: false,
@@ -88,7 +88,7 @@ const LOADS: [Kindly; 6] = [
         count: Count::PerSecond,
         targets: [Some(0.7), Some(0.95), Some(4.0)],
     },
-    Kindly {
+    Load {
         name: "HTTP/1.1 kept alive, IPv6",
         family: 1,
         tls: false,
@@ -97,7 +97,7 @@ const LOADS: [Kindly; 6] = [
         count: Count::PerSecond,
         targets: [Some(0.7), Some(0.95), Some(4.0)],
     },
-    Kindly {
+    Load {
         name: "HTTP/1.1 kept alive over TLS",
         family: 0,
         tls: true,
@@ -106,7 +106,7 @@ const LOADS: [Kindly; 6] = [
         count: Count::PerSecond,
         targets: [Some(1.0), None, Some(4.0)],
     },
-    Kindly {
+    Load {
         name: "TLS handshake and one request",
         family: 0,
         tls: true,
@@ -115,7 +115,7 @@ const LOADS: [Kindly; 6] = [
         count: Count::PerSecondOfCpu,
         targets: [Some(1.6), Some(1.6), None],
     },
-    Kindly {
+    Load {
         name: "HTTP/2 over TLS, 4 connections of 100 streams",
         family: 0,
         tls: true,
@@ -124,7 +124,7 @@ const LOADS: [Kindly; 6] = [
         count: Count::PerSecond,
         targets: [Some(0.9), None, Some(4.5)],
     },
-    Kindly {
+    Load {
         name: "1 MiB bodies",
         family: 0,
         tls: false,
@@ -210,7 +210,8 @@ fn few(ground: &Ground) -> anyhow::Result<Vec<Row>> {
         let micros: Vec<_> = measured.iter().map(|one| (one.kind, one.cpu_micros)).collect();
         rows.extend(beside(&format!("{}: CPU each", load.name), ("us", Better::Lower), &micros, [None; 3]));
         if most_of_nginx.is_nan() {
-            most_of_nginx = figures.iter().find(|(kind, _)| *kind == Kind::Nginx).map_or(f64::NAN, |(_, most)| *most);
+            most_of_nginx =
+                figures.iter().find(|(kind, _)| *kind == Kind::Nginx).map_or(f64::NAN, |(_, most)| *most);
         }
     }
     rows.extend(paced(&proxies, most_of_nginx / 2.0)?);
@@ -245,7 +246,9 @@ fn paced(proxies: &[Proxy], per_second: f64) -> anyhow::Result<Vec<Row>> {
     let paced = [Kind::Weft, Kind::Nginx, Kind::Haproxy];
     let mut figures = vec![Vec::new(); proxies.len()];
     for _ in 0..ROUNDS {
-        for (proxy, figures) in proxies.iter().zip(&mut figures).filter(|(proxy, _)| paced.contains(&proxy.kind)) {
+        for (proxy, figures) in
+            proxies.iter().zip(&mut figures).filter(|(proxy, _)| paced.contains(&proxy.kind))
+        {
             let load = (per_second, PACED, PACED_CONNECTIONS);
             figures.push(latencies(proxy.address(0, false), &host(0), load)?);
         }
@@ -274,9 +277,15 @@ fn many(ground: &Ground, name: &str, shape: Shape) -> anyhow::Result<Vec<Row>> {
     let urls: Vec<String> = (0..50).map(|n| format!("http://{last}/p{}/x", shape.paths - 1 - n)).collect();
     let measured = rounds(&proxies, (0, false, Count::PerSecond), KEEP_ALIVE, &urls)?;
     let figures: Vec<_> = measured.iter().map(|one| (one.kind, one.figure)).collect();
-    let mut rows = beside(&format!("{name}: HTTP/1.1 kept alive"), ("1/s", Better::Higher), &figures, [None; 3]);
+    let mut rows =
+        beside(&format!("{name}: HTTP/1.1 kept alive"), ("1/s", Better::Higher), &figures, [None; 3]);
     let ready: Vec<_> = proxies.iter().map(|one| (one.kind, one.ready_after.as_secs_f64() * 1e3)).collect();
-    rows.extend(beside(&format!("{name}: from a start until served"), ("ms", Better::Lower), &ready, [None; 3]));
+    rows.extend(beside(
+        &format!("{name}: from a start until served"),
+        ("ms", Better::Lower),
+        &ready,
+        [None; 3],
+    ));
     let memory = proxies.iter().map(|one| Ok((one.kind, one.memory_kb()? / 1024.0)));
     let memory = memory.collect::<anyhow::Result<Vec<_>>>()?;
     rows.extend(beside(&format!("{name}: memory"), ("MiB", Better::Lower), &memory, [None; 3]));

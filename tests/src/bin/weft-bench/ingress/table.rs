@@ -93,10 +93,8 @@ pub(super) fn routes(shape: Shape, certificate: &Path, key: &Path) -> anyhow::Re
 /// An Ingress named like its host, without what the API adds.
 pub(super) fn ingress(host: &str, paths: &[String], service: &str) -> Value {
     let backend = json!({"service": {"name": service, "port": {"number": 80}}});
-    let paths: Vec<Value> = paths
-        .iter()
-        .map(|path| json!({"path": path, "pathType": "Prefix", "backend": backend}))
-        .collect();
+    let paths: Vec<Value> =
+        paths.iter().map(|path| json!({"path": path, "pathType": "Prefix", "backend": backend})).collect();
     let spec = json!({"ingressClassName": "weft", "rules": [{"host": host, "http": {"paths": paths}}]});
     json!({"metadata": {"name": host}, "spec": spec})
 }
