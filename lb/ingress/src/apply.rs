@@ -56,7 +56,7 @@ pub async fn withdraw(run_dir: &Path) -> Result<(), RoutesError> {
     if !path.exists() {
         return Ok(());
     }
-    let nothing = serde_json::to_vec(&RouteTable::default()).map_err(RoutesError::Encode)?;
+    let nothing = RouteTable::default().encode().map_err(RoutesError::Encode)?;
     match hand_over(run_dir, &nothing, Trust::Nothing, &mut Vec::new()).await {
         Err(RoutesError::Tell { .. }) => Ok(()),
         outcome => outcome,
@@ -81,7 +81,7 @@ impl Applier for RoutesApplier {
         let run_dir = self.run_dir.clone();
         let mut applied = Applied { details: details(plan), ..Applied::default() };
         // A table that is not whole would take certificates away that are only being read; the one before stays meanwhile.
-        let encoded = plan.waiting.is_empty().then(|| serde_json::to_vec(plan).map_err(RoutesError::Encode));
+        let encoded = plan.waiting.is_empty().then(|| plan.encode().map_err(RoutesError::Encode));
         async move {
             let Some(encoded) = encoded else { return applied };
             let outcome = match encoded {
@@ -192,7 +192,7 @@ mod tests {
         let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(&folder), mode(&path)), (0o750, 0o640));
         assert_eq!(path.metadata().unwrap().gid(), folder.metadata().unwrap().gid());
-        let read: RouteTable = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        let read = RouteTable::decode(&std::fs::read(&path).unwrap()).unwrap();
         assert_eq!(read, table);
         assert_eq!(applier.apply(&table, Trust::Shadow).await.changed, [""; 0], "nobody is told again");
     }
@@ -206,7 +206,7 @@ mod tests {
         let table = RouteTable { addresses: vec!["10.0.0.2".parse().unwrap()], ..RouteTable::default() };
         RoutesApplier::new(run_dir.path()).apply(&table, Trust::Nothing).await;
         withdraw(run_dir.path()).await.unwrap();
-        let read: RouteTable = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        let read = RouteTable::decode(&std::fs::read(&path).unwrap()).unwrap();
         assert_eq!(read, RouteTable::default());
     }
 

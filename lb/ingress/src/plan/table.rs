@@ -1,8 +1,8 @@
 //! The table of routes as a value: what every request becomes.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use serde::{Deserialize, Serialize};
 use weft_model::NamespacedName;
@@ -10,7 +10,7 @@ use weft_model::ingress::{Bytes, Front, Observe, Reference};
 
 use crate::annotations::{Canary, HttpRedirect, Settings};
 
-/// Everything that the ingress of one node does.
+/// Everything that the ingress of one node does. Written and read by [`RouteTable::encode`] and [`RouteTable::decode`] alone.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RouteTable {
     /// Where it listens.
@@ -28,6 +28,69 @@ pub struct RouteTable {
     pub observe: Observe,
     /// Asked for and not answered yet: the table is not whole.
     pub waiting: BTreeSet<Reference>,
+}
+
+/// The file's content: settings stand once in it, however many routes have the same.
+#[derive(Serialize)]
+struct Encoded<'a> {
+    table: &'a RouteTable,
+    settings: Vec<&'a Settings>,
+    /// For each route, host by host, the place of its settings.
+    settings_of_routes: Vec<usize>,
+}
+
+#[derive(Deserialize)]
+struct Decoded {
+    table: RouteTable,
+    settings: Vec<Arc<Settings>>,
+    settings_of_routes: Vec<usize>,
+}
+
+impl RouteTable {
+    /// # Errors
+    /// None that a table of the planner could give.
+    pub fn encode(&self) -> serde_json::Result<Vec<u8>> {
+        let (mut settings, mut settings_of_routes) = (Vec::new(), Vec::new());
+        let (mut by_address, mut by_text) = (HashMap::new(), HashMap::new());
+        for route in self.hosts.values().flat_map(|server| &server.routes) {
+            let address = Arc::as_ptr(&route.settings);
+            let place = match by_address.get(&address) {
+                Some(place) => *place,
+                None => {
+                    let text = serde_json::to_string(&*route.settings)?;
+                    let place = *by_text.entry(text).or_insert_with(|| {
+                        settings.push(&*route.settings);
+                        settings.len() - 1
+                    });
+                    by_address.insert(address, place);
+                    place
+                }
+            };
+            settings_of_routes.push(place);
+        }
+        serde_json::to_vec(&Encoded { table: self, settings, settings_of_routes })
+    }
+
+    /// # Errors
+    /// It is no file that [`RouteTable::encode`] of the same version wrote.
+    pub fn decode(text: &[u8]) -> serde_json::Result<Self> {
+        use serde::de::Error as _;
+        let Decoded { mut table, settings, settings_of_routes } = serde_json::from_slice(text)?;
+        let routes = table.hosts.values_mut().flat_map(|server| &mut server.routes);
+        let mut places = settings_of_routes.into_iter();
+        for route in routes {
+            let of_route = places.next().and_then(|place| settings.get(place)).cloned();
+            Arc::make_mut(route).settings =
+                of_route.ok_or_else(|| serde_json::Error::custom("a route without settings"))?;
+        }
+        Ok(table)
+    }
+}
+
+/// What a route has until its settings are found.
+fn unset() -> Arc<Settings> {
+    static UNSET: LazyLock<Arc<Settings>> = LazyLock::new(Arc::default);
+    UNSET.clone()
 }
 
 /// The host part of a rule. Order: exact names, wildcards, then every host.
@@ -102,7 +165,9 @@ pub struct Route {
     pub canary: Option<CanaryBranch>,
     /// Answers where the backend has no endpoint, and gives the pages of `custom-http-errors`.
     pub fallback: Option<BackendKey>,
+    #[serde(skip, default = "unset")]
     pub settings: Arc<Settings>,
+    #[serde(default, skip_serializing_if = "RouteMaterials::is_empty")]
     pub materials: RouteMaterials,
     /// HTTP is redirected to HTTPS.
     pub to_https: bool,
@@ -271,6 +336,12 @@ pub struct RouteMaterials {
     /// Certificate, key and authorities for backends, PEM.
     pub upstream_certificate: Option<Certificate>,
     pub upstream_authorities: Option<Bytes>,
+}
+
+impl RouteMaterials {
+    fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 impl std::fmt::Debug for RouteMaterials {

@@ -474,9 +474,29 @@ fn a_table_is_the_same_after_it_was_written_and_read() {
         secret("tls", &[("tls.crt", &chain), ("tls.key", &key)]),
         secret("users", &[("auth", "amy:x")]),
     ]);
-    let text = serde_json::to_vec(&planned.plan).unwrap();
-    assert_eq!(serde_json::from_slice::<RouteTable>(&text).unwrap(), planned.plan);
+    let text = planned.plan.encode().unwrap();
+    assert_eq!(RouteTable::decode(&text).unwrap(), planned.plan);
     assert!(planned.plan.hosts.len() == 3 && !planned.plan.certificates.is_empty());
+}
+
+#[test]
+fn settings_that_many_routes_have_are_written_and_held_once() {
+    let web = |host: &str, annotations: Value| {
+        let paths = ["/a", "/b", "/c"].map(|text| path("Prefix", text, "web"));
+        ingress_of(host, 1, annotations, rules(Some(host), &paths))
+    };
+    let other = json!({"proxy-read-timeout": "7"});
+    let planned =
+        plan(vec![web("a.example", json!({})), web("b.example", json!({})), web("c.example", other)]);
+    let text = planned.plan.encode().unwrap();
+    assert_eq!(String::from_utf8_lossy(&text).matches("\"body_limit_bytes\"").count(), 2);
+    let read = RouteTable::decode(&text).unwrap();
+    assert_eq!(read, planned.plan);
+    let of = |host: &str| read.hosts[&Host::Exact(host.to_owned())].routes[0].settings.clone();
+    assert!(
+        Arc::ptr_eq(&of("a.example"), &of("b.example")) && !Arc::ptr_eq(&of("a.example"), &of("c.example"))
+    );
+    assert!(RouteTable::decode(&text[..text.len() - 1]).is_err());
 }
 
 #[test]

@@ -361,8 +361,9 @@ async fn backend(
         head.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
         head.headers.insert(header::UPGRADE, protocol.clone());
     }
-    let errors = head.headers.clone();
-    let agent = settings.affinity.as_ref().and_then(|_| errors.get(header::USER_AGENT).cloned());
+    // For the page of an error, where somebody gives it.
+    let asked = taken.route.fallback.as_ref().map(|_| head.headers.clone());
+    let agent = settings.affinity.as_ref().and_then(|_| head.headers.get(header::USER_AGENT).cloned());
     let plan = plan(taken, &upstream, choice, upload.clone());
     let answered = forward(&plan, head, body).await;
     if upload.exceeded.load(Ordering::Relaxed) {
@@ -379,7 +380,7 @@ async fn backend(
                 };
             }
             if settings.custom_http_errors.contains(&status.as_u16())
-                && let Some(page) = error_page(taken, errors, status, &path).await
+                && let Some(page) = error_page(taken, asked, status, &path).await
             {
                 return page;
             }
@@ -393,7 +394,7 @@ async fn backend(
                 .map(|affinity| cookie(affinity, &answered.endpoint, taken.client.https, agent.as_ref()));
             returned(taken, answered, counted, set)
         }
-        Err(status) => match error_page(taken, errors, status, &path).await {
+        Err(status) => match error_page(taken, asked, status, &path).await {
             Some(page) => page,
             None => plain(status),
         },
@@ -450,11 +451,11 @@ fn prepare(taken: &Taken<'_>, headers: &mut HeaderMap) -> Option<HeaderValue> {
 /// The default backend's page for a status (`custom-http-errors`), as ingress-nginx asks for it.
 async fn error_page(
     taken: &Taken<'_>,
-    mut headers: HeaderMap,
+    asked: Option<HeaderMap>,
     status: StatusCode,
     uri: &str,
 ) -> Option<Response<Body>> {
-    let fallback = taken.route.fallback.as_ref()?;
+    let (fallback, mut headers) = (taken.route.fallback.as_ref()?, asked?);
     let origin = &taken.route.route.origin.ingress;
     let accept = headers.get(header::ACCEPT).cloned().unwrap_or(HeaderValue::from_static("*/*"));
     for name in [header::CONTENT_LENGTH, header::CONNECTION, header::UPGRADE, header::CONTENT_TYPE] {

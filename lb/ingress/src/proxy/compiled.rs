@@ -71,8 +71,51 @@ pub(super) struct Compiled {
 }
 
 pub(super) struct CompiledServer {
+    /// In the order in which they are tried.
     routes: Vec<Arc<CompiledRoute>>,
+    /// Where in it what stands, so that none of many is looked at in vain.
+    index: Index,
     pub(super) redirect_to: Option<String>,
+}
+
+/// Places in a list of routes.
+#[derive(Default)]
+struct Index {
+    exact: HashMap<String, usize>,
+    prefix: HashMap<String, usize>,
+    /// Those that have to be asked one by one.
+    others: Vec<usize>,
+}
+
+impl Index {
+    fn new(routes: &[Arc<CompiledRoute>]) -> Self {
+        let mut index = Self::default();
+        for (place, route) in routes.iter().enumerate() {
+            match &route.matcher {
+                Matcher::Plain(PathMatch::Exact(text)) => {
+                    index.exact.entry(text.clone()).or_insert(place);
+                }
+                Matcher::Plain(PathMatch::Prefix(text)) => {
+                    index.prefix.entry(text.clone()).or_insert(place);
+                }
+                _ => index.others.push(place),
+            }
+        }
+        index
+    }
+}
+
+impl CompiledServer {
+    /// The first that matches.
+    fn find(&self, path: &str) -> Option<&Arc<CompiledRoute>> {
+        let ends = path.match_indices('/').map(|(end, _)| end).chain([path.len()]);
+        let prefixes = ends.filter_map(|end| self.index.prefix.get(path.get(..end)?));
+        let hashed = prefixes.chain(self.index.exact.get(path)).min().copied();
+        let before = |place: &&usize| hashed.is_none_or(|hashed| **place < hashed);
+        let mut others = self.index.others.iter().take_while(before);
+        let other = others.find(|place| self.routes.get(**place).is_some_and(|route| route.matches(path)));
+        self.routes.get(other.copied().or(hashed)?)
+    }
 }
 
 pub(super) struct CompiledRoute {
@@ -155,7 +198,7 @@ impl Compiled {
             return Some(Found::OtherName(other));
         }
         let mut servers = named.into_iter().chain(&self.any);
-        servers.find_map(|server| server.routes.iter().find(|route| route.matches(path))).map(Found::Route)
+        servers.find_map(|server| server.find(path)).map(Found::Route)
     }
 }
 
@@ -213,9 +256,9 @@ fn server_of(
     places: &BTreeMap<&BackendKey, Places>,
     standing: &Standing,
 ) -> CompiledServer {
-    let routes =
+    let routes: Vec<_> =
         server.routes.iter().map(|route| Arc::new(route_of(host, route, places, standing))).collect();
-    CompiledServer { routes, redirect_to: server.redirect_to.clone() }
+    CompiledServer { index: Index::new(&routes), routes, redirect_to: server.redirect_to.clone() }
 }
 
 fn route_of(
@@ -323,4 +366,55 @@ fn speech(route: &Route) -> Result<Speech, tls::TlsError> {
     let name = wanted.name.clone().unwrap_or(service);
     let name = ServerName::try_from(name).map_err(|_| tls::TlsError::Authorities)?;
     Ok(Speech { http2, tls: Some(Tls { config, name }) })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+    use weft_netstack::reconcile::Planner as _;
+
+    use super::*;
+    use crate::explain::decide;
+    use crate::plan::IngressPlanner;
+    use crate::plan::tests::snapshot;
+
+    const KINDS: [&str; 3] = ["Exact", "Prefix", "ImplementationSpecific"];
+
+    fn table(paths: &[(usize, String)], regex: bool) -> RouteTable {
+        let backend = json!({"service": {"name": "web", "port": {"number": 80}}});
+        let paths: Vec<Value> = paths
+            .iter()
+            .map(|(kind, path)| json!({"path": path, "pathType": KINDS[*kind], "backend": backend}))
+            .collect();
+        let annotations = json!({"nginx.ingress.kubernetes.io/use-regex": regex.to_string()});
+        let metadata = json!({"name": "web", "namespace": "default", "annotations": annotations,
+            "creationTimestamp": "2026-01-01T00:00:00Z"});
+        let spec =
+            json!({"ingressClassName": "weft", "rules": [{"host": "a.com", "http": {"paths": paths}}]});
+        let ingress = json!({"kind": "Ingress", "metadata": metadata, "spec": spec});
+        IngressPlanner::default().plan(&snapshot(vec![ingress])).plan
+    }
+
+    proptest! {
+        #[test]
+        fn the_index_takes_the_route_that_a_look_at_each_in_turn_takes(
+            paths in proptest::collection::vec((0..3_usize, "(/[ab]{1,2}){0,3}/?"), 1..12),
+            asked in proptest::collection::vec("(/[ab]{1,2}){0,4}/?", 1..30),
+            regex in any::<bool>(),
+        ) {
+            let paths: Vec<_> = paths.into_iter().map(|(kind, path)| (kind, format!("/{}", path.trim_start_matches('/')))).collect();
+            let table = table(&paths, regex);
+            let (compiled, _) = Compiled::new(&table, &Standing::default());
+            for asked in asked {
+                let path = format!("/{}", asked.trim_start_matches('/'));
+                let found = compiled.find("a.com", &path).map(|found| match found {
+                    Found::Route(route) => route.route.clone(),
+                    Found::OtherName(_) => unreachable!("no host has another name"),
+                });
+                let expected = decide(&table, "a.com", &path).map(|(_, route)| Arc::new(route.clone()));
+                prop_assert_eq!(found, expected, "{} of {:?}", path, paths);
+            }
+        }
+    }
 }

@@ -163,7 +163,6 @@ pub(super) fn forwarded(headers: &mut HeaderMap, client: &Client, admitted: &Adm
     for name in ["forwarded", "x-original-forwarded-for", "proxy"] {
         headers.remove(name);
     }
-    let scheme = if client.https { "https" } else { "http" };
     let mut set = |name: &'static str, value: &str| {
         if let Ok(value) = HeaderValue::from_str(value) {
             headers.insert(name, value);
@@ -181,9 +180,10 @@ pub(super) fn forwarded(headers: &mut HeaderMap, client: &Client, admitted: &Adm
     set("x-forwarded-for", &address);
     set("x-forwarded-host", &admitted.authority);
     set("x-forwarded-port", &client.port.to_string());
-    set("x-forwarded-proto", scheme);
-    set("x-forwarded-scheme", scheme);
-    set("x-scheme", scheme);
+    let scheme = HeaderValue::from_static(if client.https { "https" } else { "http" });
+    for name in ["x-forwarded-proto", "x-forwarded-scheme", "x-scheme"] {
+        headers.insert(name, scheme.clone());
+    }
 }
 
 /// Whether a request may be sent twice (RFC 9110 9.2.2).

@@ -165,15 +165,17 @@ async fn connection(worker: Arc<Worker>, mut stream: TcpStream, mut peer: Peer, 
         return http_1(worker, stream, peer, until).await;
     }
     let client = peer.client;
-    match tokio::time::timeout(until.patience.handshake, handshake(&worker, stream)).await {
+    let shaken = Box::pin(tokio::time::timeout(until.patience.handshake, handshake(&worker, stream))).await;
+    match shaken {
         Ok(Ok(stream)) => {
             let (_, session) = stream.get_ref();
             let certificates = session.peer_certificates().unwrap_or_default();
             peer.certificates = certificates.iter().map(|one| one.clone().into_owned()).collect();
             peer.names = certificates.first().and_then(|own| certificate::names(own));
+            // In boxes: a connection without TLS has no room for them.
             match session.alpn_protocol() {
-                Some(b"h2") => http_2(worker, stream, peer, until).await,
-                _ => http_1(worker, stream, peer, until).await,
+                Some(b"h2") => Box::pin(http_2(worker, stream, peer, until)).await,
+                _ => Box::pin(http_1(worker, stream, peer, until)).await,
             }
         }
         Ok(Err(error)) => {
@@ -230,7 +232,8 @@ where
     let service = service_fn(move |request| {
         let (worker, peer, end) = (worker.clone(), peer.clone(), end.clone());
         async move {
-            let mut response = answer(&worker, &peer, request).await;
+            // In a box: hyper keeps room for what this returns as long as the connection lasts, idle or not.
+            let mut response = Box::pin(answer(&worker, &peer, request)).await;
             if end.has_come() && response.status() != StatusCode::SWITCHING_PROTOCOLS {
                 response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             }

@@ -19,8 +19,8 @@ use tokio_rustls::TlsConnector;
 
 use super::body::Body;
 
-/// Idle connections kept to one endpoint (`upstream-keepalive-connections` is 320 for all).
-const MAX_IDLE: usize = 64;
+/// Idle connections that a thread keeps to one endpoint (ingress-nginx: `upstream-keepalive-connections`).
+const MAX_IDLE: usize = 320;
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum UpstreamError {
@@ -174,7 +174,9 @@ impl Pool {
         }
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         let list = idle.entry(Key::new(address, speech)).or_default();
-        list.retain(|idle| !idle.sender.is_closed());
+        if list.len() >= MAX_IDLE {
+            list.retain(|idle| !idle.sender.is_closed());
+        }
         if list.len() < MAX_IDLE {
             list.push(Idle { sender, _speech: speech.clone() });
         }

@@ -179,7 +179,7 @@ fn applied(outcome: Result<(), ReadError>) -> Response {
 
 fn read(path: &Path) -> Result<RouteTable, ReadError> {
     let text = std::fs::read(path).map_err(|source| ReadError::Read { path: path.to_owned(), source })?;
-    serde_json::from_slice(&text).map_err(|source| ReadError::Parse { path: path.to_owned(), source })
+    RouteTable::decode(&text).map_err(|source| ReadError::Parse { path: path.to_owned(), source })
 }
 
 fn start(proxy: &Arc<Proxy>, wanted: &Wanted) -> Result<Vec<std::thread::JoinHandle<()>>, ProcessError> {

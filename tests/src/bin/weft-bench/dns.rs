@@ -249,7 +249,7 @@ fn round(server: &'static str, pid: u32, client: Client, number: usize) -> anyho
     })
 }
 
-fn to_client_core() {
+pub(crate) fn to_client_core() {
     let mut core = CpuSet::new();
     core.set(CLIENT_CORE).expect("a machine for benchmarks has two cores");
     sched_setaffinity(Pid::from_raw(0), &core).expect("a thread may choose its core");
@@ -359,10 +359,10 @@ fn latencies(server: &str, per_second: f64, lost: Duration) -> anyhow::Result<Ve
 }
 
 /// Something that runs on the server's core only when nothing else does, so that the core does not sleep.
-struct Awake(Arc<AtomicBool>);
+pub(crate) struct Awake(Arc<AtomicBool>);
 
 impl Awake {
-    fn keep() -> Self {
+    pub(crate) fn keep() -> Self {
         let over = Arc::<AtomicBool>::default();
         let told = over.clone();
         std::thread::spawn(move || {

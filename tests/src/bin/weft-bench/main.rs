@@ -12,6 +12,7 @@ mod agent;
 mod cluster;
 mod cni;
 mod dns;
+mod ingress;
 mod lb;
 mod overlay;
 mod policy;
@@ -26,9 +27,8 @@ use anyhow::{Context as _, bail};
 use nix::sys::wait::WaitStatus;
 use row::Row;
 
-/// What can be measured today; the areas of the road map that are not built yet are named, not silently left out.
-const AREAS: [&str; 8] = ["agent", "cni", "proxy", "policy", "dns", "overlay", "lb", "cluster"];
-const LATER: [&str; 1] = ["ingress"];
+/// What can be measured.
+const AREAS: [&str; 9] = ["agent", "cni", "proxy", "policy", "dns", "overlay", "lb", "ingress", "cluster"];
 
 fn main() -> ExitCode {
     match run() {
@@ -49,7 +49,6 @@ fn run() -> anyhow::Result<()> {
         ["--pod", words @ ..] => proxy::pods::run(words),
         [weft] => AREAS.iter().try_for_each(|area| measure(area, weft)),
         [weft, area] if AREAS.contains(area) => measure(area, weft),
-        [_, area] if LATER.contains(area) => bail!("{area} has no benchmark yet"),
         _ => bail!("usage: weft-bench WEFT-BINARY [{}]", AREAS.join("|")),
     }
 }
@@ -61,6 +60,7 @@ fn measure(area: &str, weft: &str) -> anyhow::Result<()> {
     let rows = match area {
         "cluster" => cluster::measure(&weft)?,
         "lb" => lb::measure(&weft)?,
+        "ingress" => ingress::measure(&weft)?,
         _ => outside(area, &weft)?,
     };
     let folder = PathBuf::from("target/bench");
@@ -110,6 +110,7 @@ fn inside(area: &str, weft: PathBuf) -> anyhow::Result<()> {
         other => match other.split_once('/') {
             Some(("cluster", part)) => cluster::inside(part, &weft)?,
             Some(("lb", part)) => lb::inside(part, &weft)?,
+            Some(("ingress", part)) => ingress::inside(part, &weft)?,
             _ => bail!("no area {other}"),
         },
     };
