@@ -13,6 +13,8 @@ pub(crate) const NODES: [&str; 3] = ["node1", "node2", "node3"];
 pub(crate) const NAMESPACE: &str = "suite";
 /// A busy machine starts a pod in this time.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
+/// As long as the kubelet waits at most before it starts a container again, which several reboots in a row made end.
+const BACK_OFF: Duration = Duration::from_secs(300);
 const FIXTURES: &str = include_str!("fixtures.yaml");
 
 pub(crate) struct Cluster {
@@ -140,7 +142,7 @@ impl Cluster {
     /// Waits until the fixtures of a node that was away are back, reachable across nodes, and named by every node's resolver.
     pub(crate) fn node_is_back(&self, node: &str) -> anyhow::Result<()> {
         self.within(PATIENCE, "nodes Ready", || self.nodes_ready())?;
-        self.within(PATIENCE, "the pods of the node", || {
+        self.within(BACK_OFF + PATIENCE, "the pods of the node", || {
             let echo = self.pod_on("echo", node)?;
             ensure!(echo.addresses.len() == 2, "{} has {:?}", echo.name, echo.addresses);
             for client in self.pods("tools")? {
