@@ -1,16 +1,7 @@
 #!/usr/bin/env bash
-# Builds CoreDNS, the peer of the DNS benchmark, from its Go module. Prints the binary's path. Cached outside the work
-# tree.
+# Builds CoreDNS, the peer of the DNS benchmark, from its Go module. Prints the binary's path.
 set -euo pipefail
+. "$(dirname "$0")/once.sh"
 version=v1.15.0
-cache=${WEFT_CACHE:-$HOME/.cache/weft}/bin
-binary=$cache/coredns-$version
-if [ ! -x "$binary" ]; then
-  folder=$(mktemp -d)
-  trap 'rm -rf "$folder"' EXIT
-  echo "building CoreDNS $version (once, some minutes) ..." >&2
-  GOBIN=$folder CGO_ENABLED=0 go install -trimpath -ldflags '-s -w' "github.com/coredns/coredns@$version" >&2
-  mkdir -p "$cache"
-  mv "$folder/coredns" "$binary"
-fi
-echo "$binary"
+build() { from_module "github.com/coredns/coredns@$version"; }
+once "coredns-$version" build
