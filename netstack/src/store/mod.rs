@@ -21,7 +21,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use nix::sys::statvfs::{FsFlags, statvfs};
-
 use weft_model::Snapshot;
 
 pub use lease::{Boottime, HostPort, Lease, LeaseRecords};
@@ -59,7 +58,7 @@ pub struct Store {
     db: sled::Db,
     leases: sled::Tree,
     snapshot: sled::Tree,
-    /// What `snapshot` holds.
+    /// What `snapshot` holds; `None` while nobody knows.
     saved: Mutex<Option<Snapshot>>,
 }
 

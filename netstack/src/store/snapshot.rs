@@ -67,7 +67,8 @@ impl Store {
         let write =
             |batch| self.snapshot.apply_batch(batch).map_err(self.error("write the last good Snapshot"));
         let mut records = Records { store: self, count: 0, batch: Batch::default() };
-        if let Some(before) = &*saved {
+        // Put back when all is written: a write that failed may have written.
+        if let Some(before) = saved.take() {
             macro_rules! differences {
                 ($($kind:ident)*) => { $(records.differences(stringify!($kind), &before.$kind, &snapshot.$kind)?;)* };
             }
