@@ -47,7 +47,7 @@ const ALIVE_AFTER: u32 = 10;
 const BACK: Duration = Duration::from_millis(500);
 const STARTED: Duration = Duration::from_millis(1500);
 /// Two turns further apart than this: this agent did not run meanwhile, and so heard nobody.
-const SLEPT: Duration = Duration::from_millis(250);
+const SLEPT: Duration = Duration::from_secs(1);
 /// An agent that is not heard of for this long is no restart.
 const AGENT_SILENT: Duration = Duration::from_secs(5);
 /// Until a node that is to go silent does so although it heard no claim.
