@@ -72,10 +72,15 @@ impl RouteTable {
     }
 
     /// # Errors
-    /// It is no file that [`RouteTable::encode`] of the same version wrote.
+    /// It is no file that [`RouteTable::encode`] of this version or of the one before wrote.
     pub fn decode(text: &[u8]) -> serde_json::Result<Self> {
         use serde::de::Error as _;
-        let Decoded { mut table, settings, settings_of_routes } = serde_json::from_slice(text)?;
+        let Decoded { mut table, settings, settings_of_routes } = match serde_json::from_slice(text) {
+            Ok(decoded) => decoded,
+            // What the agent of the version before wrote has settings in each route: an upgraded proxy serves it until the agent
+            // writes anew.
+            Err(error) => return serde_json::from_slice(text).map_err(|_| error),
+        };
         let routes = table.hosts.values_mut().flat_map(|server| &mut server.routes);
         let mut places = settings_of_routes.into_iter();
         for route in routes {
@@ -165,7 +170,7 @@ pub struct Route {
     pub canary: Option<CanaryBranch>,
     /// Answers where the backend has no endpoint, and gives the pages of `custom-http-errors`.
     pub fallback: Option<BackendKey>,
-    #[serde(skip, default = "unset")]
+    #[serde(skip_serializing, default = "unset")]
     pub settings: Arc<Settings>,
     #[serde(default, skip_serializing_if = "RouteMaterials::is_empty")]
     pub materials: RouteMaterials,

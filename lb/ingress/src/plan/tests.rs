@@ -500,6 +500,20 @@ fn settings_that_many_routes_have_are_written_and_held_once() {
 }
 
 #[test]
+fn a_file_of_the_version_before_has_settings_in_each_route_and_is_read() {
+    let annotations = json!({"proxy-read-timeout": "7"});
+    let web = ingress_of("web", 1, annotations, rules(Some("a.example"), &[path("Prefix", "/", "web")]));
+    let planned = plan(vec![web]);
+    let mut file: Value = serde_json::from_slice(&planned.plan.encode().unwrap()).unwrap();
+    let settings = file["settings"][0].take();
+    let mut before = file["table"].take();
+    before["hosts"]["a.example"]["routes"][0]["settings"] = settings;
+    assert_eq!(RouteTable::decode(&serde_json::to_vec(&before).unwrap()).unwrap(), planned.plan);
+    before["hosts"] = json!(7);
+    assert!(RouteTable::decode(&serde_json::to_vec(&before).unwrap()).is_err());
+}
+
+#[test]
 fn a_plan_made_with_memories_equals_one_made_anew() {
     let mut planner = IngressPlanner::default();
     let web = |kind: &str| ingress_of("web", 1, json!({}), rules(None, &[path(kind, "/", "web")]));
