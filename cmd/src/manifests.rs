@@ -6,10 +6,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context as _, ensure};
 use clap::Args;
-use k8s_openapi::api::apps::v1::DaemonSet;
-use k8s_openapi::api::core::v1::Service;
-use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use serde::Deserialize as _;
+use serde_json::{Value, json};
 
 use crate::Invalid;
 use crate::agent::{GivenArgs, api_server};
@@ -33,8 +31,8 @@ pub(crate) fn run(args: ManifestsArgs) -> anyhow::Result<()> {
 }
 
 /// The objects of a text of several documents.
-pub(crate) fn documents(text: &str) -> anyhow::Result<Vec<serde_json::Value>> {
-    let read = serde_yaml_ng::Deserializer::from_str(text).map(serde_json::Value::deserialize);
+pub(crate) fn documents(text: &str) -> anyhow::Result<Vec<Value>> {
+    let read = serde_yaml_ng::Deserializer::from_str(text).map(Value::deserialize);
     Ok(read.collect::<Result<_, _>>()?)
 }
 
@@ -72,18 +70,25 @@ fn render(args: ManifestsArgs) -> anyhow::Result<String> {
 
 /// `words` are the agent's flags, each with its value. They stand in one text each: a lone `on` is a truth value to kubectl, whose
 /// YAML is of version 1.1.
-fn daemonset(image: &str, words: &[String], observe: SocketAddr) -> anyhow::Result<DaemonSet> {
-    let mut daemonset: DaemonSet = serde_yaml_ng::from_str(weft_manifests::DAEMONSET)?;
-    let pod = daemonset.spec.as_mut().and_then(|spec| spec.template.spec.as_mut());
-    let container =
-        pod.and_then(|pod| pod.containers.first_mut()).context("the DaemonSet has no container")?;
-    container.image = Some(image.to_owned());
-    container.args.get_or_insert_default().extend(words.chunks(2).map(|flag| flag.join("=")));
-    let probe = container.readiness_probe.as_mut().and_then(|probe| probe.http_get.as_mut());
-    let probe = probe.context("the DaemonSet has no readiness probe")?;
-    probe.host = Some(probed(observe.ip()).to_string());
-    probe.port = IntOrString::Int(observe.port().into());
+fn daemonset(image: &str, words: &[String], observe: SocketAddr) -> anyhow::Result<Value> {
+    let mut daemonset = document(weft_manifests::DAEMONSET)?;
+    let container = part(&mut daemonset, "/spec/template/spec/containers/0")?;
+    container["image"] = json!(image);
+    let args = part(container, "/args")?.as_array_mut().context("its args are no list")?;
+    args.extend(words.chunks(2).map(|flag| json!(flag.join("="))));
+    let probe = part(container, "/readinessProbe/httpGet")?;
+    probe["host"] = json!(probed(observe.ip()));
+    probe["port"] = json!(observe.port());
     Ok(daemonset)
+}
+
+/// As JSON: read as its type it would bring a parser of every kind of volume with it.
+fn document(text: &str) -> anyhow::Result<Value> {
+    Ok(serde_yaml_ng::from_str(text)?)
+}
+
+fn part<'a>(document: &'a mut Value, pointer: &str) -> anyhow::Result<&'a mut Value> {
+    document.pointer_mut(pointer).with_context(|| format!("the embedded manifest has no {pointer}"))
 }
 
 /// Where the kubelet reaches what listens on `address`.
@@ -95,15 +100,15 @@ fn probed(address: IpAddr) -> IpAddr {
     }
 }
 
-fn kube_dns(addresses: &[IpAddr]) -> anyhow::Result<Service> {
-    let mut service: Service = serde_yaml_ng::from_str(weft_manifests::KUBE_DNS)?;
-    let spec = service.spec.as_mut().context("the Service has no spec")?;
-    let family = |address: &IpAddr| if address.is_ipv4() { "IPv4" } else { "IPv6" }.to_owned();
+fn kube_dns(addresses: &[IpAddr]) -> anyhow::Result<Value> {
+    let mut service = document(weft_manifests::KUBE_DNS)?;
+    let spec = part(&mut service, "/spec")?;
+    let family = |address: &IpAddr| if address.is_ipv4() { "IPv4" } else { "IPv6" };
     let policy = if addresses.len() > 1 { "RequireDualStack" } else { "SingleStack" };
-    spec.cluster_ip = addresses.first().map(ToString::to_string);
-    spec.cluster_ips = Some(addresses.iter().map(ToString::to_string).collect());
-    spec.ip_families = Some(addresses.iter().map(family).collect());
-    spec.ip_family_policy = Some(policy.to_owned());
+    spec["clusterIP"] = json!(addresses.first());
+    spec["clusterIPs"] = json!(addresses);
+    spec["ipFamilies"] = addresses.iter().map(family).collect();
+    spec["ipFamilyPolicy"] = json!(policy);
     Ok(service)
 }
 
@@ -111,9 +116,11 @@ fn kube_dns(addresses: &[IpAddr]) -> anyhow::Result<Service> {
 mod tests {
     use clap::Parser as _;
     use k8s_openapi::api::admissionregistration::v1::ValidatingAdmissionPolicy;
+    use k8s_openapi::api::apps::v1::DaemonSet;
+    use k8s_openapi::api::core::v1::Service;
+    use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+    use serde::Serialize;
     use serde::de::DeserializeOwned;
-    use serde::{Deserialize as _, Serialize};
-    use serde_yaml_ng::Value;
 
     use super::*;
     use crate::{Cli, Command};
@@ -128,10 +135,9 @@ mod tests {
 
     /// A document that loses nothing when it is read as `T` has no field that Kubernetes does not know.
     fn loses_nothing<T: DeserializeOwned + Serialize>(text: &str) {
-        let document = serde_yaml_ng::Deserializer::from_str(text).next().unwrap();
-        let written = Value::deserialize(document).unwrap();
-        let read: T = serde_yaml_ng::from_value(written.clone()).unwrap();
-        assert_eq!(serde_yaml_ng::to_value(read).unwrap(), written);
+        let written = documents(text).unwrap().remove(0);
+        let read: T = serde_json::from_value(written.clone()).unwrap();
+        assert_eq!(serde_json::to_value(read).unwrap(), written);
     }
 
     #[test]
@@ -175,6 +181,7 @@ mod tests {
     fn the_probe_asks_where_the_agent_answers() {
         let probe = |address: &str| {
             let daemonset = daemonset("i", &[], address.parse().unwrap()).unwrap();
+            let daemonset: DaemonSet = serde_json::from_value(daemonset).unwrap();
             let container = daemonset.spec.unwrap().template.spec.unwrap().containers.remove(0);
             let get = container.readiness_probe.unwrap().http_get.unwrap();
             (get.host.unwrap(), get.port)
@@ -188,7 +195,8 @@ mod tests {
     fn the_dns_service_has_the_given_addresses_in_their_order() {
         let spec = |addresses: &[&str]| {
             let addresses: Vec<IpAddr> = addresses.iter().map(|text| text.parse().unwrap()).collect();
-            let spec = kube_dns(&addresses).unwrap().spec.unwrap();
+            let service: Service = serde_json::from_value(kube_dns(&addresses).unwrap()).unwrap();
+            let spec = service.spec.unwrap();
             (
                 spec.cluster_ip.unwrap(),
                 spec.cluster_ips.unwrap(),
