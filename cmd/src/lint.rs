@@ -78,6 +78,8 @@ fn snapshot(files: &[PathBuf]) -> anyhow::Result<Snapshot> {
         uplinks: Vec::new(),
         wireguard_backend: WireguardBackend::Userspace,
         foreign_routes: Vec::new(),
+        loopback: Default::default(),
+        observed: Default::default(),
     };
     Ok(Cluster::from_documents(documents).snapshot(Generation(1), Arc::new(config), Arc::new(facts)))
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use comfy_table::{Table, presets};
-use weft_model::wireguard::PeerStatus;
+use weft_model::wireguard::{PeerCandidate, PeerView};
 use weft_model::{Health, Report};
 use weft_netstack::admin::Status;
 
@@ -135,25 +135,46 @@ pub(crate) fn text(status: &Status) -> String {
 
 /// A table of the overlay's peers, or the reason why there is none.
 fn peers(part: &serde_json::Value) -> String {
-    let Ok(peers) = serde_json::from_value::<Vec<PeerStatus>>(part.clone()) else {
+    let Ok(peers) = serde_json::from_value::<Vec<PeerView>>(part.clone()) else {
         return format!("peers: {}", part.as_str().unwrap_or("unknown"));
     };
     if peers.is_empty() {
         return "peers: none".to_owned();
     }
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_header(["PEER", "ENDPOINT", "HANDSHAKE", "RECEIVED", "SENT"]);
+    let header = ["NODE", "ENDPOINT", "OR ELSE", "HANDSHAKE", "RECEIVED", "SENT", "KEY"];
+    table.load_preset(presets::NOTHING).set_header(header);
+    let mut notes = String::new();
     for peer in peers {
+        let node = peer.node.clone().unwrap_or_else(|| "unknown".to_owned());
+        if let Some(bytes) = peer.narrow_path_bytes {
+            notes.push_str(&format!("\npeer {node}: packets of more than {bytes} bytes do not reach it"));
+        }
+        let (endpoint, others) = whereabouts(&peer);
+        let status = peer.status;
         table.add_row([
-            peer.public_key.to_string(),
-            peer.endpoint.map_or_else(|| "unknown".to_owned(), |endpoint| endpoint.to_string()),
-            peer.last_handshake_seconds
+            node,
+            endpoint,
+            others,
+            status
+                .last_handshake_seconds
                 .map_or_else(|| "none yet".to_owned(), |seconds| format!("{seconds} s ago")),
-            format!("{} B", peer.received_bytes),
-            format!("{} B", peer.sent_bytes),
+            format!("{} B", status.received_bytes),
+            format!("{} B", status.sent_bytes),
+            status.public_key.to_string(),
         ]);
     }
-    format!("\n{table}")
+    format!("\n{table}{notes}")
+}
+
+/// Where the peer is and why, and where else it would be called.
+fn whereabouts(peer: &PeerView) -> (String, String) {
+    let text = |candidate: &PeerCandidate| format!("{} ({})", candidate.endpoint, candidate.kind);
+    let Some(endpoint) = peer.status.endpoint else { return ("unknown".to_owned(), String::new()) };
+    let (here, others): (Vec<_>, Vec<_>) =
+        peer.candidates.iter().partition(|candidate| candidate.endpoint == endpoint);
+    let here = here.first().map_or_else(|| format!("{endpoint} (called from there)"), |here| text(here));
+    (here, others.into_iter().map(text).collect::<Vec<_>>().join(", "))
 }
 
 /// A table stays readable; JSON has the whole text.

@@ -436,6 +436,7 @@ fn nodes_are_found_by_their_names_until_they_leave() {
             next_public_key: None,
             answers_for: Default::default(),
             unready: false,
+            reach: Default::default(),
             wireguard_port: None,
             leaving: false,
             cordoned: false,

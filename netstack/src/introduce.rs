@@ -139,14 +139,9 @@ fn counts(heard: &Heard, pod: &Pod, node: &Node) -> bool {
 /// Where to introduce pods, for the task that sends from `own`: the nodes' `host` addresses of its family. A node is told once: over
 /// IPv6 only where it, or this node, has no range of IPv4. Nobody where there are no policies.
 fn audience(snapshot: &Snapshot, own: IpAddr) -> Vec<IpAddr> {
-    let host = |node: &Node, ipv6: bool| node.hosts().find(|host| host.is_ipv6() == ipv6);
     let Some(this) = snapshot.own_node() else { return Vec::new() };
     let others = snapshot.nodes.values().filter(|node| node.name != this.name);
-    let asked = others.filter(|node| {
-        let over_v4 = host(this, false).is_some() && host(node, false).is_some();
-        own.is_ipv4() || !over_v4
-    });
-    let asked = asked.filter_map(|node| host(node, own.is_ipv6()));
+    let asked = others.filter_map(|node| node.host_for(this, own.is_ipv6()));
     asked.filter(|_| !snapshot.policies.is_empty()).collect()
 }
 

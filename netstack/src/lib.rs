@@ -12,6 +12,7 @@ pub mod cni;
 pub mod control;
 pub mod expose;
 pub mod flows;
+mod host_socket;
 pub mod introduce;
 pub mod kernel;
 pub mod kube;

@@ -37,6 +37,8 @@ fn snapshot(cluster: &Path) -> Result<Snapshot> {
         uplinks: vec![],
         wireguard_backend: WireguardBackend::Userspace,
         foreign_routes: vec![],
+        loopback: Default::default(),
+        observed: Default::default(),
     };
     let snapshot = cluster.snapshot(Generation(1), Arc::new(config), Arc::new(facts));
     Ok(Snapshot { attachments: attachments(&snapshot), ..snapshot })

@@ -116,6 +116,7 @@ fn node(name: &str, cidrs: [&str; 2], ips: [&str; 2]) -> (NodeName, Arc<Node>) {
         next_public_key: None,
         answers_for: Default::default(),
         unready: false,
+        reach: Default::default(),
         wireguard_port: None,
     };
     (name.into(), Arc::new(node))
@@ -129,6 +130,8 @@ fn snapshot(services: &[Service], slices: &[EndpointSlice]) -> Snapshot {
         uplinks: vec![uplink],
         wireguard_backend: WireguardBackend::Userspace,
         foreign_routes: vec![],
+        loopback: Default::default(),
+        observed: Default::default(),
     };
     let nodes = [
         node(OWN, ["10.244.1.0/24", "fd00:244:0:1::/64"], [V4.own_node, V6.own_node]),

@@ -17,6 +17,7 @@ use weft_lb::announce::{AnnouncePlanner, announcer};
 use weft_lb::status::{StatusApplier, StatusPlanner};
 use weft_model::balancer::AnswersFor;
 use weft_model::constants::WIREGUARD_OVERHEAD_BYTES;
+use weft_model::node_facts::Observed;
 use weft_model::snapshot::Attachments;
 use weft_model::{NodeFacts, NodeName, Notice, Report, Snapshot};
 use weft_netstack::admin::{self, Admin, Collect, Counters, Read};
@@ -69,10 +70,11 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let (durable, initial) = reading.await.context("read the last good snapshot")?;
     let (attachments_tx, attachments) = watch::channel(cni::attachments(&leases.leases()?));
     let (introduced_tx, introduced) = watch::channel(Introduced::default());
-    let here = Here { facts: facts_rx.clone(), attachments: attachments.clone(), introduced };
-    let Watches { snapshots, status } =
-        kube::start(tasks, access.clone(), config.cluster.clone(), here, initial);
+    let (observed_tx, observed) = watch::channel(observed_before(initial.as_ref()));
+    let here = Here { facts: facts_rx.clone(), observed, attachments: attachments.clone(), introduced };
+    let Watches { snapshots, status } = kube::start(tasks, &access, &config.cluster, here, initial);
     introduce::start(tasks, &snapshots, &attachments, introduced_tx);
+    overlay::observe(tasks, &snapshots, observed_tx);
     let lead = lease::start(tasks, access.clone(), config.node.clone());
 
     let dns = start_dns(config, leases.clone());
@@ -179,6 +181,11 @@ fn open_with_last_good(path: &Path) -> (Option<Arc<Store>>, Option<Snapshot>) {
     let durable = open_durable(path);
     let initial = durable.as_deref().and_then(last_good);
     (durable, initial)
+}
+
+/// What is known of the ways to the peers stays while they are away.
+fn observed_before(stored: Option<&Snapshot>) -> Observed {
+    stored.map(|stored| stored.facts.observed.clone()).unwrap_or_default()
 }
 
 /// Without it the node works, until it reboots while the API server is away.
@@ -431,6 +438,7 @@ fn admin(
     obstacles: Read<Vec<String>>,
 ) -> Admin {
     let run_dir = config.run_dir.clone();
+    let snapshots = snapshot_rx.clone();
     Admin {
         node: config.node.clone(),
         version: env!("CARGO_PKG_VERSION"),
@@ -441,7 +449,10 @@ fn admin(
         parts: vec![(
             "peers",
             Box::new(move || match overlay::peers(&run_dir, facts.borrow().wireguard_backend) {
-                Ok(peers) => serde_json::json!(peers),
+                Ok(peers) => {
+                    let snapshot = snapshots.borrow().clone();
+                    serde_json::json!(overlay::endpoints::explain(snapshot.as_deref(), peers))
+                }
                 Err(error) => chain(&error).into(),
             }),
         )],

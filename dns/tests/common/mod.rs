@@ -111,6 +111,8 @@ pub(crate) fn snapshot(
             uplinks: Vec::new(),
             wireguard_backend: WireguardBackend::Userspace,
             foreign_routes: vec![],
+            loopback: Default::default(),
+            observed: Default::default(),
         }),
         nodes: Arc::default(),
         config_maps: Default::default(),

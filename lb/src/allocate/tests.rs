@@ -22,6 +22,8 @@ pub(crate) fn snapshot(objects: &[Value]) -> Snapshot {
         uplinks: vec![],
         wireguard_backend: WireguardBackend::Userspace,
         foreign_routes: vec![],
+        loopback: Default::default(),
+        observed: Default::default(),
     };
     let namespaces = ["default", "shop"].map(|name| json!({"kind": "Namespace", "metadata": {"name": name}}));
     let all = objects.iter().cloned().chain(namespaces);

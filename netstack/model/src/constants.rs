@@ -22,6 +22,8 @@ pub const TUNNEL_LINK: &str = "weft0";
 pub const WIREGUARD_PORT: u16 = 51820;
 /// UDP port on the `host` addresses, over which nodes introduce their new pods to each other. Beside the port of metrics, 9470.
 pub const INTRODUCTION_PORT: u16 = 9471;
+/// UDP port on the `host` addresses, on which nodes answer how large a packet came through.
+pub const PATH_PORT: u16 = 9472;
 /// Host ends of pod veths: this prefix and 10 hexadecimal digits (IFNAMSIZ allows 15 characters).
 pub const POD_LINK_PREFIX: &str = "weftp";
 /// IFB devices through which a pod's packets are led when its sending rate is limited: this prefix and the digits of its link.
@@ -62,6 +64,9 @@ pub const ANNOTATION_PUBLIC_KEY: &str = "weft.network/public-key";
 /// The key that replaces it as soon as the peers know it.
 pub const ANNOTATION_NEXT_PUBLIC_KEY: &str = "weft.network/next-public-key";
 pub const ANNOTATION_WIREGUARD_PORT: &str = "weft.network/wireguard-port";
+/// Node annotations of people: where the node can be called, and how often it sends something so that a NAT stays open.
+pub const ANNOTATION_ENDPOINT: &str = "weft.network/endpoint";
+pub const ANNOTATION_KEEPALIVE: &str = "weft.network/persistent-keepalive";
 pub const ANNOTATION_LINKS: &str = "weft.network/links";
 pub const ANNOTATION_ANSWERS_FOR: &str = "weft.network/answers-for";
 

@@ -1,6 +1,6 @@
 //! What the kernel of this node shows, as an input of planning: read by `netstack::kernel`, never guessed.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::str::FromStr;
 
@@ -20,6 +20,20 @@ pub struct NodeFacts {
     /// Routes of others in table `main` within the cluster's ranges, sorted: they take packets away from pods and Services.
     #[serde(default)]
     pub foreign_routes: Vec<ForeignRoute>,
+    /// Global addresses of the loopback link, where some keep the node's own.
+    #[serde(default)]
+    pub loopback: BTreeSet<IpAddr>,
+    #[serde(default)]
+    pub observed: Observed,
+}
+
+/// What this node found out by asking and trying.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Observed {
+    /// Addresses of the names in endpoints of Nodes, sorted. A name that was never resolved is absent.
+    pub names: BTreeMap<String, Vec<IpAddr>>,
+    /// Bytes of the largest packet that the tunnel carries to a node, where that is less than its device takes.
+    pub narrow_paths: BTreeMap<NodeName, u32>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -85,6 +99,12 @@ impl NodeFacts {
         let of_link =
             |link: &Uplink| link.subnets.iter().map(|net| (link.name.clone(), *net)).collect::<Vec<_>>();
         LinkSubnets(self.uplinks.iter().flat_map(of_link).collect())
+    }
+
+    /// Whether the host has this address now; yes where nothing is known of its links.
+    pub fn has(&self, address: IpAddr) -> bool {
+        let mut of_uplinks = self.uplinks.iter().flat_map(|uplink| &uplink.addresses);
+        self.uplinks.is_empty() || self.loopback.contains(&address) || of_uplinks.any(|own| *own == address)
     }
 
     /// MTU of the smallest uplink that carries one of `addresses`, else of the smallest uplink, else 1500.

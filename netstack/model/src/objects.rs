@@ -2,7 +2,9 @@
 //! `netstack::kube` makes them; an object that cannot be lowered becomes a `Problem` instead.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::str::FromStr;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -46,6 +48,71 @@ pub struct Node {
     pub next_public_key: Option<WgPublicKey>,
     /// Annotation `weft.network/wireguard-port`.
     pub wireguard_port: Option<u16>,
+    #[serde(default)]
+    pub reach: Reach,
+}
+
+/// What people and cloud providers say about the way to a node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reach {
+    /// `status.addresses` of type ExternalIP, in order.
+    pub external_ips: Vec<IpAddr>,
+    /// Annotation `weft.network/endpoint`.
+    pub endpoint: Option<HostPort>,
+    /// Annotation `weft.network/persistent-keepalive`: seconds after which this node sends something to each peer, so that
+    /// a NAT before it stays open; 0 is never.
+    pub keepalive_seconds: Option<u16>,
+}
+
+/// An address or a DNS name, with a port or without; as text `HOST`, `HOST:PORT`, `IPV6` or `[IPV6]:PORT`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostPort {
+    pub host: Host,
+    pub port: Option<u16>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Host {
+    Address(IpAddr),
+    Name(String),
+}
+
+impl FromStr for HostPort {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        if let Ok(address) = text.parse() {
+            return Ok(Self { host: Host::Address(address), port: None });
+        }
+        if let Ok(address) = text.parse::<SocketAddr>() {
+            let port = Some(address.port()).filter(|port| *port != 0).ok_or(())?;
+            return Ok(Self { host: Host::Address(address.ip()), port: Some(port) });
+        }
+        let (name, port) = match text.split_once(':') {
+            Some((name, port)) => (name, Some(port.parse().ok().filter(|port| *port != 0).ok_or(())?)),
+            None => (text, None),
+        };
+        let name = name.strip_suffix('.').unwrap_or(name);
+        let is_label = |label: &str| {
+            let inner = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+            (1..=63).contains(&label.len()) && label.chars().all(inner)
+        };
+        // A last label of digits would be an address that cannot be read (RFC 1123, section 2.1).
+        let numeric = name.rsplit('.').next().is_none_or(|last| last.chars().all(|c| c.is_ascii_digit()));
+        let is_name = name.len() <= 253 && name.split('.').all(is_label) && !numeric;
+        is_name.then(|| Self { host: Host::Name(name.to_ascii_lowercase()), port }).ok_or(())
+    }
+}
+
+impl fmt::Display for HostPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.host, self.port) {
+            (Host::Address(address), Some(port)) => write!(f, "{}", SocketAddr::new(*address, port)),
+            (Host::Address(address), None) => write!(f, "{address}"),
+            (Host::Name(name), Some(port)) => write!(f, "{name}:{port}"),
+            (Host::Name(name), None) => f.write_str(name),
+        }
+    }
 }
 
 impl Node {
@@ -54,6 +121,14 @@ impl Node {
         let v4 = self.internal_ips.iter().copied().find(IpAddr::is_ipv4);
         let v6 = self.internal_ips.iter().copied().find(IpAddr::is_ipv6);
         v4.into_iter().chain(v6)
+    }
+
+    /// The `host` address of this family, where `other` speaks with this node in it: over IPv6 only where one of the two has no
+    /// range of IPv4.
+    pub fn host_for(&self, other: &Node, ipv6: bool) -> Option<IpAddr> {
+        let host = |node: &Node, ipv6: bool| node.hosts().find(|host| host.is_ipv6() == ipv6);
+        let over_v4 = host(other, false).is_some() && host(self, false).is_some();
+        host(self, ipv6).filter(|_| !ipv6 || !over_v4)
     }
 
     /// The `host` address of each podCIDR, in their order.

@@ -15,6 +15,9 @@ pub struct Route {
     /// Preferred source address.
     pub source: Option<IpAddr>,
     pub metric: Option<u32>,
+    /// Larger packets are refused (their senders are told), where the link would take them.
+    #[serde(default)]
+    pub mtu_bytes: Option<u32>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -48,7 +51,10 @@ impl fmt::Display for Route {
         if let Some(source) = self.source {
             write!(f, " src {source}")?;
         }
-        self.metric.map_or(Ok(()), |metric| write!(f, " metric {metric}"))
+        if let Some(metric) = self.metric {
+            write!(f, " metric {metric}")?;
+        }
+        self.mtu_bytes.map_or(Ok(()), |bytes| write!(f, " mtu {bytes}"))
     }
 }
 

@@ -74,6 +74,13 @@ impl Snapshot {
     pub fn own_node(&self) -> Option<&Arc<Node>> {
         self.nodes.get(&self.facts.name)
     }
+
+    /// The Node's own addresses, at most one a family, that this host has: after a change of address the Node may name the one
+    /// before for a while.
+    pub fn own_addresses(&self) -> Vec<IpAddr> {
+        let named = self.own_node().into_iter().flat_map(|node| node.primary_ips());
+        named.filter(|address| self.facts.has(*address)).collect()
+    }
 }
 
 /// A key whose value is not the same: `(key, old, new)`.

@@ -15,7 +15,7 @@ use crate::store::LeaseRecords;
 pub(super) struct NodeView {
     /// At most one a family, the primary one first.
     pub(super) pod_cidrs: Vec<IpNet>,
-    /// The Node's InternalIPs, at most one a family: sources of what the node sends to its pods.
+    /// The Node's own addresses that this host has, at most one a family: sources of what the node sends to its pods.
     pub(super) sources: Vec<IpAddr>,
     pub(super) mtu_bytes: u32,
     pub(super) wireguard_port: u16,
@@ -58,7 +58,7 @@ impl Cni {
         }
         Ok(NodeView {
             pod_cidrs: node.pod_cidrs.clone(),
-            sources: node.primary_ips().collect(),
+            sources: snapshot.own_addresses(),
             mtu_bytes: (self.pod_mtu_bytes)(snapshot),
             wireguard_port: snapshot.config.wireguard_port,
         })

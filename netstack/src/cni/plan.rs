@@ -14,7 +14,7 @@ use crate::reconcile::Planner;
 pub struct PodLinks {
     /// At most one a family, the primary one first; pods get an address of each.
     pub pod_cidrs: Vec<IpNet>,
-    /// The Node's own addresses, at most one a family: sources of the routes to its pods.
+    /// The Node's own addresses that this host has, at most one a family: sources of the routes to its pods.
     pub sources: Vec<IpAddr>,
     /// Limits of the node's pods that have any.
     pub bandwidths: BTreeMap<PodKey, Bandwidth>,
@@ -38,7 +38,7 @@ pub fn plan(snapshot: &Snapshot) -> Planned<PodLinks> {
     };
     let links = PodLinks {
         pod_cidrs: node.pod_cidrs.clone(),
-        sources: node.primary_ips().collect(),
+        sources: snapshot.own_addresses(),
         bandwidths: limited(snapshot).map(|pod| (pod.key.clone(), pod.bandwidth)).collect(),
     };
     Planned::new(links, problems)
@@ -86,6 +86,8 @@ impl Planner for PodLinksPlanner {
 
 #[cfg(test)]
 mod tests {
+    use weft_model::node_facts::Uplink;
+
     use super::*;
     use crate::cni::tests::rig::snapshot;
 
@@ -103,6 +105,25 @@ mod tests {
             named_ports: vec![],
             bandwidth: Bandwidth::default(),
         }
+    }
+
+    #[test]
+    fn an_address_of_the_node_that_the_host_lost_is_no_source_of_a_route() {
+        let mut snapshot = snapshot(&["10.42.1.0/24", "fd42:0:0:1::/64"]);
+        let named: Vec<IpAddr> = snapshot.own_node().unwrap().primary_ips().collect();
+        assert_eq!((plan(&snapshot).plan.sources, named.len()), (named.clone(), 2));
+        let facts = Arc::make_mut(&mut snapshot.facts);
+        let uplink = |addresses: &[IpAddr]| Uplink {
+            name: "eth0".to_owned(),
+            index: 2,
+            mtu_bytes: 1500,
+            addresses: addresses.to_vec(),
+            subnets: vec![],
+        };
+        facts.uplinks = vec![uplink(&["192.0.2.99".parse().unwrap(), named[1]])];
+        assert_eq!(plan(&snapshot).plan.sources, named[1..]);
+        Arc::make_mut(&mut snapshot.facts).loopback = [named[0]].into();
+        assert_eq!(plan(&snapshot).plan.sources, named);
     }
 
     #[test]

@@ -12,14 +12,13 @@ use weft_model::constants::INTRODUCTION_PORT;
 use weft_model::snapshot::Attachments;
 
 use super::{Introduced, audience, datagrams, hear, newly_attached};
+use crate::host_socket::{HostAddress, is_node};
 use crate::reconcile::TaskGroup;
 
 /// Pods that are attached together are introduced together.
 const GATHER: Duration = Duration::from_millis(5);
 /// A datagram may be lost, as while the tunnel shakes hands: each is sent again after this time, once.
 const AGAIN: Duration = Duration::from_millis(300);
-/// Until the next try to have the socket; the address comes with the overlay.
-const RETRY: Duration = Duration::from_millis(500);
 
 /// Starts the tasks; `introduced` is what the other nodes say.
 pub fn start(
@@ -31,14 +30,14 @@ pub fn start(
     let introduced = Arc::new(introduced);
     for (name, ipv6) in [("introduce-ipv4", false), ("introduce-ipv6", true)] {
         let (snapshots, attachments) = (snapshots.clone(), attachments.clone());
-        let family = Family { ipv6, snapshots, attachments, introduced: introduced.clone() };
+        let address = HostAddress { ipv6, snapshots };
+        let family = Family { address, attachments, introduced: introduced.clone() };
         tasks.start(name, family.run());
     }
 }
 
 struct Family {
-    ipv6: bool,
-    snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
+    address: HostAddress,
     attachments: watch::Receiver<Attachments>,
     introduced: Arc<watch::Sender<Introduced>>,
 }
@@ -46,24 +45,9 @@ struct Family {
 impl Family {
     async fn run(mut self) -> Result<(), String> {
         loop {
-            let Some(host) = self.host() else {
-                self.snapshots.changed().await.map_err(|_| "the Snapshots ended".to_owned())?;
-                continue;
-            };
-            match UdpSocket::bind((host, INTRODUCTION_PORT)).await {
-                Ok(socket) => self.talk(&socket, host).await?,
-                Err(error) => {
-                    tracing::debug!(%error, %host, "no socket for introductions yet");
-                    tokio::time::sleep(RETRY).await;
-                }
-            }
+            let (socket, host) = self.address.bind(INTRODUCTION_PORT, |_| Ok(())).await?;
+            self.talk(&socket, host).await?;
         }
-    }
-
-    /// This node's `host` address.
-    fn host(&mut self) -> Option<IpAddr> {
-        let snapshot = self.snapshots.borrow_and_update().clone()?;
-        snapshot.own_node()?.hosts().find(|host| host.is_ipv6() == self.ipv6)
     }
 
     /// Until the address is another one.
@@ -71,7 +55,7 @@ impl Family {
         let mut known = self.attachments.borrow_and_update().clone();
         let mut again: VecDeque<(tokio::time::Instant, Vec<Vec<u8>>)> = VecDeque::new();
         let mut buffer = vec![0; 2048];
-        while self.host() == Some(host) {
+        while self.address.now() == Some(host) {
             let due = again.front().map(|(due, _)| *due);
             tokio::select! {
                 received = socket.recv_from(&mut buffer) => match received {
@@ -94,9 +78,7 @@ impl Family {
                         self.say(socket, host, &datagrams);
                     }
                 }
-                changed = self.snapshots.changed() => {
-                    changed.map_err(|_| "the Snapshots ended".to_owned())?;
-                }
+                changed = self.address.changed() => changed?,
             }
         }
         Ok(())
@@ -104,7 +86,7 @@ impl Family {
 
     /// Without waiting: what the socket does not take is lost, like a datagram on its way. False where nobody is told.
     fn say(&self, socket: &UdpSocket, own: IpAddr, datagrams: &[Vec<u8>]) -> bool {
-        let Some(snapshot) = self.snapshots.borrow().clone().filter(|_| !datagrams.is_empty()) else {
+        let Some(snapshot) = self.address.snapshots.borrow().clone().filter(|_| !datagrams.is_empty()) else {
             return false;
         };
         let audience = audience(&snapshot, own);
@@ -121,12 +103,8 @@ impl Family {
 
     /// Only nodes are heard.
     fn take(&self, datagram: &[u8], from: SocketAddr) {
-        let snapshot = self.snapshots.borrow().clone();
-        let is_node = snapshot.is_some_and(|snapshot| {
-            let mut hosts = snapshot.nodes.values().flat_map(|node| node.hosts());
-            hosts.any(|host| host == from.ip())
-        });
-        if !is_node || from.port() != INTRODUCTION_PORT {
+        let snapshot = self.address.snapshots.borrow().clone();
+        if !is_node(snapshot.as_deref(), from, INTRODUCTION_PORT) {
             tracing::debug!(%from, "an introduction by somebody who is no node");
             return;
         }

@@ -33,6 +33,8 @@ fn snapshot(more: impl IntoIterator<Item = Value>) -> Snapshot {
         uplinks: vec![],
         wireguard_backend: WireguardBackend::Userspace,
         foreign_routes: vec![],
+        loopback: Default::default(),
+        observed: Default::default(),
     };
     let nodes = [node(1, &["10.0.1.0/24", "fd00:1::/64"]), node(2, &["10.0.2.0/24", "fd00:2::/64"])];
     let cluster = Cluster::from_documents(nodes.into_iter().chain(more));

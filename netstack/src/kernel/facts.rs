@@ -13,7 +13,7 @@ use rtnetlink::{LinkWireguard, MulticastGroup};
 use tokio::sync::watch;
 use weft_model::NodeName;
 use weft_model::constants::{POD_LINK_PREFIX, TUNNEL_LINK};
-use weft_model::node_facts::{ForeignRoute, NodeFacts, Uplink, WireguardBackend};
+use weft_model::node_facts::{NodeFacts, Observed, Uplink, WireguardBackend};
 
 use super::link::{Link, LinkAddress, LinkError, Links, cause};
 use super::monitor::Monitor;
@@ -38,8 +38,15 @@ pub enum FactsError {
 pub async fn read(name: NodeName, ranges: &[IpNet]) -> Result<NodeFacts, FactsError> {
     let wireguard_backend = wireguard_backend().await?;
     let connection = Rtnetlink::connect().map_err(FactsError::Socket)?;
-    let (uplinks, foreign_routes) = read_again(&connection.handle, ranges).await?;
-    Ok(NodeFacts { name, uplinks, wireguard_backend, foreign_routes })
+    let empty = NodeFacts {
+        name,
+        uplinks: Vec::new(),
+        wireguard_backend,
+        foreign_routes: Vec::new(),
+        loopback: BTreeSet::new(),
+        observed: Observed::default(),
+    };
+    read_again(&connection.handle, ranges, &empty).await
 }
 
 /// How long links and addresses must be quiet before they are read again: `ip` and DHCP clients change several things
@@ -65,8 +72,9 @@ pub async fn watch(
     let task = monitor.follow(|mut messages| async move {
         while !matches!(tokio::time::timeout(RE_READ, messages.next()).await, Ok(None)) {
             settle(&mut messages).await;
-            match read_again(&connection.handle, &ranges).await {
-                Ok((uplinks, routes)) => publish(&sender, uplinks, routes),
+            let known = sender.borrow().clone();
+            match read_again(&connection.handle, &ranges, &known).await {
+                Ok(now) => publish(&sender, now),
                 Err(error) => {
                     tracing::warn!(error = %crate::reconcile::chain(&error), "read the node's links")
                 }
@@ -76,9 +84,8 @@ pub async fn watch(
     Ok((receiver, task))
 }
 
-fn publish(sender: &watch::Sender<NodeFacts>, uplinks: Vec<Uplink>, foreign_routes: Vec<ForeignRoute>) {
+fn publish(sender: &watch::Sender<NodeFacts>, now: NodeFacts) {
     sender.send_if_modified(|facts| {
-        let now = NodeFacts { uplinks, foreign_routes, ..facts.clone() };
         let changed = *facts != now;
         *facts = now;
         changed
@@ -90,16 +97,20 @@ async fn settle<M>(messages: &mut (impl futures::Stream<Item = M> + Unpin)) {
     let _ = tokio::time::timeout(DEBOUNCE_LIMIT, quiet).await;
 }
 
-/// What may change while the agent runs.
+/// `known` with what may change while the agent runs.
 async fn read_again(
     handle: &rtnetlink::Handle,
     ranges: &[IpNet],
-) -> Result<(Vec<Uplink>, Vec<ForeignRoute>), FactsError> {
+    known: &NodeFacts,
+) -> Result<NodeFacts, FactsError> {
     let of_host = Links::new(handle.clone());
     let addresses = of_host.addresses(None).await?;
     let links = of_host.list().await?;
-    let routes = foreign_routes(handle, &links, ranges).await?;
-    Ok((uplinks(links, &addresses), routes))
+    let foreign_routes = foreign_routes(handle, &links, ranges).await?;
+    let of_loopback = links.iter().filter(|link| link.loopback);
+    let loopback = of_loopback.flat_map(|link| global_addresses(link.index, &addresses));
+    let loopback = loopback.map(|net| net.addr()).collect();
+    Ok(NodeFacts { uplinks: uplinks(links, &addresses), foreign_routes, loopback, ..known.clone() })
 }
 
 /// Links that are up, not loopback, not ours and carry a global address; by name, addresses in order.
@@ -158,6 +169,8 @@ mod tests {
             }
         }
         node.must(&["ip", "link", "set", "up0", "mtu", "1400"]);
+        node.must(&["ip", "link", "set", "lo", "up"]);
+        node.must(&["ip", "addr", "add", "198.51.100.7/32", "dev", "lo"]);
         node.must(&["ip", "addr", "add", "2001:db8::7/64", "dev", "up0", "nodad"]);
         node
     }
@@ -173,6 +186,7 @@ mod tests {
         assert_eq!(names, ["up0"]);
         let addresses: Vec<IpAddr> = vec!["192.0.2.7".parse().unwrap(), "2001:db8::7".parse().unwrap()];
         assert_eq!((facts.uplinks[0].mtu_bytes, &facts.uplinks[0].addresses), (1400, &addresses));
+        assert_eq!(facts.loopback, BTreeSet::from(["198.51.100.7".parse().unwrap()]));
         let wireguard_works = node.exec(&["ip", "link", "add", "wgtest", "type", "wireguard"]).0;
         assert_eq!(facts.wireguard_backend == WireguardBackend::Kernel, wireguard_works);
     }

@@ -262,7 +262,18 @@ fn gro_segment(message: &libc::msghdr) -> Option<usize> {
     None
 }
 
-fn set_option<T>(fd: &OwnedFd, level: libc::c_int, option: libc::c_int, value: &T) -> io::Result<()> {
+/// What is sent is as large as the link takes or not sent at all: no fragments, whatever is known of the path
+/// (IP_PMTUDISC_PROBE, ip(7)).
+pub fn send_unfragmented(socket: &impl AsRawFd, ipv6: bool) -> io::Result<()> {
+    let (level, option, value) = if ipv6 {
+        (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_PROBE)
+    } else {
+        (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_PROBE)
+    };
+    set_option(socket, level, option, &value)
+}
+
+fn set_option<T>(fd: &impl AsRawFd, level: libc::c_int, option: libc::c_int, value: &T) -> io::Result<()> {
     let len = libc::socklen_t::try_from(size_of::<T>()).map_err(io::Error::other)?;
     // SAFETY: `value` points to `len` readable bytes.
     let outcome =

@@ -1,6 +1,7 @@
 //! Kernel WireGuard over generic netlink, through the crate wireguard-control. In the calling thread's namespace.
 
 use std::io;
+use std::net::SocketAddr;
 use std::time::SystemTime;
 
 use weft_model::WgPublicKey;
@@ -80,6 +81,13 @@ pub fn peers(link: &str) -> Result<Vec<PeerStatus>, WireguardError> {
     let mut peers: Vec<PeerStatus> = observe(link)?.peers.iter().map(status).collect();
     peers.sort_by_key(|peer| peer.public_key);
     Ok(peers)
+}
+
+/// The peer is called there from now on; all else stays.
+pub fn set_endpoint(link: &str, key: &WgPublicKey, endpoint: SocketAddr) -> Result<(), WireguardError> {
+    let peer = PeerConfigBuilder::new(&Key(key.0)).set_endpoint(endpoint);
+    let update = DeviceUpdate::new().add_peer(peer).apply(&interface(link)?, Backend::Kernel);
+    update.map_err(|source| WireguardError::Device { operation: "configure", link: link.to_owned(), source })
 }
 
 /// The peer is as wanted; its endpoint may have roamed.

@@ -10,12 +10,12 @@ use ipnet::IpNet;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use weft_model::constants::{
-    ANNOTATION_ANSWERS_FOR, ANNOTATION_LINKS, ANNOTATION_NEXT_PUBLIC_KEY, ANNOTATION_PUBLIC_KEY,
-    ANNOTATION_WIREGUARD_PORT,
+    ANNOTATION_ANSWERS_FOR, ANNOTATION_ENDPOINT, ANNOTATION_KEEPALIVE, ANNOTATION_LINKS,
+    ANNOTATION_NEXT_PUBLIC_KEY, ANNOTATION_PUBLIC_KEY, ANNOTATION_WIREGUARD_PORT,
 };
 use weft_model::objects::{
     Bandwidth, ConfigMap, Endpoint, EndpointPort, EndpointSlice, NamedPort, Namespace, Node, Pod, Protocol,
-    Service, ServiceCidr, ServiceKind, ServicePort, TrafficPolicy,
+    Reach, Service, ServiceCidr, ServiceKind, ServicePort, TrafficPolicy,
 };
 use weft_model::{NamespacedName, NodeName, ObjectRef, Problem, Reason};
 
@@ -56,10 +56,15 @@ pub fn node(document: &Value) -> Lowered<Node> {
         let cidrs = wire.spec.pod_cidrs.or_else(|| wire.spec.pod_cidr.map(|cidr| vec![cidr]));
         let pod_cidrs = notes.cidrs("spec.podCIDRs", &cidrs.unwrap_or_default());
         let addresses = wire.status.addresses.unwrap_or_default();
-        let internal = addresses.iter().enumerate().filter(|(_, address)| address.kind == "InternalIP");
-        let internal_ips = internal
-            .filter_map(|(i, address)| notes.ip(&format!("status.addresses[{i}].address"), &address.address))
-            .collect();
+        let mut of_kind = |kind| {
+            let of_kind = addresses.iter().enumerate().filter(|(_, address)| address.kind == kind);
+            of_kind
+                .filter_map(|(i, address)| {
+                    notes.ip(&format!("status.addresses[{i}].address"), &address.address)
+                })
+                .collect()
+        };
+        let (internal_ips, external_ips) = (of_kind("InternalIP"), of_kind("ExternalIP"));
         let annotations = meta.annotations.unwrap_or_default();
         let mut taints = wire.spec.taints.iter().flatten();
         let mut conditions = wire.status.conditions.iter().flatten();
@@ -73,6 +78,11 @@ pub fn node(document: &Value) -> Lowered<Node> {
             public_key: notes.annotation(&annotations, ANNOTATION_PUBLIC_KEY),
             next_public_key: notes.annotation(&annotations, ANNOTATION_NEXT_PUBLIC_KEY),
             wireguard_port: notes.annotation(&annotations, ANNOTATION_WIREGUARD_PORT),
+            reach: Reach {
+                external_ips,
+                endpoint: notes.wish(&annotations, ANNOTATION_ENDPOINT, "edge1.example.org:51820"),
+                keepalive_seconds: notes.wish(&annotations, ANNOTATION_KEEPALIVE, "25"),
+            },
             name: NodeName(meta.name),
             uid: meta.uid.unwrap_or_default(),
             created: notes.created(meta.creation_timestamp.as_deref()),
@@ -491,6 +501,23 @@ impl Notes {
         if parsed.is_none() {
             self.invalid(format!(
                 "annotation {name} {text:?} cannot be read; remove it, the node's agent writes it anew"
+            ));
+        }
+        parsed
+    }
+
+    /// An annotation that people write.
+    fn wish<T: std::str::FromStr>(
+        &mut self,
+        annotations: &wire::Strings,
+        name: &str,
+        example: &str,
+    ) -> Option<T> {
+        let text = annotations.get(name)?;
+        let parsed = text.trim().parse().ok();
+        if parsed.is_none() {
+            self.invalid(format!(
+                "annotation {name} {text:?} cannot be read, so it is ignored; write for example {example:?}"
             ));
         }
         parsed

@@ -17,6 +17,7 @@ use kube::runtime::watcher::{self, Event, watcher};
 use tokio::sync::watch as channel;
 use tokio::time::Instant;
 use weft_model::ingress::{Reference, Referred};
+use weft_model::node_facts::Observed;
 use weft_model::snapshot::Attachments;
 use weft_model::{ClusterConfig, Generation, NodeFacts, Snapshot};
 
@@ -77,6 +78,8 @@ impl ApiStatus {
 /// What this node itself adds to the cluster's objects.
 pub struct Here {
     pub facts: channel::Receiver<NodeFacts>,
+    /// Added to the facts.
+    pub observed: channel::Receiver<Observed>,
     /// What CNI has given; a change is published like that of an object, in the order in which it was made.
     pub attachments: channel::Receiver<Attachments>,
     /// What the other nodes say of their pods before the API does.
@@ -87,8 +90,8 @@ pub struct Here {
 /// attachments and the configuration of today; it stays until every watch has listed.
 pub fn start(
     tasks: &mut TaskGroup,
-    access: Arc<Access>,
-    config: ClusterConfig,
+    access: &Arc<Access>,
+    config: &ClusterConfig,
     here: Here,
     initial: Option<Snapshot>,
 ) -> Watches {
@@ -102,13 +105,13 @@ pub fn start(
         cluster: initial.as_ref().map(Cluster::from_stored).unwrap_or_default(),
         generation: initial.as_ref().map(|stored| stored.generation).unwrap_or_default(),
         stored: initial,
-        config: Arc::new(config),
+        config: Arc::new(config.clone()),
         here,
         wanted_tx,
         referred,
         snapshot_tx,
     };
-    tasks.start("kube", run(assembler, Connection::new(access, status_tx)));
+    tasks.start("kube", run(assembler, Connection::new(access.clone(), status_tx)));
     Watches { snapshots, status }
 }
 
@@ -193,6 +196,10 @@ async fn run(mut assembler: Assembler, mut connection: Connection) -> Result<(),
             },
             changed = assembler.here.facts.changed() => {
                 changed.map_err(|_| "the node facts ended".to_owned())?;
+                publish_at.get_or_insert_with(|| Instant::now() + BURST);
+            }
+            changed = assembler.here.observed.changed() => {
+                changed.map_err(|_| "the observations ended".to_owned())?;
                 publish_at.get_or_insert_with(|| Instant::now() + BURST);
             }
             changed = assembler.here.attachments.changed() => {
@@ -291,10 +298,11 @@ impl Assembler {
 
     /// The facts, as the same `Arc` as before while they are equal.
     fn facts_now(&mut self) -> Arc<NodeFacts> {
-        let facts = self.here.facts.borrow_and_update();
+        let observed = self.here.observed.borrow_and_update().clone();
+        let facts = NodeFacts { observed, ..self.here.facts.borrow_and_update().clone() };
         match &*self.snapshot_tx.borrow() {
-            Some(published) if *published.facts == *facts => published.facts.clone(),
-            _ => Arc::new(facts.clone()),
+            Some(published) if *published.facts == facts => published.facts.clone(),
+            _ => Arc::new(facts),
         }
     }
 }

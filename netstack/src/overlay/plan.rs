@@ -9,8 +9,8 @@
 //!  anything else in a pod range   unreachable
 //! ```
 
-use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 use weft_model::constants::{
@@ -24,6 +24,7 @@ use weft_model::ruleset::{Passage, Table};
 use weft_model::wireguard::{WireguardPeer, WireguardPlan};
 use weft_model::{ObjectRef, Problem, Reason, Snapshot};
 
+use super::endpoints;
 use super::quarantine::{self, Accepted, problem};
 use super::rules;
 use super::standing::intruders;
@@ -85,7 +86,7 @@ impl Planner for OverlayPlanner {
         let wireguard = view.wireguard(&mut problems);
         let plan = OverlayPlan {
             backend: snapshot.facts.wireguard_backend,
-            mtu_bytes: view.mtu_bytes(),
+            mtu_bytes: mtu_bytes(snapshot),
             host_addresses: view.link_addresses(),
             routes: view.routes(&wireguard),
             rules: view.rules(),
@@ -159,10 +160,6 @@ impl<'a> View<'a> {
         hosts.chain(free.map(IpNet::from)).collect()
     }
 
-    fn own_addresses(&self) -> &[IpAddr] {
-        self.own.map_or(&[], |own| &own.addresses)
-    }
-
     fn others(&self) -> impl Iterator<Item = &'a Accepted<'a>> {
         let own = &self.snapshot.facts.name;
         self.accepted.iter().filter(move |accepted| accepted.node.name != *own)
@@ -175,37 +172,42 @@ impl<'a> View<'a> {
     fn wireguard(&self, problems: &mut Vec<Problem>) -> WireguardPlan {
         let listen_port = self.own.map_or(self.snapshot.config.wireguard_port, |own| self.port(own.node));
         let own_keys = self.own.map(|own| quarantine::keys(own.node).collect()).unwrap_or_default();
-        let mut plan = WireguardPlan { listen_port, own_keys, ..WireguardPlan::default() };
+        let uplinks = &self.snapshot.facts.uplinks;
+        let own_addresses = uplinks.iter().flat_map(|uplink| uplink.addresses.clone()).collect();
+        let mut plan = WireguardPlan { listen_port, own_keys, own_addresses, peers: BTreeMap::new() };
         for other in self.others() {
             let Some(key) = other.node.public_key else { continue };
-            let endpoint = self.endpoint(other);
-            if endpoint.is_none() {
+            let endpoints = endpoints::endpoints(self.snapshot, other, problems);
+            if endpoints.is_empty() {
                 let message = "shares no address family with this node: it can only be reached once it calls";
                 problems.push(problem(other.node, Reason::Missing, message.to_owned()));
             }
+            problems.extend(self.narrow_path(other.node).map(|bytes| {
+                let message = format!(
+                    "packets of more than {bytes} bytes get lost on the way from {} to it, so pods here send smaller ones there; let \
+                     fragments and ICMP through between the two, or lower the MTU of this node's link",
+                    self.snapshot.facts.name
+                );
+                problem(other.node, Reason::NotSupported, message)
+            }));
             let addresses = other.addresses.iter().map(|address| IpNet::from(*address));
             let mut allowed_ips: Vec<IpNet> = other.pod_cidrs.iter().copied().chain(addresses).collect();
             allowed_ips.sort();
             let node = other.node.name.0.clone();
             let next_key = other.node.next_public_key.filter(|next| *next != key);
-            let peer = WireguardPeer { node, next_key, endpoint, allowed_ips, keepalive_seconds: None };
+            let keepalive_seconds = endpoints::keepalive_seconds(self.snapshot, &endpoints);
+            let mut addresses = endpoints.iter().map(|endpoint| endpoint.address);
+            let peer = WireguardPeer {
+                node,
+                next_key,
+                endpoint: addresses.next(),
+                other_endpoints: addresses.collect(),
+                allowed_ips,
+                keepalive_seconds,
+            };
             plan.peers.insert(key, peer);
         }
         plan
-    }
-
-    /// IPv4 where both have it, else IPv6.
-    fn endpoint(&self, other: &Accepted<'_>) -> Option<SocketAddr> {
-        let own = self.own_addresses();
-        let shared =
-            |address: &&IpAddr| own.is_empty() || own.iter().any(|mine| mine.is_ipv4() == address.is_ipv4());
-        let address = other.addresses.iter().find(shared)?;
-        Some(SocketAddr::new(*address, self.port(other.node)))
-    }
-
-    fn mtu_bytes(&self) -> u32 {
-        let underlay = self.snapshot.facts.underlay_mtu_bytes(self.own_addresses());
-        underlay.saturating_sub(WIREGUARD_OVERHEAD_BYTES).max(MIN_MTU_BYTES)
     }
 
     fn routes(&self, wireguard: &WireguardPlan) -> BTreeSet<Route> {
@@ -219,24 +221,31 @@ impl<'a> View<'a> {
             target: RouteTarget::Local,
             source: None,
             metric: None,
+            mtu_bytes: None,
         }));
         for other in self.others() {
             let peer = other.node.public_key.is_some_and(|key| wireguard.peers.contains_key(&key));
+            let narrow = self.narrow_path(other.node);
             for address in &other.addresses {
                 let destination = IpNet::from(*address);
                 routes.insert(unreachable(destination, Some(TUNNEL_TABLE)));
                 if peer {
-                    routes.insert(through_tunnel(destination, Some(TUNNEL_TABLE), None));
+                    routes.insert(through_tunnel(destination, Some(TUNNEL_TABLE), None, narrow));
                 }
             }
             for cidr in other.pod_cidrs.iter().filter(|_| peer) {
                 let host = self.hosts.iter().map(|(_, host)| *host);
                 let source = host.into_iter().find(|host| host.is_ipv4() == cidr.addr().is_ipv4());
-                routes.insert(through_tunnel(*cidr, None, source));
+                routes.insert(through_tunnel(*cidr, None, source, narrow));
             }
         }
         routes.retain(|route| self.families.holds(route.destination.addr()));
         routes
+    }
+
+    /// Of a path that carries less than the device.
+    fn narrow_path(&self, node: &Node) -> Option<u32> {
+        self.snapshot.facts.observed.narrow_paths.get(&node.name).copied()
     }
 
     fn rules(&self) -> BTreeSet<SourceRule> {
@@ -278,14 +287,29 @@ impl<'a> View<'a> {
     }
 }
 
-fn unreachable(destination: IpNet, table: Option<u32>) -> Route {
-    let metric = Some(UNREACHABLE_METRIC);
-    Route { destination, table, target: RouteTarget::Unreachable, source: None, metric }
+/// Of the tunnel's device: the underlay's less what WireGuard adds.
+pub(super) fn mtu_bytes(snapshot: &Snapshot) -> u32 {
+    let own: Vec<IpAddr> = snapshot.own_node().map(|node| node.primary_ips().collect()).unwrap_or_default();
+    let underlay = snapshot.facts.underlay_mtu_bytes(&own);
+    underlay.saturating_sub(WIREGUARD_OVERHEAD_BYTES).max(MIN_MTU_BYTES)
 }
 
-fn through_tunnel(destination: IpNet, table: Option<u32>, source: Option<IpAddr>) -> Route {
+fn unreachable(destination: IpNet, table: Option<u32>) -> Route {
+    let metric = Some(UNREACHABLE_METRIC);
+    Route { destination, table, target: RouteTarget::Unreachable, source: None, metric, mtu_bytes: None }
+}
+
+/// `narrow` is what its path carries; IPv6 knows no less than 1280.
+fn through_tunnel(
+    destination: IpNet,
+    table: Option<u32>,
+    source: Option<IpAddr>,
+    narrow: Option<u32>,
+) -> Route {
     let target = RouteTarget::Link(TUNNEL_LINK.to_owned());
-    Route { destination, table, target, source, metric: None }
+    let least = if destination.addr().is_ipv6() { MIN_MTU_BYTES } else { 0 };
+    let mtu_bytes = narrow.map(|bytes| bytes.max(least));
+    Route { destination, table, target, source, metric: None, mtu_bytes }
 }
 
 #[cfg(test)]

@@ -282,6 +282,8 @@ fn snapshot(objects: Vec<Value>) -> Snapshot {
         uplinks: vec![],
         wireguard_backend: WireguardBackend::Userspace,
         foreign_routes: vec![],
+        loopback: Default::default(),
+        observed: Default::default(),
     };
     let cluster = Cluster::from_documents(always.into_iter().chain(objects));
     let snapshot = cluster.snapshot(Generation(1), Arc::new(config), Arc::new(facts));

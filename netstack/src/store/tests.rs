@@ -61,6 +61,7 @@ fn node() -> Node {
         next_public_key: None,
         answers_for: Default::default(),
         unready: false,
+        reach: Default::default(),
         wireguard_port: Some(51820),
     }
 }
@@ -102,6 +103,8 @@ fn snapshot() -> Snapshot {
             uplinks: vec![],
             wireguard_backend: WireguardBackend::Userspace,
             foreign_routes: vec![],
+            loopback: Default::default(),
+            observed: Default::default(),
         }),
         nodes: Arc::new(BTreeMap::from([("n1".into(), Arc::new(node()))])),
         config_maps: Default::default(),

@@ -321,6 +321,8 @@ fn snapshot(world: &World) -> Snapshot {
         uplinks: vec![],
         wireguard_backend: WireguardBackend::Userspace,
         foreign_routes: vec![],
+        loopback: Default::default(),
+        observed: Default::default(),
     };
     let cluster = Cluster::from_documents(documents(world));
     let snapshot = cluster.snapshot(Generation(1), Arc::new(config), Arc::new(facts));

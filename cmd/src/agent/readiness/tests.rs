@@ -40,6 +40,7 @@ fn snapshot(from_store: bool) -> Snapshot {
         next_public_key: None,
         answers_for: Default::default(),
         unready: false,
+        reach: Default::default(),
         wireguard_port: None,
     };
     let config =
@@ -49,6 +50,8 @@ fn snapshot(from_store: bool) -> Snapshot {
         uplinks: vec![],
         wireguard_backend: WireguardBackend::Userspace,
         foreign_routes: vec![],
+        loopback: Default::default(),
+        observed: Default::default(),
     };
     Snapshot {
         generation: Generation(1),

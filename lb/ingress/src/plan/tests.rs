@@ -32,6 +32,8 @@ pub(crate) fn snapshot(documents: Vec<Value>) -> Snapshot {
         uplinks: vec![],
         wireguard_backend: WireguardBackend::Userspace,
         foreign_routes: vec![],
+        loopback: Default::default(),
+        observed: Default::default(),
     };
     Cluster::from_documents(documents).snapshot(Generation(1), Arc::new(config()), Arc::new(facts))
 }

@@ -137,6 +137,7 @@ pub(in crate::cni) fn snapshot(pod_cidrs: &[&str]) -> Snapshot {
         next_public_key: None,
         answers_for: Default::default(),
         unready: false,
+        reach: Default::default(),
         wireguard_port: None,
     };
     Snapshot {
@@ -147,6 +148,8 @@ pub(in crate::cni) fn snapshot(pod_cidrs: &[&str]) -> Snapshot {
             uplinks: vec![],
             wireguard_backend: WireguardBackend::Userspace,
             foreign_routes: vec![],
+            loopback: Default::default(),
+            observed: Default::default(),
         }),
         nodes: Arc::new(BTreeMap::from([(name, Arc::new(node))])),
         config_maps: Default::default(),

@@ -23,6 +23,8 @@ fn snapshot(documents: &[Value]) -> Snapshot {
         uplinks: vec![],
         wireguard_backend: WireguardBackend::Userspace,
         foreign_routes: vec![],
+        loopback: Default::default(),
+        observed: Default::default(),
     };
     let cluster = Cluster::from_documents(documents.to_vec());
     cluster.snapshot(Generation(1), Arc::new(config), Arc::new(facts))

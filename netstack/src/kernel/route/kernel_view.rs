@@ -8,7 +8,7 @@ use futures::TryStreamExt;
 use ipnet::IpNet;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
+    RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType,
 };
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use rtnetlink::IpVersion;
@@ -62,29 +62,44 @@ fn metric(destination: IpNet, metric: Option<u32>) -> u32 {
 /// A route of our protocol in the kernel; `lowered` is `None` when it has a shape that we never make.
 pub(super) struct Seen {
     pub(super) message: RouteMessage,
-    lowered: Option<(Key, RouteTarget, Option<IpAddr>)>,
+    lowered: Option<Lowered>,
+}
+
+struct Lowered {
+    key: Key,
+    target: RouteTarget,
+    source: Option<IpAddr>,
+    mtu_bytes: Option<u32>,
 }
 
 impl Seen {
     pub(super) fn key(&self) -> Option<Key> {
-        self.lowered.as_ref().map(|(key, _, _)| *key)
+        self.lowered.as_ref().map(|lowered| lowered.key)
     }
 
     pub(super) fn is(&self, route: &Route) -> bool {
-        self.lowered.as_ref().is_some_and(|(key, target, source)| {
-            (*key, target, *source) == (self::key(route), &route.target, route.source)
+        self.lowered.as_ref().is_some_and(|Lowered { key, target, source, mtu_bytes }| {
+            (*key, target, *source, *mtu_bytes)
+                == (self::key(route), &route.target, route.source, route.mtu_bytes)
         })
     }
 }
 
 impl fmt::Display for Seen {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.lowered.clone() {
-            None => write!(f, "{:?}", self.message),
-            Some(((destination, table, metric), target, source)) => {
-                Route { destination, table: Some(table), target, source, metric: Some(metric) }.fmt(f)
-            }
-        }
+        let Some(Lowered { key: (destination, table, metric), target, source, mtu_bytes }) = &self.lowered
+        else {
+            return write!(f, "{:?}", self.message);
+        };
+        let route = Route {
+            destination: *destination,
+            table: Some(*table),
+            target: target.clone(),
+            source: *source,
+            metric: Some(*metric),
+            mtu_bytes: *mtu_bytes,
+        };
+        route.fmt(f)
     }
 }
 
@@ -137,15 +152,21 @@ pub(super) fn output(message: &RouteMessage) -> Option<u32> {
     })
 }
 
-fn lower(message: &RouteMessage, link: Option<&String>) -> Option<(Key, RouteTarget, Option<IpAddr>)> {
+fn lower(message: &RouteMessage, link: Option<&String>) -> Option<Lowered> {
     let destination = destination(message)?;
     let mut table = u32::from(message.header.table);
-    let (mut source, mut priority) = (None, None);
+    let (mut source, mut priority, mut mtu_bytes) = (None, None, None);
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Table(id) => table = *id,
             RouteAttribute::Priority(metric) => priority = Some(*metric),
             RouteAttribute::PrefSource(address) => source = ip(address),
+            RouteAttribute::Metrics(metrics) => {
+                mtu_bytes = metrics.iter().find_map(|metric| match metric {
+                    RouteMetric::Mtu(bytes) => Some(*bytes),
+                    _ => None,
+                });
+            }
             RouteAttribute::Gateway(_) | RouteAttribute::Via(_) | RouteAttribute::MultiPath(_) => {
                 return None;
             }
@@ -158,7 +179,8 @@ fn lower(message: &RouteMessage, link: Option<&String>) -> Option<(Key, RouteTar
         RouteType::Local => RouteTarget::Local,
         _ => return None,
     };
-    Some(((destination, table, metric(destination, priority)), target, source))
+    let key = (destination, table, metric(destination, priority));
+    Some(Lowered { key, target, source, mtu_bytes })
 }
 
 /// A dump leaves `RTA_DST` out of a default route.
@@ -199,6 +221,8 @@ pub(super) fn route_message(route: &Route, links: &LinkIndexes) -> Option<RouteM
     message.attributes.extend(output.map(RouteAttribute::Oif));
     message.attributes.extend(route.source.map(|source| RouteAttribute::PrefSource(source.into())));
     message.attributes.extend((metric != 0).then_some(RouteAttribute::Priority(metric)));
+    let mtu = route.mtu_bytes.map(|bytes| RouteAttribute::Metrics(vec![RouteMetric::Mtu(bytes)]));
+    message.attributes.extend(mtu);
     Some(message)
 }
 

@@ -5,7 +5,8 @@ use crate::kernel::netns::Rtnetlink;
 use crate::kernel::testing::{NamedNetns, needs_root};
 
 fn route(destination: &str, target: RouteTarget) -> Route {
-    Route { destination: destination.parse().unwrap(), table: None, target, source: None, metric: None }
+    let destination = destination.parse().unwrap();
+    Route { destination, table: None, target, source: None, metric: None, mtu_bytes: None }
 }
 
 fn link(name: &str) -> RouteTarget {
@@ -98,6 +99,29 @@ fn a_route_that_changes_its_target_is_replaced() {
             let shown = node.must(&["ip", family, "route", "show", "proto", "87"]);
             assert_eq!(shown.lines().count(), 1, "{shown}");
             assert!(shown.contains(&format!("{destination} dev {target}")), "{shown}");
+        }
+        node.block_on(apply(&[], &[]));
+    }
+}
+
+#[test]
+fn a_route_takes_a_smaller_mtu_and_gives_it_up_again() {
+    if !needs_root() {
+        return;
+    }
+    let node = node();
+    for (family, destination) in [("-4", "10.1.0.0/24"), ("-6", "fd01::/64")] {
+        let plain = route(destination, link("a0"));
+        for (mtu_bytes, shown) in
+            [(None, ""), (Some(1300), " mtu 1300"), (Some(1280), " mtu 1280"), (None, "")]
+        {
+            let wanted = [Route { mtu_bytes, ..plain.clone() }];
+            let applied = node.block_on(apply(&wanted, &[]));
+            assert_eq!((applied.failed, applied.changed.len()), (vec![], 1), "{destination} {mtu_bytes:?}");
+            let table = node.must(&["ip", family, "route", "show", "proto", "87"]);
+            assert_eq!(table.lines().count(), 1, "{table}");
+            assert!(table.contains(shown) && table.contains(" mtu ") == mtu_bytes.is_some(), "{table}");
+            assert_eq!(node.block_on(apply(&wanted, &[])), Applied::default());
         }
         node.block_on(apply(&[], &[]));
     }

@@ -33,6 +33,8 @@ fn snapshot(cluster: &Cluster) -> Snapshot {
         uplinks: vec![],
         wireguard_backend: WireguardBackend::Userspace,
         foreign_routes: vec![],
+        loopback: Default::default(),
+        observed: Default::default(),
     };
     cluster.snapshot(Generation(1), Arc::new(config), Arc::new(facts))
 }

@@ -153,6 +153,59 @@ fn a_node_keeps_one_range_a_family_and_its_own_annotations() {
 }
 
 #[test]
+fn what_people_say_about_the_way_to_a_node_is_taken_or_named() {
+    let with = |endpoint: &str, keepalive: &str| {
+        node(&json!({
+            "metadata": {"name": "n1", "annotations": {
+                "weft.network/endpoint": endpoint, "weft.network/persistent-keepalive": keepalive,
+            }},
+            "status": {"addresses": [
+                {"type": "ExternalIP", "address": "198.51.100.1"}, {"type": "InternalIP", "address": "192.0.2.1"},
+                {"type": "ExternalIP", "address": "2001:db8::1"}, {"type": "ExternalDNS", "address": "n1.example"},
+            ]},
+        }))
+    };
+    let good = [
+        ("edge.example.org", "edge.example.org"),
+        ("Edge.example.org.:7000", "edge.example.org:7000"),
+        (" 198.51.100.9 ", "198.51.100.9"),
+        ("198.51.100.9:7000", "198.51.100.9:7000"),
+        ("2001:db8::9", "2001:db8::9"),
+        ("[2001:db8::9]:7000", "[2001:db8::9]:7000"),
+    ];
+    for (text, expected) in good {
+        let lowered = with(text, "25");
+        assert_eq!(lowered.problems, []);
+        let reach = lowered.value.unwrap().reach;
+        assert_eq!(reach.endpoint.unwrap().to_string(), expected);
+        assert_eq!(reach.keepalive_seconds, Some(25));
+        let external = ["198.51.100.1", "2001:db8::1"].map(|text| text.parse::<IpAddr>().unwrap());
+        assert_eq!(reach.external_ips, external);
+    }
+    let long = "a".repeat(64);
+    for text in [
+        "",
+        ":7000",
+        "edge:0",
+        "edge:70000",
+        "198.51.100.9:0",
+        "1.2.3",
+        "999.1.1.1",
+        "a b",
+        "http://e",
+        &long,
+    ] {
+        let lowered = with(text, "-1");
+        let said: Vec<String> = lowered.problems.iter().map(ToString::to_string).collect();
+        assert_eq!(said.len(), 2, "{text}: {said:?}");
+        assert!(
+            said.iter().any(|line| line.contains("weft.network/endpoint") && line.contains("for example"))
+        );
+        assert_eq!(lowered.value.unwrap().reach.endpoint, None);
+    }
+}
+
+#[test]
 fn a_load_balancer_address_with_ip_mode_proxy_is_not_taken() {
     let lowered = service(&json!({
         "metadata": {"name": "lb"},

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use weft_model::NamespacedName;
 use weft_model::ServiceKey;
-use weft_model::node_facts::WireguardBackend;
+use weft_model::node_facts::{Observed, WireguardBackend};
 use weft_model::snapshot::AttachedPod;
 
 use super::*;
@@ -169,6 +169,7 @@ struct Rig {
     facts_tx: channel::Sender<NodeFacts>,
     attachments_tx: channel::Sender<Attachments>,
     _introduced_tx: channel::Sender<Introduced>,
+    observed_tx: channel::Sender<Observed>,
     watches: Watches,
     access: Arc<Access>,
 }
@@ -191,6 +192,8 @@ fn facts(mtu_bytes: u32) -> NodeFacts {
         uplinks: vec![uplink],
         wireguard_backend: WireguardBackend::Userspace,
         foreign_routes: vec![],
+        loopback: Default::default(),
+        observed: Default::default(),
     }
 }
 
@@ -221,10 +224,12 @@ impl Rig {
         let (attachments_tx, attachments) = channel::channel(Attachments::default());
         let mut watching = TaskGroup::new();
         let (introduced_tx, introduced) = channel::channel(Introduced::default());
-        let here = Here { facts: facts_rx, attachments, introduced };
-        let watches = start(&mut watching, access.clone(), config(), here, initial);
+        let (observed_tx, observed) = channel::channel(Observed::default());
+        let here = Here { facts: facts_rx, observed, attachments, introduced };
+        let watches = start(&mut watching, &access, &config(), here, initial);
         Self {
             _introduced_tx: introduced_tx,
+            observed_tx,
             server,
             address,
             serving,
@@ -433,8 +438,9 @@ async fn without_an_api_server_the_stored_snapshot_stands_and_follows_the_facts(
     let mut tasks = TaskGroup::new();
     let (_attachments_tx, attachments) = channel::channel(Attachments::default());
     let (_introduced_tx, introduced) = channel::channel(Introduced::default());
-    let here = Here { facts: facts_rx, attachments, introduced };
-    let mut watches = start(&mut tasks, access, config(), here, Some((*stored).clone()));
+    let (_observed_tx, observed) = channel::channel(Observed::default());
+    let here = Here { facts: facts_rx, observed, attachments, introduced };
+    let mut watches = start(&mut tasks, &access, &config(), here, Some((*stored).clone()));
     watches.snapshots.wait_for(Option::is_some).await.unwrap();
     facts_tx.send_replace(facts(9000));
     let jumbo = |s: &Option<Arc<Snapshot>>| s.as_ref().unwrap().facts.uplinks[0].mtu_bytes == 9000;
@@ -442,6 +448,16 @@ async fn without_an_api_server_the_stored_snapshot_stands_and_follows_the_facts(
     assert!(now.from_store && has(&now, "old"));
     let failed = watches.status.wait_for(|status| status.failure.is_some()).await.unwrap().clone();
     assert!(!failed.connected);
+}
+
+#[tokio::test]
+async fn what_the_node_finds_out_is_part_of_its_facts() {
+    let mut rig = Rig::start(None, |_| {}).await;
+    rig.until("facts", |s| s.facts.observed == Observed::default()).await;
+    let names = [("edge.example".to_owned(), vec!["192.0.2.7".parse().unwrap()])].into();
+    let found = Observed { names, narrow_paths: [("n2".into(), 1300)].into() };
+    rig.observed_tx.send_replace(found.clone());
+    rig.until("found", |s| s.facts.observed == found && s.facts.uplinks == facts(1500).uplinks).await;
 }
 
 #[tokio::test]

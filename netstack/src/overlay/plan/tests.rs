@@ -35,6 +35,7 @@ fn node(number: u8, ipv4: bool, ipv6: bool) -> Node {
         next_public_key: None,
         answers_for: Default::default(),
         unready: false,
+        reach: Default::default(),
         wireguard_port: None,
     }
 }
@@ -65,6 +66,8 @@ pub(in crate::overlay) fn snapshot(nodes: Vec<Node>) -> Snapshot {
         uplinks: vec![uplink],
         wireguard_backend: WireguardBackend::Userspace,
         foreign_routes: vec![],
+        loopback: Default::default(),
+        observed: Default::default(),
     };
     Snapshot {
         generation: Generation(1),
@@ -117,6 +120,9 @@ fn a_dual_stack_node_reaches_pods_and_nodes_through_the_tunnel_in_both_families(
         peers(&plan),
         ["node-2 at 192.0.2.2:51820: 10.42.2.0/24 192.0.2.2/32 2001:db8::2/128 fd42:0:0:2::/64"]
     );
+    let others = lines(plan.wireguard.peers.values().flat_map(|peer| &peer.other_endpoints));
+    assert_eq!(others, ["[2001:db8::2]:51820"]);
+    assert_eq!(lines(&plan.wireguard.own_addresses), ["192.0.2.1", "2001:db8::1"]);
     assert_eq!(plan.wireguard.listen_port, 51820);
     assert_eq!(
         (plan.mtu_bytes, lines(&plan.host_addresses)),
@@ -157,6 +163,26 @@ fn a_dual_stack_node_reaches_pods_and_nodes_through_the_tunnel_in_both_families(
             "net/ipv6/conf/weft0/accept_ra=0",
         ]
     );
+}
+
+#[test]
+fn a_path_that_carries_less_narrows_the_routes_to_its_node_and_says_so_there() {
+    let mut snapshot = snapshot(vec![dual(1), dual(2), dual(3)]);
+    Arc::make_mut(&mut snapshot.facts).observed.narrow_paths = [("node-2".into(), 1200)].into();
+    let Planned { plan, problems } = OverlayPlanner { open_firewalls: true }.plan(&snapshot);
+    let narrow = lines(plan.routes.iter().filter(|route| route.mtu_bytes.is_some()));
+    assert_eq!(
+        narrow,
+        [
+            "10.42.2.0/24 dev weft0 src 10.42.1.1 mtu 1200",
+            "192.0.2.2/32 dev weft0 table 22341 mtu 1200",
+            "2001:db8::2/128 dev weft0 table 22341 mtu 1280",
+            "fd42:0:0:2::/64 dev weft0 src fd42:0:0:1::1 mtu 1280",
+        ]
+    );
+    assert_eq!(problems.len(), 1);
+    let said = problems[0].to_string();
+    assert!(said.starts_with("Node node-2: ") && said.contains("more than 1200 bytes"), "{said}");
 }
 
 #[test]

@@ -9,7 +9,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -62,10 +62,15 @@ pub(super) struct Table {
     /// To the slot.
     pub(super) allowed: AllowedIps<u32>,
     pub(super) mtu_bytes: usize,
+    own_addresses: Vec<IpAddr>,
 }
 
 impl Table {
-    fn new(by_key: BTreeMap<WgPublicKey, (Arc<PeerEntry>, WireguardPeer)>, mtu_bytes: usize) -> Self {
+    fn new(
+        by_key: BTreeMap<WgPublicKey, (Arc<PeerEntry>, WireguardPeer)>,
+        mtu_bytes: usize,
+        own_addresses: Vec<IpAddr>,
+    ) -> Self {
         let greatest = by_key.values().map(|(entry, _)| entry.slot).max();
         let mut slots = vec![None; greatest.map_or(0, |slot| slot as usize + 1)];
         for (entry, _) in by_key.values() {
@@ -77,7 +82,7 @@ impl Table {
         let allowed = AllowedIps::new(prefixes);
         let by_next_key =
             by_key.values().filter_map(|(entry, peer)| Some((peer.next_key?, entry.clone()))).collect();
-        Self { slots, by_key, by_next_key, allowed, mtu_bytes }
+        Self { slots, by_key, by_next_key, allowed, mtu_bytes, own_addresses }
     }
 
     pub(super) fn peer(&self, slot: u32) -> Option<&Arc<PeerEntry>> {
@@ -164,7 +169,7 @@ impl Device {
             identities: ArcSwap::from_pointee(identities),
             tun,
             admissions: Mutex::new(admissions),
-            table: ArcSwap::from_pointee(Table::new(BTreeMap::new(), 1420)),
+            table: ArcSwap::from_pointee(Table::new(BTreeMap::new(), 1420, Vec::new())),
             sockets: ArcSwapOption::empty(),
             applying: Mutex::new(()),
             send_failed: AtomicBool::new(false),
@@ -197,6 +202,9 @@ impl Device {
         let now = Now::read();
         let identities = self.renew_identities(keys, now.monotonic);
         let mut free = free_slots(&old, state);
+        // Peers know where this node was.
+        let own_addresses = &state.wireguard.own_addresses;
+        let moved = !old.own_addresses.is_empty() && old.own_addresses != *own_addresses;
         let mut greet = Vec::new();
         let mut by_key = BTreeMap::new();
         for (key, wanted) in
@@ -210,17 +218,19 @@ impl Device {
                     None => break,
                 },
             };
-            configure(&entry, key, known.map(|(_, peer)| peer), wanted, now);
-            entry.lock().set_identities(&identities.current, identities.next.as_ref(), now.monotonic);
-            if known.is_none() {
+            self.with_peer(&entry, |peer, out| {
+                configure(peer, key, known.map(|(_, peer)| peer), wanted, now, out);
+                peer.set_identities(&identities.current, identities.next.as_ref(), now.monotonic);
+            });
+            if known.is_none() || moved {
                 greet.push(entry.clone());
             }
             by_key.insert(*key, (entry, wanted.clone()));
         }
         let mtu_bytes = usize::try_from(state.mtu_bytes).unwrap_or(1420);
-        self.table.store(Arc::new(Table::new(by_key, mtu_bytes)));
+        self.table.store(Arc::new(Table::new(by_key, mtu_bytes, own_addresses.clone())));
         for entry in greet {
-            self.with_peer(&entry, |peer, out| peer.start_handshake(now, out));
+            self.with_peer(&entry, |peer, out| peer.renew(now, out));
         }
         Ok(())
     }
@@ -252,12 +262,9 @@ impl Device {
         let mut out = Outbox::new();
         let mut peer = entry.lock();
         let result = step(&mut peer, &mut out);
-        let endpoint = peer.endpoint();
         drop(peer);
-        if let Some(endpoint) = endpoint {
-            for datagram in &out {
-                self.send(endpoint, datagram, datagram.len());
-            }
+        for (to, datagram) in &out {
+            self.send(*to, datagram, datagram.len());
         }
         result
     }
@@ -329,20 +336,19 @@ fn free_slots(old: &Table, state: &TunnelState) -> impl Iterator<Item = u32> + u
 }
 
 fn configure(
-    entry: &PeerEntry,
+    peer: &mut Peer,
     key: &WgPublicKey,
     old: Option<&WireguardPeer>,
     wanted: &WireguardPeer,
     now: Now,
+    out: &mut Outbox,
 ) {
-    let mut peer = entry.lock();
     // A peer that has called with its next key is called by it.
     if Some(peer.key) != wanted.next_key {
         peer.set_key(*key);
     }
-    if wanted.endpoint.is_some() && old.is_none_or(|old| old.endpoint != wanted.endpoint) {
-        peer.set_endpoint(wanted.endpoint);
-    }
+    let candidates = wanted.endpoint.iter().chain(&wanted.other_endpoints);
+    peer.set_candidates(candidates.copied().collect(), now, out);
     if old.is_none_or(|old| old.keepalive_seconds != wanted.keepalive_seconds) {
         let interval = wanted.keepalive_seconds.filter(|seconds| *seconds > 0);
         peer.set_keepalive(interval.map(|seconds| Duration::from_secs(seconds.into())), now.monotonic);

@@ -26,6 +26,8 @@ pub(super) const REKEY_AFTER_TIME: Duration = Duration::from_secs(120);
 pub(super) const REKEY_ATTEMPT_TIME: Duration = Duration::from_secs(90);
 pub(super) const REKEY_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Without an answer for this long an initiation goes to every endpoint of the peer.
+const SPREAD_AFTER: Duration = Duration::from_secs(1);
 /// Added to REKEY_TIMEOUT, so that two peers do not keep colliding.
 const MAX_JITTER_MILLIS: u64 = 333;
 /// One peer may start a handshake this often at most.
@@ -57,8 +59,8 @@ impl Now {
     }
 }
 
-/// Datagrams for the peer's endpoint, in order.
-pub(super) type Outbox = Vec<Vec<u8>>;
+/// Datagrams and where each goes, in order.
+pub(super) type Outbox = Vec<(SocketAddr, Vec<u8>)>;
 
 /// Leave to send: `count` counters from `first` of `session`.
 pub(super) struct Reservation {
@@ -76,6 +78,14 @@ struct Attempt {
     /// Start of the whole attempt: traffic moves it.
     since: Instant,
     retry_at: Instant,
+    /// What was sent to one endpoint, until it is sent to all.
+    unspread: Option<Vec<u8>>,
+}
+
+impl Attempt {
+    fn spread_at(&self) -> Option<Instant> {
+        self.unspread.as_ref().map(|_| self.sent_at + SPREAD_AFTER)
+    }
 }
 
 #[derive(Default)]
@@ -105,7 +115,10 @@ pub(super) struct Peer {
     cookie_key: [u8; 32],
     slot: u32,
     next_index: u8,
+    /// Where the peer is: whence it was heard last, or where it may be.
     endpoint: Option<SocketAddr>,
+    /// Where it may be called, best first.
+    candidates: Vec<SocketAddr>,
     keepalive: Option<Duration>,
     attempt: Option<Attempt>,
     /// What the peer may still send with, newest first. More than one, since two handshakes that cross leave the sides sending
@@ -137,6 +150,7 @@ impl Peer {
             slot,
             next_index: rand::random(),
             endpoint: None,
+            candidates: Vec::new(),
             keepalive: None,
             attempt: None,
             previous: VecDeque::new(),
@@ -195,6 +209,28 @@ impl Peer {
             self.cookie = None;
         }
         self.endpoint = endpoint;
+    }
+
+    /// Where the peer may be called, best first. While it is heard, it stays where it is; what is better is called when the
+    /// session is renewed, which is at once when the best is another than before.
+    pub(super) fn set_candidates(&mut self, candidates: Vec<SocketAddr>, now: Now, out: &mut Outbox) {
+        let before = std::mem::replace(&mut self.candidates, candidates).first().copied();
+        let Some(best) = self.candidates.first().copied().filter(|best| before != Some(*best)) else { return };
+        if self.endpoint.is_none() || !self.is_connected(now.monotonic) {
+            self.set_endpoint(Some(best));
+        } else if before.is_some() {
+            self.renew(now, out);
+        }
+    }
+
+    /// Calls the peer although there is a session or a call on its way: this node, or the peer, may be elsewhere.
+    pub(super) fn renew(&mut self, now: Now, out: &mut Outbox) {
+        self.attempt.take_if(|attempt| attempt.sent_at < now.monotonic);
+        self.start_handshake(now, out);
+    }
+
+    fn is_connected(&self, now: Instant) -> bool {
+        self.current.as_ref().is_some_and(|session| !session.expired(now))
     }
 
     pub(super) fn set_keepalive(&mut self, interval: Option<Duration>, now: Instant) {
@@ -264,9 +300,10 @@ impl Peer {
             Some(attempt) => attempt.since,
             None => now.monotonic,
         };
-        if self.endpoint.is_none() {
-            return;
-        }
+        // While a session carries what is sent, the best endpoint has the first word, so that a detour ends.
+        let connected = self.is_connected(now.monotonic);
+        let best = self.candidates.first().copied().filter(|_| connected);
+        let Some(to) = best.or(self.endpoint) else { return };
         let local_index = self.take_index();
         let timestamp = noise::timestamp(now.wall);
         let Ok((state, mut message)) = noise::initiate(&identity, &self.key, &timestamp, local_index) else {
@@ -276,9 +313,23 @@ impl Peer {
         let jitter = Duration::from_millis(rand::random_range(0..=MAX_JITTER_MILLIS));
         let retry_at = now.monotonic + REKEY_TIMEOUT + jitter;
         let sent_at = now.monotonic;
-        self.attempt = Some(Attempt { identity, state, local_index, mac1, sent_at, since, retry_at });
+        let unspread = Some(message.to_vec());
+        self.attempt =
+            Some(Attempt { identity, state, local_index, mac1, sent_at, since, retry_at, unspread });
         self.note_traversal(now.monotonic);
-        self.push(message.to_vec(), out);
+        self.push_to(to, message.to_vec(), out);
+    }
+
+    /// The same initiation everywhere, best first: the peer answers the first copy that arrives, and there it is.
+    fn spread(&mut self, out: &mut Outbox) {
+        let Some(message) = self.attempt.as_mut().and_then(|attempt| attempt.unspread.take()) else { return };
+        let elsewhere = self.endpoint.filter(|endpoint| !self.candidates.contains(endpoint));
+        let everywhere: Vec<SocketAddr> = self.candidates.iter().copied().chain(elsewhere).collect();
+        if everywhere.len() > 1 {
+            for to in everywhere {
+                self.push_to(to, message.clone(), out);
+            }
+        }
     }
 
     /// Answers an initiation of this peer that came from `from`; false when it is a replay or comes too often.
@@ -389,6 +440,9 @@ impl Peer {
             self.erase();
         }
         self.retry_or_give_up(now, out);
+        if due(self.attempt.as_ref().and_then(Attempt::spread_at)) {
+            self.spread(out);
+        }
         let silent_at = self.timers.unanswered_since.map(|since| since + KEEPALIVE_TIMEOUT + REKEY_TIMEOUT);
         if due(silent_at) {
             self.timers.unanswered_since = None;
@@ -415,10 +469,13 @@ impl Peer {
     /// When [`Peer::tick`] has something to do, unless anything else happens before.
     pub(super) fn next_wake(&self) -> Option<Instant> {
         let silent_at = self.timers.unanswered_since.map(|since| since + KEEPALIVE_TIMEOUT + REKEY_TIMEOUT);
-        let retry_at = self.attempt.as_ref().map(|attempt| attempt.retry_at);
+        let attempt = self.attempt.as_ref();
+        let of_attempt =
+            attempt.into_iter().flat_map(|attempt| [Some(attempt.retry_at), attempt.spread_at()]);
         let timers = &self.timers;
-        [timers.erase_at, timers.keepalive_at, timers.persistent_at, timers.trial_at, silent_at, retry_at]
+        [timers.erase_at, timers.keepalive_at, timers.persistent_at, timers.trial_at, silent_at]
             .into_iter()
+            .chain(of_attempt)
             .flatten()
             .min()
     }
@@ -557,8 +614,14 @@ impl Peer {
     }
 
     fn push(&mut self, datagram: Vec<u8>, out: &mut Outbox) {
+        if let Some(endpoint) = self.endpoint {
+            self.push_to(endpoint, datagram, out);
+        }
+    }
+
+    fn push_to(&mut self, to: SocketAddr, datagram: Vec<u8>, out: &mut Outbox) {
         self.sent_bytes += datagram.len() as u64;
-        out.push(datagram);
+        out.push((to, datagram));
     }
 }
 

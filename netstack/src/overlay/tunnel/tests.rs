@@ -14,6 +14,8 @@ use super::*;
 use crate::kernel::netns::Netns;
 use crate::kernel::testing::{NamedNetns, needs_root, run as run_command};
 
+mod nat;
+
 const LINK: &str = "weft0";
 const PORT: u16 = 51820;
 const MTU: u32 = 1420;
@@ -128,6 +130,7 @@ impl Host {
                 node: format!("node-{}", host.number),
                 next_key: host.next_key,
                 endpoint: Some(SocketAddr::new(host.underlay(*ipv6), PORT)),
+                other_endpoints: Vec::new(),
                 allowed_ips: host.ranges().iter().map(|range| range.parse().unwrap()).collect(),
                 keepalive_seconds: None,
             };
@@ -135,7 +138,7 @@ impl Host {
         };
         let peers: BTreeMap<_, _> = peers.iter().map(peer).collect();
         let own_keys = std::iter::once(self.key).chain(self.next_key).collect();
-        let wireguard = WireguardPlan { listen_port: PORT, own_keys, peers };
+        let wireguard = WireguardPlan { listen_port: PORT, own_keys, own_addresses: Vec::new(), peers };
         let state = TunnelState { wireguard, mtu_bytes: MTU };
         std::fs::write(self.dir.path().join(STATE_FILE), serde_json::to_vec(&state).unwrap()).unwrap();
     }

@@ -236,6 +236,8 @@ impl Rig {
             uplinks: vec![],
             wireguard_backend: WireguardBackend::Userspace,
             foreign_routes: vec![],
+            loopback: Default::default(),
+            observed: Default::default(),
         };
         let snapshot = cluster.snapshot(Generation(1), Arc::new(config), Arc::new(facts));
         assert_eq!(*snapshot.problems, vec![]);

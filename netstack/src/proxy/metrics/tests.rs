@@ -47,6 +47,8 @@ fn snapshot(generation: u64, objects: Vec<Value>) -> Arc<Snapshot> {
         uplinks: vec![],
         wireguard_backend: WireguardBackend::Userspace,
         foreign_routes: vec![],
+        loopback: Default::default(),
+        observed: Default::default(),
     };
     let config = ClusterConfig {
         cluster_cidrs: vec!["10.244.0.0/16".parse().unwrap()],

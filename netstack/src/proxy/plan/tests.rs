@@ -70,6 +70,7 @@ fn cluster(services: Vec<Service>, slices: Vec<EndpointSlice>) -> Snapshot {
         next_public_key: None,
         answers_for: Default::default(),
         unready: false,
+        reach: Default::default(),
         wireguard_port: None,
     };
     let config = ClusterConfig {
@@ -82,6 +83,8 @@ fn cluster(services: Vec<Service>, slices: Vec<EndpointSlice>) -> Snapshot {
         uplinks: vec![],
         wireguard_backend: WireguardBackend::Userspace,
         foreign_routes: vec![],
+        loopback: Default::default(),
+        observed: Default::default(),
     };
     Snapshot {
         generation: Generation(1),

@@ -47,6 +47,8 @@ fn snapshot(generation: u64) -> Option<Arc<Snapshot>> {
             uplinks: Vec::new(),
             wireguard_backend: WireguardBackend::Kernel,
             foreign_routes: vec![],
+            loopback: Default::default(),
+            observed: Default::default(),
         }),
         nodes: Arc::default(),
         config_maps: Default::default(),

@@ -9,7 +9,8 @@ use crate::overlay::tunnel::message::{Message, parse};
 struct Side {
     identity: Arc<Identity>,
     peer: Peer,
-    address: SocketAddr,
+    /// One a family, IPv4 first.
+    addresses: [SocketAddr; 2],
     received: Vec<Vec<u8>>,
     /// Types of the messages it sent, with the second of sending.
     sent: Vec<(u64, u32)>,
@@ -21,21 +22,24 @@ struct World {
     sides: [Side; 2],
     /// Datagrams of this side are lost.
     lost: [bool; 2],
+    /// Nothing that is sent there arrives.
+    closed: Vec<SocketAddr>,
 }
 
 impl World {
     fn new() -> Self {
         let identities = [Arc::new(Identity::new([1; 32])), Arc::new(Identity::new([2; 32]))];
-        let addresses: [SocketAddr; 2] =
-            ["192.0.2.1:51820".parse().unwrap(), "192.0.2.2:51820".parse().unwrap()];
+        let addresses = [1, 2].map(|n| {
+            [format!("192.0.2.{n}:51820"), format!("[2001:db8::{n}]:51820")].map(|text| text.parse().unwrap())
+        });
         let side = |own: usize| {
             let other = 1 - own;
             let mut peer = Peer::new(identities[own].clone(), identities[other].public, 5);
-            peer.set_endpoint(Some(addresses[other]));
+            peer.set_endpoint(Some(addresses[other][0]));
             Side {
                 identity: identities[own].clone(),
                 peer,
-                address: addresses[own],
+                addresses: addresses[own],
                 received: Vec::new(),
                 sent: Vec::new(),
             }
@@ -45,6 +49,7 @@ impl World {
             elapsed: Duration::ZERO,
             sides: [side(0), side(1)],
             lost: [false, false],
+            closed: Vec::new(),
         }
     }
 
@@ -54,19 +59,21 @@ impl World {
 
     /// Carries what `from` sent, and every answer, until nothing is on the wire.
     fn carry(&mut self, from: usize, out: Outbox) {
-        let mut wire: VecDeque<(usize, Vec<u8>)> = out.into_iter().map(|datagram| (from, datagram)).collect();
-        while let Some((from, datagram)) = wire.pop_front() {
+        let mut wire: VecDeque<_> = out.into_iter().map(|(to, datagram)| (from, to, datagram)).collect();
+        while let Some((from, to, datagram)) = wire.pop_front() {
             let kind = u32_at(&datagram, 0).unwrap();
             self.sides[from].sent.push((self.elapsed.as_secs(), kind));
-            if !self.lost[from] {
-                let answers = self.deliver(from, datagram);
-                wire.extend(answers.into_iter().map(|datagram| (1 - from, datagram)));
+            let arrives = self.sides[1 - from].addresses.contains(&to) && !self.closed.contains(&to);
+            if arrives && !self.lost[from] {
+                let source = self.sides[from].addresses[usize::from(to.is_ipv6())];
+                let answers = self.deliver(from, source, datagram);
+                wire.extend(answers.into_iter().map(|(to, datagram)| (1 - from, to, datagram)));
             }
         }
     }
 
-    fn deliver(&mut self, from: usize, mut datagram: Vec<u8>) -> Outbox {
-        let (now, source, mut out) = (self.now(), self.sides[from].address, Outbox::new());
+    fn deliver(&mut self, from: usize, source: SocketAddr, mut datagram: Vec<u8>) -> Outbox {
+        let (now, mut out) = (self.now(), Outbox::new());
         let side = &mut self.sides[1 - from];
         match parse(&datagram).unwrap() {
             Message::Initiation(message) => {
@@ -106,7 +113,7 @@ impl World {
                 let mut datagram = vec![0; DATA_HEADER_LEN + 32 + TAG_LEN];
                 datagram[DATA_HEADER_LEN..DATA_HEADER_LEN + 32].copy_from_slice(&packet);
                 reservation.session.seal(reservation.first, &mut datagram);
-                out.push(datagram);
+                out.push((reservation.endpoint, datagram));
             }
             None => self.sides[from].peer.enqueue(packet, now, &mut out),
         }
@@ -271,10 +278,122 @@ fn a_replayed_initiation_is_refused() {
 fn the_endpoint_follows_authentic_packets() {
     let mut world = World::new();
     world.send(0, 1);
-    let moved: SocketAddr = "[2001:db8::7]:1234".parse().unwrap();
-    world.sides[0].address = moved;
+    let moved: SocketAddr = "192.0.2.7:1234".parse().unwrap();
+    world.sides[0].addresses[0] = moved;
     world.send(0, 2);
     assert_eq!(world.sides[1].peer.endpoint(), Some(moved));
+}
+
+/// Both know both addresses of the other, IPv4 first.
+fn with_two_addresses() -> World {
+    let mut world = World::new();
+    let now = world.now();
+    for side in 0..2 {
+        let candidates = world.sides[1 - side].addresses.to_vec();
+        let mut out = Outbox::new();
+        world.sides[side].peer.set_candidates(candidates, now, &mut out);
+        assert!(out.is_empty(), "nobody is called before there is something to say");
+    }
+    world
+}
+
+#[test]
+fn without_an_answer_a_peer_is_called_everywhere_a_second_later() {
+    let mut world = with_two_addresses();
+    let [v4, v6] = world.sides[1].addresses;
+    world.closed = vec![v4];
+    world.send(0, 7);
+    world.pass(Duration::from_millis(900));
+    assert_eq!((world.marks(1), world.sent_of(0, INITIATION)), (vec![], vec![0]));
+    world.pass(Duration::from_millis(100));
+    assert_eq!((world.marks(1), world.sent_of(0, INITIATION)), (vec![7], vec![0, 1, 1]));
+    assert_eq!(world.sides[0].peer.endpoint(), Some(v6));
+    assert_eq!(world.sides[1].peer.endpoint(), Some(world.sides[0].addresses[1]), "both ways are one");
+    world.pass(Duration::from_secs(60));
+    assert_eq!(world.sent_of(0, INITIATION), [0, 1, 1], "who has answered is not called again");
+}
+
+#[test]
+fn a_peer_that_comes_up_late_is_met_at_the_best_of_its_addresses() {
+    let mut world = with_two_addresses();
+    world.lost = [true, true];
+    world.send(0, 7);
+    world.pass(Duration::from_millis(900));
+    world.lost = [false, false];
+    world.pass(Duration::from_millis(100));
+    assert_eq!(world.marks(1), [7]);
+    assert_eq!(world.sides[0].peer.endpoint(), Some(world.sides[1].addresses[0]));
+}
+
+#[test]
+fn an_answer_within_a_second_leaves_the_other_addresses_alone() {
+    let mut world = with_two_addresses();
+    world.send(0, 7);
+    world.pass(Duration::from_secs(60));
+    assert_eq!(world.sent_of(0, INITIATION), [0]);
+    assert_eq!(world.sides[0].peer.endpoint(), Some(world.sides[1].addresses[0]));
+}
+
+#[test]
+fn a_detour_ends_with_the_session_that_took_it_and_no_packet_waits_for_that() {
+    let mut world = with_two_addresses();
+    let [v4, v6] = world.sides[1].addresses;
+    world.closed = vec![v4];
+    world.send(0, 0);
+    world.pass(Duration::from_secs(2));
+    let mut marks = vec![0];
+    for mark in 1..250 {
+        if mark == 100 {
+            world.closed.clear();
+        }
+        world.send(0, mark);
+        marks.push(mark);
+        assert_eq!(world.marks(1), marks);
+        let before = if mark < 119 { v6 } else { world.sides[0].peer.endpoint().unwrap() };
+        assert_eq!(world.sides[0].peer.endpoint(), Some(before));
+        world.pass(Duration::from_secs(1));
+    }
+    assert_eq!(world.sides[0].peer.endpoint(), Some(v4));
+    assert_eq!(world.sides[1].peer.endpoint(), Some(world.sides[0].addresses[0]));
+}
+
+#[test]
+fn a_better_endpoint_is_called_at_once_while_the_session_goes_on_where_it_is() {
+    let mut world = with_two_addresses();
+    world.send(0, 1);
+    world.elapsed += Duration::from_secs(10);
+    let [v4, v6] = world.sides[1].addresses;
+    let (now, mut out) = (world.now(), Outbox::new());
+    world.sides[0].peer.set_candidates(vec!["192.0.2.99:1".parse().unwrap(), v6], now, &mut out);
+    assert_eq!(world.sides[0].peer.endpoint(), Some(v4));
+    world.carry(0, out);
+    world.send(0, 2);
+    assert_eq!(world.marks(1), [1, 2]);
+    world.pass(Duration::from_secs(1));
+    let at = world.sides[0].peer.endpoint().unwrap();
+    assert!([v4, v6].contains(&at), "{at}: nobody answers at the best one");
+    world.elapsed += Duration::from_secs(1);
+    let (now, mut out) = (world.now(), Outbox::new());
+    world.sides[0].peer.set_candidates(vec![v6, v4], now, &mut out);
+    world.carry(0, out);
+    assert_eq!(world.sides[0].peer.endpoint(), Some(v6));
+}
+
+#[test]
+fn a_node_that_moved_is_heard_from_where_it_is_at_once() {
+    let mut world = World::new();
+    world.send(0, 1);
+    world.elapsed += Duration::from_secs(10);
+    let moved = "192.0.2.77:51820".parse().unwrap();
+    world.sides[0].addresses[0] = moved;
+    let (now, mut out) = (world.now(), Outbox::new());
+    world.sides[0].peer.renew(now, &mut out);
+    world.sides[0].peer.renew(now, &mut out);
+    assert_eq!(out.len(), 1, "once is enough");
+    world.carry(0, out);
+    assert_eq!(world.sides[1].peer.endpoint(), Some(moved));
+    world.send(1, 2);
+    assert_eq!(world.marks(0), [2]);
 }
 
 #[test]
@@ -312,7 +431,7 @@ fn a_cookie_is_used_in_the_next_attempt() {
     admissions.set_keys([bob].into_iter());
     world.sides[0].peer.start_handshake(now, &mut out);
     let reply = loop {
-        match admissions.judge(&out[0], world.sides[0].address, now.monotonic) {
+        match admissions.judge(&out[0].1, world.sides[0].addresses[0], now.monotonic) {
             Admission::Reply(reply) => break reply,
             Admission::Process(_) => {}
             Admission::Drop => panic!("mac1 is right"),
@@ -322,8 +441,9 @@ fn a_cookie_is_used_in_the_next_attempt() {
     world.elapsed += Duration::from_millis(5400);
     let (later, mut retry) = (world.now(), Outbox::new());
     for _ in 0..100 {
-        admissions.judge(&out[0], "192.0.2.9:9".parse().unwrap(), later.monotonic);
+        admissions.judge(&out[0].1, "192.0.2.9:9".parse().unwrap(), later.monotonic);
     }
     world.sides[0].peer.tick(later, &mut retry);
-    assert_eq!(admissions.judge(&retry[0], world.sides[0].address, later.monotonic), Admission::Process(bob));
+    let source = world.sides[0].addresses[0];
+    assert_eq!(admissions.judge(&retry[0].1, source, later.monotonic), Admission::Process(bob));
 }

@@ -74,6 +74,8 @@ pub(super) fn routes(shape: Shape, certificate: &Path, key: &Path) -> anyhow::Re
         uplinks: vec![],
         wireguard_backend: WireguardBackend::Userspace,
         foreign_routes: vec![],
+        loopback: Default::default(),
+        observed: Default::default(),
     };
     let snapshot =
         Cluster::from_documents(documents).snapshot(Generation(1), Arc::new(config), Arc::new(facts));
