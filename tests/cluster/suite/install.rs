@@ -49,10 +49,22 @@ fn again(cluster: &Cluster) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What the DaemonSet runs.
+pub(crate) fn image(cluster: &Cluster) -> anyhow::Result<String> {
+    let daemonset = cluster.object(&["-n", "weft-system", "daemonset", "weft"])?;
+    let image = &daemonset["spec"]["template"]["spec"]["containers"][0]["image"];
+    Ok(image.as_str().context("an image")?.to_owned())
+}
+
 /// The other build's image was put on every node by `tests/cluster/other-build`, under the tag `other`.
+pub(crate) fn change_image(cluster: &Cluster, image: &str) -> anyhow::Result<()> {
+    let assignment = format!("*={image}");
+    cluster.kubectl(&["-n", "weft-system", "set", "image", "daemonset/weft", &assignment])?;
+    rolled_out(cluster)
+}
+
 fn upgrade(cluster: &Cluster) -> anyhow::Result<()> {
-    let image = cluster.object(&["-n", "weft-system", "daemonset", "weft"])?["spec"]["template"]["spec"]["containers"][0]["image"].clone();
-    let first = image.as_str().context("an image")?.to_owned();
+    let first = image(cluster)?;
     let running =
         |node: &str| cluster.on(node, "sha256sum < /proc/$(cat /run/node/units/weft-agent.service.pid)/exe");
     let loads = [
@@ -62,9 +74,7 @@ fn upgrade(cluster: &Cluster) -> anyhow::Result<()> {
     ];
     let before = NODES.map(running).into_iter().collect::<anyhow::Result<Vec<_>>>()?;
     for image in ["weft:other", &first] {
-        let assignment = format!("*={image}");
-        cluster.kubectl(&["-n", "weft-system", "set", "image", "daemonset/weft", &assignment])?;
-        rolled_out(cluster)?;
+        change_image(cluster, image)?;
         for (node, before) in NODES.iter().zip(&before) {
             let now = running(node)?;
             ensure!((now == *before) == (image == first), "{node} runs {now} under image {image}");
