@@ -187,7 +187,7 @@ fn handshakes(cluster: &Cluster) -> anyhow::Result<Vec<(String, u64)>> {
     let mut all = Vec::new();
     for node in NODES {
         let status = cluster.status(node)?;
-        for peer in status["peers"].as_array().context("peers in the status")? {
+        for peer in status["parts"]["peers"].as_array().context("peers in the status")? {
             let age = peer["last_handshake_seconds"].as_u64().with_context(|| format!("{node}: {peer}"))?;
             all.push((format!("{node} with {}", peer["public_key"]), age));
         }
