@@ -4,7 +4,7 @@
 //! Frames that the test itself sends with a pod's address show that the capture works and that it has come so far: after each
 //! disturbance they are waited for, so that what is found belongs to it.
 
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
@@ -88,9 +88,12 @@ impl<'a> Capture<'a> {
         }
         let file = cluster.run_folder.join("leaks.pcap").display().to_string();
         let filter = format!("{IN_CLEAR} or udp port 51820");
-        let mut command = cluster.script("exec");
-        command.args(["lan", "tcpdump", "-Z", "root", "-ni", "any", "-s", "96", "-B", "65536", "-U"]);
-        command.args(["--immediate-mode", "-w", &file, &filter]);
+        // Not by `exec`, which stays its parent: what is killed must be tcpdump itself.
+        let lan = cluster.run_folder.file_name().context("the cluster's name")?.display().to_string();
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/run/netns/{lan}"));
+        command.args(["tcpdump", "-Z", "root", "-ni", "any", "-s", "96", "-B", "65536", "-U"]);
+        command.args(["--immediate-mode", "-w", &file, &filter]).stdin(Stdio::null());
         let tcpdump = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().context("start tcpdump")?;
         let capture = Self { cluster, tcpdump, file };
         cluster
