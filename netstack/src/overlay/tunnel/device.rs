@@ -125,13 +125,20 @@ impl Sockets {
         };
         let (v4, v6) = (adopt(false), adopt(true));
         let port = port?;
-        // A family that the host did not have then.
-        let open = |ipv6| {
-            let socket = Self::open(ipv6, port).ok().flatten()?;
-            kept.keep(udp_name(ipv6), &socket);
-            Some(socket)
+        // A family that the host did not have then, or whose socket is unfit.
+        let complete = |adopted: Option<UdpSocket>, ipv6| -> io::Result<_> {
+            let opened = if adopted.is_none() { Self::open(ipv6, port)? } else { None };
+            opened.iter().for_each(|socket| kept.keep(udp_name(ipv6), socket));
+            Ok(adopted.or(opened))
         };
-        Some(Self { port, v4: v4.or_else(|| open(false)), v6: v6.or_else(|| open(true)) })
+        match (complete(v4, false), complete(v6, true)) {
+            (Ok(v4), Ok(v6)) => Some(Self { port, v4, v6 }),
+            // Half a tunnel is none: `bind` says what is wrong, now or when what was kept is closed.
+            _ => {
+                [false, true].iter().for_each(|ipv6| kept.forget(udp_name(*ipv6)));
+                None
+            }
+        }
     }
 
     fn bind(port: u16, kept: &Kept) -> io::Result<Self> {
@@ -226,8 +233,10 @@ impl Device {
         self.stop.ask();
         let Some(sockets) = self.sockets() else { return };
         // Who waits for a datagram hears nothing else. One that cannot be sent costs the wait for RECEIVE_TIMEOUT.
-        for loopback in [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)] {
-            self.send(SocketAddr::new(loopback, sockets.port), &[0], 1);
+        let loopback = [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)];
+        for (socket, address) in [&sockets.v4, &sockets.v6].into_iter().zip(loopback) {
+            let wake = |socket: &UdpSocket| socket.send_train((address, sockets.port).into(), &[0], 1);
+            let _ = socket.as_ref().map(wake);
         }
     }
 
