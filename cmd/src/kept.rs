@@ -1,9 +1,10 @@
-//! Sockets that the service manager kept while this process did not run (sd_listen_fds(3)), and where it keeps ours.
+//! Sockets that the service manager kept while this process did not run, sorted by kind, and where it keeps ours.
 
 use std::net::{TcpListener, UdpSocket};
+use std::os::fd::OwnedFd;
 
-use listenfd::ListenFd;
-use weft_netstack::kernel::descriptor_store::DescriptorStore;
+use nix::sys::socket::{SockType, getsockopt, sockopt};
+use weft_netstack::kernel::descriptor_store::{self, DescriptorStore};
 
 pub(crate) struct Kept {
     pub(crate) udp: Vec<UdpSocket>,
@@ -12,23 +13,26 @@ pub(crate) struct Kept {
 }
 
 impl Kept {
-    /// From `LISTEN_FDS` and `NOTIFY_SOCKET`; what is neither UDP nor a TCP listener stays closed to us.
+    /// What is neither UDP nor a TCP listener is closed.
     pub(crate) fn from_environment() -> Self {
-        let mut kept = ListenFd::from_env();
+        let kept = descriptor_store::Kept::from_environment();
         let (mut udp, mut tcp) = (Vec::new(), Vec::new());
-        for index in 0..kept.len() {
-            // A descriptor of another kind is an error here and is put back.
-            if let Ok(Some(socket)) = kept.take_udp_socket(index) {
-                udp.push(socket);
-            } else if let Ok(Some(listener)) = kept.take_tcp_listener(index) {
-                tcp.push(listener);
+        for (_, descriptor) in kept.descriptors {
+            match kind(&descriptor) {
+                Some(SockType::Datagram) => udp.push(descriptor.into()),
+                Some(SockType::Stream) => tcp.push(descriptor.into()),
+                _ => {}
             }
         }
-        let store = std::env::var_os("NOTIFY_SOCKET").and_then(|address| {
-            DescriptorStore::open(&address)
-                .inspect_err(|error| tracing::warn!(?address, %error, "NOTIFY_SOCKET is no socket"))
-                .ok()
-        });
-        Self { udp, tcp, store }
+        Self { udp, tcp, store: kept.store }
     }
+}
+
+/// The type of a socket of the internet families; a stream only when it listens.
+fn kind(descriptor: &OwnedFd) -> Option<SockType> {
+    let kind = getsockopt(descriptor, sockopt::SockType).ok()?;
+    let listens = getsockopt(descriptor, sockopt::AcceptConn).unwrap_or(false);
+    // A socket of another family has no such address.
+    let view: std::net::TcpStream = descriptor.try_clone().ok()?.into();
+    (view.local_addr().is_ok() && (kind != SockType::Stream || listens)).then_some(kind)
 }

@@ -7,6 +7,7 @@ use clap::Args;
 
 use weft_model::constants::TUNNEL_LINK;
 use weft_model::node_facts::WireguardBackend;
+use weft_netstack::kernel::descriptor_store::Kept;
 use weft_netstack::kernel::facts;
 use weft_netstack::overlay::tunnel::{self, TunnelConfig};
 
@@ -43,7 +44,7 @@ pub(crate) fn run(args: TunnelArgs) -> anyhow::Result<()> {
     await_key(&args.state_dir.join(tunnel::KEY_FILE));
     let config =
         TunnelConfig { run_dir: args.run_dir, state_dir: args.state_dir, link: TUNNEL_LINK.to_owned() };
-    tunnel::run(config).map_err(Into::into)
+    tunnel::run(config, Kept::from_environment()).map_err(Into::into)
 }
 
 /// As the agent finds out.

@@ -1,15 +1,66 @@
-//! The service manager's descriptor store: sockets that outlive this process and come back to its successor.
+//! The service manager's descriptor store: descriptors that outlive this process and come back to its successor.
 //!
-//! Source: sd_notify(3) `FDSTORE=1`, systemd.service(5) `FileDescriptorStoreMax=`. How they come back (`LISTEN_FDS`) is the
-//! business of who reads the environment.
+//! Source: sd_notify(3) `FDSTORE=1`, sd_listen_fds(3), systemd.service(5) `FileDescriptorStoreMax=`.
+#![allow(unsafe_code)]
 
 use std::ffi::OsStr;
 use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, AsRawFd as _};
+use std::os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::UnixDatagram;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
+
+/// The first descriptor that is handed over (`SD_LISTEN_FDS_START`).
+const FIRST: RawFd = 3;
+
+/// What the process before this one left with the service manager, and where this one leaves its own. The default is
+/// nothing, as under a service manager without such a store.
+#[derive(Debug, Default)]
+pub struct Kept {
+    /// By the names they were kept under; one name may come more than once.
+    pub descriptors: Vec<(String, OwnedFd)>,
+    pub store: Option<DescriptorStore>,
+}
+
+impl Kept {
+    /// From `LISTEN_PID`, `LISTEN_FDS`, `LISTEN_FDNAMES` and `NOTIFY_SOCKET`. Descriptors come once: a second call finds none.
+    pub fn from_environment() -> Self {
+        let store = std::env::var_os("NOTIFY_SOCKET").and_then(|address| {
+            DescriptorStore::open(&address)
+                .inspect_err(|error| tracing::warn!(?address, %error, "NOTIFY_SOCKET is no socket"))
+                .ok()
+        });
+        Self { descriptors: inherited(), store }
+    }
+
+    /// Every descriptor that was kept under `name`, once.
+    pub fn take(&mut self, name: &str) -> Vec<OwnedFd> {
+        let taken = self.descriptors.extract_if(.., |(kept, _)| kept == name);
+        taken.map(|(_, descriptor)| descriptor).collect()
+    }
+}
+
+fn inherited() -> Vec<(String, OwnedFd)> {
+    static TAKEN: AtomicBool = AtomicBool::new(false);
+    let variable = |name| std::env::var(name).unwrap_or_default();
+    let is_meant = variable("LISTEN_PID") == std::process::id().to_string();
+    if !is_meant || TAKEN.swap(true, Ordering::Relaxed) {
+        return Vec::new();
+    }
+    let count: RawFd = variable("LISTEN_FDS").parse().unwrap_or(0);
+    let names = variable("LISTEN_FDNAMES");
+    let mut names = names.split(':');
+    let descriptors = (FIRST..FIRST.saturating_add(count)).map_while(|raw| {
+        // SAFETY: fcntl(2) takes numbers only; that the descriptor is open is what is asked.
+        let is_open = unsafe { libc::fcntl(raw, libc::F_SETFD, libc::FD_CLOEXEC) } == 0;
+        // SAFETY: it is open, and LISTEN_PID says that the service manager opened it for this process and nobody else; `TAKEN`
+        // sees to it that it gets one owner.
+        is_open.then(|| unsafe { OwnedFd::from_raw_fd(raw) })
+    });
+    descriptors.map(|descriptor| (names.next().unwrap_or_default().to_owned(), descriptor)).collect()
+}
 
 /// Where the service manager of this process listens.
 #[derive(Debug)]
@@ -31,7 +82,8 @@ impl DescriptorStore {
         Ok(Self { socket: UnixDatagram::unbound()?, manager })
     }
 
-    /// Gives the manager a copy of `descriptor` under `name` (ASCII without `:`). One that it has already stays single.
+    /// Gives the manager a copy of `descriptor` under `name` (ASCII without `:`). One that it has already stays single; under
+    /// one name it keeps any number.
     pub fn keep(&self, name: &str, descriptor: impl AsFd) -> io::Result<()> {
         let text = format!("FDSTORE=1\nFDPOLL=0\nFDNAME={name}");
         let descriptors = [descriptor.as_fd().as_raw_fd()];
@@ -52,51 +104,32 @@ impl DescriptorStore {
 
 #[cfg(test)]
 mod tests {
-    use std::io::IoSliceMut;
     use std::net::UdpSocket;
 
-    use nix::cmsg_space;
-    use nix::sys::socket::{ControlMessageOwned, recvmsg};
-
     use super::*;
+    use crate::kernel::testing::ServiceManager;
 
-    /// What the manager hears: the text, and which sockets came with it.
-    fn heard(manager: &UnixDatagram) -> (String, Vec<String>) {
-        let mut buffer = [0; 256];
-        let mut space = cmsg_space!([std::os::fd::RawFd; 4]);
-        let (length, sockets) = {
-            let mut pieces = [IoSliceMut::new(&mut buffer)];
-            let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-            let message =
-                recvmsg::<UnixAddr>(manager.as_raw_fd(), &mut pieces, Some(&mut space), flags).unwrap();
-            let mut sockets = Vec::new();
-            for control in message.cmsgs().unwrap() {
-                if let ControlMessageOwned::ScmRights(descriptors) = control {
-                    sockets.extend(descriptors.iter().map(|descriptor| inode(*descriptor)));
-                }
-            }
-            (message.bytes, sockets)
-        };
-        (String::from_utf8_lossy(&buffer[..length]).into_owned(), sockets)
-    }
-
-    fn inode(descriptor: i32) -> String {
-        std::fs::read_link(format!("/proc/self/fd/{descriptor}")).unwrap().to_string_lossy().into_owned()
+    fn inode(descriptor: impl AsFd) -> String {
+        let number = descriptor.as_fd().as_raw_fd();
+        std::fs::read_link(format!("/proc/self/fd/{number}")).unwrap().to_string_lossy().into_owned()
     }
 
     #[test]
     fn the_manager_gets_the_very_socket_with_its_name_and_is_told_to_forget_it() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("notify");
-        let manager = UnixDatagram::bind(&path).unwrap();
+        let mut manager = ServiceManager::new(&path);
         let store = DescriptorStore::open(path.as_os_str()).unwrap();
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
         store.keep("dns", &socket).unwrap();
-        let (text, sockets) = heard(&manager);
-        assert_eq!(text, "FDSTORE=1\nFDPOLL=0\nFDNAME=dns");
-        assert_eq!(sockets, [inode(socket.as_raw_fd())]);
+        manager.hear();
+        let kept: Vec<_> = manager.kept.iter().map(|(name, kept)| (name.as_str(), inode(kept))).collect();
+        assert_eq!(kept, [("dns", inode(&socket))]);
+        assert_eq!(manager.heard, ["FDSTORE=1\nFDPOLL=0\nFDNAME=dns"]);
         store.forget("dns").unwrap();
-        assert_eq!(heard(&manager), ("FDSTOREREMOVE=1\nFDNAME=dns".to_owned(), Vec::new()));
+        manager.hear();
+        assert_eq!(manager.heard[1..], ["FDSTOREREMOVE=1\nFDNAME=dns"]);
+        assert!(manager.kept.is_empty());
     }
 
     #[test]
@@ -104,5 +137,49 @@ mod tests {
         assert!(DescriptorStore::open(OsStr::new("")).is_err());
         assert!(DescriptorStore::open(OsStr::new("vsock:2:1")).is_err());
         assert!(DescriptorStore::open(OsStr::new("@abstract")).is_ok());
+    }
+
+    /// Not a test of its own: what a process says that was started with descriptors.
+    #[test]
+    fn inherited_process() {
+        if std::env::var_os("WEFT_TEST_INHERITED").is_none() {
+            return;
+        }
+        let mut kept = Kept::from_environment();
+        assert!(kept.store.is_some());
+        for (name, descriptor) in &kept.descriptors {
+            println!("{name} is {}", inode(descriptor));
+        }
+        assert_eq!(kept.take("b").len(), 2);
+        assert_eq!(kept.descriptors.len(), 1);
+        assert!(Kept::from_environment().descriptors.is_empty(), "they come once");
+    }
+
+    #[test]
+    fn descriptors_come_back_with_their_names_to_the_process_they_are_meant_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut manager = ServiceManager::new(&folder.path().join("notify"));
+        let sockets = [(); 3].map(|()| UdpSocket::bind("127.0.0.1:0").unwrap());
+        let names = ["b", "a", "b"];
+        for (name, socket) in names.iter().zip(&sockets) {
+            manager.kept.push(((*name).to_owned(), socket.try_clone().unwrap().into()));
+        }
+        let own = std::env::current_exe().unwrap();
+        let run = |command: &mut std::process::Command| {
+            let test = "kernel::descriptor_store::tests::inherited_process";
+            let output =
+                command.args(["--exact", test, "--nocapture"]).env("WEFT_TEST_INHERITED", "1").output();
+            let output = output.unwrap();
+            (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned())
+        };
+        let (ok, said) = manager.start(|command| run(command.arg(&own)));
+        assert!(ok, "{said}");
+        for (name, socket) in names.iter().zip(&sockets) {
+            assert!(said.contains(&format!("{name} is {}", inode(socket))), "{said}");
+        }
+        // A child of it is not who they are meant for.
+        let (ok, said) =
+            manager.start(|command| run(command.args(["sh", "-c", "\"$@\"; exit $?", "sh"]).arg(&own)));
+        assert!(!ok && !said.contains(" is socket"), "{said}");
     }
 }

@@ -14,7 +14,9 @@ pub mod netns;
 pub mod nflog;
 pub mod nft;
 pub mod route;
+pub mod sealed;
 pub mod shaper;
+pub mod stop;
 pub mod sysctl;
 #[cfg(test)]
 pub(crate) mod testing;

@@ -6,7 +6,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, Read, Write};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -14,6 +14,12 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 nix::ioctl_write_int!(tun_set_interface, b'T', 202);
 nix::ioctl_write_int!(tun_set_persist, b'T', 203);
 nix::ioctl_write_int!(tun_set_offload, b'T', 208);
+nix::ioctl_read_bad!(
+    tun_get_interface,
+    nix::request_code_read!(b'T', 210, size_of::<libc::c_uint>()),
+    libc::ifreq
+);
+nix::ioctl_read!(tun_get_header_len, b'T', 215, libc::c_int);
 
 const FLAGS: libc::c_int = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
 
@@ -78,7 +84,33 @@ impl Tun {
     /// Errors: `EPERM` without CAP_NET_ADMIN, `EINVAL` when a device of that name has other flags, `EBUSY` when all
     /// queues are taken, `ENOENT` without /dev/net/tun.
     pub fn open(name: &str) -> io::Result<Self> {
-        let file = attach(name)?;
+        Self::with_offload(attach(name)?)
+    }
+
+    /// Goes on with a queue that another process attached as [`Tun::open`] does; what waits in it stays.
+    ///
+    /// Errors: `EBADFD` when its device is gone, `EINVAL` when it is a queue of another device or with other flags, `ENOTTY` when
+    /// it is no TUN at all.
+    pub fn adopt(descriptor: OwnedFd, name: &str) -> io::Result<Self> {
+        let file = File::from(descriptor);
+        // SAFETY: `ifreq` is plain data for which zeroes are a valid value.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        // SAFETY: TUNGETIFF writes one `ifreq`; `request` is one and outlives the call.
+        unsafe { tun_get_interface(file.as_raw_fd(), &raw mut request) }?;
+        let mut header_len = 0;
+        // SAFETY: TUNGETVNETHDRSZ writes one int; `header_len` is one and outlives the call.
+        unsafe { tun_get_header_len(file.as_raw_fd(), &raw mut header_len) }?;
+        // SAFETY: TUNGETIFF fills this member of the union.
+        let flags = libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags });
+        let owner = request.ifr_name.iter().map(|byte| byte.to_ne_bytes()[0]).take_while(|byte| *byte != 0);
+        let is_ours = owner.eq(name.bytes()) && flags & 0xffff & !libc::IFF_PERSIST == FLAGS;
+        if !is_ours || usize::try_from(header_len).ok() != Some(VIRTIO_NET_HEADER_LEN) {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        Self::with_offload(file)
+    }
+
+    fn with_offload(file: File) -> io::Result<Self> {
         let basic = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6;
         let with_udp = basic | libc::TUN_F_USO4 | libc::TUN_F_USO6;
         let udp_segmentation = set_offload(&file, with_udp).is_ok();
@@ -105,11 +137,19 @@ impl Tun {
         (&self.file).write_vectored(pieces).map(|_| ())
     }
 
-    pub fn wait_readable(&self) -> io::Result<()> {
-        match poll(&mut [PollFd::new(self.file.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE) {
+    /// Until there is a packet, or `other` is ready.
+    pub fn wait_readable(&self, other: impl AsFd) -> io::Result<()> {
+        let ready = |descriptor| PollFd::new(descriptor, PollFlags::POLLIN);
+        match poll(&mut [ready(self.file.as_fd()), ready(other.as_fd())], PollTimeout::NONE) {
             Ok(_) | Err(nix::Error::EINTR) => Ok(()),
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+impl AsFd for Tun {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
 
@@ -137,6 +177,10 @@ fn exists(name: &str) -> bool {
 }
 
 fn attach(name: &str) -> io::Result<File> {
+    attach_with(name, FLAGS)
+}
+
+fn attach_with(name: &str, flags: libc::c_int) -> io::Result<File> {
     let file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -150,7 +194,7 @@ fn attach(name: &str) -> io::Result<File> {
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = libc::c_char::from_ne_bytes([from]);
     }
-    request.ifr_ifru.ifru_flags = libc::c_short::try_from(FLAGS).map_err(io::Error::other)?;
+    request.ifr_ifru.ifru_flags = libc::c_short::try_from(flags).map_err(io::Error::other)?;
     let argument = std::ptr::from_mut(&mut request).expose_provenance();
     // SAFETY: TUNSETIFF reads and writes one `ifreq`; `request` is one and outlives the call.
     unsafe { tun_set_interface(file.as_raw_fd(), argument as libc::c_ulong) }?;
@@ -168,6 +212,8 @@ fn set_offload(file: &File, offload: libc::c_uint) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::netns::Netns;
+    use crate::kernel::testing::{NamedNetns, needs_root};
 
     #[test]
     fn a_virtio_header_reads_back() {
@@ -180,5 +226,50 @@ mod tests {
             checksum_offset: 16,
         };
         assert_eq!(VirtioNetHeader::read(&header.to_bytes()), header);
+    }
+
+    #[test]
+    fn a_queue_is_adopted_with_what_waits_in_it_and_one_that_is_not_ours_is_refused() {
+        if !needs_root() {
+            return;
+        }
+        let netns = NamedNetns::new("tun");
+        let inside = Netns::open(netns.path()).unwrap();
+        let first = inside.run(|| Tun::open("weft0").unwrap()).unwrap();
+        let copy = || first.file.try_clone().unwrap().into();
+        netns.must(&["ip", "address", "add", "10.9.0.1/24", "dev", "weft0"]);
+        netns.must(&["ip", "link", "set", "weft0", "up"]);
+        netns.exec(&["ping", "-c", "1", "-W", "0.1", "10.9.0.2"]);
+        let second = Tun::adopt(copy(), "weft0").unwrap();
+        assert_eq!(second.udp_segmentation, first.udp_segmentation);
+        let kept: std::os::fd::OwnedFd = copy();
+        drop(first);
+        let (mut buffer, mut protocols) = (vec![0; 2000], Vec::new());
+        while let Some(len) = second.read(&mut buffer).unwrap() {
+            protocols.push(buffer[VIRTIO_NET_HEADER_LEN..len][9]);
+        }
+        assert!(protocols.contains(&1), "the ping waits still: {protocols:?}");
+        let refused = |descriptor: std::os::fd::OwnedFd, name: &str| {
+            Tun::adopt(descriptor, name).err().and_then(|error| error.raw_os_error())
+        };
+        assert_eq!(refused(kept.try_clone().unwrap(), "weft1"), Some(libc::EINVAL));
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        assert_eq!(refused(socket.into(), "weft0"), Some(libc::ENOTTY));
+        netns.must(&["ip", "link", "del", "weft0"]);
+        assert_eq!(refused(kept, "weft0"), Some(libc::EBADFD));
+        let fresh = OpenOptions::new().read(true).write(true).open("/dev/net/tun").unwrap();
+        assert_eq!(refused(fresh.into(), "weft0"), Some(libc::EBADFD));
+    }
+
+    #[test]
+    fn a_queue_with_other_flags_is_refused() {
+        if !needs_root() {
+            return;
+        }
+        let netns = NamedNetns::new("tun");
+        let inside = Netns::open(netns.path()).unwrap();
+        let other = inside.run(|| attach_with("weft0", libc::IFF_TUN | libc::IFF_NO_PI).unwrap()).unwrap();
+        let refused = Tun::adopt(other.into(), "weft0").err().and_then(|error| error.raw_os_error());
+        assert_eq!(refused, Some(libc::EINVAL));
     }
 }

@@ -5,9 +5,11 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+
+use nix::sys::socket::{SockType, getsockopt, sockopt};
 
 /// Most segments in one train (UDP_MAX_SEGMENTS of Linux before 6.9).
 pub const MAX_SEGMENTS: usize = 64;
@@ -41,6 +43,29 @@ impl UdpSocket {
         if ipv6 {
             set_option(&fd, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, &1)?;
         }
+        let socket = Self::with_options(fd, ipv6, timeout)?;
+        let (storage, len) = to_storage(SocketAddr::new(any(ipv6), port));
+        // SAFETY: `storage` holds an address of `len` valid bytes.
+        if unsafe { libc::bind(socket.fd.as_raw_fd(), std::ptr::from_ref(&storage).cast(), len) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(socket)
+    }
+
+    /// Goes on with a socket that another process bound as [`UdpSocket::bind`] does, and its port; what waits in it stays.
+    ///
+    /// Errors: `EINVAL` when it is bound otherwise, `ENOTSOCK` when it is no socket at all.
+    pub fn adopt(fd: OwnedFd, ipv6: bool, timeout: Duration) -> io::Result<(Self, u16)> {
+        let view = std::net::UdpSocket::from(fd);
+        let address = view.local_addr()?;
+        let is_datagram = getsockopt(&view, sockopt::SockType)? == SockType::Datagram;
+        if !is_datagram || address.ip() != any(ipv6) || address.port() == 0 {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        Ok((Self::with_options(view.into(), ipv6, timeout)?, address.port()))
+    }
+
+    fn with_options(fd: OwnedFd, ipv6: bool, timeout: Duration) -> io::Result<Self> {
         // Fragments rather than a black hole when the path is narrower than the tunnel believes.
         let (level, option) = if ipv6 {
             (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER)
@@ -59,12 +84,6 @@ impl UdpSocket {
             tv_usec: timeout.subsec_micros().into(),
         };
         set_option(&fd, libc::SOL_SOCKET, libc::SO_RCVTIMEO, &timeout)?;
-        let any = if ipv6 { IpAddr::V6(Ipv6Addr::UNSPECIFIED) } else { IpAddr::V4(Ipv4Addr::UNSPECIFIED) };
-        let (storage, len) = to_storage(SocketAddr::new(any, port));
-        // SAFETY: `storage` holds an address of `len` valid bytes.
-        if unsafe { libc::bind(fd.as_raw_fd(), std::ptr::from_ref(&storage).cast(), len) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
         Ok(Self { fd, segmentation: AtomicBool::new(true) })
     }
 
@@ -153,6 +172,16 @@ impl UdpSocket {
         batch.filled = count;
         Ok(count)
     }
+}
+
+impl AsFd for UdpSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+fn any(ipv6: bool) -> IpAddr {
+    if ipv6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() }
 }
 
 #[derive(Clone, Copy)]
@@ -341,6 +370,25 @@ mod tests {
         let mut address = std_view.local_addr().unwrap();
         address.set_ip(if ipv6 { Ipv6Addr::LOCALHOST.into() } else { Ipv4Addr::LOCALHOST.into() });
         (socket, address)
+    }
+
+    #[test]
+    fn a_socket_is_adopted_with_its_port_and_what_waits_in_it() {
+        for ipv6 in [false, true] {
+            let (socket, address) = bound(ipv6);
+            bound(ipv6).0.send_train(address, b"waits", 5).unwrap();
+            let copy = || socket.fd.try_clone().unwrap();
+            let refused = |outcome: io::Result<_>| outcome.err().and_then(|error| error.raw_os_error());
+            assert_eq!(refused(UdpSocket::adopt(copy(), !ipv6, Duration::ZERO)), Some(libc::EINVAL));
+            let elsewhere = std::net::UdpSocket::bind((address.ip(), 0)).unwrap();
+            assert_eq!(refused(UdpSocket::adopt(elsewhere.into(), ipv6, Duration::ZERO)), Some(libc::EINVAL));
+            let (adopted, port) = UdpSocket::adopt(copy(), ipv6, Duration::from_secs(2)).unwrap();
+            assert_eq!(port, address.port());
+            let mut batch = ReceiveBatch::default();
+            assert_eq!(adopted.receive(&mut batch).unwrap(), 1);
+            assert_eq!(batch.trains().next().unwrap().bytes, b"waits");
+        }
+        assert!(UdpSocket::adopt(tempfile::tempfile().unwrap().into(), false, Duration::ZERO).is_err());
     }
 
     #[test]

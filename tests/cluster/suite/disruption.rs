@@ -21,6 +21,7 @@ pub(crate) const CASES: &[Case] = &[
     ),
     case("the first packets of new pods arrive, while agents are killed", first_packets),
     case("tunnels killed: established connections go on", tunnels_killed),
+    case("tunnels restarted in order: not one packet is lost, no session is made anew", tunnels_restarted),
     case("keys of all nodes rotated at once: not one packet is lost", keys_rotated),
     case("a kubelet restart is not noticed", kubelet_restarted),
     case("a restart of the container runtime is not noticed", runtime_restarted),
@@ -45,7 +46,7 @@ fn unharmed(loads: &[Load<'_>], when: &str) -> anyhow::Result<()> {
     loads.iter().try_for_each(|load| load.unharmed(when))
 }
 
-fn agents_ready(cluster: &Cluster) -> anyhow::Result<()> {
+pub(crate) fn agents_ready(cluster: &Cluster) -> anyhow::Result<()> {
     for node in NODES {
         cluster.within(Duration::from_secs(60), "the agent is ready", || {
             let status = cluster.status(node)?;
@@ -61,7 +62,7 @@ fn pid(cluster: &Cluster, node: &str, unit: &str) -> anyhow::Result<String> {
 }
 
 /// SIGKILL to a unit's process; true when there was one.
-fn kill(cluster: &Cluster, node: &str, unit: &str) -> anyhow::Result<bool> {
+pub(crate) fn kill(cluster: &Cluster, node: &str, unit: &str) -> anyhow::Result<bool> {
     Ok(cluster
         .on(node, &format!("kill -KILL $(cat /run/node/units/{unit}.service.pid) && echo killed || true"))?
         .contains("killed"))
@@ -150,7 +151,7 @@ fn tunnels_killed(cluster: &Cluster) -> anyhow::Result<()> {
 }
 
 /// The public key that a node uses and, while it is being replaced, the next one.
-fn keys(cluster: &Cluster, node: &str) -> anyhow::Result<Vec<String>> {
+pub(crate) fn keys(cluster: &Cluster, node: &str) -> anyhow::Result<Vec<String>> {
     let shown = cluster.on(node, "weft key show")?;
     let key = |line: &str| {
         let (what, rest) = line.split_once("key ")?;
@@ -179,6 +180,50 @@ fn none_lost_while(cluster: &Cluster, happens: impl FnOnce() -> anyhow::Result<(
         }
         happened
     })
+}
+
+/// Seconds since the latest handshake with each peer, by node and peer.
+fn handshakes(cluster: &Cluster) -> anyhow::Result<Vec<(String, u64)>> {
+    let mut all = Vec::new();
+    for node in NODES {
+        let status = cluster.status(node)?;
+        for peer in status["parts"]["peers"].as_array().context("peers in the status")? {
+            let age = peer["last_handshake_seconds"].as_u64().with_context(|| format!("{node}: {peer}"))?;
+            all.push((format!("{node} with {}", peer["public_key"]), age));
+        }
+    }
+    ensure!(all.len() == 6, "{all:?}");
+    Ok(all)
+}
+
+fn tunnels_restarted(cluster: &Cluster) -> anyhow::Result<()> {
+    let loads = loads(cluster)?;
+    // All sessions are made anew, so that none becomes due meanwhile.
+    for node in NODES {
+        kill(cluster, node, "weft-tunnel")?;
+    }
+    cluster.within(Duration::from_secs(20), "new sessions", || {
+        let young = handshakes(cluster)?;
+        ensure!(young.iter().all(|(_, age)| *age < 20), "{young:?}");
+        Ok(())
+    })?;
+    let (before, first) = (handshakes(cluster)?, Instant::now());
+    none_lost_while(cluster, || {
+        for node in NODES.repeat(4) {
+            let old = pid(cluster, node, "weft-tunnel")?;
+            cluster.on(node, "systemctl restart weft-tunnel")?;
+            cluster.within(Duration::from_secs(10), "another process", || {
+                ensure!(pid(cluster, node, "weft-tunnel")? != old, "{node}: not restarted");
+                Ok(())
+            })?;
+        }
+        Ok(())
+    })?;
+    let passed = first.elapsed().as_secs();
+    for ((peer, now), (_, then)) in handshakes(cluster)?.iter().zip(&before) {
+        ensure!(now + 1 >= then + passed, "{peer}: a new handshake {now} s ago");
+    }
+    unharmed(&loads, "after twelve restarts")
 }
 
 fn keys_rotated(cluster: &Cluster) -> anyhow::Result<()> {

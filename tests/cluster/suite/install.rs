@@ -49,12 +49,37 @@ fn again(cluster: &Cluster) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The other build's image was put on every node by `tests/cluster/other-build`, under the tag `other`.
+/// What the DaemonSet runs.
+pub(crate) fn image(cluster: &Cluster) -> anyhow::Result<String> {
+    let daemonset = cluster.object(&["-n", "weft-system", "daemonset", "weft"])?;
+    let image = &daemonset["spec"]["template"]["spec"]["containers"][0]["image"];
+    Ok(image.as_str().context("an image")?.to_owned())
+}
+
+/// What the agent of a node is, as a digest.
+fn running(cluster: &Cluster, node: &str) -> anyhow::Result<String> {
+    cluster.on(node, "sha256sum < /proc/$(cat /run/node/units/weft-agent.service.pid)/exe")
+}
+
+/// To the image of another build: that under the tag `other` was put on every node by `tests/cluster/other-build`.
+pub(crate) fn change_image(cluster: &Cluster, image: &str) -> anyhow::Result<()> {
+    let before = NODES.iter().map(|node| running(cluster, node)).collect::<anyhow::Result<Vec<_>>>()?;
+    let assignment = format!("*={image}");
+    cluster.kubectl(&["-n", "weft-system", "set", "image", "daemonset/weft", &assignment])?;
+    rolled_out(cluster)?;
+    // An installer is ready when the agent is, which may still be the one before.
+    for (node, before) in NODES.iter().zip(&before) {
+        cluster.within(Duration::from_secs(30), "the other build runs", || {
+            ensure!(running(cluster, node)? != *before, "{node} runs {before} under image {image}");
+            Ok(())
+        })?;
+    }
+    cluster.nodes_ready()
+}
+
 fn upgrade(cluster: &Cluster) -> anyhow::Result<()> {
-    let image = cluster.object(&["-n", "weft-system", "daemonset", "weft"])?["spec"]["template"]["spec"]["containers"][0]["image"].clone();
-    let first = image.as_str().context("an image")?.to_owned();
-    let running =
-        |node: &str| cluster.on(node, "sha256sum < /proc/$(cat /run/node/units/weft-agent.service.pid)/exe");
+    let first = image(cluster)?;
+    let running = |node: &str| running(cluster, node);
     let loads = [
         Load::on_established_connections(cluster, "node1", "steady")?,
         Load::on_established_connections(cluster, "node3", "steady")?,
@@ -62,9 +87,7 @@ fn upgrade(cluster: &Cluster) -> anyhow::Result<()> {
     ];
     let before = NODES.map(running).into_iter().collect::<anyhow::Result<Vec<_>>>()?;
     for image in ["weft:other", &first] {
-        let assignment = format!("*={image}");
-        cluster.kubectl(&["-n", "weft-system", "set", "image", "daemonset/weft", &assignment])?;
-        rolled_out(cluster)?;
+        change_image(cluster, image)?;
         for (node, before) in NODES.iter().zip(&before) {
             let now = running(node)?;
             ensure!((now == *before) == (image == first), "{node} runs {now} under image {image}");

@@ -15,6 +15,7 @@ mod dns;
 mod identity;
 mod ingress;
 mod install;
+mod leaks;
 mod load;
 mod loadbalancer;
 mod outside;
@@ -40,7 +41,7 @@ const fn case(says: &'static str, check: fn(&Cluster) -> anyhow::Result<()>) -> 
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
-    let areas: [(&str, &[Case]); 11] = [
+    let areas: [(&str, &[Case]); 12] = [
         ("pods", pods::CASES),
         ("services", services::CASES),
         ("outside", outside::CASES),
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
         ("policy", policy::CASES),
         ("identity", identity::CASES),
         ("disruption", disruption::CASES),
+        ("leaks", leaks::CASES),
         ("refusals", refusals::CASES),
         ("install", install::CASES),
     ];

@@ -7,9 +7,11 @@
 //!  timer thread: Peer::tick
 //! ```
 
+mod handover;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -18,12 +20,16 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use weft_model::WgPublicKey;
 use weft_model::wireguard::{PeerStatus, WireguardPeer};
 
+pub(super) use self::handover::DeviceState;
 use super::allowed_ips::AllowedIps;
+use super::kept::udp_name;
 use super::macs::Admissions;
 use super::noise::Identity;
 use super::peer::{MAX_SLOT, Now, Outbox, Peer};
 use super::session::REJECT_AFTER_TIME;
 use super::{KeyPairs, TunnelState};
+use crate::kernel::descriptor_store::Kept;
+use crate::kernel::stop::Stop;
 use crate::kernel::tun::Tun;
 use crate::kernel::udp::UdpSocket;
 
@@ -112,13 +118,49 @@ pub(super) struct Sockets {
 }
 
 impl Sockets {
-    fn bind(port: u16) -> io::Result<Self> {
-        let optional = |ipv6| match UdpSocket::bind(ipv6, port, RECEIVE_TIMEOUT) {
+    /// Those of the process before, if they have one port.
+    fn adopt(kept: &mut Kept) -> Option<Self> {
+        let mut port = None;
+        let mut adopt = |ipv6| {
+            kept.adopt(udp_name(ipv6), |descriptor| {
+                let (socket, own) = UdpSocket::adopt(descriptor, ipv6, RECEIVE_TIMEOUT)?;
+                let is_same = *port.get_or_insert(own) == own;
+                if is_same { Ok(socket) } else { Err(io::ErrorKind::AddrNotAvailable.into()) }
+            })
+        };
+        let (v4, v6) = (adopt(false), adopt(true));
+        let port = port?;
+        // A family that the host did not have then, or whose socket is unfit.
+        let complete = |adopted: Option<UdpSocket>, ipv6| -> io::Result<_> {
+            let opened = if adopted.is_none() { Self::open(ipv6, port)? } else { None };
+            opened.iter().for_each(|socket| kept.keep(udp_name(ipv6), socket));
+            Ok(adopted.or(opened))
+        };
+        match (complete(v4, false), complete(v6, true)) {
+            (Ok(v4), Ok(v6)) => Some(Self { port, v4, v6 }),
+            // Half a tunnel is none: `bind` says what is wrong, now or when what was kept is closed.
+            _ => {
+                [false, true].iter().for_each(|ipv6| kept.forget(udp_name(*ipv6)));
+                None
+            }
+        }
+    }
+
+    fn bind(port: u16, kept: &Kept) -> io::Result<Self> {
+        let sockets = Self { port, v4: Self::open(false, port)?, v6: Self::open(true, port)? };
+        for (ipv6, socket) in [(false, &sockets.v4), (true, &sockets.v6)] {
+            kept.forget(udp_name(ipv6));
+            socket.iter().for_each(|socket| kept.keep(udp_name(ipv6), socket));
+        }
+        Ok(sockets)
+    }
+
+    fn open(ipv6: bool, port: u16) -> io::Result<Option<UdpSocket>> {
+        match UdpSocket::bind(ipv6, port, RECEIVE_TIMEOUT) {
             Ok(socket) => Ok(Some(socket)),
             Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => Ok(None),
             Err(error) => Err(error),
-        };
-        Ok(Self { port, v4: optional(false)?, v6: optional(true)? })
+        }
     }
 }
 
@@ -158,21 +200,48 @@ pub(super) struct Device {
     /// Serialises [`Device::apply`].
     applying: Mutex<()>,
     send_failed: AtomicBool,
+    /// Every thread of the data path ends when it is asked.
+    pub(super) stop: Stop,
+    kept: Kept,
 }
 
 impl Device {
-    pub(super) fn new(identity: Identity, tun: Tun) -> Self {
+    /// Goes on with the sockets in `kept`, and leaves there what it opens.
+    ///
+    /// Errors: no descriptors left.
+    pub(super) fn new(identity: Identity, tun: Tun, mut kept: Kept) -> io::Result<Self> {
+        let sockets = Sockets::adopt(&mut kept).map(Arc::new);
+        kept.forget_rest();
         let mut admissions = Admissions::new(Now::read().monotonic);
         admissions.set_keys([identity.public].into_iter());
         let identities = Identities { current: Arc::new(identity), next: None, retired: None };
-        Self {
+        Ok(Self {
             identities: ArcSwap::from_pointee(identities),
             tun,
             admissions: Mutex::new(admissions),
             table: ArcSwap::from_pointee(Table::new(BTreeMap::new(), 1420, Vec::new())),
-            sockets: ArcSwapOption::empty(),
+            sockets: ArcSwapOption::new(sockets),
             applying: Mutex::new(()),
             send_failed: AtomicBool::new(false),
+            stop: Stop::new()?,
+            kept,
+        })
+    }
+
+    /// Whether descriptors outlive this process, so that there is something to leave to the next.
+    pub(super) fn is_kept(&self) -> bool {
+        self.kept.store.is_some()
+    }
+
+    /// Asks every thread of the data path to end: none takes a packet any more, and what was taken is sent before.
+    pub(super) fn end(&self) {
+        self.stop.ask();
+        let Some(sockets) = self.sockets() else { return };
+        // Who waits for a datagram hears nothing else. One that cannot be sent costs the wait for RECEIVE_TIMEOUT.
+        let loopback = [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)];
+        for (socket, address) in [&sockets.v4, &sockets.v6].into_iter().zip(loopback) {
+            let wake = |socket: &UdpSocket| socket.send_train((address, sockets.port).into(), &[0], 1);
+            let _ = socket.as_ref().map(wake);
         }
     }
 
@@ -196,7 +265,7 @@ impl Device {
         let _guard = self.applying.lock().unwrap_or_else(PoisonError::into_inner);
         let port = state.wireguard.listen_port;
         if self.sockets().is_none_or(|sockets| sockets.port != port) {
-            self.sockets.store(Some(Arc::new(Sockets::bind(port)?)));
+            self.sockets.store(Some(Arc::new(Sockets::bind(port, &self.kept)?)));
         }
         let old = self.table();
         let now = Now::read();
@@ -308,9 +377,9 @@ impl Device {
             .collect()
     }
 
-    /// Ticks every peer when it is due; never returns.
+    /// Ticks every peer when it is due, until the device ends.
     pub(super) fn run_timers(&self) -> io::Result<()> {
-        loop {
+        while !self.stop.is_asked() {
             let now = Now::read();
             let mut sleep = MAX_TIMER_SLEEP;
             for entry in self.table().peers() {
@@ -323,8 +392,9 @@ impl Device {
                     }
                 });
             }
-            std::thread::sleep(sleep.max(MIN_TIMER_SLEEP));
+            self.stop.sleep(sleep.max(MIN_TIMER_SLEEP));
         }
+        Ok(())
     }
 }
 

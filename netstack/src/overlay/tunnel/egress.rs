@@ -13,19 +13,22 @@ use crate::kernel::udp::{MAX_SEGMENTS, MAX_TRAIN_BYTES};
 
 const READ_BUFFER_LEN: usize = VIRTIO_NET_HEADER_LEN + 65_536;
 
-/// Ends only when the device fails, for example because it was deleted.
+/// Ends when it is asked to, with nothing taken that was not sent, and when the device fails, for example because it was
+/// deleted.
 pub(super) fn run(device: &Device) -> io::Result<()> {
     let mut buffer = vec![0; READ_BUFFER_LEN];
     let mut train = Train::default();
-    loop {
+    while !device.stop.is_asked() {
         match device.tun.read(&mut buffer)? {
             Some(len) => forward(device, &mut buffer[..len], &mut train),
             None => {
                 train.leave(device);
-                device.tun.wait_readable()?;
+                device.tun.wait_readable(&device.stop)?;
             }
         }
     }
+    train.leave(device);
+    Ok(())
 }
 
 /// Packets without a peer end here: who sends them got an unreachable route before, if the routes are ours.

@@ -21,17 +21,17 @@ use crate::kernel::udp::{ReceiveBatch, ReceivedTrain};
 /// After an error of the socket (it does not last: out of memory, a lost ICMP error).
 const PAUSE_AFTER_ERROR: Duration = Duration::from_millis(50);
 
-/// Never ends.
+/// Ends when it is asked to, with nothing taken that was not passed on.
 pub(super) fn run(device: &Device, ipv6: bool) -> io::Result<()> {
     let mut batch = ReceiveBatch::default();
     let mut coalescer = Coalescer::new(device.tun.udp_segmentation);
     let mut opened = Vec::new();
-    loop {
+    while !device.stop.is_asked() {
         let sockets = device.sockets();
         let Some(socket) =
             sockets.as_ref().and_then(|sockets| if ipv6 { sockets.v6.as_ref() } else { sockets.v4.as_ref() })
         else {
-            std::thread::sleep(RECEIVE_TIMEOUT / 4);
+            device.stop.sleep(RECEIVE_TIMEOUT / 4);
             continue;
         };
         match socket.receive(&mut batch) {
@@ -52,6 +52,7 @@ pub(super) fn run(device: &Device, ipv6: bool) -> io::Result<()> {
         }
         coalescer.write(&device.tun, |train| batch.bytes(train));
     }
+    Ok(())
 }
 
 /// Datagrams of one session, one after another.

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! It needs the agent only for changes: it reads `tunnel.json` at start and whenever it is told to. When it dies, the
-//! device, its addresses and its routes stay; packets are dropped until it is back, and the peers are greeted at once.
+//! device, its addresses and its routes stay. Where the service manager keeps descriptors, packets wait in them until it is
+//! back, and after an orderly end the sessions go on (handover.rs); else the peers are greeted at once.
 //! No async here: threads run packets to completion. Source of the protocol: the WireGuard whitepaper.
 
 mod allowed_ips;
@@ -15,7 +16,9 @@ mod checksum;
 mod coalesce;
 mod device;
 mod egress;
+mod handover;
 mod ingress;
+mod kept;
 mod macs;
 mod message;
 mod noise;
@@ -26,8 +29,9 @@ mod session;
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use serde::{Deserialize, Serialize};
@@ -38,7 +42,7 @@ use weft_model::wireguard::WireguardPlan;
 use self::device::Device;
 use self::noise::Identity;
 use crate::control::{self, Response};
-use crate::kernel::tun::Tun;
+use crate::kernel::descriptor_store::Kept;
 
 pub const STATE_FILE: &str = "tunnel.json";
 pub const SOCKET_FILE: &str = "tunnel.sock";
@@ -86,12 +90,24 @@ pub enum TunnelError {
     Ended { thread: &'static str, source: io::Error },
 }
 
-/// Runs the tunnel until SIGTERM or SIGINT (`Ok`) or until a part of it fails. Blocks; the device stays.
-pub fn run(config: TunnelConfig) -> Result<(), TunnelError> {
+/// Threads end within microseconds of being asked; one that waits in vain for the wake-up, after a second.
+const END_LIMIT: Duration = Duration::from_secs(3);
+
+/// Runs the tunnel until SIGTERM or SIGINT (`Ok`) or until a part of it fails. Blocks; the device stays. Goes on with what is in
+/// `kept`, and leaves there what the next process needs.
+pub fn run(config: TunnelConfig, mut kept: Kept) -> Result<(), TunnelError> {
     let Keys { current, .. } = Keys::read(&config.state_dir)?;
     let tun =
-        Tun::open(&config.link).map_err(|source| TunnelError::Tun { link: config.link.clone(), source })?;
-    let device = Arc::new(Device::new(Identity::new(current), tun));
+        kept.tun(&config.link).map_err(|source| TunnelError::Tun { link: config.link.clone(), source })?;
+    let left = kept.sessions();
+    let device = Device::new(Identity::new(current), tun, kept).map_err(TunnelError::Thread)?;
+    if let Some((state, ago)) = left {
+        match device.resume(state, ago) {
+            Ok(()) => tracing::info!(?ago, "the sessions of the process before go on"),
+            Err(error) => kept::refused(&error),
+        }
+    }
+    let device = Arc::new(device);
     let state_path = config.run_dir.join(STATE_FILE);
     match apply(&device, &state_path, &config.state_dir) {
         // Without an agent so far: wait for its word.
@@ -102,7 +118,7 @@ pub fn run(config: TunnelConfig) -> Result<(), TunnelError> {
     let listener = control::bind(&socket_path)
         .map_err(|source| TunnelError::Socket { path: socket_path.clone(), source })?;
     let (end_tx, end_rx) = mpsc::channel();
-    let (of_control, state_dir) = (device.clone(), config.state_dir);
+    let (of_control, state_dir) = (Arc::downgrade(&device), config.state_dir);
     start("control", &end_tx, move || {
         control::serve(&listener, |method, path| answer(&of_control, &state_path, &state_dir, method, path))
     })?;
@@ -117,7 +133,35 @@ pub fn run(config: TunnelConfig) -> Result<(), TunnelError> {
     };
     // What is left there only makes the next start remove it.
     let _ = std::fs::remove_file(&socket_path);
+    if outcome.is_ok() && device.is_kept() {
+        leave(device);
+    }
     outcome
+}
+
+/// Ends the data path and leaves its sessions to the next process.
+fn leave(device: Arc<Device>) {
+    device.end();
+    match sole(device) {
+        Some(device) => {
+            let (state, kept) = device.leave();
+            kept.leave_sessions(state);
+        }
+        None => tracing::warn!("a thread does not end: the sessions are not left to the next process"),
+    }
+}
+
+/// The device, as soon as nobody else has it.
+fn sole(mut device: Arc<Device>) -> Option<Device> {
+    let started_at = Instant::now();
+    loop {
+        match Arc::try_unwrap(device) {
+            Ok(device) => return Some(device),
+            Err(_) if started_at.elapsed() > END_LIMIT => return None,
+            Err(shared) => device = shared,
+        }
+        std::thread::sleep(Duration::from_micros(200));
+    }
 }
 
 /// Ends, always with an error, when the process is asked to end. A runtime of its own, because tokio's handlers work
@@ -168,9 +212,12 @@ fn start(
     thread.map(|_| ()).map_err(TunnelError::Thread)
 }
 
-fn answer(device: &Device, state_path: &Path, state_dir: &Path, method: &str, path: &str) -> Response {
+fn answer(device: &Weak<Device>, state_path: &Path, state_dir: &Path, method: &str, path: &str) -> Response {
+    let Some(device) = device.upgrade() else {
+        return Response { status: 500, body: "the tunnel is ending".to_owned() };
+    };
     match (method, path) {
-        ("POST", "/apply") => match apply(device, state_path, state_dir) {
+        ("POST", "/apply") => match apply(&device, state_path, state_dir) {
             Ok(()) => Response { status: 204, body: String::new() },
             Err(error) => Response { status: 500, body: crate::reconcile::chain(&error) },
         },

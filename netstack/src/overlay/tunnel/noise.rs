@@ -40,6 +40,11 @@ impl Identity {
         Self { private, public: WgPublicKey(public.to_bytes()) }
     }
 
+    /// For the process after this one; goes nowhere else.
+    pub(super) fn private(&self) -> [u8; 32] {
+        self.private
+    }
+
     fn builder(&self) -> Result<Builder<'_>, NoiseError> {
         let params: NoiseParams = CONSTRUCTION.parse()?;
         Ok(Builder::new(params)
@@ -50,6 +55,7 @@ impl Identity {
 }
 
 /// Keys of one session, from this side's view.
+#[derive(Clone)]
 pub(super) struct TransportKeys {
     pub(super) send: [u8; 32],
     pub(super) receive: [u8; 32],

@@ -9,6 +9,8 @@
 //! Source: WireGuard whitepaper, sections 5 and 6; where the paper is silent (counting attempts anew with traffic,
 //! keepalives that pile up) the behaviour follows Linux.
 
+mod handover;
+
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -21,6 +23,8 @@ use super::macs::{self, COOKIE_LIFETIME, Cookie};
 use super::message::{COOKIE_REPLY_LEN, DATA_HEADER_LEN, RESPONSE_LEN, TAG_LEN, u32_at};
 use super::noise::{self, Identity, Initiation, Timestamp, TransportKeys};
 use super::session::{REJECT_AFTER_TIME, REKEY_AFTER_MESSAGES, Session};
+
+pub(super) use self::handover::PeerState;
 
 pub(super) const REKEY_AFTER_TIME: Duration = Duration::from_secs(120);
 pub(super) const REKEY_ATTEMPT_TIME: Duration = Duration::from_secs(90);
@@ -215,7 +219,9 @@ impl Peer {
     /// session is renewed, which is at once when the best is another than before.
     pub(super) fn set_candidates(&mut self, candidates: Vec<SocketAddr>, now: Now, out: &mut Outbox) {
         let before = std::mem::replace(&mut self.candidates, candidates).first().copied();
-        let Some(best) = self.candidates.first().copied().filter(|best| before != Some(*best)) else { return };
+        let Some(best) = self.candidates.first().copied().filter(|best| before != Some(*best)) else {
+            return;
+        };
         if self.endpoint.is_none() || !self.is_connected(now.monotonic) {
             self.set_endpoint(Some(best));
         } else if before.is_some() {

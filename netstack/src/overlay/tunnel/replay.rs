@@ -3,16 +3,17 @@
 //! Source: RFC 6479 and the WireGuard whitepaper, section 5.4.6. The window of 8192 outlasts trains of 64 datagrams
 //! that several threads open at once.
 
-const BLOCKS: usize = 129;
+pub(super) const BLOCKS: usize = 129;
 const BLOCK_BITS: u64 = 64;
 /// How far behind the greatest counter a packet may come. One block less than the bitmap holds, because the newest
 /// block is only partly used.
 pub(super) const WINDOW: u64 = (BLOCKS as u64 - 1) * BLOCK_BITS;
 
+#[derive(Clone)]
 pub(super) struct ReplayWindow {
     /// One more than the greatest accepted counter.
-    next: u64,
-    bits: [u64; BLOCKS],
+    pub(super) next: u64,
+    pub(super) bits: [u64; BLOCKS],
 }
 
 impl Default for ReplayWindow {

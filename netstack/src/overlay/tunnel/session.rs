@@ -22,6 +22,8 @@ pub(super) struct Session {
     pub(super) created: Instant,
     /// We sent the first message: rekeying is our task.
     pub(super) initiator: bool,
+    /// Only for the process after this one: the ciphers do not show theirs.
+    keys: TransportKeys,
     send: LessSafeKey,
     receive: LessSafeKey,
     next_counter: AtomicU64,
@@ -41,11 +43,23 @@ impl Session {
             remote_index,
             created: now,
             initiator,
+            keys: keys.clone(),
             send: aead_key(&keys.send),
             receive: aead_key(&keys.receive),
             next_counter: AtomicU64::new(0),
             replay: Mutex::default(),
         }
+    }
+
+    /// Where a session of another process stood. Whoever calls this sees to it that nobody seals with that one any more.
+    pub(super) fn resumed(self, next_counter: u64, replay: ReplayWindow) -> Self {
+        Self { next_counter: AtomicU64::new(next_counter), replay: Mutex::new(replay), ..self }
+    }
+
+    /// The keys, the counter that comes next and what was received; true of a session that nobody uses any more.
+    pub(super) fn standing(&self) -> (&TransportKeys, u64, ReplayWindow) {
+        let replay = self.replay.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        (&self.keys, self.next_counter.load(Ordering::Relaxed), replay.clone())
     }
 
     pub(super) fn age(&self, now: Instant) -> Duration {

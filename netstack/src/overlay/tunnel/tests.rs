@@ -12,8 +12,9 @@ use weft_model::wireguard::{PeerStatus, WireguardPeer};
 
 use super::*;
 use crate::kernel::netns::Netns;
-use crate::kernel::testing::{NamedNetns, needs_root, run as run_command};
+use crate::kernel::testing::{NamedNetns, ServiceManager, needs_root, run as run_command};
 
+mod handover;
 mod nat;
 
 const LINK: &str = "weft0";
@@ -26,7 +27,7 @@ const RUN_DIR: &str = "WEFT_TEST_TUNNEL_DIR";
 fn tunnel_process() {
     let Ok(dir) = std::env::var(RUN_DIR) else { return };
     let config = TunnelConfig { run_dir: dir.clone().into(), state_dir: dir.into(), link: LINK.to_owned() };
-    if let Err(error) = run(config) {
+    if let Err(error) = run(config, Kept::from_environment()) {
         panic!("{}", crate::reconcile::chain(&error));
     }
 }
@@ -38,6 +39,8 @@ struct Host {
     dir: tempfile::TempDir,
     key: WgPublicKey,
     next_key: Option<WgPublicKey>,
+    /// Keeps the descriptors; without one nobody does.
+    manager: Option<ServiceManager>,
     process: Option<Child>,
 }
 
@@ -60,6 +63,7 @@ impl Host {
             dir,
             key,
             next_key: None,
+            manager: None,
             process: None,
         }
     }
@@ -107,6 +111,10 @@ impl Host {
             self.netns.must(&command);
         }
         self.netns.must(&["ip", "link", "set", "eth0", "up"]);
+        self.make_device(others);
+    }
+
+    fn make_device(&self, others: &[u8]) {
         Netns::open(self.netns.path())
             .unwrap()
             .run(|| crate::kernel::tun::ensure_persistent(LINK).unwrap())
@@ -125,6 +133,10 @@ impl Host {
     }
 
     fn write_state(&self, peers: &[(&Host, bool)]) {
+        self.write_state_with_port(PORT, peers);
+    }
+
+    fn write_state_with_port(&self, listen_port: u16, peers: &[(&Host, bool)]) {
         let peer = |(host, ipv6): &(&Host, bool)| {
             let peer = WireguardPeer {
                 node: format!("node-{}", host.number),
@@ -138,20 +150,39 @@ impl Host {
         };
         let peers: BTreeMap<_, _> = peers.iter().map(peer).collect();
         let own_keys = std::iter::once(self.key).chain(self.next_key).collect();
-        let wireguard = WireguardPlan { listen_port: PORT, own_keys, own_addresses: Vec::new(), peers };
+        let wireguard = WireguardPlan { listen_port, own_keys, own_addresses: Vec::new(), peers };
         let state = TunnelState { wireguard, mtu_bytes: MTU };
         std::fs::write(self.dir.path().join(STATE_FILE), serde_json::to_vec(&state).unwrap()).unwrap();
     }
 
     fn start(&mut self) {
-        let process = Command::new("ip")
-            .args(["netns", "exec", &self.netns.name])
-            .arg(std::env::current_exe().unwrap())
-            .args(["--exact", "overlay::tunnel::tests::tunnel_process", "--nocapture"])
-            .env(RUN_DIR, self.dir.path())
-            .stdout(Stdio::null())
-            .spawn();
-        self.process = Some(process.unwrap());
+        let spawn = |command: &mut Command| {
+            command.args(["ip", "netns", "exec", &self.netns.name]).arg(std::env::current_exe().unwrap());
+            command.args(["--exact", "overlay::tunnel::tests::tunnel_process", "--nocapture"]);
+            command.env(RUN_DIR, self.dir.path()).stdout(Stdio::null()).spawn().unwrap()
+        };
+        self.process = Some(match &mut self.manager {
+            Some(manager) => manager.start(spawn),
+            None => spawn(&mut Command::new("env")),
+        });
+    }
+
+    /// SIGTERM; it must end with success.
+    fn end(&mut self) {
+        let mut process = self.process.take().unwrap();
+        let pid = nix::unistd::Pid::from_raw(process.id().try_into().unwrap());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+        let status = process.wait().unwrap();
+        assert!(status.success(), "{status}");
+    }
+
+    /// Names of what the manager keeps, in order.
+    fn kept(&mut self) -> Vec<String> {
+        let manager = self.manager.as_mut().unwrap();
+        manager.hear();
+        let mut names: Vec<String> = manager.kept.iter().map(|(name, _)| name.clone()).collect();
+        names.sort();
+        names
     }
 
     fn kill(&mut self) {
@@ -194,9 +225,22 @@ fn switch() -> NamedNetns {
     switch
 }
 
-/// Hosts 1, 2 and 3, each a peer of the others; `ipv6_underlay` between 1 and 3.
+/// Hosts 1, 2 and 3, each a peer of the others; the underlay is IPv6 between 1 and 3.
 fn three() -> (NamedNetns, [Host; 3]) {
-    let (switch, mut hosts) = (switch(), [1, 2, 3].map(Host::new));
+    three_of([1, 2, 3].map(Host::new))
+}
+
+/// The same under a service manager that keeps descriptors.
+fn three_kept() -> (NamedNetns, [Host; 3]) {
+    three_of([1, 2, 3].map(|number| {
+        let mut host = Host::new(number);
+        host.manager = Some(ServiceManager::new(&host.dir.path().join("notify")));
+        host
+    }))
+}
+
+fn three_of(mut hosts: [Host; 3]) -> (NamedNetns, [Host; 3]) {
+    let switch = switch();
     hosts[0].write_state(&[(&hosts[1], false), (&hosts[2], true)]);
     hosts[1].write_state(&[(&hosts[0], false), (&hosts[2], false)]);
     hosts[2].write_state(&[(&hosts[0], true), (&hosts[1], false)]);
@@ -362,11 +406,7 @@ fn sigterm_ends_the_tunnel_and_leaves_the_device() {
     }
     let (_switch, mut hosts) = three();
     hosts[0].reaches(hosts[1].inner(false), PATIENCE);
-    let mut process = hosts[0].process.take().unwrap();
-    let pid = nix::unistd::Pid::from_raw(process.id().try_into().unwrap());
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
-    let status = process.wait().unwrap();
-    assert!(status.success(), "{status}");
+    hosts[0].end();
     assert!(!hosts[0].dir.path().join(SOCKET_FILE).exists());
     assert!(hosts[0].netns.must(&["ip", "link", "show", LINK]).contains("weft0"));
 }

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::overlay::tunnel::allowed_ips::addresses;
+use crate::overlay::tunnel::handover::{Clock, Unusable};
 use crate::overlay::tunnel::macs::{Admission, Admissions};
 use crate::overlay::tunnel::message::{Message, parse};
 
@@ -134,6 +135,24 @@ impl World {
                 self.carry(side, out);
             }
         }
+    }
+
+    /// The process of `side` ends in order, and another goes on after `gap`.
+    fn hand_over(&mut self, side: usize, gap: Duration) {
+        let state = self.sides[side].peer.state(&Clock::leaving(self.now().monotonic));
+        let read: PeerState = serde_json::from_slice(&serde_json::to_vec(&state).unwrap()).unwrap();
+        assert_eq!(read, state);
+        self.elapsed += gap;
+        self.resume(side, read, gap).unwrap();
+    }
+
+    fn resume(&mut self, side: usize, state: PeerState, gap: Duration) -> Result<(), Unusable> {
+        let identity = self.sides[side].identity.clone();
+        let mut peer = Peer::new(identity.clone(), self.sides[1 - side].identity.public, 5);
+        let known = |key: &WgPublicKey| Some(identity.clone()).filter(|identity| identity.public == *key);
+        peer.resume(state, known, &Clock::arriving(self.now().monotonic, gap)?)?;
+        self.sides[side].peer = peer;
+        Ok(())
     }
 
     fn marks(&self, side: usize) -> Vec<u8> {
@@ -380,6 +399,19 @@ fn a_better_endpoint_is_called_at_once_while_the_session_goes_on_where_it_is() {
 }
 
 #[test]
+fn a_session_that_was_handed_over_stays_where_it_is_and_nobody_is_called() {
+    let mut world = with_two_addresses();
+    world.closed = vec![world.sides[1].addresses[0]];
+    world.send(0, 1);
+    world.pass(Duration::from_secs(2));
+    world.closed.clear();
+    world.hand_over(0, Duration::from_millis(100));
+    let (candidates, now, mut out) = (world.sides[1].addresses.to_vec(), world.now(), Outbox::new());
+    world.sides[0].peer.set_candidates(candidates, now, &mut out);
+    assert_eq!((out, world.sides[0].peer.endpoint()), (vec![], Some(world.sides[1].addresses[1])));
+}
+
+#[test]
 fn a_node_that_moved_is_heard_from_where_it_is_at_once() {
     let mut world = World::new();
     world.send(0, 1);
@@ -446,4 +478,156 @@ fn a_cookie_is_used_in_the_next_attempt() {
     world.sides[0].peer.tick(later, &mut retry);
     let source = world.sides[0].addresses[0];
     assert_eq!(admissions.judge(&retry[0].1, source, later.monotonic), Admission::Process(bob));
+}
+
+const GAP: Duration = Duration::from_millis(300);
+
+#[test]
+fn a_session_goes_on_in_the_next_process_in_both_roles() {
+    let mut world = World::new();
+    for round in 0..10u8 {
+        world.send(0, round);
+        world.send(1, round);
+        world.hand_over(usize::from(round % 2), GAP);
+        if round % 3 == 0 {
+            world.hand_over(usize::from((round + 1) % 2), GAP);
+        }
+    }
+    let all: Vec<u8> = (0..10).collect();
+    assert_eq!((world.marks(0), world.marks(1)), (all.clone(), all));
+    assert_eq!((world.sent_of(0, INITIATION).len(), world.sent_of(1, INITIATION).len()), (1, 0));
+    // The keepalive that confirmed the session is not there, since data did.
+    let counters: Vec<u64> =
+        world.sides.iter().map(|side| side.peer.current.as_ref().unwrap().standing().1).collect();
+    assert_eq!(counters, [10, 10], "every counter was given once");
+    assert!(world.sides.iter().all(|side| side.peer.sent_bytes > 0 && side.peer.received_bytes > 0));
+    let [initiator, responder] = &world.sides;
+    assert_eq!(initiator.peer.confirmed(), Some(initiator.identity.public));
+    assert_eq!(initiator.peer.endpoint(), Some(responder.addresses[0]));
+}
+
+#[test]
+fn what_one_process_received_is_a_replay_for_the_next() {
+    let mut world = World::new();
+    world.send(0, 1);
+    let verdicts = |world: &World, counters: &[u64]| {
+        let mut verdicts = Vec::new();
+        let session = world.sides[1].peer.current.clone().unwrap();
+        session.accept(counters.iter().copied(), |fresh| verdicts.push(fresh));
+        verdicts
+    };
+    assert_eq!(verdicts(&world, &[0, 1, 3, 9000]), [true; 4]);
+    world.hand_over(1, GAP);
+    assert_eq!(
+        verdicts(&world, &[0, 1, 3, 9000, 100, 8999, 9001]),
+        [false, false, false, false, false, true, true]
+    );
+}
+
+#[test]
+fn an_initiation_that_one_process_answered_is_refused_by_the_next() {
+    let mut world = World::new();
+    let (mut out, now) = (Outbox::new(), world.now());
+    world.sides[0].peer.start_handshake(now, &mut out);
+    let replay = out.clone();
+    world.carry(0, out);
+    let answers = world.sides[1].sent.len();
+    world.hand_over(1, Duration::from_secs(1));
+    world.carry(0, replay);
+    assert_eq!(world.sides[1].sent.len(), answers);
+}
+
+#[test]
+fn timers_go_on_through_the_gap() {
+    let mut world = World::new();
+    world.send(0, 1);
+    world.pass(Duration::from_secs(4));
+    world.hand_over(1, Duration::from_secs(3));
+    world.pass(Duration::from_secs(2));
+    assert_eq!(world.sent_of(1, DATA), [0u64; 0]);
+    world.pass(Duration::from_secs(2));
+    assert_eq!(world.sent_of(1, DATA), [10], "the keepalive is due ten seconds after the data");
+}
+
+#[test]
+fn a_session_is_renewed_at_its_age_whatever_processes_it_saw() {
+    let mut world = World::new();
+    for second in 0..250u8 {
+        world.send(0, second);
+        world.send(1, second);
+        world.pass(Duration::from_millis(900));
+        world.hand_over(usize::from(second % 2), Duration::from_millis(100));
+    }
+    let all: Vec<u8> = (0..250).collect();
+    assert_eq!((world.marks(0), world.marks(1)), (all.clone(), all));
+    assert_eq!(world.sent_of(0, INITIATION), [0, 120, 240]);
+    assert_eq!(world.sent_of(1, INITIATION), [0u64; 0]);
+}
+
+#[test]
+fn a_response_that_nobody_has_used_yet_is_good_in_the_next_process() {
+    let mut world = World::new();
+    // The initiator's first packet, which would confirm the session, is lost.
+    let (mut out, now) = (Outbox::new(), world.now());
+    world.sides[0].peer.start_handshake(now, &mut out);
+    let source = world.sides[0].addresses[0];
+    let answers = world.deliver(0, source, out.remove(0).1);
+    assert!(world.sides[1].peer.next.is_some());
+    world.hand_over(1, GAP);
+    world.carry(1, answers);
+    world.send(0, 5);
+    world.send(1, 6);
+    assert_eq!((world.marks(1), world.marks(0)), (vec![5], vec![6]));
+    assert_eq!(world.sent_of(1, INITIATION), [0u64; 0]);
+}
+
+#[test]
+fn what_waits_for_a_handshake_waits_on_in_the_next_process() {
+    let mut world = World::new();
+    world.lost = [true, true];
+    world.send(0, 7);
+    let state = world.sides[0].peer.state(&Clock::leaving(world.now().monotonic));
+    assert!(state.is_being_greeted);
+    world.hand_over(0, GAP);
+    world.lost = [false, false];
+    let (now, mut out) = (world.now(), Outbox::new());
+    world.sides[0].peer.start_handshake(now, &mut out);
+    world.carry(0, out);
+    assert_eq!(world.marks(1), [7]);
+}
+
+#[test]
+fn a_session_that_is_too_old_is_not_left() {
+    let mut world = World::new();
+    world.send(0, 1);
+    world.hand_over(0, Duration::from_secs(179));
+    assert!(world.sides[0].peer.current.is_some());
+    world.elapsed += Duration::from_secs(1);
+    world.hand_over(0, GAP);
+    assert!(world.sides[0].peer.current.is_none());
+    world.send(0, 2);
+    assert_eq!(world.marks(1), [1, 2]);
+}
+
+#[test]
+fn a_state_that_does_not_fit_is_refused_whole() {
+    let mut world = World::new();
+    world.send(0, 1);
+    let state = world.sides[0].peer.state(&Clock::leaving(world.now().monotonic));
+    let whole = serde_json::to_value(&state).unwrap();
+    let mut refused = |path: &str, value: serde_json::Value| {
+        let mut spoiled = whole.clone();
+        *spoiled.pointer_mut(path).unwrap() = value;
+        serde_json::from_value(spoiled).map_or(true, |state| world.resume(0, state, GAP).is_err())
+    };
+    assert!(refused("/current/window", "AAAA".into()));
+    assert!(refused("/current/window", serde_json::Value::Null));
+    assert!(refused("/current/local_index", 1.into()));
+    assert!(refused("/current/send", "AAAA".into()));
+    assert!(refused("/current/next_counter", (-1).into()));
+    assert!(refused("/identity", WgPublicKey([9; 32]).to_string().into()));
+    assert!(refused("/greatest_timestamp", "AAAA".into()));
+    assert!(refused("/queue", "x".into()));
+    world.send(0, 2);
+    assert_eq!(world.marks(1), [1, 2], "the peer is as it was");
 }
