@@ -22,9 +22,9 @@ pub(crate) struct HostAddress {
 }
 
 impl HostAddress {
-    pub(crate) fn now(&mut self) -> Option<IpAddr> {
-        let snapshot = self.snapshots.borrow_and_update().clone()?;
-        snapshot.own_node()?.hosts().find(|host| host.is_ipv6() == self.ipv6)
+    pub(crate) fn now(&self) -> Option<IpAddr> {
+        let snapshot = self.snapshots.borrow();
+        snapshot.as_ref()?.own_node()?.hosts().find(|host| host.is_ipv6() == self.ipv6)
     }
 
     /// Waits for the address. `prepare` is what the socket needs before it is used.
@@ -50,7 +50,7 @@ impl HostAddress {
         }
     }
 
-    /// Until there is another Snapshot.
+    /// Until there is another Snapshot than at the last call.
     pub(crate) async fn changed(&mut self) -> Result<(), String> {
         self.snapshots.changed().await.map_err(|_| "the Snapshots ended".to_owned())
     }

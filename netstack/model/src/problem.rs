@@ -39,6 +39,8 @@ pub enum Reason {
     NotSupported,
     /// Something the object needs is not there (yet).
     Missing,
+    /// It works, but less well than it should.
+    Degraded,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

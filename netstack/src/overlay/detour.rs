@@ -69,6 +69,8 @@ fn look(snapshot: &Snapshot, watched: &mut BTreeMap<WgPublicKey, Watched>) -> Re
 struct Watched {
     received_bytes: u64,
     sent_bytes: u64,
+    /// The first of its endpoints at the last look.
+    best: Option<SocketAddr>,
     /// Since when something is sent and nothing received.
     unanswered_since: Option<Instant>,
 }
@@ -76,6 +78,12 @@ struct Watched {
 impl Watched {
     /// Where to call the peer from now on, when it is to be called elsewhere.
     fn look(&mut self, status: &PeerStatus, candidates: &[SocketAddr], now: Instant) -> Option<SocketAddr> {
+        let best = candidates.first().copied();
+        let before = std::mem::replace(&mut self.best, best);
+        if before.is_some() && before != best && best != status.endpoint {
+            *self = Self { best, ..Self::default() };
+            return best;
+        }
         if status.received_bytes != self.received_bytes {
             self.unanswered_since = None;
         } else if status.sent_bytes != self.sent_bytes {
@@ -147,6 +155,26 @@ mod tests {
             watch(&BOTH, BOTH[0], 40, |second, _| (if second < 20 { 5 } else { second }, 7, Some(second)));
         assert_eq!(calls, [(36, BOTH[1].to_owned())]);
         assert_eq!(watch(&BOTH, BOTH[0], 100, |_, _| (5, 7, None)), []);
+    }
+
+    #[test]
+    fn another_best_endpoint_is_called_at_once_and_a_new_agent_leaves_the_peer_where_it_is() {
+        let [first, second] = BOTH.map(|text| text.parse().unwrap());
+        let mut watched = Watched::default();
+        let status = PeerStatus {
+            public_key: WgPublicKey([1; 32]),
+            own_key: None,
+            endpoint: Some(first),
+            last_handshake_seconds: Some(5),
+            received_bytes: 9,
+            sent_bytes: 9,
+        };
+        let now = Instant::now();
+        assert_eq!(watched.look(&status, &[second, first], now), None);
+        assert_eq!(watched.look(&status, &[first, second], now), None, "it is there");
+        assert_eq!(watched.look(&status, &[second, first], now), Some(second));
+        let there = PeerStatus { endpoint: Some(second), ..status };
+        assert_eq!(watched.look(&there, &[second, first], now), None);
     }
 
     #[test]

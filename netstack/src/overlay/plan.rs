@@ -188,7 +188,7 @@ impl<'a> View<'a> {
                      fragments and ICMP through between the two, or lower the MTU of this node's link",
                     self.snapshot.facts.name
                 );
-                problem(other.node, Reason::NotSupported, message)
+                problem(other.node, Reason::Degraded, message)
             }));
             let addresses = other.addresses.iter().map(|address| IpNet::from(*address));
             let mut allowed_ips: Vec<IpNet> = other.pod_cidrs.iter().copied().chain(addresses).collect();

@@ -8,8 +8,10 @@ use std::time::Instant;
 use tokio::net::UdpSocket;
 use tokio::sync::watch;
 use weft_model::constants::PATH_PORT;
-use weft_model::node_facts::{Observed, Uplink};
-use weft_model::{NodeName, Snapshot};
+use weft_model::node_facts::Observed;
+use weft_model::objects::Node;
+use weft_model::snapshot::Objects;
+use weft_model::{NodeFacts, NodeName, Snapshot};
 
 use super::{Path, Question};
 use crate::host_socket::{HostAddress, Snapshots, is_node};
@@ -30,7 +32,7 @@ pub(in crate::overlay) fn start(
     for (name, ipv6) in [("paths-ipv4", false), ("paths-ipv6", true)] {
         let address = HostAddress { ipv6, snapshots: snapshots.clone() };
         let family =
-            Family { address, observed: observed.clone(), paths: BTreeMap::new(), uplinks: Vec::new() };
+            Family { address, observed: observed.clone(), paths: BTreeMap::new(), followed: None };
         tasks.start(name, family.run());
     }
 }
@@ -39,7 +41,8 @@ struct Family {
     address: HostAddress,
     observed: Arc<watch::Sender<Observed>>,
     paths: BTreeMap<IpAddr, (NodeName, Path)>,
-    uplinks: Vec<Uplink>,
+    /// What the paths were made from.
+    followed: Option<(Objects<NodeName, Node>, Arc<NodeFacts>)>,
 }
 
 impl Family {
@@ -55,8 +58,8 @@ impl Family {
     /// Until the address is another one.
     async fn talk(&mut self, socket: &UdpSocket, host: IpAddr) -> Result<(), String> {
         let mut buffer = vec![0; 65_536];
+        self.follow();
         while self.address.now() == Some(host) {
-            self.follow();
             self.ask(socket);
             let due = self.paths.values().map(|(_, path)| path.due).min();
             tokio::select! {
@@ -66,7 +69,10 @@ impl Family {
                     Err(error) => tracing::debug!(%error, "paths"),
                 },
                 () = until(due) => {}
-                changed = self.address.changed() => changed?,
+                changed = self.address.changed() => {
+                    changed?;
+                    self.follow();
+                }
             }
         }
         Ok(())
@@ -75,11 +81,16 @@ impl Family {
     /// The nodes of the Snapshot, each with a path; a new one begins soon, a node that left takes its verdict along.
     fn follow(&mut self) {
         let Some(snapshot) = self.address.snapshots.borrow().clone() else { return };
-        let (now, whole) = (Instant::now(), mtu_bytes(&snapshot));
-        let moved = self.uplinks != snapshot.facts.uplinks;
-        if moved {
-            self.uplinks.clone_from(&snapshot.facts.uplinks);
+        let followed = self.followed.replace((snapshot.nodes.clone(), snapshot.facts.clone()));
+        let (mut moved, mut same) = (false, false);
+        if let Some((nodes, facts)) = followed {
+            moved = facts.uplinks != snapshot.facts.uplinks;
+            same = Arc::ptr_eq(&nodes, &snapshot.nodes) && Arc::ptr_eq(&facts, &snapshot.facts);
         }
+        if same {
+            return;
+        }
+        let (now, whole) = (Instant::now(), mtu_bytes(&snapshot));
         let known = snapshot.facts.observed.narrow_paths.clone();
         let mut old = std::mem::take(&mut self.paths);
         for (name, host) in asked(&snapshot, self.address.ipv6) {
