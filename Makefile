@@ -1,5 +1,5 @@
 # The commands of README.md. Each installs what it needs from Debian's packages (scripts/need).
-.PHONY: build debug image lab cluster cluster-down test check bench clean
+.PHONY: build debug image lab cluster cluster-down kernel-wireguard test check bench clean
 
 HOST := $(shell rustc -vV | sed -n 's/^host: //p')
 WEFT := target/$(HOST)/release/weft
@@ -30,6 +30,11 @@ cluster: build
 
 cluster-down:
 	tests/cluster/down
+
+# Debian's kernel with its WireGuard in an emulated machine; some minutes, no KVM.
+kernel-wireguard: build
+	@scripts/need kernel
+	tests/kernel-wireguard/run $(WEFT)
 
 test: debug build
 	@scripts/need test

@@ -93,7 +93,7 @@ fn words(text: &[&str]) -> Vec<String> {
 }
 
 fn tunnel_arguments() -> Vec<String> {
-    words(&["tunnel", "--run-dir", "/run/weft", "--state-dir", "/var/lib/weft"])
+    words(&["tunnel", "--unless-kernel", "--run-dir", "/run/weft", "--state-dir", "/var/lib/weft"])
 }
 
 fn agent_arguments(topology: &Topology, node: &str) -> Vec<String> {

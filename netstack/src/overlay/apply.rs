@@ -45,6 +45,11 @@ pub enum OverlayError {
     Tunnel { path: PathBuf, source: std::io::Error },
     #[error("create the TUN device {TUNNEL_LINK}: needs root and /dev/net/tun (modprobe tun)")]
     Tun(#[source] std::io::Error),
+    #[error(
+        "the kernel has WireGuard now, and {TUNNEL_LINK} is still the TUN device of a running `weft tunnel`: end that (systemctl \
+         restart weft-tunnel; it ends by itself where it is not needed)"
+    )]
+    Held,
     #[error("remove {what}")]
     Remove { what: String, source: std::io::Error },
 }
@@ -114,6 +119,9 @@ impl OverlayApplier {
         };
         let mut outcome = wireguard::apply(TUNNEL_LINK, &key, &plan.wireguard);
         if outcome.is_err() && tun::remove_persistent(TUNNEL_LINK).is_ok_and(|was_tun| was_tun) {
+            if link_exists() {
+                return applied.failed.push(OverlayError::Held.to_string());
+            }
             applied.changed.push(format!("no link {TUNNEL_LINK} (TUN)"));
             outcome = wireguard::apply(TUNNEL_LINK, &key, &plan.wireguard);
         }
