@@ -31,8 +31,7 @@ pub(in crate::overlay) fn start(
 ) {
     for (name, ipv6) in [("paths-ipv4", false), ("paths-ipv6", true)] {
         let address = HostAddress { ipv6, snapshots: snapshots.clone() };
-        let family =
-            Family { address, observed: observed.clone(), paths: BTreeMap::new(), followed: None };
+        let family = Family { address, observed: observed.clone(), paths: BTreeMap::new(), followed: None };
         tasks.start(name, family.run());
     }
 }
