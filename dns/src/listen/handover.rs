@@ -42,17 +42,15 @@ impl Handover {
 
     /// Has the socket kept for the next agent.
     pub(super) fn keep(&self, address: SocketAddr, transport: Transport, socket: impl AsFd) {
-        let Some(store) = &self.store else { return };
-        if let Err(error) = store.keep(&kept_name(address, transport), socket) {
-            tracing::warn!(%address, %error, "the service manager does not keep the DNS socket");
+        if let Some(store) = &self.store {
+            store.keep_or_warn(&kept_name(address, transport), socket);
         }
     }
 
     /// The socket is closed for good.
     pub(super) fn forget(&self, address: SocketAddr, transport: Transport) {
-        let Some(store) = &self.store else { return };
-        if let Err(error) = store.forget(&kept_name(address, transport)) {
-            tracing::warn!(%address, %error, "the service manager does not let go of the DNS socket");
+        if let Some(store) = &self.store {
+            store.forget_or_warn(&kept_name(address, transport));
         }
     }
 }

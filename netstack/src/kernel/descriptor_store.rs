@@ -95,6 +95,20 @@ impl DescriptorStore {
         self.tell(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), &[])
     }
 
+    /// [`DescriptorStore::keep`] for who can go on without.
+    pub fn keep_or_warn(&self, name: &str, descriptor: impl AsFd) {
+        if let Err(error) = self.keep(name, descriptor) {
+            tracing::warn!(name, %error, "the service manager does not keep the descriptor");
+        }
+    }
+
+    /// [`DescriptorStore::forget`] for who can go on without.
+    pub fn forget_or_warn(&self, name: &str) {
+        if let Err(error) = self.forget(name) {
+            tracing::warn!(name, %error, "the service manager does not let go of the descriptor");
+        }
+    }
+
     fn tell(&self, text: &str, control: &[ControlMessage<'_>]) -> io::Result<()> {
         let pieces = [IoSlice::new(text.as_bytes())];
         sendmsg(self.socket.as_raw_fd(), &pieces, control, MsgFlags::MSG_NOSIGNAL, Some(&self.manager))?;

@@ -41,9 +41,8 @@ impl Handover {
         let others: Vec<SocketAddr> = kept.keys().filter(|address| !is_wanted(address)).copied().collect();
         for address in others {
             kept.remove(&address);
-            let Some(store) = &self.store else { continue };
-            if let Err(error) = store.forget(&kept_name(address)) {
-                tracing::warn!(%address, %error, "the service manager does not let go of the socket");
+            if let Some(store) = &self.store {
+                store.forget_or_warn(&kept_name(address));
             }
         }
     }
@@ -52,9 +51,7 @@ impl Handover {
     pub(super) fn keep(&self, address: SocketAddr, listener: impl std::os::fd::AsFd) {
         let Some(store) = &self.store else { return };
         self.kept.lock().unwrap_or_else(PoisonError::into_inner).entry(address).or_default();
-        if let Err(error) = store.keep(&kept_name(address), listener) {
-            tracing::warn!(%address, %error, "the service manager does not keep the socket");
-        }
+        store.keep_or_warn(&kept_name(address), listener);
     }
 }
 

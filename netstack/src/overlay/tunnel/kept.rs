@@ -81,16 +81,14 @@ impl Kept {
     }
 
     pub(super) fn keep(&self, name: &str, descriptor: impl AsFd) {
-        let Some(store) = &self.store else { return };
-        if let Err(error) = store.keep(name, descriptor) {
-            tracing::warn!(name, %error, "the service manager does not keep the descriptor");
+        if let Some(store) = &self.store {
+            store.keep_or_warn(name, descriptor);
         }
     }
 
     pub(super) fn forget(&self, name: &str) {
-        let Some(store) = &self.store else { return };
-        if let Err(error) = store.forget(name) {
-            tracing::warn!(name, %error, "the service manager does not let go of the descriptor");
+        if let Some(store) = &self.store {
+            store.forget_or_warn(name);
         }
     }
 }
