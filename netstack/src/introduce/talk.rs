@@ -13,7 +13,7 @@ use weft_model::snapshot::Attachments;
 
 use super::{Introduced, audience, datagrams, hear, newly_attached};
 use crate::host_socket::{HostAddress, is_node};
-use crate::reconcile::TaskGroup;
+use crate::reconcile::{TaskGroup, sleep_until};
 
 /// Pods that are attached together are introduced together.
 const GATHER: Duration = Duration::from_millis(5);
@@ -73,7 +73,7 @@ impl Family {
                         again.push_back((tokio::time::Instant::now() + AGAIN, new));
                     }
                 }
-                () = until(due) => {
+                () = sleep_until(due) => {
                     if let Some((_, datagrams)) = again.pop_front() {
                         self.say(socket, host, &datagrams);
                     }
@@ -115,12 +115,5 @@ impl Family {
         if !readable {
             tracing::debug!(%from, "an introduction that cannot be read");
         }
-    }
-}
-
-async fn until(due: Option<tokio::time::Instant>) {
-    match due {
-        Some(due) => tokio::time::sleep_until(due).await,
-        None => std::future::pending().await,
     }
 }

@@ -28,7 +28,7 @@ use super::failure::{Address, ApiFailure};
 use super::referred::Reader;
 use super::version::ServerVersion;
 use crate::introduce::{Introduced, with_introduced};
-use crate::reconcile::{TaskGroup, chain};
+use crate::reconcile::{TaskGroup, chain, sleep_until};
 
 /// Events that arrive within this time after the first become one Snapshot: long enough for the Service and the
 /// EndpointSlices of one rollout step, short against the 10 ms from event to rule.
@@ -223,13 +223,6 @@ async fn run(mut assembler: Assembler, mut connection: Connection) -> Result<(),
             }
             answer = &mut connection.probe => connection.probed(answer),
         }
-    }
-}
-
-async fn sleep_until(at: Option<Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at).await,
-        None => std::future::pending().await,
     }
 }
 

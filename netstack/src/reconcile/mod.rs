@@ -23,6 +23,7 @@ use weft_model::{Planned, Snapshot};
 pub use run::{Loop, LoopHandle, Pace};
 pub use tally::{Moment, Tally};
 pub use tasks::TaskGroup;
+pub(crate) use tasks::sleep_until;
 pub(crate) use users::Users;
 pub use vigil::{Watchfulness, vigil};
 

@@ -3,6 +3,7 @@
 use std::future::Future;
 
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 /// The long-lived tasks of a process run in one of these. A task started elsewhere belongs to a value that aborts it on
 /// drop (a connection, a listener).
@@ -34,6 +35,14 @@ impl TaskGroup {
             Some(Ok((name, Err(reason)))) => format!("task {name} failed: {reason}"),
             Some(Err(error)) => format!("a task panicked: {error}"),
         }
+    }
+}
+
+/// For ever where nothing is due.
+pub(crate) async fn sleep_until(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due).await,
+        None => std::future::pending().await,
     }
 }
 

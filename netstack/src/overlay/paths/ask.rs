@@ -16,8 +16,8 @@ use weft_model::{NodeFacts, NodeName, Snapshot};
 use super::{Path, Question};
 use crate::host_socket::{HostAddress, Snapshots, is_node};
 use crate::kernel::udp;
-use crate::overlay::plan::mtu_bytes;
-use crate::reconcile::TaskGroup;
+use crate::overlay::mtu_bytes;
+use crate::reconcile::{TaskGroup, sleep_until};
 
 const QUESTION: &[u8; 8] = b"weft-pq1";
 const ANSWER: &[u8; 8] = b"weft-pa1";
@@ -67,7 +67,7 @@ impl Family {
                     // An ICMP error about an earlier datagram: that node does not listen.
                     Err(error) => tracing::debug!(%error, "paths"),
                 },
-                () = until(due) => {}
+                () = sleep_until(due.map(Into::into)) => {}
                 changed = self.address.changed() => {
                     changed?;
                     self.follow();
@@ -180,11 +180,4 @@ fn asked(snapshot: &Snapshot, ipv6: bool) -> Vec<(NodeName, IpAddr)> {
     let Some(this) = snapshot.own_node() else { return Vec::new() };
     let peers = snapshot.nodes.values().filter(|node| node.name != this.name && node.public_key.is_some());
     peers.filter_map(|node| Some((node.name.clone(), node.host_for(this, ipv6)?))).collect()
-}
-
-async fn until(due: Option<Instant>) {
-    match due {
-        Some(due) => tokio::time::sleep_until(due.into()).await,
-        None => std::future::pending().await,
-    }
 }
