@@ -497,13 +497,7 @@ impl Notes {
 
     fn annotation<T: std::str::FromStr>(&mut self, annotations: &wire::Strings, name: &str) -> Option<T> {
         let text = annotations.get(name)?;
-        let parsed = text.parse().ok();
-        if parsed.is_none() {
-            self.invalid(format!(
-                "annotation {name} {text:?} cannot be read; remove it, the node's agent writes it anew"
-            ));
-        }
-        parsed
+        self.readable(name, text, text.parse().ok(), "; remove it, the node's agent writes it anew")
     }
 
     /// An annotation that people write.
@@ -514,11 +508,13 @@ impl Notes {
         example: &str,
     ) -> Option<T> {
         let text = annotations.get(name)?;
-        let parsed = text.trim().parse().ok();
+        let remedy = format!(", so it is ignored; write for example {example:?}");
+        self.readable(name, text, text.trim().parse().ok(), &remedy)
+    }
+
+    fn readable<T>(&mut self, name: &str, text: &str, parsed: Option<T>, remedy: &str) -> Option<T> {
         if parsed.is_none() {
-            self.invalid(format!(
-                "annotation {name} {text:?} cannot be read, so it is ignored; write for example {example:?}"
-            ));
+            self.invalid(format!("annotation {name} {text:?} cannot be read{remedy}"));
         }
         parsed
     }
