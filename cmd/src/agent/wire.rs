@@ -16,7 +16,6 @@ use weft_ingress::plan::IngressPlanner;
 use weft_lb::announce::{AnnouncePlanner, announcer};
 use weft_lb::status::{StatusApplier, StatusPlanner};
 use weft_model::balancer::AnswersFor;
-use weft_model::constants::WIREGUARD_OVERHEAD_BYTES;
 use weft_model::node_facts::Observed;
 use weft_model::snapshot::Attachments;
 use weft_model::{NodeFacts, NodeName, Notice, Report, Snapshot};
@@ -74,7 +73,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let here = Here { facts: facts_rx.clone(), observed, attachments: attachments.clone(), introduced };
     let Watches { snapshots, status } = kube::start(tasks, &access, &config.cluster, here, initial);
     introduce::start(tasks, &snapshots, &attachments, introduced_tx);
-    overlay::observe(tasks, &snapshots, observed_tx);
+    overlay::observe(tasks, &snapshots, observed_tx, facts_rx.borrow().wireguard_backend);
     let lead = lease::start(tasks, access.clone(), config.node.clone());
 
     let dns = start_dns(config, leases.clone());
@@ -414,10 +413,7 @@ async fn open_cni(
     readiness: Readiness,
     told: Told,
 ) -> anyhow::Result<Arc<Cni>> {
-    let pod_mtu_bytes: PodMtu = Arc::new(|snapshot| {
-        let own = snapshot.own_node().map(|node| node.primary_ips().collect::<Vec<_>>()).unwrap_or_default();
-        snapshot.facts.underlay_mtu_bytes(&own) - WIREGUARD_OVERHEAD_BYTES
-    });
+    let pod_mtu_bytes: PodMtu = Arc::new(overlay::mtu_bytes);
     let Told { attachments, verdicts } = told;
     let inputs = cni::Inputs { snapshots, store, readiness, pod_mtu_bytes, attachments, verdicts };
     let cni = Arc::new(Cni::open(inputs).context("open an rtnetlink socket")?);

@@ -6,7 +6,6 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use weft_model::constants::TUNNEL_LINK;
-use weft_model::node_facts::WireguardBackend;
 use weft_model::wireguard::{PeerStatus, PeerView};
 use weft_model::{Snapshot, WgPublicKey};
 
@@ -31,9 +30,6 @@ pub(super) async fn follow(snapshots: Snapshots) -> Result<(), String> {
         tokio::time::sleep(LOOK).await;
         snapshots.has_changed().map_err(|_| "the Snapshots ended".to_owned())?;
         let Some(snapshot) = snapshots.borrow().clone() else { continue };
-        if snapshot.facts.wireguard_backend != WireguardBackend::Kernel {
-            continue;
-        }
         let mut known = std::mem::take(&mut watched);
         let look = move || {
             let outcome = look(&snapshot, &mut known);

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
+use ipnet::IpNet;
 use weft_model::constants::ANNOTATION_ENDPOINT;
 use weft_model::objects::{Host, Node};
 use weft_model::wireguard::{PeerCandidate, PeerStatus, PeerView};
@@ -44,20 +45,16 @@ pub struct Endpoint {
 }
 
 /// Endpoints of `other` that this node has the family for, none twice.
-pub(super) fn endpoints(
-    snapshot: &Snapshot,
-    other: &Accepted<'_>,
-    problems: &mut Vec<Problem>,
-) -> Vec<Endpoint> {
+pub(super) fn endpoints(here: &Here<'_>, other: &Accepted<'_>, problems: &mut Vec<Problem>) -> Vec<Endpoint> {
     let node = other.node;
-    let port = node.wireguard_port.unwrap_or(snapshot.config.wireguard_port);
-    let said = annotated(snapshot, node, problems);
+    let port = node.wireguard_port.unwrap_or(here.snapshot.config.wireguard_port);
+    let said = annotated(here, node, problems);
     let said_port = node.reach.endpoint.as_ref().and_then(|endpoint| endpoint.port).unwrap_or(port);
-    let external = outside(snapshot, node, "ExternalIP", &node.reach.external_ips, problems);
+    let external = node.reach.external_ips.iter().copied();
+    let external = quarantine::outside(&here.ranges, node, "ExternalIP", external, problems);
     let all = said.into_iter().map(|address| (Kind::Annotation, address, said_port));
     let all = all.chain(other.addresses.iter().map(|address| (Kind::InternalIp, *address, port)));
     let all = all.chain(external.into_iter().map(|address| (Kind::ExternalIp, address, port)));
-    let here = Here::of(snapshot);
     let mut endpoints: Vec<Endpoint> = Vec::new();
     for (kind, address, port) in all.filter(|(_, address, _)| here.may_call(*address)) {
         let kind = if here.holds(address) { Kind::SameSubnet } else { kind };
@@ -72,11 +69,11 @@ pub(super) fn endpoints(
 }
 
 /// What the annotation of `node` says, as addresses.
-fn annotated(snapshot: &Snapshot, node: &Node, problems: &mut Vec<Problem>) -> Vec<IpAddr> {
+fn annotated(here: &Here<'_>, node: &Node, problems: &mut Vec<Problem>) -> Vec<IpAddr> {
     let Some(said) = &node.reach.endpoint else { return Vec::new() };
     let addresses = match &said.host {
         Host::Address(address) => vec![*address],
-        Host::Name(name) => snapshot.facts.observed.names.get(name).cloned().unwrap_or_else(|| {
+        Host::Name(name) => here.snapshot.facts.observed.names.get(name).cloned().unwrap_or_else(|| {
             let message = format!(
                 "annotation {ANNOTATION_ENDPOINT}: {name} cannot be resolved on this node so far; the Node's own addresses are called"
             );
@@ -84,42 +81,27 @@ fn annotated(snapshot: &Snapshot, node: &Node, problems: &mut Vec<Problem>) -> V
             Vec::new()
         }),
     };
-    outside(snapshot, node, &format!("annotation {ANNOTATION_ENDPOINT}:"), &addresses, problems)
-}
-
-/// An endpoint among pods or Services would lead the tunnel into itself.
-fn outside(
-    snapshot: &Snapshot,
-    node: &Node,
-    what: &str,
-    addresses: &[IpAddr],
-    problems: &mut Vec<Problem>,
-) -> Vec<IpAddr> {
-    let ranges = snapshot.config.ranges();
-    let inside = |address: &IpAddr| ranges.iter().any(|range| range.contains(address));
-    let (bad, good): (Vec<IpAddr>, Vec<IpAddr>) = addresses.iter().partition(|address| inside(address));
-    problems.extend(bad.into_iter().map(|address| {
-        let message = format!("{what} {address} lies inside a pod or Service range; it is ignored");
-        problem(node, Reason::InvalidField, message)
-    }));
-    good
+    let what = format!("annotation {ANNOTATION_ENDPOINT}:");
+    quarantine::outside(&here.ranges, node, &what, addresses, problems)
 }
 
 /// Where this node is.
-struct Here<'a> {
+pub(super) struct Here<'a> {
     snapshot: &'a Snapshot,
+    /// Of pods and Services.
+    ranges: Vec<IpNet>,
     /// Of the uplinks; where they are not known those of the own Node.
     addresses: Vec<IpAddr>,
 }
 
 impl<'a> Here<'a> {
-    fn of(snapshot: &'a Snapshot) -> Self {
+    pub(super) fn of(snapshot: &'a Snapshot) -> Self {
         let mut addresses: Vec<IpAddr> =
             snapshot.facts.uplinks.iter().flat_map(|uplink| uplink.addresses.clone()).collect();
         if addresses.is_empty() {
             addresses = snapshot.own_node().map(|node| node.internal_ips.clone()).unwrap_or_default();
         }
-        Self { snapshot, addresses }
+        Self { snapshot, ranges: snapshot.config.ranges(), addresses }
     }
 
     /// In a family of this node, and not its own address or that of the NAT which it shares with the peer.
@@ -138,11 +120,10 @@ impl<'a> Here<'a> {
 
 /// Seconds between what this node sends to a peer to keep a NAT open: where its own addresses of the endpoint's family are
 /// all private and the endpoint is not, there is one between. What the own Node's annotation says comes first.
-pub(super) fn keepalive_seconds(snapshot: &Snapshot, endpoints: &[Endpoint]) -> Option<u16> {
-    if let Some(said) = snapshot.own_node().and_then(|node| node.reach.keepalive_seconds) {
+pub(super) fn keepalive_seconds(here: &Here<'_>, endpoints: &[Endpoint]) -> Option<u16> {
+    if let Some(said) = here.snapshot.own_node().and_then(|node| node.reach.keepalive_seconds) {
         return Some(said).filter(|seconds| *seconds > 0);
     }
-    let here = Here::of(snapshot);
     let near = endpoints.first().is_none_or(|first| first.kind == Kind::SameSubnet);
     let translated = |endpoint: &Endpoint| {
         let address = endpoint.address.ip();
@@ -165,26 +146,24 @@ fn is_private(address: IpAddr) -> bool {
 
 /// For people: the peers, each with the name of its Node and where it may be called from here.
 pub fn explain(snapshot: Option<&Snapshot>, peers: Vec<PeerStatus>) -> Vec<PeerView> {
-    let accepted = snapshot.map(|snapshot| quarantine::accept(snapshot.nodes.values(), &snapshot.config).0);
-    let accepted = accepted.into_iter().flatten();
-    let mut by_key: BTreeMap<_, _> =
-        accepted.filter_map(|node| Some((node.node.public_key?, node))).collect();
-    let mut view = |status: PeerStatus| {
-        let known = snapshot.zip(by_key.remove(&status.public_key));
-        let candidates = known.as_ref().map(|(snapshot, other)| {
-            let candidate = |of: Endpoint| PeerCandidate { endpoint: of.address, kind: of.kind.to_string() };
-            endpoints(snapshot, other, &mut Vec::new()).into_iter().map(candidate).collect()
-        });
+    let unknown = |status| PeerView { status, node: None, candidates: Vec::new(), narrow_path_bytes: None };
+    let Some(snapshot) = snapshot else { return peers.into_iter().map(unknown).collect() };
+    let (accepted, _) = quarantine::accept(snapshot.nodes.values(), &snapshot.config);
+    let by_key: BTreeMap<_, _> =
+        accepted.iter().filter_map(|other| Some((other.node.public_key?, other))).collect();
+    let here = Here::of(snapshot);
+    let view = |status: PeerStatus| {
+        let Some(other) = by_key.get(&status.public_key) else { return unknown(status) };
+        let endpoints = endpoints(&here, other, &mut Vec::new()).into_iter();
+        let candidate = |of: Endpoint| PeerCandidate { endpoint: of.address, kind: of.kind.to_string() };
         PeerView {
             status,
-            node: known.as_ref().map(|(_, other)| other.node.name.0.clone()),
-            candidates: candidates.unwrap_or_default(),
-            narrow_path_bytes: known.and_then(|(snapshot, other)| {
-                snapshot.facts.observed.narrow_paths.get(&other.node.name).copied()
-            }),
+            node: Some(other.node.name.0.clone()),
+            candidates: endpoints.map(candidate).collect(),
+            narrow_path_bytes: snapshot.facts.observed.narrow_paths.get(&other.node.name).copied(),
         }
     };
-    peers.into_iter().map(&mut view).collect()
+    peers.into_iter().map(view).collect()
 }
 
 #[cfg(test)]

@@ -26,20 +26,27 @@ pub mod tunnel;
 use std::sync::Arc;
 
 use tokio::sync::watch;
-use weft_model::node_facts::Observed;
+use weft_model::node_facts::{Observed, WireguardBackend};
 
 use crate::host_socket::Snapshots;
 use crate::reconcile::TaskGroup;
 
 pub use apply::{OverlayApplier, OverlayError, cleanup, peers};
-pub use plan::{OverlayPlan, OverlayPlanner};
+pub use plan::{OverlayPlan, OverlayPlanner, mtu_bytes};
 pub use standing::{objections, overlaps};
 pub use tunnel::{TunnelConfig, TunnelError, TunnelState};
 
 /// Starts what finds out, beside the loop, how the peers are reached.
-pub fn observe(tasks: &mut TaskGroup, snapshots: &Snapshots, observed: watch::Sender<Observed>) {
+pub fn observe(
+    tasks: &mut TaskGroup,
+    snapshots: &Snapshots,
+    observed: watch::Sender<Observed>,
+    backend: WireguardBackend,
+) {
     let observed = Arc::new(observed);
     tasks.start("endpoint names", names::follow(snapshots.clone(), observed.clone()));
     paths::start(tasks, snapshots, &observed);
-    tasks.start("detours", detour::follow(snapshots.clone()));
+    if backend == WireguardBackend::Kernel {
+        tasks.start("detours", detour::follow(snapshots.clone()));
+    }
 }

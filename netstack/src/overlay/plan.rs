@@ -24,7 +24,7 @@ use weft_model::ruleset::{Passage, Table};
 use weft_model::wireguard::{WireguardPeer, WireguardPlan};
 use weft_model::{ObjectRef, Problem, Reason, Snapshot};
 
-use super::endpoints;
+use super::endpoints::{self, Here};
 use super::quarantine::{self, Accepted, problem};
 use super::rules;
 use super::standing::intruders;
@@ -175,9 +175,10 @@ impl<'a> View<'a> {
         let uplinks = &self.snapshot.facts.uplinks;
         let own_addresses = uplinks.iter().flat_map(|uplink| uplink.addresses.clone()).collect();
         let mut plan = WireguardPlan { listen_port, own_keys, own_addresses, peers: BTreeMap::new() };
+        let here = Here::of(self.snapshot);
         for other in self.others() {
             let Some(key) = other.node.public_key else { continue };
-            let endpoints = endpoints::endpoints(self.snapshot, other, problems);
+            let endpoints = endpoints::endpoints(&here, other, problems);
             if endpoints.is_empty() {
                 let message = "shares no address family with this node: it can only be reached once it calls";
                 problems.push(problem(other.node, Reason::Missing, message.to_owned()));
@@ -195,7 +196,7 @@ impl<'a> View<'a> {
             allowed_ips.sort();
             let node = other.node.name.0.clone();
             let next_key = other.node.next_public_key.filter(|next| *next != key);
-            let keepalive_seconds = endpoints::keepalive_seconds(self.snapshot, &endpoints);
+            let keepalive_seconds = endpoints::keepalive_seconds(&here, &endpoints);
             let mut addresses = endpoints.iter().map(|endpoint| endpoint.address);
             let peer = WireguardPeer {
                 node,
@@ -287,8 +288,8 @@ impl<'a> View<'a> {
     }
 }
 
-/// Of the tunnel's device: the underlay's less what WireGuard adds.
-pub(super) fn mtu_bytes(snapshot: &Snapshot) -> u32 {
+/// Of the tunnel's device, and of new pods: the underlay's less what WireGuard adds.
+pub fn mtu_bytes(snapshot: &Snapshot) -> u32 {
     let own: Vec<IpAddr> = snapshot.own_node().map(|node| node.primary_ips().collect()).unwrap_or_default();
     let underlay = snapshot.facts.underlay_mtu_bytes(&own);
     underlay.saturating_sub(WIREGUARD_OVERHEAD_BYTES).max(MIN_MTU_BYTES)

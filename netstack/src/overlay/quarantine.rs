@@ -28,6 +28,7 @@ pub(super) fn accept<'a>(
 ) -> (Vec<Accepted<'a>>, Vec<Problem>) {
     let mut by_age: Vec<&Node> = nodes.map(AsRef::as_ref).collect();
     by_age.sort_by(|a, b| (a.created, &a.name).cmp(&(b.created, &b.name)));
+    let ranges = config.ranges();
     let mut problems = Vec::new();
     let mut claims = Claims::default();
     let mut accepted = Vec::new();
@@ -35,7 +36,7 @@ pub(super) fn accept<'a>(
         let candidate = Accepted {
             node,
             pod_cidrs: pod_cidrs(node, config, &mut problems),
-            addresses: addresses(node, config, &mut problems),
+            addresses: outside(&ranges, node, "InternalIP", node.primary_ips(), &mut problems),
         };
         match claims.conflict(&candidate) {
             Some((what, owner)) => problems.push(problem(
@@ -69,13 +70,19 @@ fn pod_cidrs(node: &Node, config: &ClusterConfig, problems: &mut Vec<Problem>) -
     good
 }
 
-/// Traffic to pods and Services must never follow a Node's word about its own address.
-fn addresses(node: &Node, config: &ClusterConfig, problems: &mut Vec<Problem>) -> Vec<IpAddr> {
-    let ranges = config.ranges();
-    let (bad, good): (Vec<IpAddr>, Vec<IpAddr>) =
-        node.primary_ips().partition(|address| ranges.iter().any(|range| range.contains(address)));
+/// Those outside `ranges`, which are those of pods and Services: traffic to these must never follow a Node's word about where it
+/// is. `what` says that word.
+pub(super) fn outside(
+    ranges: &[IpNet],
+    node: &Node,
+    what: &str,
+    addresses: impl IntoIterator<Item = IpAddr>,
+    problems: &mut Vec<Problem>,
+) -> Vec<IpAddr> {
+    let inside = |address: &IpAddr| ranges.iter().any(|range| range.contains(address));
+    let (bad, good): (Vec<IpAddr>, Vec<IpAddr>) = addresses.into_iter().partition(inside);
     for address in bad {
-        let message = format!("InternalIP {address} lies inside a pod or Service range; it is ignored");
+        let message = format!("{what} {address} lies inside a pod or Service range; it is ignored");
         problems.push(problem(node, Reason::InvalidField, message));
     }
     good

@@ -30,8 +30,9 @@ fn called(
     let (accepted, _) = quarantine::accept(snapshot.nodes.values(), &snapshot.config);
     let other = accepted.iter().find(|accepted| accepted.node.name.0 == "node-2").unwrap();
     let mut problems = Vec::new();
-    let found = endpoints(&snapshot, other, &mut problems);
-    let keepalive = keepalive_seconds(&snapshot, &found);
+    let here = Here::of(&snapshot);
+    let found = endpoints(&here, other, &mut problems);
+    let keepalive = keepalive_seconds(&here, &found);
     let text = |endpoint: &Endpoint| format!("{} {}", endpoint.address, endpoint.kind);
     (found.iter().map(text).collect(), keepalive, problems.iter().map(ToString::to_string).collect())
 }
