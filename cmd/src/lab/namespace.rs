@@ -81,16 +81,21 @@ pub(super) fn inside_network<T: Send>(
 }
 
 /// Runs a command of a person with its standard streams in the namespaces of pod process `inner` of machine `first`,
-/// or of the machine itself. Ctrl-C is the command's, not ours.
+/// or of the machine itself, and where it can in the working directory of the person. Ctrl-C is the command's, not ours.
 pub(super) fn run_inside(
     first: i32,
     inner: Option<i32>,
     command: &mut Command,
 ) -> anyhow::Result<ExitStatus> {
     let program = command.get_program().to_string_lossy().into_owned();
+    let here = std::env::current_dir();
     inside(first, move || {
         if let Some(pid) = inner {
             Namespaces::of(pid)?.enter()?;
+        }
+        // A mount namespace is entered at its root.
+        if let Ok(here) = here {
+            let _ = std::env::set_current_dir(here);
         }
         let mut child = command.spawn().with_context(|| format!("start {program}"))?;
         let mut keyboard = nix::sys::signal::SigSet::empty();
