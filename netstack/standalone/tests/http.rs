@@ -137,8 +137,44 @@ async fn lists_select_by_labels_and_fields() {
     assert_eq!(names("labelSelector=app%20in%20(web)").await, ["a", "b"]);
     assert_eq!(names("fieldSelector=spec.nodeName%3Dn1").await, ["a", "c"]);
     assert_eq!(names("labelSelector=app!%3Dweb&fieldSelector=metadata.name%3Dc").await, ["c"]);
-    assert_eq!(names("fieldSelector=status.phase%3DPending&limit=2").await.len(), 3);
     assert_eq!(world.get("/api/v1/pods?fieldSelector=spec.x%3Dy").await.0, 400);
+}
+
+#[tokio::test]
+async fn a_list_comes_in_parts_whose_revision_is_that_of_the_first() {
+    let world = World::with(|it| it.history_capacity = 8).await;
+    for name in ["a", "b", "c", "d", "e"] {
+        world.post(MAPS, &map(name)).await;
+    }
+    let part = async |query: &str| {
+        let (code, list) = world.get(&format!("{MAPS}?limit=2{query}")).await;
+        let text = |path: &str| list["metadata"][path].as_str().unwrap_or_default().to_owned();
+        let items = list["items"].as_array().into_iter().flatten();
+        let names: Vec<_> = items.map(|it| it["metadata"]["name"].as_str().unwrap().to_owned()).collect();
+        (code, names, text("resourceVersion"), text("continue"))
+    };
+    let (_, names, revision, first) = part("").await;
+    assert_eq!(names, ["a", "b"]);
+    // One that was listed goes, one that was not goes, and one comes where the list is to go on.
+    for name in ["b", "c"] {
+        assert_eq!(world.http("DELETE", &format!("{MAPS}/{name}"), "", "").await.0, 200);
+    }
+    world.post(MAPS, &map("bb")).await;
+    let (_, names, of_second, second) = part(&format!("&continue={first}")).await;
+    assert_eq!((names, of_second), (vec!["bb".to_owned(), "d".to_owned()], revision.clone()));
+    let (_, names, of_third, end) = part(&format!("&continue={second}")).await;
+    assert_eq!((names, of_third, end.as_str()), (vec!["e".to_owned()], revision.clone(), ""));
+    // What changed between is in the watch from there.
+    let events = watch(&world.client, &format!("{MAPS}?watch=true&resourceVersion={revision}"), 3).await;
+    assert_eq!(summary(&events), [("DELETED", "b"), ("DELETED", "c"), ("ADDED", "bb")]);
+    let (_, names, _, whole) = part("&fieldSelector=metadata.name%3Dd").await;
+    assert_eq!((names, whole.as_str()), (vec!["d".to_owned()], ""));
+    assert_eq!(part("&continue=x").await.0, 400);
+    assert_eq!(part(&format!("&continue={first}&resourceVersion={revision}")).await.0, 400);
+    for round in 0..9 {
+        world.post(MAPS, &map(&format!("f{round}"))).await;
+    }
+    assert_eq!(part(&format!("&continue={first}")).await.0, 410, "the history begins later");
 }
 
 #[tokio::test]

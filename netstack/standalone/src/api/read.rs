@@ -6,6 +6,9 @@ use std::sync::Arc;
 use axum::body::Bytes;
 use axum::http::StatusCode;
 use axum::response::Response;
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::request::Shape;
@@ -86,14 +89,11 @@ impl Api {
 
     pub(super) fn list(&self, call: &Call) -> Result<Response, ApiError> {
         let filter = Filter::of(call)?;
-        let (revision, objects) = self.store.read(|view| {
-            check_revision(call, view)?;
-            Ok::<_, ApiError>((view.revision(), filter.objects(view).cloned().collect::<Vec<_>>()))
-        })?;
+        let page = self.store.read(|view| Page::of(call, &filter, view))?;
+        let (objects, list_metadata) = (&page.objects, page.metadata());
         let resource = call.target.resource;
-        let list_metadata = json!({"resourceVersion": revision.to_string()});
         if call.shape == Shape::Table {
-            let table = table::of(resource, &objects, &call.options.include_object, &list_metadata, true);
+            let table = table::of(resource, objects, &call.options.include_object, &list_metadata, true);
             return Ok(json_response(StatusCode::OK, &table));
         }
         let (kind, version) = match call.shape {
@@ -111,6 +111,76 @@ impl Api {
         }
         json.extend_from_slice(b"]}");
         Ok(bytes_response(StatusCode::OK, Bytes::from(json)))
+    }
+}
+
+/// A list, or a part of one (Kubernetes API concepts, "Retrieving large results sets in chunks"). Every part names the revision of the
+/// first, so that a watch from there tells what changed between two parts: each shows its objects as they are now.
+struct Page {
+    revision: u64,
+    objects: Vec<Arc<Stored>>,
+    /// The last object, where others follow.
+    ended_at: Option<(String, String)>,
+}
+
+/// What `continue` holds.
+#[derive(Deserialize)]
+struct Continuation {
+    revision: u64,
+    /// Namespace and name of the object before.
+    after: (String, String),
+}
+
+impl Page {
+    /// # Errors
+    /// 400 for a continuation that is not of this server, 410 when the history no longer reaches back to its revision.
+    fn of(call: &Call, filter: &Filter, view: &View) -> Result<Self, ApiError> {
+        check_revision(call, view)?;
+        let begun = Continuation::of(call)?;
+        if let Some(begun) = &begun {
+            drop(view.events_after(begun.revision)?);
+        }
+        let listed = |it: &&Arc<Stored>| begun.as_ref().is_some_and(|begun| begun.had(&it.key));
+        let rest = filter.objects(view).skip_while(listed);
+        let limit = if call.options.limit == 0 { usize::MAX } else { call.options.limit };
+        let mut objects: Vec<Arc<Stored>> = rest.take(limit.saturating_add(1)).cloned().collect();
+        let ended_at = (objects.len() > limit).then(|| {
+            let last = &objects[limit - 1].key;
+            (last.namespace.clone(), last.name.clone())
+        });
+        objects.truncate(limit);
+        Ok(Self { revision: begun.map_or(view.revision(), |begun| begun.revision), objects, ended_at })
+    }
+
+    fn metadata(&self) -> Value {
+        let mut metadata = json!({"resourceVersion": self.revision.to_string()});
+        if let Some(after) = self.ended_at.clone() {
+            metadata["continue"] = Continuation { revision: self.revision, after }.to_text().into();
+        }
+        metadata
+    }
+}
+
+impl Continuation {
+    fn of(call: &Call) -> Result<Option<Self>, ApiError> {
+        let text = &call.options.continuation;
+        if text.is_empty() {
+            return Ok(None);
+        }
+        if !call.options.resource_version.is_empty() {
+            return Err(ApiError::bad_request("resourceVersion is not allowed beside continue"));
+        }
+        let read = URL_SAFE_NO_PAD.decode(text).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        read.map(Some).ok_or_else(|| ApiError::bad_request(format!("continue: Invalid value: {text:?}")))
+    }
+
+    fn had(&self, key: &Key) -> bool {
+        (&key.namespace, &key.name) <= (&self.after.0, &self.after.1)
+    }
+
+    fn to_text(&self) -> String {
+        let json = json!({"revision": self.revision, "after": self.after});
+        URL_SAFE_NO_PAD.encode(json.to_string())
     }
 }
 

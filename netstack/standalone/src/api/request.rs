@@ -71,6 +71,10 @@ pub(super) struct Options {
     pub(super) allow_bookmarks: bool,
     pub(super) send_initial_events: Option<bool>,
     pub(super) timeout_seconds: Option<u64>,
+    /// Objects in one answer of a list; 0 is all.
+    pub(super) limit: usize,
+    /// Where the answer before ended, in the server's words.
+    pub(super) continuation: String,
     pub(super) dry_run: bool,
     pub(super) strictness: Strictness,
     /// `includeObject` of a Table: `None`, `Metadata` or `Object`.
@@ -94,6 +98,8 @@ impl Options {
                 "allowWatchBookmarks" => options.allow_bookmarks = is_true(&value),
                 "sendInitialEvents" => options.send_initial_events = Some(is_true(&value)),
                 "timeoutSeconds" => options.timeout_seconds = Some(number(&key, &value)?),
+                "limit" => options.limit = usize::try_from(number(&key, &value)?).unwrap_or_default(),
+                "continue" => options.continuation = value,
                 "dryRun" => options.dry_run = dry_run(&value)?,
                 "fieldValidation" => options.strictness = strictness(&value)?,
                 "includeObject" => options.include_object = value,
