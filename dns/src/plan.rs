@@ -210,7 +210,7 @@ fn pod_addresses(snapshot: &Snapshot) -> PodAddresses {
     let of_node =
         snapshot.attachments.iter().filter_map(|(ip, attached)| Some((*ip, attached.pod.as_ref()?)));
     for (address, key) in of_api.chain(of_node) {
-        addresses.entry(address).or_default().insert(key.namespace.clone());
+        addresses.entry(address).or_default().insert(key.namespace.to_string());
     }
     addresses
 }

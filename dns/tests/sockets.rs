@@ -752,7 +752,7 @@ fn a_change_of_a_headless_service_is_timed_from_its_trigger_and_what_was_there_i
         let changed = |seconds_ago: u64| {
             let mut cluster = zoo();
             let slices = Arc::make_mut(&mut cluster.endpoint_slices);
-            let slice = slices.values_mut().find(|slice| slice.key.name == "db-4").unwrap();
+            let slice = slices.values_mut().find(|slice| &*slice.key.name == "db-4").unwrap();
             let at = std::time::SystemTime::now() - Duration::from_secs(seconds_ago);
             let millis = at.duration_since(std::time::UNIX_EPOCH).unwrap().as_millis();
             let slice = Arc::make_mut(slice);

@@ -411,7 +411,7 @@ fn a_removed_service_takes_its_empty_non_terminals_with_it() {
     let full = planner.plan(&zoo()).plan;
     store.write(&Groups::new(), &full);
     let mut less = zoo();
-    Arc::make_mut(&mut less.services).retain(|key, _| key.name != "web");
+    Arc::make_mut(&mut less.services).retain(|key, _| &*key.name != "web");
     let without_web = planner.plan(&less).plan;
     let written: Vec<String> =
         store.write(&full.groups, &without_web).iter().map(ToString::to_string).collect();

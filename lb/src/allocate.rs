@@ -148,7 +148,11 @@ impl<'a> Desk<'a> {
         }
         if let Some(pool) = self.pools.holding(ip) {
             let name = &pool.object.key.name;
-            return balancer.pool.as_ref().is_none_or(|asked| asked == name).then(|| (name.clone(), None));
+            return balancer
+                .pool
+                .as_ref()
+                .is_none_or(|asked| **asked == **name)
+                .then(|| (name.to_string(), None));
         }
         let former = former_pool(balancer, ip).filter(|_| self.pools.node_of(ip).is_none())?;
         if balancer.pool.as_ref().is_some_and(|asked| *asked != former) {
@@ -257,10 +261,10 @@ impl<'a> Desk<'a> {
                 }
                 None => self.first_free(pool, ipv6),
             };
-            Some((ip?, pool.object.key.name.clone()))
+            Some((ip?, pool.object.key.name.to_string()))
         });
         found.ok_or_else(|| {
-            let named: Vec<&str> = candidates.iter().map(|pool| pool.object.key.name.as_str()).collect();
+            let named: Vec<&str> = candidates.iter().map(|pool| &*pool.object.key.name).collect();
             let mut of_pools = candidates.iter().flat_map(|pool| self.pools.addresses(pool, ipv6));
             let lingering = of_pools.find_map(|ip| Some((ip, self.lingering(ip)?)));
             let refused = candidates.iter().find_map(|pool| pool.refused.first());
@@ -276,7 +280,7 @@ impl<'a> Desk<'a> {
     }
 
     fn first_free(&mut self, pool: &'a Pool, ipv6: bool) -> Option<IpAddr> {
-        let slot = (pool.object.key.name.as_str(), ipv6);
+        let slot = (&*pool.object.key.name, ipv6);
         let taken = self.taken.get(&slot).copied().unwrap_or(0);
         let mut rest = self.pools.addresses(pool, ipv6).enumerate().skip(taken);
         let (number, ip) = rest.find(|(_, ip)| self.is_free(*ip))?;
@@ -303,7 +307,7 @@ impl<'a> Desk<'a> {
             format!("it asks for {ip}, which is in no IPAddressPool; add it to one, or ask for another")
         })?;
         let name = &pool.object.key.name;
-        if balancer.pool.as_ref().is_some_and(|asked| asked != name) {
+        if balancer.pool.as_ref().is_some_and(|asked| **asked != **name) {
             return Err(format!("it asks for {ip}, which is of IPAddressPool {name}, and for another pool"));
         }
         self.admitting(name, service)?;
@@ -319,7 +323,7 @@ impl<'a> Desk<'a> {
                 rival.key,
                 objection_to_sharing(rival, service)
             )),
-            None => Ok((ip, name.clone())),
+            None => Ok((ip, name.to_string())),
         }
     }
 }
@@ -346,7 +350,7 @@ pub(crate) fn grant_message(grant: &Grant, pools: &Pools) -> String {
 
 /// The pool that an address is of, or was.
 pub(crate) fn pool_of(grant: &Grant, ip: IpAddr, pools: &Pools) -> String {
-    let pool = pools.holding(ip).map(|pool| pool.object.key.name.clone());
+    let pool = pools.holding(ip).map(|pool| pool.object.key.name.to_string());
     pool.or_else(|| grant.pools.first().cloned()).unwrap_or_default()
 }
 

@@ -56,7 +56,7 @@ impl Pools {
         reserved: &[(AddressRange, String)],
         problems: &mut Vec<Problem>,
     ) {
-        let name = object.key.name.clone();
+        let name = object.key.name.to_string();
         let mut refused = Vec::new();
         let mut refuse = |reason, message: String| {
             refused.push(message.clone());
@@ -163,10 +163,10 @@ impl Pool {
             return true;
         };
         let namespace = &service.key.namespace;
-        let labels = snapshot.namespaces.get(namespace).map(|namespace| &namespace.labels);
+        let labels = snapshot.namespaces.get(&**namespace).map(|namespace| &namespace.labels);
         let by_labels = |labels| allocation.namespace_selectors.iter().any(|one| one.matches(labels));
         let anywhere = allocation.namespaces.is_empty() && allocation.namespace_selectors.is_empty();
-        let there = anywhere || allocation.namespaces.contains(namespace) || labels.is_some_and(by_labels);
+        let there = anywhere || allocation.namespaces.contains(&**namespace) || labels.is_some_and(by_labels);
         let selectors = &allocation.service_selectors;
         there && (selectors.is_empty() || selectors.iter().any(|one| one.matches(&service.labels)))
     }

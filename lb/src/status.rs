@@ -86,7 +86,7 @@ pub fn plan(snapshot: &Snapshot) -> Planned<StatusPlan> {
     }
     let used = used(&pools, &grants);
     for pool in pools.all() {
-        let usage = usage(pool, &pools, used.get(pool.object.key.name.as_str()));
+        let usage = usage(pool, &pools, used.get(&*pool.object.key.name));
         if pool.object.usage != usage {
             let target = Target { kind: Kind::IpAddressPool, key: pool.object.key.clone() };
             plan.statuses.insert(target, usage_status(usage));
@@ -190,7 +190,7 @@ fn used<'a>(pools: &'a Pools, grants: &BTreeMap<ServiceKey, Grant>) -> BTreeMap<
     let mut used: BTreeMap<&str, BTreeSet<IpAddr>> = BTreeMap::new();
     for ip in grants.values().flat_map(|grant| &grant.addresses) {
         if let Some(pool) = pools.holding(*ip) {
-            used.entry(pool.object.key.name.as_str()).or_default().insert(*ip);
+            used.entry(&*pool.object.key.name).or_default().insert(*ip);
         }
     }
     used

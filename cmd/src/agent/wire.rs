@@ -238,7 +238,7 @@ fn start_dns(config: &Config, leases: Arc<Store>) -> weft_dns::Dns {
         queries_per_second: Some(config.dns_rate_limit),
         ..weft_dns::Options::default()
     };
-    let namespace_of = move |address| leases.pod_of(address).map(|pod| pod.namespace);
+    let namespace_of = move |address| leases.pod_of(address).map(|pod| pod.namespace.to_string());
     let Kept { udp, tcp, store } = Kept::from_environment();
     let handover = weft_dns::Handover { udp, tcp, store };
     weft_dns::start(&config.cluster, options, handover, Arc::new(namespace_of))

@@ -122,8 +122,7 @@ mod tests {
             ]),
             false,
         );
-        let words: Vec<(&str, Word)> =
-            verdicts.iter().map(|it| (it.ingress.name.as_str(), it.word)).collect();
+        let words: Vec<(&str, Word)> = verdicts.iter().map(|it| (&*it.ingress.name, it.word)).collect();
         assert_eq!(
             words,
             [

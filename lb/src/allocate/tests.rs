@@ -79,7 +79,7 @@ fn written(objects: &[Value]) -> Vec<Value> {
     let mut objects = objects.to_vec();
     for (target, status) in plan.statuses {
         let is = |object: &&mut Value| {
-            object["kind"] == target.kind.name() && object["metadata"]["name"] == target.key.name
+            object["kind"] == target.kind.name() && object["metadata"]["name"] == *target.key.name
         };
         let object = objects.iter_mut().find(is).unwrap();
         for (field, value) in status.as_object().unwrap() {

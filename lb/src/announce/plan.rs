@@ -39,7 +39,7 @@ pub fn plan(snapshot: &Snapshot) -> Planned<Plan> {
             continue;
         };
         for ip in service.load_balancer_ips.iter().filter(|ip| pools.node_of(**ip).is_none()) {
-            let pool = pools.holding(*ip).map(|pool| pool.object.key.name.clone());
+            let pool = pools.holding(*ip).map(|pool| pool.object.key.name.to_string());
             if let Some(pool) = pool.or_else(|| former_pool(balancer, *ip)) {
                 serving.entry(*ip).or_default().push((service, pool));
             }
@@ -113,7 +113,7 @@ impl<'a> Advertised<'a> {
         let selects = |one: &&Arc<L2Advertisement>| {
             let all = one.pools.is_empty() && one.pool_selectors.is_empty();
             let by_labels = one.pool_selectors.iter().any(|selector| selector.matches(&pool.labels));
-            all || one.pools.contains(&pool.key.name) || by_labels
+            all || one.pools.contains(&*pool.key.name) || by_labels
         };
         let selecting: Vec<_> = snapshot.l2_advertisements.values().filter(selects).collect();
         (!selecting.is_empty()).then_some(Self(selecting))

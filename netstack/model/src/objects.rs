@@ -7,11 +7,18 @@ use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
 use ipnet::IpNet;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::balancer::{AnswersFor, Balancer};
 use crate::ids::{NamespacedName, NodeName, PodKey, ServiceKey, SliceKey, WgPublicKey};
 use crate::node_facts::LinkSubnets;
+
+/// Without room for more: a big cluster has very many of these.
+fn exact<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Vec<T>, D::Error> {
+    let mut items = Vec::deserialize(deserializer)?;
+    items.shrink_to_fit();
+    Ok(items)
+}
 
 pub type Labels = BTreeMap<String, String>;
 
@@ -247,6 +254,7 @@ pub struct Service {
     pub created: i64,
     pub labels: Labels,
     pub kind: ServiceKind,
+    #[serde(deserialize_with = "exact")]
     pub ports: Vec<ServicePort>,
     pub publish_not_ready_addresses: bool,
     pub internal_traffic_policy: TrafficPolicy,
@@ -300,7 +308,9 @@ pub struct EndpointSlice {
     pub service: ServiceKey,
     /// `addressType` IPv4 or IPv6; FQDN slices are not lowered.
     pub ipv6: bool,
+    #[serde(deserialize_with = "exact")]
     pub ports: Vec<EndpointPort>,
+    #[serde(deserialize_with = "exact")]
     pub endpoints: Vec<Endpoint>,
     /// When the Service or pod changed that this slice follows, in milliseconds since the epoch: the annotation
     /// `endpoints.kubernetes.io/last-change-trigger-time`.

@@ -14,8 +14,9 @@ pub struct ObjectRef {
 }
 
 impl ObjectRef {
-    pub fn new(kind: impl Into<String>, namespace: impl Into<String>, name: impl Into<String>) -> Self {
-        Self { kind: kind.into(), namespace: namespace.into(), name: name.into() }
+    pub fn new(kind: impl Into<String>, namespace: impl AsRef<str>, name: impl AsRef<str>) -> Self {
+        let [namespace, name] = [namespace.as_ref(), name.as_ref()].map(str::to_owned);
+        Self { kind: kind.into(), namespace, name }
     }
 }
 

@@ -21,6 +21,7 @@ use ipnet::IpNet;
 use crate::objects::Protocol;
 
 mod diff;
+mod elements;
 #[cfg(test)]
 mod fake;
 mod print;
@@ -28,6 +29,7 @@ mod print;
 mod tests;
 
 pub use diff::{Difference, Element, Op, diff, difference};
+pub use elements::Elements;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Table {
@@ -306,8 +308,6 @@ pub struct Set {
     pub groups: BTreeMap<String, Arc<Elements>>,
 }
 
-pub type Elements = BTreeMap<Vec<Datum>, ElementData>;
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KeyType {
     Ipv4Address,
@@ -341,7 +341,7 @@ impl Set {
     }
 
     /// Every element of every group, in key order within a group.
-    pub fn elements(&self) -> impl Iterator<Item = (&Vec<Datum>, &ElementData)> {
+    pub fn elements(&self) -> impl Iterator<Item = Element<'_>> {
         self.groups.values().flat_map(|group| group.iter())
     }
 }

@@ -82,7 +82,7 @@ impl PodRules {
     /// Takes [`Self::admit`] back; what was never there is no error.
     pub(super) fn withdraw(&mut self, leases: &LeaseRecords) -> Result<(), NftError> {
         of_leases(leases).into_iter().try_for_each(|(set, elements)| {
-            let keys: Vec<Vec<Datum>> = elements.into_keys().collect();
+            let keys: Vec<Vec<Datum>> = elements.into_iter().map(|(key, _)| key).collect();
             self.0.remove(set, &keys)
         })
     }

@@ -90,12 +90,12 @@ fn a_pod_is_introduced_with_all_its_addresses_when_it_is_attached_and_not_again(
     ]);
     let new = newly_attached(&one, &two);
     assert_eq!(new.len(), 1);
-    assert_eq!((new[0].pod.name.as_str(), new[0].uid.as_str()), ("web", "w"));
+    assert_eq!((&*new[0].pod.name, new[0].uid.as_str()), ("web", "w"));
     assert_eq!(new[0].addresses, [ip("10.0.1.6"), ip("fd00:1::6")]);
     assert_eq!(newly_attached(&two, &two), []);
     assert_eq!(newly_attached(&two, &one), [], "one that ended");
     let reused = attachments(&[("10.0.1.5", "cache", "c"), ("fd00:1::5", "cache", "c")]);
-    assert_eq!(newly_attached(&one, &reused)[0].pod.name, "cache");
+    assert_eq!(newly_attached(&one, &reused)[0].pod.name.as_ref(), "cache");
 }
 
 #[test]

@@ -301,20 +301,24 @@ pub fn endpoint_slice(document: &Value) -> Lowered<EndpointSlice> {
         Some(EndpointSlice {
             service: NamespacedName::new(&key.namespace, service),
             ipv6,
-            ports: ports
-                .into_iter()
-                .enumerate()
-                .filter_map(|(i, port)| endpoint_port(i, port, notes))
-                .collect(),
-            endpoints: endpoints
-                .into_iter()
-                .enumerate()
-                .filter_map(|(i, endpoint)| self::endpoint(i, endpoint, ipv6, &key.namespace, notes))
-                .collect(),
+            ports: exact(ports.into_iter().enumerate().filter_map(|(i, port)| endpoint_port(i, port, notes))),
+            endpoints: exact(
+                endpoints
+                    .into_iter()
+                    .enumerate()
+                    .filter_map(|(i, endpoint)| self::endpoint(i, endpoint, ipv6, &key.namespace, notes)),
+            ),
             triggered_millis: triggered.map(jiff::Timestamp::as_millisecond),
             key,
         })
     })
+}
+
+/// Without room for more: what is lowered stays as it is.
+fn exact<T>(items: impl Iterator<Item = T>) -> Vec<T> {
+    let mut items: Vec<T> = items.collect();
+    items.shrink_to_fit();
+    items
 }
 
 /// A port without a number (the Service's target has none) is no port to send to.

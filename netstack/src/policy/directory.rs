@@ -174,11 +174,11 @@ impl Directory {
         let attachments = std::mem::replace(&mut self.attachments, snapshot.attachments.clone());
         addresses.extend(changes(&attachments, &snapshot.attachments).map(|(address, ..)| *address));
         let namespaces = std::mem::replace(&mut self.namespaces, snapshot.namespaces.clone());
-        let relabelled: BTreeSet<&String> =
-            changes(&namespaces, &snapshot.namespaces).map(|(name, ..)| name).collect();
+        let relabelled: BTreeSet<&str> =
+            changes(&namespaces, &snapshot.namespaces).map(|(name, ..)| name.as_str()).collect();
         let attached = snapshot.attachments.iter().filter(|(_, attached)| {
             let pod = attached.pod.as_ref();
-            pod.is_some_and(|pod| changed_pods.contains(pod) || relabelled.contains(&pod.namespace))
+            pod.is_some_and(|pod| changed_pods.contains(pod) || relabelled.contains(&*pod.namespace))
         });
         addresses.extend(attached.map(|(address, _)| *address));
         for namespace in relabelled {
@@ -235,7 +235,7 @@ impl Directory {
         let mut addresses = BTreeSet::new();
         let mut last: Option<(&str, bool)> = None;
         for (key, pod) in self.pods.iter() {
-            let known = last.filter(|(name, _)| *name == key.namespace);
+            let known = last.filter(|(name, _)| *name == &*key.namespace);
             let (_, is_selected) =
                 *last.insert(known.unwrap_or_else(|| (&key.namespace, selected(&key.namespace))));
             addresses.extend(claimed(Some(pod)).filter(|_| is_selected));
@@ -292,7 +292,7 @@ impl Directory {
 
     fn pods_of<'a>(&'a self, namespace: &'a str) -> impl Iterator<Item = &'a Arc<Pod>> {
         let from = PodKey::new(namespace, "");
-        self.pods.range(from..).take_while(move |(key, _)| key.namespace == namespace).map(|(_, pod)| pod)
+        self.pods.range(from..).take_while(move |(key, _)| *key.namespace == *namespace).map(|(_, pod)| pod)
     }
 }
 

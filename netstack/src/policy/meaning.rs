@@ -262,7 +262,7 @@ impl<'a> Policies<'a> {
     fn of(&self, namespace: Option<&str>) -> impl Iterator<Item = &'a NetworkPolicy> {
         let from = NamespacedName::new(namespace.unwrap_or_default(), "");
         let namespace = namespace.map(str::to_owned);
-        let here = move |key: &PolicyKey| namespace.as_ref().is_none_or(|name| key.namespace == *name);
+        let here = move |key: &PolicyKey| namespace.as_ref().is_none_or(|name| *key.namespace == **name);
         self.0.range(from..).take_while(move |(key, _)| here(key)).map(|(_, policy)| policy.as_ref())
     }
 }

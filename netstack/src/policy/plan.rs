@@ -70,7 +70,7 @@ impl Planner for PolicyPlanner {
         let dirty = Arc::make_mut(&mut self.plan.judge).directory.update(snapshot);
         let policies = std::mem::replace(&mut self.policies, snapshot.policies.clone());
         let repoliced: BTreeSet<&str> =
-            changes(&policies, &snapshot.policies).map(|(key, ..)| key.namespace.as_str()).collect();
+            changes(&policies, &snapshot.policies).map(|(key, ..)| &*key.namespace).collect();
         self.refresh_sets(&dirty);
         for address in self.affected(&dirty, &repoliced) {
             self.place(address);
@@ -94,7 +94,7 @@ impl PolicyPlanner {
     fn affected(&self, dirty: &BTreeSet<IpAddr>, repoliced: &BTreeSet<&str>) -> BTreeSet<IpAddr> {
         let Judge { directory, subjects } = self.plan.judge.as_ref();
         let of_namespace = |address: &IpAddr| match directory.subject(*address) {
-            Subject::Known(pod) => repoliced.contains(pod.key.namespace.as_str()),
+            Subject::Known(pod) => repoliced.contains(&*pod.key.namespace),
             Subject::Unknown(Some(namespace)) => repoliced.contains(namespace),
             Subject::Unknown(None) => !repoliced.is_empty(),
             Subject::Nobody => false,
@@ -200,9 +200,9 @@ impl PolicyPlanner {
         table.sets.extend(key.sets(directory));
         let mut groups = BTreeMap::<(bool, String), Elements>::new();
         for address in key.candidates(directory) {
-            let mut elements = key.elements(address, &directory.bearers(address), directory);
+            let elements = key.elements(address, &directory.bearers(address), directory);
             if !elements.is_empty() {
-                groups.entry((address.is_ipv6(), group(address))).or_default().append(&mut elements);
+                groups.entry((address.is_ipv6(), group(address))).or_default().extend(elements);
             }
         }
         for ((ipv6, group), elements) in groups {
@@ -247,23 +247,16 @@ fn group(address: IpAddr) -> String {
 }
 
 /// What stands in a set for one address becomes `elements`; a group in which nothing changes stays the same `Arc`.
-fn replace_elements(groups: &mut BTreeMap<String, Arc<Elements>>, address: IpAddr, mut elements: Elements) {
+fn replace_elements(groups: &mut BTreeMap<String, Arc<Elements>>, address: IpAddr, elements: Elements) {
     let name = group(address);
-    let of_address = |key: &Vec<Datum>| key.first() == Some(&Datum::Ip(address));
-    let known: Option<Elements> = groups.get(&name).map(|group| {
-        let from = vec![Datum::Ip(address)];
-        group
-            .range(from..)
-            .take_while(|(key, _)| of_address(key))
-            .map(|(k, d)| (k.clone(), d.clone()))
-            .collect()
-    });
-    if known.unwrap_or_default() == elements {
+    let of_address = |key: &[Datum]| key.first() == Some(&Datum::Ip(address));
+    let known = groups.get(&name).into_iter().flat_map(|group| group.iter());
+    if known.filter(|(key, _)| of_address(key)).eq(elements.iter()) {
         return;
     }
     let group = Arc::make_mut(groups.entry(name.clone()).or_default());
     group.retain(|key, _| !of_address(key));
-    group.append(&mut elements);
+    group.extend(elements);
     if group.is_empty() {
         groups.remove(&name);
     }
@@ -271,7 +264,7 @@ fn replace_elements(groups: &mut BTreeMap<String, Arc<Elements>>, address: IpAdd
 
 /// What lowering cannot see: it looks at one object at a time.
 fn problems(snapshot: &Snapshot) -> Vec<Problem> {
-    let orphaned = |key: &&PolicyKey| !snapshot.namespaces.contains_key(&key.namespace);
+    let orphaned = |key: &&PolicyKey| !snapshot.namespaces.contains_key(&*key.namespace);
     let problem = |key: &PolicyKey| {
         let message = format!(
             "metadata.namespace {} does not exist (any more); the policy selects only pods that are left in it, delete it",

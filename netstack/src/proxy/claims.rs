@@ -1,11 +1,11 @@
 //! Who has what only one Service can have. In: claims, as Services raise and drop them. Out: the rival that goes before, and whom
 //! a change concerns. Pure.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use weft_model::{ObjectRef, Problem, Reason, ServiceKey};
 
-use super::service::{Claim, Holding};
+use super::service::Claim;
 
 /// Who wants something, in the order in which they get it: a ClusterIP before addresses outside the cluster, the older Service
 /// before the younger.
@@ -16,9 +16,27 @@ struct Claimant {
     key: ServiceKey,
 }
 
+/// How a Service wants something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Manner {
+    /// A ClusterIP with all its ports, or a port of the cluster.
+    Inside,
+    /// A port of an address outside the cluster: a ClusterIP goes before it.
+    Outside,
+    /// An address outside the cluster, which Services share, each with its own ports.
+    SharedOutside,
+}
+
+impl Manner {
+    fn is_external(self) -> bool {
+        self != Self::Inside
+    }
+}
+
 #[derive(Default)]
 pub(super) struct Claims {
-    claimants: BTreeMap<Claim, BTreeSet<Claimant>>,
+    /// Of each thing in the order in which they get it; nearly always one.
+    claimants: BTreeMap<Claim, Vec<Claimant>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,26 +51,31 @@ impl Claims {
     pub(super) fn raise(
         &mut self,
         claim: Claim,
-        holding: &Holding,
+        manner: Manner,
         (created, key): (i64, &ServiceKey),
     ) -> Vec<ServiceKey> {
+        let claimant = Claimant { external: manner.is_external(), created, key: key.clone() };
         let claimants = self.claimants.entry(claim).or_default();
-        claimants.insert(Claimant { external: holding.is_external(), created, key: key.clone() });
-        concerned(claimants, holding)
+        if let Err(place) = claimants.binary_search(&claimant) {
+            claimants.reserve_exact(1);
+            claimants.insert(place, claimant);
+        }
+        concerned(claimants, manner)
     }
 
     /// Returns whom it concerns.
     pub(super) fn drop(
         &mut self,
         claim: &Claim,
-        holding: &Holding,
+        manner: Manner,
         (created, key): (i64, &ServiceKey),
     ) -> Vec<ServiceKey> {
         let Some(claimants) = self.claimants.get_mut(claim) else {
             return Vec::new();
         };
-        claimants.remove(&Claimant { external: holding.is_external(), created, key: key.clone() });
-        let concerned = concerned(claimants, holding);
+        let claimant = Claimant { external: manner.is_external(), created, key: key.clone() };
+        claimants.retain(|other| *other != claimant);
+        let concerned = concerned(claimants, manner);
         if claimants.is_empty() {
             self.claimants.remove(claim);
         }
@@ -60,17 +83,17 @@ impl Claims {
     }
 
     /// The Service that has what `key` claims.
-    pub(super) fn rival(&self, key: &ServiceKey, claim: &Claim, holding: &Holding) -> Option<Rival<'_>> {
-        let first = |claim: &Claim| self.claimants.get(claim).and_then(BTreeSet::first);
+    pub(super) fn rival(&self, key: &ServiceKey, claim: &Claim, manner: Manner) -> Option<Rival<'_>> {
+        let first = |claim: &Claim| self.claimants.get(claim).and_then(|claimants| claimants.first());
         let other = |claimant: &&Claimant| claimant.key != *key;
-        if let (Claim::Vip(ip, ..), true) = (claim, holding.is_external()) {
+        if let (Claim::Vip(ip, ..), true) = (claim, manner.is_external()) {
             let owner = first(&Claim::Address(*ip)).filter(|claimant| !claimant.external).filter(other);
             if let Some(owner) = owner {
                 return Some(Rival { winner: &owner.key, of_address: true });
             }
         }
         // Services share an address outside the cluster, each with its own ports.
-        let shares = |claimant: &&Claimant| *holding == Holding::External && claimant.external;
+        let shares = |claimant: &&Claimant| manner == Manner::SharedOutside && claimant.external;
         let winner = first(claim).filter(|claimant| !shares(claimant)).filter(other)?;
         Some(Rival { winner: &winner.key, of_address: false })
     }
@@ -82,8 +105,8 @@ impl Claims {
 }
 
 /// Nobody minds another Service at an address outside the cluster; else all claimants do.
-fn concerned(claimants: &BTreeSet<Claimant>, holding: &Holding) -> Vec<ServiceKey> {
-    let concerned = claimants.iter().filter(|_| *holding != Holding::External);
+fn concerned(claimants: &[Claimant], manner: Manner) -> Vec<ServiceKey> {
+    let concerned = claimants.iter().filter(|_| manner != Manner::SharedOutside);
     concerned.map(|claimant| claimant.key.clone()).collect()
 }
 

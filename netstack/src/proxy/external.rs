@@ -50,7 +50,7 @@ impl Guard {
         // The API server names its slices after its Service: nobody has to look at all the others.
         let named = snapshot.endpoint_slices.range(kubernetes.clone()..);
         let named =
-            named.take_while(|(key, _)| key.namespace == "default" && key.name.starts_with("kubernetes"));
+            named.take_while(|(key, _)| &*key.namespace == "default" && key.name.starts_with("kubernetes"));
         let slices = named.map(|(_, slice)| slice).filter(|slice| slice.service == kubernetes);
         Self {
             nodes,

@@ -14,7 +14,7 @@ use weft_model::snapshot::{Objects, changes};
 use weft_model::{NamespacedName, ObjectRef, Planned, Problem, Reason, ServiceKey, Snapshot};
 
 use super::affinity::{AffinityTargets, Sticky};
-use super::claims::{Claims, Rival, conflict};
+use super::claims::{Claims, Manner, Rival, conflict};
 use super::contradictions;
 use super::emission::{Emission, Shared};
 use super::endpoints::Here;
@@ -57,7 +57,7 @@ pub struct ProxyPlanner {
     slices: Objects<SliceKey, EndpointSlice>,
     /// In the order of their keys.
     by_service: BTreeMap<ServiceKey, Vec<Arc<EndpointSlice>>>,
-    planned: BTreeMap<ServiceKey, ServicePlan>,
+    claimed: BTreeMap<ServiceKey, Claimed>,
     claims: Claims,
     emitted: BTreeMap<ServiceKey, Emitted>,
     shared: Users<Shared>,
@@ -73,11 +73,18 @@ struct Common {
     own_node: bool,
 }
 
+/// What one Service last claimed.
+struct Claimed {
+    created: i64,
+    claims: Box<[(Claim, Manner)]>,
+}
+
 /// What one Service last put into the plan, to be taken out again.
 #[derive(Default)]
 struct Emitted {
-    sets: BTreeSet<(SetName, bool)>,
-    shared: Vec<Shared>,
+    /// In order.
+    sets: Box<[(SetName, bool)]>,
+    shared: Box<[Shared]>,
     own_chains: BTreeSet<String>,
     own_sets: BTreeSet<String>,
     hairpins: BTreeSet<IpAddr>,
@@ -100,9 +107,19 @@ impl Planner for ProxyPlanner {
             Arc::make_mut(&mut self.plan.health).leaving = leaving;
         }
         let dirty = self.dirty(snapshot);
-        let affected: BTreeSet<ServiceKey> = dirty.into_iter().flat_map(|key| self.replan(key)).collect();
+        let mut fresh = BTreeMap::new();
+        let affected: BTreeSet<ServiceKey> = dirty
+            .into_iter()
+            .flat_map(|key| {
+                let plan = self.plan_of(&key);
+                let affected = self.claim(&key, plan.as_ref());
+                fresh.insert(key, plan);
+                affected
+            })
+            .collect();
         for key in affected {
-            self.emit(&key);
+            let plan = fresh.remove(&key).unwrap_or_else(|| self.plan_of(&key));
+            self.emit(&key, plan);
         }
         Planned::new(self.plan.clone(), self.all_problems(snapshot))
     }
@@ -206,37 +223,33 @@ impl ProxyPlanner {
         dirty
     }
 
-    /// Plans one Service; returns it with the Services that share a claim with it.
-    fn replan(&mut self, key: ServiceKey) -> BTreeSet<ServiceKey> {
-        let slices = self.by_service.get(&key);
+    fn plan_of(&self, key: &ServiceKey) -> Option<ServicePlan> {
+        let slices = self.by_service.get(key);
         let slices = slices.into_iter().flatten().map(Arc::as_ref);
-        let new = match (self.services.get(&key), &self.common) {
-            (Some(service), Some(common)) => Some(service::plan(service, slices, &common.view)),
-            _ => None,
-        };
-        let old = match &new {
-            Some(new) => self.planned.insert(key.clone(), new.clone()),
-            None => self.planned.remove(&key),
-        };
-        let mut affected = BTreeSet::new();
-        for (plan, wanted) in [(old, false), (new, true)] {
-            let Some(plan) = plan else {
-                continue;
-            };
-            let claimant = (plan.created, &key);
-            for (claim, holding) in plan.holdings {
-                affected.extend(match wanted {
-                    true => self.claims.raise(claim, &holding, claimant),
-                    false => self.claims.drop(&claim, &holding, claimant),
-                });
+        Some(service::plan(self.services.get(key)?, slices, &self.common.as_ref()?.view))
+    }
+
+    /// Takes over what one Service claims; returns it with the Services that share a claim with it.
+    fn claim(&mut self, key: &ServiceKey, plan: Option<&ServicePlan>) -> BTreeSet<ServiceKey> {
+        let mut affected = BTreeSet::from([key.clone()]);
+        if let Some(Claimed { created, claims }) = self.claimed.remove(key) {
+            for (claim, manner) in claims {
+                affected.extend(self.claims.drop(&claim, manner, (created, key)));
             }
         }
-        affected.insert(key);
+        if let Some(plan) = plan {
+            let claims: Box<[_]> =
+                plan.holdings.iter().map(|(claim, holding)| (claim.clone(), holding.manner())).collect();
+            for (claim, manner) in &claims {
+                affected.extend(self.claims.raise(claim.clone(), *manner, (plan.created, key)));
+            }
+            self.claimed.insert(key.clone(), Claimed { created: plan.created, claims });
+        }
         affected
     }
 
     /// Puts what one Service holds into the table, in place of what it had there.
-    fn emit(&mut self, key: &ServiceKey) {
+    fn emit(&mut self, key: &ServiceKey, plan: Option<ServicePlan>) {
         let mut emission = Emission::default();
         let mut problems = Vec::new();
         let mut udp = BTreeMap::new();
@@ -244,12 +257,13 @@ impl ProxyPlanner {
         let mut checked = None;
         let mut without_local = WithoutLocal::default();
         let mut hairpins = BTreeSet::new();
-        if let Some(plan) = self.planned.get(key) {
-            problems.clone_from(&plan.problems);
-            hairpins.clone_from(&plan.hairpins);
+        let exists = plan.is_some();
+        if let Some(plan) = plan {
+            problems = plan.problems;
+            hairpins = plan.hairpins;
             let mut held = BTreeMap::new();
             for (claim, holding) in &plan.holdings {
-                match self.claims.rival(key, claim, holding) {
+                match self.claims.rival(key, claim, holding.manner()) {
                     None => drop(held.insert(claim, holding)),
                     Some(Rival { winner, of_address: false }) => problems.push(conflict(key, claim, winner)),
                     // Said once, of the address.
@@ -276,7 +290,10 @@ impl ProxyPlanner {
         self.replace_affinity(key, sticky);
         self.replace_health(key, checked);
         self.replace_without_local(key, without_local);
-        self.replace_elements(key, emission, hairpins);
+        let emitted = self.replace_elements(key, emission, hairpins);
+        if exists {
+            self.emitted.insert(key.clone(), emitted);
+        }
     }
 
     fn replace_health(&mut self, key: &ServiceKey, checked: Option<(u16, LocalEndpoints)>) {
@@ -330,14 +347,18 @@ impl ProxyPlanner {
         }
     }
 
-    fn replace_elements(&mut self, key: &ServiceKey, emission: Emission, hairpins: BTreeSet<IpAddr>) {
-        let exists = self.planned.contains_key(key);
+    fn replace_elements(
+        &mut self,
+        key: &ServiceKey,
+        emission: Emission,
+        hairpins: BTreeSet<IpAddr>,
+    ) -> Emitted {
         let old = self.emitted.remove(key).unwrap_or_default();
         let table = Arc::make_mut(&mut self.plan.table);
         let group = key.to_string();
         let emitted = Emitted {
             sets: emission.sets.keys().copied().collect(),
-            shared: emission.shared,
+            shared: emission.shared.into(),
             own_chains: emission.own_chains.keys().cloned().collect(),
             own_sets: emission.own_sets.keys().cloned().collect(),
             hairpins,
@@ -350,7 +371,7 @@ impl ProxyPlanner {
         for set in old.own_sets.difference(&emitted.own_sets) {
             table.sets.remove(set);
         }
-        for (set, ipv6) in old.sets.difference(&emitted.sets) {
+        for (set, ipv6) in old.sets.iter().filter(|set| emitted.sets.binary_search(set).is_err()) {
             set_group(table, *set, *ipv6, &group, None);
         }
         for ((set, ipv6), elements) in emission.sets {
@@ -378,9 +399,7 @@ impl ProxyPlanner {
                 set_group(table, SetName::Hairpin, pod.is_ipv6(), &pod.to_string(), None);
             }
         }
-        if exists {
-            self.emitted.insert(key.clone(), emitted);
-        }
+        emitted
     }
 
     fn all_problems(&self, snapshot: &Snapshot) -> Vec<Problem> {
@@ -439,9 +458,9 @@ fn set_group(table: &mut Table, set: SetName, ipv6: bool, group: &str, elements:
         }
         Some(elements) => match set.groups.get_mut(group) {
             Some(known) if **known == elements => {}
-            Some(known) => *known = Arc::new(elements),
+            Some(known) => *known = Arc::new(elements.shrunk()),
             None => {
-                set.groups.insert(group.to_owned(), Arc::new(elements));
+                set.groups.insert(group.to_owned(), Arc::new(elements.shrunk()));
             }
         },
     }

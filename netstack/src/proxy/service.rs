@@ -1,12 +1,13 @@
 //! One Service and its EndpointSlices: who answers at which address. Pure; knows nothing of nft.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 use weft_model::objects::{EndpointSlice, Protocol, Service, ServiceKind, ServicePort, TrafficPolicy};
 use weft_model::{ObjectRef, Problem};
 
+use super::claims::Manner;
 use super::contradictions;
 pub(super) use super::endpoints::Target;
 use super::endpoints::{Endpoints, Here};
@@ -97,7 +98,8 @@ pub(super) struct Firewall {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct ServicePlan {
     pub created: i64,
-    pub holdings: BTreeMap<Claim, Holding>,
+    /// In the order of the claims.
+    pub holdings: Vec<(Claim, Holding)>,
     /// Pods of this node that may meet themselves through the Service.
     pub hairpins: BTreeSet<IpAddr>,
     pub firewall: Option<Firewall>,
@@ -114,8 +116,9 @@ pub(super) fn plan<'a>(
     };
     let mut plan = ServicePlan { created: service.created, ..ServicePlan::default() };
     if FOREIGN_LABELS.iter().any(|label| service.labels.contains_key(*label)) {
-        let foreign = cluster_ips.iter().filter(|ip| !view.cluster_dns.contains(ip));
-        plan.holdings = foreign.map(|ip| (Claim::Address(*ip), Holding::Foreign)).collect();
+        for foreign in cluster_ips.iter().filter(|ip| !view.cluster_dns.contains(ip)) {
+            plan.hold(Claim::Address(*foreign), Holding::Foreign);
+        }
         return plan;
     }
     plan.problems.extend(contradictions::of_service(service, &view.service_cidrs));
@@ -123,10 +126,10 @@ pub(super) fn plan<'a>(
     let externals = view.guard.admit(service, &families, &mut plan.problems);
     plan.firewall = service.load_balancer_source_ranges.as_ref().map(|ranges| Firewall::of(ranges, view));
     for external in &externals {
-        plan.holdings.insert(Claim::Address(external.ip), Holding::External);
+        plan.hold(Claim::Address(external.ip), Holding::External);
     }
     for cluster_ip in cluster_ips.iter().filter(|ip| !view.cluster_dns.contains(ip)) {
-        plan.holdings.insert(Claim::Address(*cluster_ip), Holding::Known);
+        plan.hold(Claim::Address(*cluster_ip), Holding::Known);
     }
     let mut ready = BTreeSet::new();
     for port in &service.ports {
@@ -147,7 +150,7 @@ pub(super) fn plan<'a>(
     if let Some(port) = service.health_check_node_port {
         let ipv6 = ready.iter().filter(|ip| ip.is_ipv6()).count();
         let counts = LocalEndpoints { ipv4: ready.len() - ipv6, ipv6 };
-        plan.holdings.insert(Claim::HealthCheck(port), Holding::Health(counts));
+        plan.hold(Claim::HealthCheck(port), Holding::Health(counts));
     }
     plan
 }
@@ -174,7 +177,7 @@ fn plan_port(
         let target = endpoints.target(service.internal_traffic_policy, &view.here);
         let frontend = Frontend { target, internal: None, affinity_seconds, reach: Reach::Cluster };
         let claim = Claim::Vip(cluster_ip, port.protocol, port.port);
-        plan.holdings.insert(claim, Holding::Frontend(frontend));
+        plan.hold(claim, Holding::Frontend(frontend));
     }
     let policy = service.external_traffic_policy;
     let anywhere = endpoints.anywhere(&view.here);
@@ -185,7 +188,7 @@ fn plan_port(
     };
     if let Some(node_port) = port.node_port {
         let claim = Claim::NodePort { ipv6: cluster_ip.is_ipv6(), protocol: port.protocol, port: node_port };
-        plan.holdings.insert(claim, outside(Reach::Cluster));
+        plan.hold(claim, outside(Reach::Cluster));
     }
     for external in externals.iter().filter(|external| external.ip.is_ipv6() == cluster_ip.is_ipv6()) {
         if let Some(problem) = view.guard.objection_to_port(service, *external, port) {
@@ -194,7 +197,7 @@ fn plan_port(
         }
         let firewalled = external.of_load_balancer && plan.firewall.is_some();
         let claim = Claim::Vip(external.ip, port.protocol, port.port);
-        plan.holdings.insert(claim, outside(Reach::External { firewalled }));
+        plan.hold(claim, outside(Reach::External { firewalled }));
     }
 }
 
@@ -205,10 +208,23 @@ impl Firewall {
     }
 }
 
+impl ServicePlan {
+    /// In place of what was held under the same claim.
+    fn hold(&mut self, claim: Claim, holding: Holding) {
+        match self.holdings.binary_search_by(|(known, _)| known.cmp(&claim)) {
+            Ok(place) => self.holdings[place].1 = holding,
+            Err(place) => self.holdings.insert(place, (claim, holding)),
+        }
+    }
+}
+
 impl Holding {
-    /// A ClusterIP goes before addresses outside the cluster, whoever is older.
-    pub(super) fn is_external(&self) -> bool {
-        matches!(self, Self::External | Self::Frontend(Frontend { reach: Reach::External { .. }, .. }))
+    pub(super) fn manner(&self) -> Manner {
+        match self {
+            Self::External => Manner::SharedOutside,
+            Self::Frontend(Frontend { reach: Reach::External { .. }, .. }) => Manner::Outside,
+            Self::Known | Self::Foreign | Self::Health(_) | Self::Frontend(_) => Manner::Inside,
+        }
     }
 }
 

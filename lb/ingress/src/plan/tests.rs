@@ -95,7 +95,7 @@ fn answer(planned: &Planned<RouteTable>, url: &str) -> String {
         None => "404".to_owned(),
         Some((_, route)) if route.to_https && !question.https => "https".to_owned(),
         Some((_, route)) => match &route.action {
-            Action::Forward(key) => key.service.name.clone(),
+            Action::Forward(key) => key.service.name.to_string(),
             Action::Redirect(redirect) => format!("{} {}", redirect.code, redirect.url),
             Action::Refuse { status, .. } => status.to_string(),
         },
@@ -311,7 +311,7 @@ fn a_canary_joins_the_rule_of_another_ingress() {
     assert_eq!(answer(&planned, "http://a.example/"), "main");
     let (_, route) = decide(&planned.plan, "a.example", "/").unwrap();
     let canary = route.canary.as_ref().unwrap();
-    assert_eq!((canary.backend.service.name.as_str(), canary.rule.weight), ("v2", 10));
+    assert_eq!((&*canary.backend.service.name, canary.rule.weight), ("v2", 10));
     assert!(messages(&planned)[0].starts_with(
         "Ingress default/v3: Conflict: spec.rules[0].http.paths[0]: a.example/ has the canary of"
     ));

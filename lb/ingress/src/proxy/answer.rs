@@ -464,8 +464,8 @@ async fn error_page(
     let texts = [
         ("x-code", status.as_str()),
         ("x-original-uri", uri),
-        ("x-namespace", origin.namespace.as_str()),
-        ("x-ingress-name", origin.name.as_str()),
+        ("x-namespace", &*origin.namespace),
+        ("x-ingress-name", &*origin.name),
     ];
     for (name, value) in texts {
         headers.insert(name, HeaderValue::from_str(value).ok()?);

@@ -317,10 +317,13 @@ fn labels(host: &Host, route: &Route) -> RouteLabels {
         host: host.to_string(),
         path: route.matcher.path().to_owned(),
         service: match &route.action {
-            Action::Forward(key) => key.service.name.clone(),
+            Action::Forward(key) => key.service.name.to_string(),
             _ => String::new(),
         },
-        canary: route.canary.as_ref().map_or_else(String::new, |canary| canary.backend.service.name.clone()),
+        canary: route
+            .canary
+            .as_ref()
+            .map_or_else(String::new, |canary| canary.backend.service.name.to_string()),
     }
 }
 

@@ -112,8 +112,8 @@ impl Drop for Record {
             received_bytes: self.received_bytes,
             sent_bytes: self.sent_bytes,
             seconds: (took.as_secs_f64() * 1e6).round() / 1e6,
-            namespace: labels.map(|labels| labels.ingress.namespace.as_str()),
-            ingress: labels.map(|labels| labels.ingress.name.as_str()),
+            namespace: labels.map(|labels| &*labels.ingress.namespace),
+            ingress: labels.map(|labels| &*labels.ingress.name),
             service: labels.map(|labels| labels.service.as_str()).filter(|service| !service.is_empty()),
             endpoint: self.endpoint,
         };

@@ -212,7 +212,7 @@ fn table(
     snapshot.referred = Arc::new(referred);
     let mut table = IngressPlanner::default().plan(&snapshot).plan;
     for (key, backend) in &mut table.backends {
-        let found = services.iter().find(|(name, _)| *name == key.service.name);
+        let found = services.iter().find(|(name, _)| **name == *key.service.name);
         let Some((_, addresses)) = found else { continue };
         let target =
             |address: &SocketAddr| Target { address: *address, terminating: false, pod: None, node: None };

@@ -112,7 +112,7 @@ pub fn difference<'a>(from: Option<&'a Table>, to: &'a Table) -> Difference<'a> 
         if !from.sets.contains_key(name) || rebuilt.sets.contains(name.as_str()) {
             ops.push(Op::AddSet { name, set });
             // By key: were one in two groups, the kernel would refuse the whole transaction; so the last one wins.
-            let elements: BTreeMap<_, _> = set.elements().map(|(key, data)| (key.as_slice(), data)).collect();
+            let elements: BTreeMap<_, _> = set.elements().collect();
             let elements: Vec<Element<'_>> = elements.into_iter().collect();
             if set.timeout_millis.is_none() && !elements.is_empty() {
                 added_elements.push(Op::AddElements { name, set, elements });
@@ -241,10 +241,7 @@ fn changed_elements<'a>(old: &'a Set, new: &'a Set) -> ElementChange<'a> {
 
 /// Elements of `these` that `those` has not, or has with other data.
 fn missing<'a>(these: &'a Elements, those: &'a Elements) -> impl Iterator<Item = Element<'a>> {
-    these
-        .iter()
-        .filter(|(key, data)| those.get(key.as_slice()) != Some(data))
-        .map(|(key, data)| (key.as_slice(), data))
+    these.iter().filter(|(key, data)| those.get(key) != Some(data))
 }
 
 /// Groups of both sets by name, in order, in one walk. The same `Arc` on both sides is taken for the same group without

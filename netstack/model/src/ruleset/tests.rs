@@ -39,7 +39,7 @@ fn assemble((plain, sets, bases, plain_rules, elements): Parts) -> Table {
     for ((name, mut set), groups) in sets.into_iter().zip(elements) {
         let mut seen = BTreeSet::new();
         for (group, mut elements) in groups {
-            elements.retain(|key, _| seen.insert(key.clone()));
+            elements.retain(|key, _| seen.insert(key.to_vec()));
             set.groups.insert(group, Arc::new(elements));
         }
         if set.timeout_millis.is_some() {
@@ -94,14 +94,15 @@ fn any_elements(set: &Set, chains: &BTreeSet<u8>) -> BoxedStrategy<BTreeMap<Stri
         SetData::Verdict => verdicts(chains).prop_map(ElementData::Verdict).boxed(),
         _ => Just(ElementData::None).boxed(),
     };
-    btree_map("[ab]", btree_map(key, data, 0..6), 0..3).boxed()
+    let elements = btree_map(key, data, 0..6).prop_map(Elements::from_iter);
+    btree_map("[ab]", elements, 0..3).boxed()
 }
 
 /// Without groups, as the kernel has it.
 fn ungrouped(table: &Table) -> Table {
     let mut table = table.clone();
     for set in table.sets.values_mut() {
-        let elements: Elements = set.elements().map(|(key, data)| (key.clone(), data.clone())).collect();
+        let elements: Elements = set.elements().map(|(key, data)| (key.to_vec(), data.clone())).collect();
         set.groups.clear();
         if !elements.is_empty() {
             set.groups.insert(String::new(), Arc::new(elements));
@@ -228,7 +229,7 @@ fn one_key_in_two_groups_does_not_refuse_the_table() {
     let mut kernel = FakeKernel::default();
     assert_eq!(kernel.commit(&diff(None, &table)), Ok(()));
     let elements: Vec<_> = kernel.table.iter().flat_map(|table| table.sets["ports"].elements()).collect();
-    assert_eq!(elements, [(&vec![Datum::Port(1)], &ElementData::Verdict(Verdict::Accept))]);
+    assert_eq!(elements, [(&[Datum::Port(1)][..], &ElementData::Verdict(Verdict::Accept))]);
     assert_eq!(diff(kernel.table.as_ref(), &table), []);
 }
 

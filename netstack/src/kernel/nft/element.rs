@@ -430,7 +430,7 @@ mod tests {
             let mut declaration = Set::new(vec![KeyType::Ipv6Address], SetData::None);
             declaration.interval = true;
             let elements = read_elements(&declaration, raw).unwrap();
-            proptest::prop_assert_eq!(elements.into_keys().collect::<Vec<_>>(), [vec![Datum::Net(net)]]);
+            proptest::prop_assert_eq!(elements.keys().collect::<Vec<_>>(), [[Datum::Net(net)]]);
         }
     }
 

@@ -462,7 +462,7 @@ fn remove_elements(set: &mut Set, keys: &BTreeSet<Vec<Datum>>) {
             let left: Elements = group
                 .iter()
                 .filter(|(key, _)| !keys.contains(*key))
-                .map(|(k, d)| (k.clone(), d.clone()))
+                .map(|(key, data)| (key.to_vec(), data.clone()))
                 .collect();
             *group = Arc::new(left);
         }

@@ -163,7 +163,7 @@ fn everything_of_a_deleted_service_goes() {
     assert!(planned.table.sets.contains_key("sources4-default/a") && !planned.affinity.groups.is_empty());
     let empty = cluster(vec![], vec![]);
     assert_eq!(planner.plan(&empty), ProxyPlanner::default().plan(&empty));
-    assert!(planner.planned.is_empty() && planner.claims.is_empty() && planner.emitted.is_empty());
+    assert!(planner.claimed.is_empty() && planner.claims.is_empty() && planner.emitted.is_empty());
     assert!(planner.shared.is_empty() && planner.hairpins.is_empty() && planner.by_service.is_empty());
 }
 
@@ -330,7 +330,8 @@ fn services_that_share_an_address_outside_are_planned_one_by_one() {
     let first = cluster(services, slices);
     let planned = planner.plan(&first);
     assert_eq!(planned.problems, vec![]);
-    assert_eq!(planner.replan(key("a")), BTreeSet::from([key("a")]));
+    let again = planner.plan_of(&key("a"));
+    assert_eq!(planner.claim(&key("a"), again.as_ref()), BTreeSet::from([key("a")]));
 }
 
 #[test]

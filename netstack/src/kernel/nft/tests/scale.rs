@@ -31,7 +31,7 @@ fn a_thousand_services_load_in_one_transaction_and_an_endpoint_costs_one_element
         assert_eq!(owner.elements("endpoints").unwrap().len(), 5000);
         let set = desired.sets.get_mut("endpoints").unwrap();
         let service = set.groups.get_mut("10.96.3.7").unwrap();
-        let (key, _) = service.first_key_value().map(|(key, data)| (key.clone(), data.clone())).unwrap();
+        let key = service.keys().next().unwrap().to_vec();
         let data = ElementData::AddressAndPort("10.200.0.1".parse().unwrap(), 9090);
         Arc::make_mut(service).insert(key, data);
         let start = Instant::now();
@@ -58,7 +58,7 @@ fn endpoint_after_endpoint_the_shadow_stays_right() {
         for round in 0..200u16 {
             let set = desired.sets.get_mut("endpoints").unwrap();
             let service = set.groups.values_mut().nth(usize::from(round) * 5).unwrap();
-            let key = service.last_key_value().unwrap().0.clone();
+            let key = service.keys().last().unwrap().to_vec();
             let data = ElementData::AddressAndPort("10.200.0.1".parse().unwrap(), round);
             // As a planner does: a new group, the other 999 untouched.
             let mut elements = service.as_ref().clone();
