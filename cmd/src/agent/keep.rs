@@ -8,8 +8,9 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use weft_model::Snapshot;
 use weft_netstack::cni::conflist::{self, ConflistError, Others};
+use weft_netstack::kernel::memory::give_memory_back;
 use weft_netstack::reconcile::chain;
-use weft_netstack::store::Store;
+use weft_netstack::store::LastGood;
 
 use super::readiness::{Kind, Obstacle, Sources};
 
@@ -18,7 +19,7 @@ type Snapshots = watch::Receiver<Option<Arc<Snapshot>>>;
 /// Keeps the last good Snapshot in the durable Store.
 #[derive(Clone)]
 pub(super) struct Saver {
-    pub(super) store: Arc<Store>,
+    pub(super) store: Arc<LastGood>,
     pub(super) snapshots: Snapshots,
 }
 
@@ -56,9 +57,10 @@ impl Saver {
     pub(super) fn save_now(&self) {
         let latest = self.snapshots.borrow().clone();
         let Some(snapshot) = latest.filter(|snapshot| !snapshot.from_store) else { return };
-        if let Err(error) = self.store.save_snapshot(&snapshot) {
+        if let Err(error) = self.store.save(&snapshot) {
             tracing::warn!(error = chain(&error), "the last good snapshot could not be saved");
         }
+        give_memory_back();
     }
 }
 

@@ -27,6 +27,7 @@ use weft_netstack::expose::plan::{IngressStatusPlanner, SlicesPlanner};
 use weft_netstack::flows::{self, Recorded};
 use weft_netstack::introduce::{self, Introduced};
 use weft_netstack::kernel::facts;
+use weft_netstack::kernel::memory::give_memory_back;
 use weft_netstack::kernel::netns::Rtnetlink;
 use weft_netstack::kernel::nft::Commits;
 use weft_netstack::kernel::route::losses;
@@ -43,7 +44,7 @@ use weft_netstack::proxy::{KubeProxyNames, ProxyApplier, ProxyHealth, ProxyPlann
 use weft_netstack::reconcile::{
     Applier, Loop, LoopHandle, Pace, Planner, TaskGroup, Watchfulness, chain, vigil,
 };
-use weft_netstack::store::{Opened, SnapshotRead, Store, StoreError};
+use weft_netstack::store::{LastGood, Opened, Store, StoreError};
 
 use super::config::Config;
 use super::keep::{Configurations, Conflist, Saver};
@@ -60,7 +61,7 @@ const POLICY_OFF: &str = "off (--network-policy off): every NetworkPolicy is ign
 /// Starts every part of the node in `tasks`.
 pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Result<Option<Saver>> {
     let path = config.state_dir.join("store");
-    let reading = tokio::task::spawn_blocking(move || open_with_last_good(&path));
+    let reading = tokio::task::spawn_blocking(move || last_good(&path));
     let access = Arc::new(Access::open(config.api_server.clone()).await?);
     let leases = Arc::new(open_store(&config.run_dir.join("store"))?);
     let (facts_rx, follow_facts) = facts::watch(config.node.clone(), config.cluster.ranges()).await?;
@@ -176,10 +177,22 @@ fn start_saver(tasks: &mut TaskGroup, saver: Saver) -> Saver {
 }
 
 /// Beside the rest of the start: names are answered once this is read, and of a large cluster it is much.
-fn open_with_last_good(path: &Path) -> (Option<Arc<Store>>, Option<Snapshot>) {
-    let durable = open_durable(path);
-    let initial = durable.as_deref().and_then(last_good);
-    (durable, initial)
+///
+/// Without it the node works, until it reboots while the API server is away.
+fn last_good(path: &Path) -> (Option<Arc<LastGood>>, Option<Snapshot>) {
+    let found = match LastGood::read(path) {
+        Ok(found) => found,
+        Err(error) => {
+            tracing::error!(error = chain(&error), "running without the last good snapshot");
+            return (None, None);
+        }
+    };
+    give_memory_back();
+    tell_of_damage(found.set_aside.as_deref());
+    if let Some(reason) = found.read.unreadable {
+        tracing::warn!(reason, "starting without the last good snapshot");
+    }
+    (Some(Arc::new(found.last_good)), found.read.snapshot)
 }
 
 /// What is known of the ways to the peers stays while they are away.
@@ -187,30 +200,16 @@ fn observed_before(stored: Option<&Snapshot>) -> Observed {
     stored.map(|stored| stored.facts.observed.clone()).unwrap_or_default()
 }
 
-/// Without it the node works, until it reboots while the API server is away.
-fn open_durable(path: &Path) -> Option<Arc<Store>> {
-    open_store(path)
-        .inspect_err(|error| tracing::error!(error = chain(error), "running without the last good snapshot"))
-        .ok()
-        .map(Arc::new)
-}
-
-fn last_good(store: &Store) -> Option<Snapshot> {
-    let read = store
-        .load_snapshot()
-        .unwrap_or_else(|error| SnapshotRead { snapshot: None, unreadable: Some(chain(&error)) });
-    if let Some(reason) = read.unreadable {
-        tracing::warn!(reason, "starting without the last good snapshot");
-    }
-    read.snapshot
-}
-
 fn open_store(path: &Path) -> Result<Store, StoreError> {
     let Opened { store, set_aside } = Store::open(path)?;
+    tell_of_damage(set_aside.as_deref());
+    Ok(store)
+}
+
+fn tell_of_damage(set_aside: Option<&Path>) {
     if let Some(damaged) = set_aside {
         tracing::error!(damaged = %damaged.display(), "the store was damaged: set aside, a new one is in use");
     }
-    Ok(store)
 }
 
 struct Loops<'a> {

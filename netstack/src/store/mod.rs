@@ -8,6 +8,9 @@
 //!  cni ADD/DEL --Lease--> leases (flushed before the answer)      --at start--> cni reconcile
 //!  Snapshot    --JSON of what changed---> snapshot (coalesced by the caller)    --at start--> kube
 //! ```
+//!
+//! sled keeps in memory what it has read, whatever it is told (its cache of 256 parts looks at a part every 64th time that it is used).
+//! Leases are few and always at hand; [`LastGood`] is open only while it is read or written.
 
 pub mod key;
 mod lease;
@@ -18,14 +21,12 @@ pub(crate) mod tests;
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
-
-use nix::sys::statvfs::{FsFlags, statvfs};
-use weft_model::Snapshot;
 
 pub use lease::{Boottime, HostPort, Lease, LeaseRecords};
+use nix::sys::statvfs::{FsFlags, statvfs};
+use open::Look;
 pub use open::Opened;
-pub use snapshot::SnapshotRead;
+pub use snapshot::{Found, LastGood, SnapshotRead};
 
 /// Kept in memory by sled: leases of one node and one Snapshot fit easily.
 const CACHE_BYTES: u64 = 8 << 20;
@@ -58,8 +59,6 @@ pub struct Store {
     db: sled::Db,
     leases: sled::Tree,
     snapshot: sled::Tree,
-    /// What `snapshot` holds; `None` while nobody knows.
-    saved: Mutex<Option<Snapshot>>,
 }
 
 impl Store {
@@ -68,7 +67,7 @@ impl Store {
     /// # Errors
     /// Only what is no damage: the folder cannot be made or read, or another process has the store open.
     pub fn open(path: impl AsRef<Path>) -> Result<Opened, StoreError> {
-        open::open(path.as_ref())
+        open::open(path.as_ref(), Look::AtEveryRecord)
     }
 
     pub fn path(&self) -> &Path {

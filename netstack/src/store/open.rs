@@ -9,7 +9,6 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 
 use super::{CACHE_BYTES, Store, StoreError};
 
@@ -20,6 +19,15 @@ pub struct Opened {
     pub set_aside: Option<PathBuf>,
 }
 
+/// What is read at once.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Look {
+    /// Damage shows now, not in the middle of an ADD.
+    AtEveryRecord,
+    /// It did a while ago, in this process.
+    AtNothing,
+}
+
 /// Openings that did not end before the store is given up.
 const STRIKES: u32 = 2;
 
@@ -28,7 +36,7 @@ enum Failure {
     Refused(io::Error),
 }
 
-pub(super) fn open(path: &Path) -> Result<Opened, StoreError> {
+pub(super) fn open(path: &Path, look: Look) -> Result<Opened, StoreError> {
     if let Some(parent) = path.parent() {
         let made = fs::create_dir_all(parent);
         made.map_err(|source| StoreError::Open { path: path.to_owned(), source })?;
@@ -41,10 +49,10 @@ pub(super) fn open(path: &Path) -> Result<Opened, StoreError> {
     }
     // A marker that cannot be written is a full disk, about to be reported by sled itself.
     let _ = fs::write(&marker, (strikes + 1).to_string());
-    let opened = match attempt(path) {
+    let opened = match attempt(path, look) {
         Err(Failure::Damaged) => {
             set_aside = Some(move_aside(path)?);
-            attempt(path)
+            attempt(path, look)
         }
         other => other,
     };
@@ -66,8 +74,7 @@ fn keep_private(path: &Path) {
     let _ = fs::set_permissions(path, fs::Permissions::from_mode(0o700));
 }
 
-/// Opens and reads every record once: damage shows now, not in the middle of an ADD.
-fn attempt(path: &Path) -> Result<Store, Failure> {
+fn attempt(path: &Path, look: Look) -> Result<Store, Failure> {
     keep_private(path);
     let opening = AssertUnwindSafe(|| -> Result<Store, sled::Error> {
         let db = sled::Config::new()
@@ -78,10 +85,12 @@ fn attempt(path: &Path) -> Result<Store, Failure> {
             .open()?;
         let leases = db.open_tree("leases")?;
         let snapshot = db.open_tree("snapshot")?;
-        for record in leases.iter().chain(snapshot.iter()) {
-            record?;
+        if look == Look::AtEveryRecord {
+            for record in leases.iter().chain(snapshot.iter()) {
+                record?;
+            }
         }
-        Ok(Store { path: path.to_owned(), db, leases, snapshot, saved: Mutex::default() })
+        Ok(Store { path: path.to_owned(), db, leases, snapshot })
     });
     match catch_unwind(opening) {
         Ok(Ok(store)) => Ok(store),

@@ -6,7 +6,9 @@
 //! ```
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, PoisonError};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -14,7 +16,9 @@ use sled::Batch;
 use weft_model::Snapshot;
 use weft_model::snapshot::{Objects, changes};
 
-use super::{Store, StoreError};
+use super::open::{Look, open};
+use super::{Opened, Store, StoreError};
+use crate::reconcile::chain;
 
 /// Grows when a Snapshot of the version before would be read wrongly.
 const VERSION: u32 = 2;
@@ -40,12 +44,14 @@ struct Loaded {
     snapshot: Snapshot,
 }
 
-/// What [`Store::load_snapshot`] found.
+/// The last good Snapshot as it was read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SnapshotRead {
     pub snapshot: Option<Snapshot>,
     /// Why a record that is there was not used, one sentence.
     pub unreadable: Option<String>,
+    /// What is in the store is of another form, or nobody knows: the next write removes all of it.
+    pub replaced_whole: bool,
 }
 
 /// Does the same for every map of objects; each has records under its own name.
@@ -58,17 +64,83 @@ macro_rules! for_each_kind {
     };
 }
 
-impl Store {
+/// The last good Snapshot in a store of its own.
+#[derive(Debug)]
+pub struct LastGood {
+    path: PathBuf,
+    /// What is in the store; `None` while nobody knows.
+    saved: Mutex<Option<Snapshot>>,
+}
+
+/// What [`LastGood::read`] found.
+#[derive(Debug)]
+pub struct Found {
+    pub last_good: LastGood,
+    pub read: SnapshotRead,
+    /// Where a damaged store is now; what it held is lost.
+    pub set_aside: Option<PathBuf>,
+}
+
+/// sled lets go of its lock a moment after it was closed.
+const CLOSING: Duration = Duration::from_secs(2);
+
+impl LastGood {
+    /// Opens or begins the store in the folder `path`, as [`Store::open`] does.
+    ///
+    /// # Errors
+    /// Those of [`Store::open`]; what cannot be read is none and told in [`Found`].
+    pub fn read(path: impl Into<PathBuf>) -> Result<Found, StoreError> {
+        let path = path.into();
+        let Opened { store, set_aside } = Store::open(&path)?;
+        let read = store.load_snapshot().unwrap_or_else(|error| SnapshotRead {
+            snapshot: None,
+            unreadable: Some(chain(&error)),
+            replaced_whole: true,
+        });
+        let saved = read.snapshot.clone().filter(|_| !read.replaced_whole);
+        Ok(Found { last_good: Self { path, saved: Mutex::new(saved) }, read, set_aside })
+    }
+
     /// Replaces the last good Snapshot by writing what differs, whole or not at all, and waits until it is on the medium. The
     /// caller sees to it that this happens at most once a minute (SD cards).
-    pub fn save_snapshot(&self, snapshot: &Snapshot) -> Result<(), StoreError> {
-        self.ensure_writable()?;
+    ///
+    /// # Errors
+    /// Those of [`Store::open`], and what keeps it from being written; the one before is still there.
+    pub fn save(&self, snapshot: &Snapshot) -> Result<(), StoreError> {
         let mut saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
+        let Opened { store, set_aside } = self.open_when_free()?;
+        // Put back when all is written: a write that failed may have written.
+        let before = saved.take().filter(|_| set_aside.is_none());
+        store.save_snapshot(before.as_ref(), snapshot)?;
+        *saved = Some(snapshot.clone());
+        Ok(())
+    }
+
+    fn open_when_free(&self) -> Result<Opened, StoreError> {
+        let deadline = Instant::now() + CLOSING;
+        loop {
+            match open(&self.path, Look::AtNothing) {
+                Err(StoreError::Open { .. }) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                opened => return opened,
+            }
+        }
+    }
+}
+
+impl Store {
+    /// Writes what differs from `before`, which is what the store holds, or all of it.
+    pub(super) fn save_snapshot(
+        &self,
+        before: Option<&Snapshot>,
+        snapshot: &Snapshot,
+    ) -> Result<(), StoreError> {
+        self.ensure_writable()?;
         let write =
             |batch| self.snapshot.apply_batch(batch).map_err(self.error("write the last good Snapshot"));
         let mut records = Records { store: self, count: 0, batch: Batch::default() };
-        // Put back when all is written: a write that failed may have written.
-        if let Some(before) = saved.take() {
+        if let Some(before) = before {
             macro_rules! differences {
                 ($($kind:ident)*) => { $(records.differences(stringify!($kind), &before.$kind, &snapshot.$kind)?;)* };
             }
@@ -95,21 +167,21 @@ impl Store {
         records.batch.insert(HEAD, self.encode(&head)?);
         write(records.take())?;
         self.db.flush().map_err(self.error("flush the last good Snapshot"))?;
-        *saved = Some(snapshot.clone());
         Ok(())
     }
 
     /// The last good Snapshot with `from_store` set. An unreadable one is none, and said so.
-    pub fn load_snapshot(&self) -> Result<SnapshotRead, StoreError> {
+    pub(super) fn load_snapshot(&self) -> Result<SnapshotRead, StoreError> {
         let bytes = self.snapshot.get(HEAD).map_err(self.error("read the last good Snapshot"))?;
         let Some(bytes) = bytes else { return Ok(SnapshotRead::default()) };
-        let unreadable = |reason| SnapshotRead { snapshot: None, unreadable: Some(reason) };
+        let unreadable =
+            |reason| SnapshotRead { snapshot: None, unreadable: Some(reason), replaced_whole: true };
         let (version, head) = match decode(&bytes) {
             Ok(decoded) => decoded,
             Err(reason) => return Ok(unreadable(reason)),
         };
         if version == IN_ONE_PIECE {
-            return Ok(SnapshotRead { snapshot: Some(head), unreadable: None });
+            return Ok(SnapshotRead { snapshot: Some(head), unreadable: None, replaced_whole: true });
         }
         let mut snapshot = head;
         macro_rules! read {
@@ -121,8 +193,7 @@ impl Store {
             )* };
         }
         for_each_kind!(read);
-        *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = Some(snapshot.clone());
-        Ok(SnapshotRead { snapshot: Some(snapshot), unreadable: None })
+        Ok(SnapshotRead { snapshot: Some(snapshot), unreadable: None, replaced_whole: false })
     }
 
     fn read_kind<K, V>(&self, kind: &str) -> Result<Result<Objects<K, V>, String>, StoreError>

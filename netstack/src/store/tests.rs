@@ -232,17 +232,34 @@ fn a_store_in_use_is_an_error_and_not_damage() {
     assert_eq!(open_when_free(&path).set_aside, None);
 }
 
+fn last_good(path: &Path) -> Found {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        match LastGood::read(path) {
+            Ok(found) => return found,
+            Err(error) => assert!(Instant::now() < deadline, "{}", crate::reconcile::chain(&error)),
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// As a program of its own: what it finds, and then its writes.
+fn in_a_process(path: &Path, writes: &[&Snapshot]) -> SnapshotRead {
+    let Found { last_good, read, .. } = last_good(path);
+    writes.iter().for_each(|snapshot| last_good.save(snapshot).unwrap());
+    read
+}
+
+fn marked(snapshot: Snapshot) -> Option<Snapshot> {
+    Some(Snapshot { from_store: true, ..snapshot })
+}
+
 #[test]
 fn the_last_good_snapshot_comes_back_marked() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("store");
-    let store = Store::open(&path).unwrap().store;
-    assert_eq!(store.load_snapshot().unwrap(), SnapshotRead::default());
-    store.save_snapshot(&snapshot()).unwrap();
-    drop(store);
-    let store = open_when_free(&path).store;
-    let expected = Snapshot { from_store: true, ..snapshot() };
-    assert_eq!(store.load_snapshot().unwrap().snapshot, Some(expected));
+    assert_eq!(in_a_process(&path, &[&snapshot()]), SnapshotRead::default());
+    assert_eq!(in_a_process(&path, &[]).snapshot, marked(snapshot()));
 }
 
 fn with_services(names: &[&str]) -> Snapshot {
@@ -253,65 +270,82 @@ fn with_services(names: &[&str]) -> Snapshot {
     Snapshot { services: Arc::new(names.iter().map(named).collect()), ..snapshot() }
 }
 
-/// As a process does that died right after a write, and as one that never read what is there.
 #[test]
 fn a_snapshot_holds_what_the_last_write_had_and_nothing_else() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("store");
-    let written = [&["a", "b"][..], &["b", "c"], &["b", "c"], &[], &["d"]];
     let mut before = None;
-    for (round, names) in written.into_iter().enumerate() {
-        let store = open_when_free(&path).store;
-        if round != 2 {
-            assert_eq!(store.load_snapshot().unwrap().snapshot, before, "round {round}");
-        }
-        let snapshots = [with_services(&["z", "b"]), with_services(names)];
-        snapshots.iter().for_each(|snapshot| store.save_snapshot(snapshot).unwrap());
-        before = Some(Snapshot { from_store: true, ..with_services(names) });
-        assert_eq!(store.load_snapshot().unwrap().snapshot, before, "round {round}");
+    for (round, names) in [&["a", "b"][..], &["b", "c"], &["b", "c"], &[], &["d"]].into_iter().enumerate() {
+        let read = in_a_process(&path, &[&with_services(&["z", "b"]), &with_services(names)]);
+        assert_eq!(read.snapshot, before, "round {round}");
+        before = marked(with_services(names));
     }
+    assert_eq!(in_a_process(&path, &[]).snapshot, before);
 }
 
 #[test]
 fn a_change_writes_its_objects_only() {
     let folder = tempfile::tempdir().unwrap();
-    let store = Store::open(folder.path().join("store")).unwrap().store;
+    let path = folder.path().join("store");
     let names: Vec<String> = (0..2_000).map(|i| format!("s{i}")).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
-    store.save_snapshot(&with_services(&names)).unwrap();
+    let writer = last_good(&path).last_good;
+    writer.save(&with_services(&names)).unwrap();
     // Whoever wrote it again would put it back.
-    store.snapshot.remove(br#"services/"default/s7""#).unwrap().expect("each object has a record");
-    store.save_snapshot(&with_services(&names[1..])).unwrap();
-    let read = store.load_snapshot().unwrap().snapshot.unwrap();
+    let raw = open_when_free(&path).store;
+    raw.snapshot.remove(br#"services/"default/s7""#).unwrap().expect("each object has a record");
+    drop(raw);
+    writer.save(&with_services(&names[1..])).unwrap();
+    let read = in_a_process(&path, &[]).snapshot.unwrap();
     assert_eq!(read.services.len(), 1_998);
     assert!(!read.services.contains_key(&ServiceKey::new("default", "s0")));
 }
 
 #[test]
-fn a_snapshot_in_one_piece_of_the_version_before_is_read_and_replaced() {
+fn a_store_that_was_damaged_between_two_writes_is_set_aside_and_written_whole() {
     let folder = tempfile::tempdir().unwrap();
-    let store = Store::open(folder.path().join("store")).unwrap().store;
-    let one_piece = serde_json::json!({"version": 1, "snapshot": with_services(&["a"])});
-    store.snapshot.insert("last-good", serde_json::to_vec(&one_piece).unwrap()).unwrap();
-    let expected = |names| Some(Snapshot { from_store: true, ..with_services(names) });
-    assert_eq!(store.load_snapshot().unwrap().snapshot, expected(&["a"]));
-    store.save_snapshot(&with_services(&["b"])).unwrap();
-    assert_eq!(store.load_snapshot().unwrap().snapshot, expected(&["b"]));
+    let path = folder.path().join("store");
+    let writer = last_good(&path).last_good;
+    writer.save(&with_services(&["a", "b"])).unwrap();
+    drop(open_when_free(&path));
+    fill_with_garbage(&path);
+    writer.save(&with_services(&["b", "c"])).unwrap();
+    assert!(folder.path().join("store.damaged-1").exists());
+    assert_eq!(in_a_process(&path, &[]).snapshot, marked(with_services(&["b", "c"])));
+}
+
+fn put(path: &Path, name: &str, bytes: &[u8]) {
+    let raw = open_when_free(path).store;
+    raw.snapshot.insert(name, bytes).unwrap();
+    raw.db.flush().unwrap();
 }
 
 #[test]
-fn a_snapshot_of_another_version_is_none_and_says_why() {
+fn a_snapshot_in_one_piece_of_the_version_before_is_read_and_replaced() {
     let folder = tempfile::tempdir().unwrap();
-    let store = Store::open(folder.path().join("store")).unwrap().store;
-    for (bytes, reason) in [
-        (&br#"{"version":99,"snapshot":{}}"#[..], "version 99"),
-        (b"{", "cannot be read"),
-        (br#"{"version":1,"snapshot":{}}"#, "missing field"),
+    let path = folder.path().join("store");
+    let one_piece = serde_json::json!({"version": 1, "snapshot": with_services(&["a"])});
+    put(&path, "last-good", &serde_json::to_vec(&one_piece).unwrap());
+    assert_eq!(in_a_process(&path, &[&with_services(&["b"])]).snapshot, marked(with_services(&["a"])));
+    assert_eq!(in_a_process(&path, &[]).snapshot, marked(with_services(&["b"])));
+}
+
+#[test]
+fn a_snapshot_that_cannot_be_read_is_none_says_why_and_is_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store");
+    for (name, bytes, reason) in [
+        ("last-good", &br#"{"version":99,"snapshot":{}}"#[..], "version 99"),
+        ("last-good", b"{", "cannot be read"),
+        ("last-good", br#"{"version":1,"snapshot":{}}"#, "missing field"),
+        (r#"services/"default/a""#, b"{", "cannot be read"),
     ] {
-        store.snapshot.insert("last-good", bytes).unwrap();
-        let read = store.load_snapshot().unwrap();
+        in_a_process(&path, &[&with_services(&["a"])]);
+        put(&path, name, bytes);
+        let read = in_a_process(&path, &[&with_services(&["b"])]);
         assert_eq!(read.snapshot, None);
         assert!(read.unreadable.clone().unwrap().contains(reason), "{read:?}");
+        assert_eq!(in_a_process(&path, &[]).snapshot, marked(with_services(&["b"])), "{reason}");
     }
 }
 
