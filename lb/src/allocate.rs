@@ -55,7 +55,7 @@ pub fn allocate(snapshot: &Snapshot) -> Allocation {
     let mut services: Vec<(&Arc<Service>, &Balancer)> = snapshot
         .services
         .values()
-        .filter_map(|service| Some((service, service.balancer.as_ref()?)))
+        .filter_map(|service| Some((service, service.balancer.as_deref()?)))
         .filter(|(_, balancer)| balancer.is_ours())
         .collect();
     services.sort_by_key(|(service, _)| (service.created, &service.key));

@@ -16,7 +16,8 @@ use proptest::prelude::*;
 use proptest::sample::{select, subsequence};
 use weft_model::node_facts::{Uplink, WireguardBackend};
 use weft_model::objects::{
-    Endpoint, EndpointPort, EndpointSlice, Node, Protocol, Service, ServiceKind, ServicePort, TrafficPolicy,
+    Endpoint, EndpointPort, EndpointSlice, Hints, Node, Protocol, Service, ServiceKind, ServicePort,
+    TrafficPolicy,
 };
 use weft_model::ruleset::{Datum, ElementData};
 use weft_model::{ClusterConfig, Generation, NamespacedName, NodeFacts, NodeName, ProxyConfig, Snapshot};
@@ -301,8 +302,11 @@ fn endpoint(ipv6: bool, [zones, nodes]: [bool; 2]) -> impl Strategy<Value = Endp
             hostname: None,
             node: node.map(NodeName::from),
             zone: None,
-            zone_hints: hints.0.into_iter().map(|node| format!("zone-of-{node}")).collect(),
-            node_hints: hints.1.into_iter().map(NodeName::from).collect(),
+            hints: Hints {
+                zones: hints.0.into_iter().map(|node| format!("zone-of-{node}")).collect(),
+                nodes: hints.1.into_iter().map(NodeName::from).collect(),
+            }
+            .some(),
             target_pod: None,
         }
     })
@@ -380,8 +384,9 @@ fn candidates(
                 let address = SocketAddr::new(endpoint.address, target.port);
                 if endpoint.ready {
                     let [nodes, zones] = ready.entry(address).or_default();
-                    nodes.extend(endpoint.node_hints.iter().map(|name| name.0.clone()));
-                    zones.extend(endpoint.zone_hints.iter().cloned());
+                    let hints = endpoint.hints.as_deref().cloned().unwrap_or_default();
+                    nodes.extend(hints.nodes.into_iter().map(|name| name.0));
+                    zones.extend(hints.zones);
                 }
                 if endpoint.serving && endpoint.terminating {
                     draining.insert(address);

@@ -1,7 +1,7 @@
 //! Clusters in code for the DNS tests, and the way from a Snapshot to an answer.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -65,8 +65,7 @@ pub(crate) fn endpoint(address: &str, hostname: Option<&str>, ready: bool) -> En
         hostname: hostname.map(str::to_owned),
         node: None,
         zone: None,
-        zone_hints: BTreeSet::new(),
-        node_hints: BTreeSet::new(),
+        hints: None,
         target_pod: None,
     }
 }

@@ -272,7 +272,7 @@ pub struct Service {
     pub health_check_node_port: Option<u16>,
     /// Of type LoadBalancer.
     #[serde(default)]
-    pub balancer: Option<Balancer>,
+    pub balancer: Option<Box<Balancer>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -337,11 +337,24 @@ pub struct Endpoint {
     pub hostname: Option<String>,
     pub node: Option<NodeName>,
     pub zone: Option<String>,
-    /// `hints.forZones`.
+    /// `hints`; few endpoints have any.
     #[serde(default)]
-    pub zone_hints: BTreeSet<String>,
-    /// `hints.forNodes`.
-    #[serde(default)]
-    pub node_hints: BTreeSet<NodeName>,
+    pub hints: Option<Box<Hints>>,
     pub target_pod: Option<PodKey>,
+}
+
+/// For whom an endpoint is meant; at least one of the two is not empty.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hints {
+    /// `forZones`.
+    pub zones: BTreeSet<String>,
+    /// `forNodes`.
+    pub nodes: BTreeSet<NodeName>,
+}
+
+impl Hints {
+    /// As an endpoint holds them: `None` where there are none.
+    pub fn some(self) -> Option<Box<Self>> {
+        (!self.zones.is_empty() || !self.nodes.is_empty()).then(|| Box::new(self))
+    }
 }

@@ -305,7 +305,7 @@ pub struct Set {
     /// Rules add elements as packets come (`flags dynamic`), at most this many; always with a timeout.
     pub dynamic_size: Option<u32>,
     /// Elements by the object they come from (`default/echo`); one key stands in one group only.
-    pub groups: BTreeMap<String, Arc<Elements>>,
+    pub groups: BTreeMap<Arc<str>, Arc<Elements>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

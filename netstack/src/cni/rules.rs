@@ -37,7 +37,7 @@ fn add_group(set: &mut Set, link: &str, elements: Elements) {
         .filter(|(key, _)| !set.groups.values().any(|group| group.contains_key(key)))
         .collect();
     if !free.is_empty() {
-        let group = set.groups.entry(link.to_owned()).or_insert_with(|| Arc::new(Elements::new()));
+        let group = set.groups.entry(link.into()).or_default();
         Arc::make_mut(group).extend(free);
     }
 }

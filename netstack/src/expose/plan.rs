@@ -93,8 +93,7 @@ fn endpoint(address: IpAddr, node: &NodeName, ready: bool) -> Endpoint {
         hostname: None,
         node: Some(node.clone()),
         zone: None,
-        zone_hints: Default::default(),
-        node_hints: Default::default(),
+        hints: None,
         target_pod: None,
     }
 }

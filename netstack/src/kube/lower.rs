@@ -14,8 +14,8 @@ use weft_model::constants::{
     ANNOTATION_NEXT_PUBLIC_KEY, ANNOTATION_PUBLIC_KEY, ANNOTATION_WIREGUARD_PORT,
 };
 use weft_model::objects::{
-    Bandwidth, ConfigMap, Endpoint, EndpointPort, EndpointSlice, NamedPort, Namespace, Node, Pod, Protocol,
-    Reach, Service, ServiceCidr, ServiceKind, ServicePort, TrafficPolicy,
+    Bandwidth, ConfigMap, Endpoint, EndpointPort, EndpointSlice, Hints, NamedPort, Namespace, Node, Pod,
+    Protocol, Reach, Service, ServiceCidr, ServiceKind, ServicePort, TrafficPolicy,
 };
 use weft_model::{NamespacedName, NodeName, ObjectRef, Problem, Reason};
 
@@ -166,7 +166,7 @@ fn named_ports(
 pub fn service(document: &Value) -> Lowered<Service> {
     lower("Service", document, |wire: wire::Service, notes| {
         let kind = service_kind(&wire.spec, notes)?;
-        let balancer = balancer::balancer(&wire.metadata, &wire.spec, &wire.status, notes);
+        let balancer = balancer::balancer(&wire.metadata, &wire.spec, &wire.status, notes).map(Box::new);
         let node_ports = matches!(wire.spec.kind.as_deref(), Some("NodePort" | "LoadBalancer"));
         let spec = wire.spec;
         let load_balancer = spec.kind.as_deref() == Some("LoadBalancer");
@@ -360,8 +360,11 @@ fn endpoint(
         hostname: endpoint.hostname.filter(|name| !name.is_empty()),
         node: endpoint.node_name.filter(|name| !name.is_empty()).map(NodeName),
         zone: endpoint.zone,
-        zone_hints: names(hints.for_zones),
-        node_hints: names(hints.for_nodes).into_iter().map(NodeName).collect(),
+        hints: Hints {
+            zones: names(hints.for_zones),
+            nodes: names(hints.for_nodes).into_iter().map(NodeName).collect(),
+        }
+        .some(),
         target_pod: target.and_then(|target| {
             let namespace = target.namespace.unwrap_or_else(|| namespace.to_owned());
             Some(NamespacedName::new(namespace, target.name?))

@@ -134,7 +134,7 @@ fn cluster_set(family: &Family, config: &ClusterConfig) -> Set {
         .map(|cidr| (vec![Datum::Net(cidr.trunc())], ElementData::None));
     let mut set = Set::new(vec![family.key], SetData::None);
     set.interval = true;
-    set.groups = BTreeMap::from([("cluster".to_owned(), Arc::new(elements.collect()))]);
+    set.groups = BTreeMap::from([("cluster".into(), Arc::new(elements.collect()))]);
     set
 }
 
@@ -144,7 +144,7 @@ fn node_set(family: &Family, nodes: &[Accepted<'_>]) -> Set {
         let of_family = node.addresses.iter().filter(|ip| family_of(**ip).nodes == family.nodes);
         let elements: Elements = of_family.map(|ip| (vec![Datum::Ip(*ip)], ElementData::None)).collect();
         if !elements.is_empty() {
-            set.groups.insert(node.node.name.0.clone(), Arc::new(elements));
+            set.groups.insert(node.node.name.0.as_str().into(), Arc::new(elements));
         }
     }
     set

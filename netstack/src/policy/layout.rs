@@ -158,7 +158,7 @@ fn address_type(ipv6: bool) -> KeyType {
 
 fn fill(set: &mut Set, group: &str, elements: Elements) {
     if !elements.is_empty() {
-        set.groups.insert(group.to_owned(), Arc::new(elements));
+        set.groups.insert(group.into(), Arc::new(elements));
     }
 }
 

@@ -145,7 +145,7 @@ impl PolicyPlanner {
     fn set_subject(&mut self, set: SubjectSet, address: IpAddr, data: Option<ElementData>) {
         let table = Arc::make_mut(&mut self.plan.table);
         let Some(set_of) = table.sets.get_mut(&set.name(address.is_ipv6())) else { return };
-        let group = address.to_string();
+        let group: Arc<str> = address.to_string().into();
         let Some(data) = data else {
             set_of.groups.remove(&group);
             return;
@@ -198,7 +198,7 @@ impl PolicyPlanner {
         let directory = &self.plan.judge.directory;
         let table = Arc::make_mut(&mut self.plan.table);
         table.sets.extend(key.sets(directory));
-        let mut groups = BTreeMap::<(bool, String), Elements>::new();
+        let mut groups = BTreeMap::<(bool, Arc<str>), Elements>::new();
         for address in key.candidates(directory) {
             let elements = key.elements(address, &directory.bearers(address), directory);
             if !elements.is_empty() {
@@ -242,12 +242,12 @@ impl Sides {
 }
 
 /// Addresses that stand in one group: few enough for a change to copy them, as many as a node's range mostly holds.
-fn group(address: IpAddr) -> String {
-    part_of(address).to_string()
+fn group(address: IpAddr) -> Arc<str> {
+    part_of(address).to_string().into()
 }
 
 /// What stands in a set for one address becomes `elements`; a group in which nothing changes stays the same `Arc`.
-fn replace_elements(groups: &mut BTreeMap<String, Arc<Elements>>, address: IpAddr, elements: Elements) {
+fn replace_elements(groups: &mut BTreeMap<Arc<str>, Arc<Elements>>, address: IpAddr, elements: Elements) {
     let name = group(address);
     let of_address = |key: &[Datum]| key.first() == Some(&Datum::Ip(address));
     let known = groups.get(&name).into_iter().flat_map(|group| group.iter());

@@ -242,7 +242,7 @@ fn sources_set(firewall: &Firewall, ipv6: bool, group: &str) -> Set {
     let elements: Elements = ranges.map(|range| (vec![Datum::Net(*range)], ElementData::None)).collect();
     let mut set = Set { interval: true, ..Set::new(vec![address(ipv6)], SetData::None) };
     if !elements.is_empty() {
-        set.groups.insert(group.to_owned(), Arc::new(elements));
+        set.groups.insert(group.into(), Arc::new(elements));
     }
     set
 }

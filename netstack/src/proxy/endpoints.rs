@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use weft_model::NodeName;
-use weft_model::objects::{Endpoint, EndpointSlice, ServicePort, TrafficPolicy};
+use weft_model::objects::{Endpoint, EndpointSlice, Hints, ServicePort, TrafficPolicy};
 
 /// Whoever may answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -95,7 +95,7 @@ impl Endpoints {
         let Some(condition) = Condition::of(endpoint) else {
             return;
         };
-        let (zones, nodes) = (endpoint.zone_hints.clone(), endpoint.node_hints.clone());
+        let Hints { zones, nodes } = endpoint.hints.as_deref().cloned().unwrap_or_default();
         let candidate = Candidate { condition, zones, nodes };
         let address = SocketAddr::new(endpoint.address, port);
         if endpoint.node.as_ref() == Some(&here.node) {

@@ -193,7 +193,7 @@ pub(super) fn skeleton(site: &Site) -> Table {
                 .map(|ip| (vec![Datum::Ip(*ip)], ElementData::None))
                 .collect();
             if let Some(set) = table.sets.get_mut(&name.of(ipv6)).filter(|_| !elements.is_empty()) {
-                set.groups.insert(group.to_owned(), Arc::new(elements));
+                set.groups.insert(group.into(), Arc::new(elements));
             }
         }
     }

@@ -355,7 +355,7 @@ impl ProxyPlanner {
     ) -> Emitted {
         let old = self.emitted.remove(key).unwrap_or_default();
         let table = Arc::make_mut(&mut self.plan.table);
-        let group = key.to_string();
+        let group: Arc<str> = key.to_string().into();
         let emitted = Emitted {
             sets: emission.sets.keys().copied().collect(),
             shared: emission.shared.into(),
@@ -391,12 +391,12 @@ impl ProxyPlanner {
         for pod in &emitted.hairpins {
             if self.hairpins.begin(*pod) {
                 let pair = Elements::from([(vec![Datum::Ip(*pod), Datum::Ip(*pod)], ElementData::None)]);
-                set_group(table, SetName::Hairpin, pod.is_ipv6(), &pod.to_string(), Some(pair));
+                set_group(table, SetName::Hairpin, pod.is_ipv6(), &pod.to_string().into(), Some(pair));
             }
         }
         for pod in &old.hairpins {
             if self.hairpins.end(pod) {
-                set_group(table, SetName::Hairpin, pod.is_ipv6(), &pod.to_string(), None);
+                set_group(table, SetName::Hairpin, pod.is_ipv6(), &pod.to_string().into(), None);
             }
         }
         emitted
@@ -448,7 +448,7 @@ impl WithoutLocal {
 }
 
 /// Replaces one group; equal elements keep their `Arc`.
-fn set_group(table: &mut Table, set: SetName, ipv6: bool, group: &str, elements: Option<Elements>) {
+fn set_group(table: &mut Table, set: SetName, ipv6: bool, group: &Arc<str>, elements: Option<Elements>) {
     let Some(set) = table.sets.get_mut(&set.of(ipv6)) else {
         return;
     };
@@ -460,7 +460,7 @@ fn set_group(table: &mut Table, set: SetName, ipv6: bool, group: &str, elements:
             Some(known) if **known == elements => {}
             Some(known) => *known = Arc::new(elements.shrunk()),
             None => {
-                set.groups.insert(group.to_owned(), Arc::new(elements.shrunk()));
+                set.groups.insert(group.clone(), Arc::new(elements.shrunk()));
             }
         },
     }

@@ -249,7 +249,7 @@ fn missing<'a>(these: &'a Elements, those: &'a Elements) -> impl Iterator<Item =
 fn joined_groups<'a>(
     old: &'a Set,
     new: &'a Set,
-) -> impl Iterator<Item = (&'a String, Option<&'a Arc<Elements>>, Option<&'a Arc<Elements>>)> {
+) -> impl Iterator<Item = (&'a str, Option<&'a Arc<Elements>>, Option<&'a Arc<Elements>>)> {
     let mut old = old.groups.iter().peekable();
     let mut new = new.groups.iter().peekable();
     std::iter::from_fn(move || {
@@ -261,11 +261,11 @@ fn joined_groups<'a>(
             (None, None) => return None,
         };
         match order {
-            Ordering::Less => old.next().map(|(name, group)| (name, Some(group), None)),
-            Ordering::Greater => new.next().map(|(name, group)| (name, None, Some(group))),
+            Ordering::Less => old.next().map(|(name, group)| (&**name, Some(group), None)),
+            Ordering::Greater => new.next().map(|(name, group)| (&**name, None, Some(group))),
             Ordering::Equal => {
                 let before = old.next().map(|(_, group)| group);
-                new.next().map(|(name, group)| (name, before, Some(group)))
+                new.next().map(|(name, group)| (&**name, before, Some(group)))
             }
         }
     })
@@ -287,9 +287,9 @@ impl Table {
         }
         for (set, group) in regrouped {
             let Some(groups) = self.sets.get_mut(set).map(|set| &mut set.groups) else { continue };
-            match other.sets.get(set).and_then(|set| set.groups.get(group)) {
-                Some(new) => drop(groups.insert(group.clone(), Arc::clone(new))),
-                None => drop(groups.remove(group)),
+            match other.sets.get(set).and_then(|set| set.groups.get_key_value(group.as_str())) {
+                Some((name, new)) => drop(groups.insert(name.clone(), new.clone())),
+                None => drop(groups.remove(group.as_str())),
             }
         }
     }

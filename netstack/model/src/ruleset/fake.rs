@@ -101,7 +101,7 @@ fn ensure(holds: bool, errno: Errno) -> Result<(), Errno> {
 
 /// The kernel knows no groups: all elements stand in one.
 fn elements_of(set: &mut Set) -> &mut super::Elements {
-    std::sync::Arc::make_mut(set.groups.entry(String::new()).or_default())
+    std::sync::Arc::make_mut(set.groups.entry("".into()).or_default())
 }
 
 fn statements(table: &Table) -> impl Iterator<Item = &Statement> {

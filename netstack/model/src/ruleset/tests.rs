@@ -40,7 +40,7 @@ fn assemble((plain, sets, bases, plain_rules, elements): Parts) -> Table {
         let mut seen = BTreeSet::new();
         for (group, mut elements) in groups {
             elements.retain(|key, _| seen.insert(key.to_vec()));
-            set.groups.insert(group, Arc::new(elements));
+            set.groups.insert(group.into(), Arc::new(elements));
         }
         if set.timeout_millis.is_some() {
             set.groups.clear();
@@ -105,7 +105,7 @@ fn ungrouped(table: &Table) -> Table {
         let elements: Elements = set.elements().map(|(key, data)| (key.to_vec(), data.clone())).collect();
         set.groups.clear();
         if !elements.is_empty() {
-            set.groups.insert(String::new(), Arc::new(elements));
+            set.groups.insert("".into(), Arc::new(elements));
         }
     }
     table

@@ -449,7 +449,7 @@ fn insert_elements(set: &mut Set, elements: &[(Vec<Datum>, ElementData)]) {
     for (key, data) in elements {
         let known =
             set.groups.iter().find(|(_, group)| group.contains_key(key)).map(|(name, _)| name.clone());
-        let group = set.groups.entry(known.unwrap_or_else(|| RUNTIME_GROUP.to_owned())).or_default();
+        let group = set.groups.entry(known.unwrap_or_else(|| RUNTIME_GROUP.into())).or_default();
         if group.get(key) != Some(data) {
             Arc::make_mut(group).insert(key.clone(), data.clone());
         }

@@ -157,7 +157,7 @@ fn observe_sets(
         }
         match read_elements(set, raw_elements(socket, table, name)?) {
             Some(elements) if elements.is_empty() => {}
-            Some(elements) => drop(set.groups.insert(String::new(), Arc::new(elements))),
+            Some(elements) => drop(set.groups.insert("".into(), Arc::new(elements))),
             None => *set = unplanned_set(),
         }
     }

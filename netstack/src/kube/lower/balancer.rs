@@ -212,7 +212,7 @@ mod tests {
             json!({"metadata": {"name": "a", "namespace": "n", "annotations": annotations}, "spec": spec});
         let lowered = service(&object);
         let problems = lowered.problems.into_iter().map(|problem| problem.message).collect();
-        (lowered.value.unwrap().balancer, problems)
+        (lowered.value.unwrap().balancer.map(|balancer| *balancer), problems)
     }
 
     #[test]

@@ -266,7 +266,8 @@ fn hints_are_names_of_zones_and_nodes() {
         .unwrap()
         .endpoints
         .into_iter()
-        .map(|endpoint| (endpoint.zone_hints.into_iter().collect(), endpoint.node_hints.len()))
+        .map(|endpoint| endpoint.hints.map(|hints| *hints).unwrap_or_default())
+        .map(|hints| (hints.zones.into_iter().collect(), hints.nodes.len()))
         .collect();
     assert_eq!(hints, [(vec!["a".to_owned(), "b".to_owned()], 1), (vec![], 0), (vec![], 0)]);
 }

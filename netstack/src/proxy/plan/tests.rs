@@ -41,8 +41,7 @@ fn slice(service: &str, addresses: &[&str]) -> EndpointSlice {
         hostname: None,
         node: Some("node-a".into()),
         zone: None,
-        zone_hints: BTreeSet::new(),
-        node_hints: BTreeSet::new(),
+        hints: None,
         target_pod: None,
     };
     EndpointSlice {
@@ -132,7 +131,7 @@ fn one_changed_endpoint_touches_one_group_of_one_map() {
             let same = Arc::ptr_eq(elements, &set(&before, name).groups[group]);
             assert_eq!(
                 same,
-                !(name == SetName::Endpoints(Scope::Vip) && group == "default/a"),
+                !(name == SetName::Endpoints(Scope::Vip) && **group == *"default/a"),
                 "{name:?} {group}"
             );
         }
@@ -202,7 +201,11 @@ fn the_younger_of_two_claimants_takes_over_when_the_older_goes() {
     let mut planner = ProxyPlanner::default();
     let both = planner.plan(&cluster(vec![old, young.clone()], slices()));
     assert_eq!(
-        set(&both.plan, SetName::Frontends(Scope::NodePort)).groups.keys().collect::<Vec<_>>(),
+        set(&both.plan, SetName::Frontends(Scope::NodePort))
+            .groups
+            .keys()
+            .map(AsRef::as_ref)
+            .collect::<Vec<&str>>(),
         ["default/old"]
     );
     let named: Vec<String> = both.problems.iter().map(ToString::to_string).collect();
@@ -215,7 +218,11 @@ fn the_younger_of_two_claimants_takes_over_when_the_older_goes() {
     );
     let alone = planner.plan(&cluster(vec![young], slices()));
     assert_eq!(
-        set(&alone.plan, SetName::Frontends(Scope::NodePort)).groups.keys().collect::<Vec<_>>(),
+        set(&alone.plan, SetName::Frontends(Scope::NodePort))
+            .groups
+            .keys()
+            .map(AsRef::as_ref)
+            .collect::<Vec<&str>>(),
         ["default/young"]
     );
     assert_eq!(alone.problems, vec![]);

@@ -296,8 +296,10 @@ fn owners_in_several_threads_and_foreign_commits_do_not_lose_changes() {
                     let mut owner = NftTable::new(name);
                     for port in 0..200 {
                         let set = desired.sets.get_mut("set").unwrap();
-                        set.groups
-                            .insert(port.to_string(), group([(vec![Datum::Port(port)], ElementData::None)]));
+                        set.groups.insert(
+                            port.to_string().into(),
+                            group([(vec![Datum::Port(port)], ElementData::None)]),
+                        );
                         owner.apply(&desired, Trust::Shadow).unwrap();
                     }
                     assert_eq!(owner.elements("set").unwrap().len(), 200);
