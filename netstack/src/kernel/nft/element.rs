@@ -2,11 +2,13 @@
 //! four bytes a field, as registers are; a key of one field is not. Ports and addresses are big-endian, `numgen`
 //! numbers native.
 
+use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use weft_model::objects::Protocol;
-use weft_model::ruleset::{Datum, ElementData, Elements, KeyType, Set, SetData, Verdict};
+use weft_model::ruleset::{Datum, Element, ElementData, Elements, KeyType, Set, SetData, Verdict};
 
 use super::uapi::{
     NF_ACCEPT, NF_DROP, NFPROTO_IPV4, NFPROTO_IPV6, NFT_DATA_VERDICT, NFT_GOTO, NFT_JUMP, NFT_RETURN,
@@ -263,6 +265,19 @@ pub(crate) enum RawData {
     Unknown,
 }
 
+impl RawData {
+    fn is(&self, planned: &ElementData) -> bool {
+        match (self, planned) {
+            (Self::None, ElementData::None) => true,
+            (Self::Verdict(verdict), ElementData::Verdict(planned)) => verdict == planned,
+            (Self::Value(bytes), ElementData::AddressAndPort(address, port)) => {
+                Packed::address_and_port(*address, *port).as_slice() == bytes
+            }
+            _ => false,
+        }
+    }
+}
+
 impl RawElement {
     pub(crate) fn read(element: &Attribute<'_>) -> Option<Self> {
         let attributes = element.nested();
@@ -299,6 +314,36 @@ impl RawElement {
 
 fn port(bytes: &[u8]) -> Option<u16> {
     Some(u16::from_be_bytes(*bytes.first_chunk()?))
+}
+
+pub(crate) type Groups = BTreeMap<Arc<str>, Arc<Elements>>;
+
+/// The elements of a dump as a plan has them: a group of `wanted` that is there whole is the very same, and nobody need look at it
+/// again; the others stand in one without a name. `None` when one of them is nothing a plan could have made.
+pub(crate) fn read_groups(
+    declaration: &Set,
+    raw: Vec<RawElement>,
+    wanted: Option<&Groups>,
+) -> Option<Groups> {
+    let (mut groups, mut others) = (Groups::new(), raw);
+    if let Some(wanted) = wanted.filter(|_| !declaration.interval) {
+        let mut left: HashMap<Vec<u8>, RawData> =
+            others.into_iter().map(|element| (element.key, element.data)).collect();
+        let is_there = |(key, data): Element<'_>| {
+            left.get(Packed::key(key).as_slice()).is_some_and(|there| there.is(data))
+        };
+        let whole = wanted.iter().filter(|(_, group)| group.iter().all(is_there));
+        groups = whole.map(|(name, group)| (name.clone(), group.clone())).collect();
+        for key in groups.values().flat_map(|group| group.keys()) {
+            left.remove(Packed::key(key).as_slice());
+        }
+        others = left.into_iter().map(|(key, data)| RawElement { key, begins: true, data }).collect();
+    }
+    let others = read_elements(declaration, others)?;
+    if !others.is_empty() {
+        groups.insert("".into(), Arc::new(others));
+    }
+    Some(groups)
 }
 
 /// The elements of a dump; `None` when one of them is nothing a plan could have made.
@@ -388,6 +433,45 @@ fn protocol(number: u8) -> Datum {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn map_of_ports() -> Set {
+        Set::new(vec![KeyType::Port], SetData::Ipv4AddressAndPort)
+    }
+
+    fn planned(ports: &[(u16, u8)]) -> Elements {
+        let element = |&(port, last): &(u16, u8)| {
+            (vec![Datum::Port(port)], ElementData::AddressAndPort([192, 0, 2, last].into(), 80))
+        };
+        ports.iter().map(element).collect()
+    }
+
+    fn dumped(ports: &[(u16, u8)]) -> Vec<RawElement> {
+        let mut writer = Writer::default();
+        for (key, data) in planned(ports).iter() {
+            write_element(&mut writer, false, key, Some(data));
+        }
+        Attributes::of(writer.bytes()).map(|element| RawElement::read(&element).unwrap()).collect()
+    }
+
+    #[test]
+    fn groups_that_are_there_whole_are_the_very_same_and_all_else_stands_in_one() {
+        let groups = [
+            ("whole", planned(&[(1, 1), (2, 2)])),
+            ("changed", planned(&[(3, 3), (4, 4)])),
+            ("gone", planned(&[(5, 5)])),
+        ];
+        let wanted: Groups = groups.into_iter().map(|(name, group)| (name.into(), Arc::new(group))).collect();
+        let raw = dumped(&[(1, 1), (2, 2), (3, 3), (4, 9), (6, 6)]);
+        let read = read_groups(&map_of_ports(), raw, Some(&wanted)).unwrap();
+        let names: Vec<&str> = read.keys().map(AsRef::as_ref).collect();
+        assert_eq!(names, ["", "whole"]);
+        assert!(Arc::ptr_eq(&read["whole"], &wanted["whole"]));
+        assert_eq!(*read[""], planned(&[(3, 3), (4, 9), (6, 6)]));
+        let nobodys = read_groups(&map_of_ports(), dumped(&[(1, 1)]), None).unwrap();
+        assert_eq!(*nobodys[""], planned(&[(1, 1)]));
+        let unplanned = Set::new(vec![KeyType::Port], SetData::Verdict);
+        assert_eq!(read_groups(&unplanned, dumped(&[(7, 7)]), Some(&wanted)), None);
+    }
 
     #[test]
     fn a_key_of_several_fields_is_padded_and_read_back() {

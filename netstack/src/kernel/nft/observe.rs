@@ -5,13 +5,12 @@
 //! the plan, so that it is deleted and built again.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use nix::errno::Errno;
 use weft_model::ruleset::{Base, Chain, ChainKind, Hook, Rule, Set, SetData, Table};
 
 use super::batch::{Identity, Unplanned, read_base};
-use super::element::{RawElement, data_of_type, key_bytes, key_types, read_elements};
+use super::element::{RawElement, data_of_type, key_bytes, key_types, read_groups};
 use super::socket::NetfilterSocket;
 use super::uapi::*;
 use super::wire::{Attributes, Message};
@@ -155,9 +154,9 @@ fn observe_sets(
         if set.timeout_millis.is_some() || wanted.is_none_or(|wanted| !wanted.same_declaration(set)) {
             continue;
         }
-        match read_elements(set, raw_elements(socket, table, name)?) {
-            Some(elements) if elements.is_empty() => {}
-            Some(elements) => drop(set.groups.insert("".into(), Arc::new(elements))),
+        let wanted = wanted.map(|set| &set.groups);
+        match read_groups(set, raw_elements(socket, table, name)?, wanted) {
+            Some(groups) => set.groups = groups,
             None => *set = unplanned_set(),
         }
     }
