@@ -14,6 +14,7 @@ mod not_ready;
 mod objects;
 mod policy;
 mod refusals;
+mod resolved;
 mod restart;
 mod rights;
 mod store;
