@@ -282,7 +282,7 @@ impl<'a, R: Routes> Run<'a, R> {
         match (self.load(field), value) {
             (Some(Datum::Ip(ip)), Datum::Net(net)) => net.contains(&ip),
             (Some(Datum::Port(port)), Datum::PortRange(first, last)) => (*first..=*last).contains(&port),
-            (Some(Datum::Name(name)), Datum::NamePrefix(prefix)) => name.starts_with(prefix),
+            (Some(Datum::Name(name)), Datum::NamePrefix(prefix)) => name.starts_with(&**prefix),
             (Some(loaded), value) => loaded == *value,
             (None, _) => false,
         }
@@ -297,8 +297,8 @@ impl<'a, R: Routes> Run<'a, R> {
             Field::L4Protocol => Datum::Protocol(packet.protocol),
             Field::SourcePort => Datum::Port(packet.source.port()),
             Field::DestinationPort => Datum::Port(packet.destination.port()),
-            Field::InputLink => Datum::Name(self.input.clone()?),
-            Field::OutputLink => Datum::Name(self.output.clone()?),
+            Field::InputLink => Datum::Name(self.input.as_deref()?.into()),
+            Field::OutputLink => Datum::Name(self.output.as_deref()?.into()),
             Field::RandomModulo(count) => Datum::Index(self.random % count),
             Field::Icmp4Type
             | Field::Icmp4ErrorDestination

@@ -211,8 +211,8 @@ pub enum Verdict {
     Accept,
     Drop,
     Return,
-    Jump(String),
-    Goto(String),
+    Jump(Box<str>),
+    Goto(Box<str>),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -283,9 +283,9 @@ pub enum Datum {
     /// From the first to the last, both included: in a `Match` only.
     PortRange(u16, u16),
     /// A whole link name.
-    Name(String),
+    Name(Box<str>),
     /// `iifname "weftp*"`.
-    NamePrefix(String),
+    NamePrefix(Box<str>),
     Icmp4Type(u8),
     Icmp6Type(u8),
     /// Result of `numgen`.

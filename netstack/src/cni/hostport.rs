@@ -190,7 +190,7 @@ pub(super) fn declare(table: &mut Table) {
     let to_node = || {
         Rule::new(vec![
             Statement::DestinationIsLocal { negated: false },
-            Statement::Verdict(Verdict::Jump(CHAIN.to_owned())),
+            Statement::Verdict(Verdict::Jump(CHAIN.into())),
         ])
     };
     let nat =
@@ -243,7 +243,7 @@ fn masquerades() -> Vec<Rule> {
             .comment("a pod sent to itself")
     };
     let loopback = Rule::new(vec![
-        Statement::equals(Field::OutputLink, Datum::NamePrefix(POD_LINK_PREFIX.to_owned())),
+        Statement::equals(Field::OutputLink, Datum::NamePrefix(POD_LINK_PREFIX.into())),
         Statement::equals(
             Field::Ip4Source,
             Datum::Net(IpNet::new_assert(Ipv4Addr::LOCALHOST.into(), 8).trunc()),

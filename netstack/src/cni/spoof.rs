@@ -24,7 +24,7 @@ pub(super) fn elements(
     lease: &Lease,
 ) -> impl Iterator<Item = (&'static str, Vec<Datum>, ElementData)> {
     let set = if address.is_ipv6() { SOURCES_V6 } else { SOURCES_V4 };
-    let key = vec![Datum::Name(lease.link.clone()), Datum::Ip(address)];
+    let key = vec![Datum::Name(lease.link.as_str().into()), Datum::Ip(address)];
     std::iter::once((set, key, ElementData::None))
 }
 
@@ -44,8 +44,8 @@ pub(super) fn declare(table: &mut Table) {
 
 fn from_pods() -> Rule {
     Rule::new(vec![
-        Statement::equals(Field::InputLink, Datum::NamePrefix(POD_LINK_PREFIX.to_owned())),
-        Statement::Verdict(Verdict::Jump("pod-source".to_owned())),
+        Statement::equals(Field::InputLink, Datum::NamePrefix(POD_LINK_PREFIX.into())),
+        Statement::Verdict(Verdict::Jump("pod-source".into())),
     ])
     .comment("what pods send")
 }

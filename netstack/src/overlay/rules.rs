@@ -107,8 +107,8 @@ pub(super) fn table(config: &ClusterConfig, nodes: &[Accepted<'_>], own_pod_cidr
 /// Forwarded: whatever comes from or goes to a pod or the tunnel; who may talk to whom is for network policy to say. To the
 /// node itself: pods' DNS. Written so that iptables can list it.
 pub(super) fn passages(config: &ClusterConfig) -> Vec<Passage> {
-    let pods = || Datum::NamePrefix(POD_LINK_PREFIX.to_owned());
-    let tunnel = || Datum::Name(TUNNEL_LINK.to_owned());
+    let pods = || Datum::NamePrefix(POD_LINK_PREFIX.into());
+    let tunnel = || Datum::Name(TUNNEL_LINK.into());
     let accept = |hook, mut statements: Vec<Statement>, comment: &str| {
         statements.extend([Statement::Counter, Statement::Verdict(Verdict::Accept)]);
         Passage { hook, rule: Rule::new(statements).comment(comment) }
@@ -154,9 +154,9 @@ fn node_set(family: &Family, nodes: &[Accepted<'_>]) -> Set {
 fn not_ours(field: Field) -> [Statement; 3] {
     let other_than = |value| Statement::Match { field, negated: true, value };
     [
-        other_than(Datum::Name(TUNNEL_LINK.to_owned())),
-        other_than(Datum::NamePrefix(POD_LINK_PREFIX.to_owned())),
-        other_than(Datum::Name("lo".to_owned())),
+        other_than(Datum::Name(TUNNEL_LINK.into())),
+        other_than(Datum::NamePrefix(POD_LINK_PREFIX.into())),
+        other_than(Datum::Name("lo".into())),
     ]
 }
 
@@ -166,7 +166,7 @@ fn in_cluster(family: &Family, key: Field) -> Statement {
 
 fn over_underlay(field: Field, chain: &str) -> Rule {
     let mut statements = not_ours(field).to_vec();
-    statements.push(Statement::Verdict(Verdict::Jump(chain.to_owned())));
+    statements.push(Statement::Verdict(Verdict::Jump(chain.into())));
     Rule::new(statements)
 }
 

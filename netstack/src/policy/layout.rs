@@ -357,7 +357,7 @@ fn input() -> Vec<Rule> {
     let not_from_pod = Statement::Match {
         field: Field::InputLink,
         negated: true,
-        value: Datum::NamePrefix(POD_LINK_PREFIX.to_owned()),
+        value: Datum::NamePrefix(POD_LINK_PREFIX.into()),
     };
     let mut rules = vec![Rule::new(vec![not_from_pod, accept.clone()]), established(), mid_stream()];
     rules.extend(NEIGHBOUR_DISCOVERY.map(|kind| {
@@ -393,7 +393,7 @@ fn established() -> Rule {
 /// A connection whose tracking was ended is not to be picked up again by a packet from its middle, in either direction.
 fn mid_stream() -> Rule {
     let new = Statement::CtState { states: vec![CtState::New], negated: false };
-    let jump = Statement::Verdict(Verdict::Jump(MID_STREAM.to_owned()));
+    let jump = Statement::Verdict(Verdict::Jump(MID_STREAM.into()));
     Rule::new(vec![new, Statement::TcpBegins { negated: true }, jump])
 }
 
@@ -405,7 +405,7 @@ fn picked_up(ipv6: bool) -> [Rule; 2] {
 }
 
 fn denied() -> Statement {
-    Statement::Verdict(Verdict::Goto(DENIED.to_owned()))
+    Statement::Verdict(Verdict::Goto(DENIED.into()))
 }
 
 fn told_name(ipv6: bool) -> String {
@@ -428,7 +428,7 @@ fn drop_and_tell() -> Vec<Rule> {
     let new = |ipv6| {
         let unknown = Statement::Lookup { key: ends(ipv6), negated: true, set: told_name(ipv6) };
         let limit = Statement::Limit { per_second: TOLD_PER_SECOND, burst: TOLD_BURST };
-        Rule::new(vec![unknown, limit, Statement::Verdict(Verdict::Jump(TELL.to_owned()))])
+        Rule::new(vec![unknown, limit, Statement::Verdict(Verdict::Jump(TELL.into()))])
     };
     let drop = Rule::new(vec![Statement::Verdict(Verdict::Drop)]);
     vec![new(false), new(true), drop]

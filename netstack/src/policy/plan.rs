@@ -123,7 +123,7 @@ impl PolicyPlanner {
         // What is new is counted before what is gone, so that nothing shared is removed and made again.
         for direction in Direction::BOTH {
             let chain = new.side(direction).map(|side| self.use_chain(direction, side, address.is_ipv6()));
-            let jump = chain.map(|chain| ElementData::Verdict(Verdict::Jump(chain)));
+            let jump = chain.map(|chain| ElementData::Verdict(Verdict::Jump(chain.into())));
             self.set_subject(SubjectSet::Side(direction), address, jump);
         }
         for direction in Direction::BOTH {

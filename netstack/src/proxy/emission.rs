@@ -153,7 +153,7 @@ impl Emission {
             let ipv6 = ip.is_ipv6();
             let chain = format!("firewall{}-{group}", version(ipv6));
             let key = vec![Datum::Ip(*ip), Datum::Protocol(*protocol), Datum::Port(*port)];
-            let verdict = ElementData::Verdict(Verdict::Jump(chain.clone()));
+            let verdict = ElementData::Verdict(Verdict::Jump(chain.as_str().into()));
             self.insert(SetName::Firewalls, ipv6, key, verdict);
             let sources = format!("sources{}-{group}", version(ipv6));
             self.own_chains.insert(chain, firewall_chain(firewall, ipv6, &sources));
@@ -173,7 +173,7 @@ impl Emission {
                 self.spread(outside, ipv6, key, endpoints, frontend.affinity_seconds);
                 None
             }
-            Target::Reject => Some(Verdict::Goto(REJECT.to_owned())),
+            Target::Reject => Some(Verdict::Goto(REJECT.into())),
             Target::Drop => Some(Verdict::Drop),
         };
         if let Some(verdict) = verdict {
@@ -205,7 +205,7 @@ impl Emission {
                 }
                 Some(seconds) => {
                     let stay = Shared::Stay(Stay { endpoint: *endpoint, seconds });
-                    let verdict = ElementData::Verdict(Verdict::Goto(stay.chain_name()));
+                    let verdict = ElementData::Verdict(Verdict::Goto(stay.chain_name().into()));
                     self.insert(SetName::Sticky(scope), ipv6, key, verdict);
                     self.shared.push(stay);
                 }
@@ -213,7 +213,7 @@ impl Emission {
             count += 1;
         }
         let spread = Shared::Spread(Spread { scope, ipv6, count, sticky: seconds.is_some() });
-        let verdict = ElementData::Verdict(Verdict::Goto(spread.chain_name()));
+        let verdict = ElementData::Verdict(Verdict::Goto(spread.chain_name().into()));
         self.insert(SetName::Frontends(scope), ipv6, key.to_vec(), verdict);
         self.shared.push(spread);
     }

@@ -218,7 +218,7 @@ fn filter(hook: Hook) -> Chain {
     let base = Base { kind: ChainKind::Filter, hook, priority: PRIORITY_FILTER };
     let jump = |state, chain: &str| {
         let state = Statement::CtState { states: vec![state], negated: false };
-        Rule::new(vec![state, Statement::Verdict(Verdict::Jump(chain.to_owned()))])
+        Rule::new(vec![state, Statement::Verdict(Verdict::Jump(chain.into()))])
     };
     let mut rules = vec![jump(CtState::New, UNANSWERED)];
     if hook == Hook::Prerouting {
@@ -287,7 +287,7 @@ fn unanswered(site: &Site) -> Vec<Rule> {
             .comment("not this proxy's: cluster DNS, other proxies")
     }));
     rules.extend(both.map(|ipv6| {
-        let reject = Statement::Verdict(Verdict::Goto(REJECT.to_owned()));
+        let reject = Statement::Verdict(Verdict::Goto(REJECT.into()));
         Rule::new(vec![to(SetName::ClusterIps, ipv6), reject])
             .comment("a port that the Service does not have")
     }));
@@ -299,7 +299,7 @@ fn unanswered(site: &Site) -> Vec<Rule> {
 }
 
 fn postrouting(site: &Site) -> Vec<Rule> {
-    let tunnel = || Datum::Name(TUNNEL_LINK.to_owned());
+    let tunnel = || Datum::Name(TUNNEL_LINK.into());
     let ours = || Statement::MarkIs { mask: MARK_MASQUERADE, value: MARK_MASQUERADE };
     let mut rules = Vec::new();
     for ipv6 in [false, true] {
@@ -318,7 +318,7 @@ fn postrouting(site: &Site) -> Vec<Rule> {
             Rule::new(vec![ours(), into_tunnel, elsewhere.clone(), Statement::Masquerade])
                 .comment("peers accept only this node's pods"),
         );
-        let to_pod = Statement::differs(Field::OutputLink, Datum::NamePrefix(POD_LINK_PREFIX.to_owned()));
+        let to_pod = Statement::differs(Field::OutputLink, Datum::NamePrefix(POD_LINK_PREFIX.into()));
         let not_tunnel = Statement::differs(Field::OutputLink, tunnel());
         let routed = Statement::SourceIsLocal { negated: true };
         rules.push(

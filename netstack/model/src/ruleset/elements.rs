@@ -2,27 +2,29 @@
 
 use super::{Datum, Element, ElementData};
 
-/// Data by key, in the order of the keys.
+/// Data by key, in the order of the keys, which all have equally many fields.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Elements(Vec<Stored>);
-
-type Stored = (Box<[Datum]>, ElementData);
+pub struct Elements {
+    /// One key after the other.
+    keys: Vec<Datum>,
+    data: Vec<ElementData>,
+}
 
 impl Elements {
     pub const fn new() -> Self {
-        Self(Vec::new())
+        Self { keys: Vec::new(), data: Vec::new() }
     }
 
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.data.len()
     }
 
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.data.is_empty()
     }
 
     pub fn iter(&self) -> impl Iterator<Item = Element<'_>> {
-        self.0.iter().map(|(key, data)| (&**key, data))
+        self.keys.chunks_exact(self.fields().max(1)).zip(&self.data)
     }
 
     pub fn keys(&self) -> impl Iterator<Item = &[Datum]> {
@@ -30,7 +32,7 @@ impl Elements {
     }
 
     pub fn get(&self, key: &[Datum]) -> Option<&ElementData> {
-        Some(&self.0[self.place(key).ok()?].1)
+        Some(&self.data[self.place(key).ok()?])
     }
 
     pub fn contains_key(&self, key: &[Datum]) -> bool {
@@ -38,12 +40,14 @@ impl Elements {
     }
 
     /// Returns what the key had before.
-    pub fn insert(&mut self, key: impl Into<Box<[Datum]>>, data: ElementData) -> Option<ElementData> {
-        let key = key.into();
+    pub fn insert(&mut self, key: Vec<Datum>, data: ElementData) -> Option<ElementData> {
+        assert!(self.is_empty() || key.len() == self.fields(), "keys of one set are of one type");
         match self.place(&key) {
-            Ok(place) => Some(std::mem::replace(&mut self.0[place].1, data)),
+            Ok(place) => Some(std::mem::replace(&mut self.data[place], data)),
             Err(place) => {
-                self.0.insert(place, (key, data));
+                let at = place * key.len();
+                self.keys.splice(at..at, key);
+                self.data.insert(place, data);
                 None
             }
         }
@@ -51,53 +55,87 @@ impl Elements {
 
     /// Returns what the key had.
     pub fn remove(&mut self, key: &[Datum]) -> Option<ElementData> {
-        self.place(key).ok().map(|place| self.0.remove(place).1)
+        let place = self.place(key).ok()?;
+        let at = place * key.len();
+        self.keys.drain(at..at + key.len());
+        Some(self.data.remove(place))
     }
 
     pub fn retain(&mut self, mut keep: impl FnMut(&[Datum], &ElementData) -> bool) {
-        self.0.retain(|(key, data)| keep(key, data));
+        *self = std::mem::take(self).into_iter().filter(|(key, data)| keep(key, data)).collect();
     }
 
     /// Gives back the room for further elements.
     #[must_use]
     pub fn shrunk(mut self) -> Self {
-        self.0.shrink_to_fit();
+        self.keys.shrink_to_fit();
+        self.data.shrink_to_fit();
         self
     }
 
-    fn place(&self, key: &[Datum]) -> Result<usize, usize> {
-        self.0.binary_search_by(|(known, _)| (**known).cmp(key))
+    /// Of a key.
+    fn fields(&self) -> usize {
+        self.keys.len().checked_div(self.data.len()).unwrap_or(0)
     }
+
+    fn key(&self, place: usize) -> &[Datum] {
+        let fields = self.fields();
+        &self.keys[place * fields..(place + 1) * fields]
+    }
+
+    fn place(&self, key: &[Datum]) -> Result<usize, usize> {
+        let place = partition_point(self.len(), |place| self.key(place) < key);
+        if place < self.len() && self.key(place) == key { Ok(place) } else { Err(place) }
+    }
+}
+
+/// Of the numbers below `count` the first for which `is_before` does not hold; it does for all before that one.
+fn partition_point(count: usize, is_before: impl Fn(usize) -> bool) -> usize {
+    let (mut from, mut to) = (0, count);
+    while from < to {
+        let middle = from.midpoint(to);
+        if is_before(middle) {
+            from = middle + 1;
+        } else {
+            to = middle;
+        }
+    }
+    from
 }
 
 /// Of one key the last counts.
-impl<K: Into<Box<[Datum]>>> FromIterator<(K, ElementData)> for Elements {
-    fn from_iter<T: IntoIterator<Item = (K, ElementData)>>(elements: T) -> Self {
-        let mut all: Vec<Stored> = elements.into_iter().map(|(key, data)| (key.into(), data)).collect();
+impl FromIterator<(Vec<Datum>, ElementData)> for Elements {
+    fn from_iter<T: IntoIterator<Item = (Vec<Datum>, ElementData)>>(elements: T) -> Self {
+        let mut all: Vec<(Vec<Datum>, ElementData)> = elements.into_iter().collect();
         all.reverse();
         all.sort_by(|(a, _), (b, _)| a.cmp(b));
         all.dedup_by(|(later, _), (first, _)| later == first);
-        Self(all).shrunk()
+        let mut elements = Self::new();
+        elements.extend(all);
+        elements.shrunk()
     }
 }
 
-impl<K: Into<Box<[Datum]>>, const N: usize> From<[(K, ElementData); N]> for Elements {
-    fn from(elements: [(K, ElementData); N]) -> Self {
+impl<const N: usize> From<[(Vec<Datum>, ElementData); N]> for Elements {
+    fn from(elements: [(Vec<Datum>, ElementData); N]) -> Self {
         elements.into_iter().collect()
     }
 }
 
 impl IntoIterator for Elements {
     type Item = (Vec<Datum>, ElementData);
-    type IntoIter = std::iter::Map<std::vec::IntoIter<Stored>, fn(Stored) -> Self::Item>;
+    type IntoIter = std::vec::IntoIter<Self::Item>;
 
     fn into_iter(self) -> Self::IntoIter {
-        self.0.into_iter().map(|(key, data)| (key.into_vec(), data))
+        let fields = self.fields();
+        let mut keys = self.keys.into_iter();
+        let elements = self.data.into_iter().map(|data| (keys.by_ref().take(fields).collect(), data));
+        elements.collect::<Vec<_>>().into_iter()
     }
 }
 
-impl<K: Into<Box<[Datum]>>> Extend<(K, ElementData)> for Elements {
-    fn extend<T: IntoIterator<Item = (K, ElementData)>>(&mut self, elements: T) {
+impl Extend<(Vec<Datum>, ElementData)> for Elements {
+    fn extend<T: IntoIterator<Item = (Vec<Datum>, ElementData)>>(&mut self, elements: T) {
         elements.into_iter().for_each(|(key, data)| drop(self.insert(key, data)));
     }
 }

@@ -67,7 +67,7 @@ fn any_set() -> impl Strategy<Value = Set> {
 }
 
 fn verdicts(chains: &BTreeSet<u8>) -> BoxedStrategy<Verdict> {
-    let to: Vec<_> = chains.iter().map(|name| Verdict::Goto(format!("c{name}"))).collect();
+    let to: Vec<_> = chains.iter().map(|name| Verdict::Goto(format!("c{name}").into())).collect();
     if to.is_empty() { Just(Verdict::Drop).boxed() } else { prop::sample::select(to).boxed() }
 }
 

@@ -195,7 +195,7 @@ fn tables(answers: &Answers) -> Vec<Message> {
         if family == NFPROTO_ARP {
             let held = answers.held.iter().filter(|(ip, _)| ip.is_ipv4());
             let pairs = held.flat_map(|(ip, links)| {
-                links.iter().map(|link| vec![Datum::Ip(*ip), Datum::Name(link.clone())])
+                links.iter().map(|link| vec![Datum::Ip(*ip), Datum::Name(link.as_str().into())])
             });
             all.extend(set(family, HERE, &[KeyType::Ipv4Address, KeyType::LinkName], pairs.collect()));
             all.extend(arp_chain());

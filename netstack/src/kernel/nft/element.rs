@@ -242,8 +242,8 @@ fn read_verdict(attributes: Attributes<'_>) -> Option<Verdict> {
         NF_ACCEPT => Verdict::Accept,
         NF_DROP => Verdict::Drop,
         NFT_RETURN => Verdict::Return,
-        NFT_JUMP => Verdict::Jump(chain()?),
-        NFT_GOTO => Verdict::Goto(chain()?),
+        NFT_JUMP => Verdict::Jump(chain()?.into()),
+        NFT_GOTO => Verdict::Goto(chain()?.into()),
         _ => return None,
     })
 }
@@ -414,7 +414,7 @@ pub(crate) fn read_key(types: &[KeyType], mut bytes: &[u8]) -> Option<Vec<Datum>
             KeyType::L4Protocol => protocol(*bytes.first()?),
             KeyType::Port => Datum::Port(port(bytes)?),
             KeyType::Index => Datum::Index(u32::from_ne_bytes(*bytes.first_chunk()?)),
-            KeyType::LinkName => Datum::Name(Attribute { kind: 0, value: bytes.get(..16)? }.string()),
+            KeyType::LinkName => Datum::Name(Attribute { kind: 0, value: bytes.get(..16)? }.string().into()),
         });
         let step =
             if types.len() > 1 { key_type_bytes(*kind).next_multiple_of(4) } else { key_type_bytes(*kind) };

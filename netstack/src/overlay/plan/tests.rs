@@ -300,7 +300,7 @@ fn the_host_is_strict_before_its_own_node_and_any_peer_are_known() {
         let rules = plan.table.chains[chain].rules.iter();
         rules.map(|rule| rule.statements.last().cloned().unwrap()).collect::<Vec<_>>()
     };
-    assert_eq!(ends("underlay-out"), [Statement::Verdict(Verdict::Jump("to-underlay".to_owned()))]);
+    assert_eq!(ends("underlay-out"), [Statement::Verdict(Verdict::Jump("to-underlay".into()))]);
     // Source and destination, both families.
     assert_eq!(ends("to-underlay"), vec![Statement::Verdict(Verdict::Drop); 4]);
     assert!(plan.table.chains["masquerade"].rules.is_empty());

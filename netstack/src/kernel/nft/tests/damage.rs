@@ -191,8 +191,9 @@ fn elements_added_at_run_time_are_seen_by_the_next_apply() {
             .insert("pods".into(), Set::new(vec![KeyType::LinkName, KeyType::Ipv6Address], SetData::None));
         let mut owner = NftTable::new("weft-cni");
         owner.apply(&desired, Trust::Nothing).unwrap();
-        let pod =
-            |n: u8| (vec![Datum::Name(format!("weftp{n}")), ip(&format!("fd00::{n}"))], ElementData::None);
+        let pod = |n: u8| {
+            (vec![Datum::Name(format!("weftp{n}").into()), ip(&format!("fd00::{n}"))], ElementData::None)
+        };
         owner.insert("pods", &[pod(1), pod(2)]).unwrap();
         owner.insert("pods", &[pod(2), pod(3)]).unwrap();
         owner.remove("pods", &[pod(3).0, pod(9).0]).unwrap();
