@@ -18,6 +18,7 @@ use super::metrics::ProxyMetrics;
 use super::plan::ProxyPlan;
 use super::stale::{UdpDestination, UdpTargets};
 use crate::kernel::conntrack::{ConntrackError, delete_udp_flows};
+use crate::kernel::memory::give_memory_back;
 use crate::kernel::nft::{NftError, NftTable};
 use crate::reconcile::{Applied, Applier, Trust, chain};
 
@@ -74,7 +75,12 @@ impl Applier for ProxyApplier {
         if self.udp.is_none() {
             self.udp = Some(Arc::new(self.left_behind()));
         }
-        match self.table.apply(&plan.table, trust) {
+        let told = self.table.apply(&plan.table, trust);
+        if trust == Trust::Nothing {
+            // What the kernel has was read as a whole.
+            give_memory_back();
+        }
+        match told {
             Ok(changed) => {
                 applied.changed = changed;
                 self.table.kernel_took().into_iter().for_each(|took| self.metrics.committed(took));

@@ -216,6 +216,7 @@ impl ProxyPlanner {
             }
             if let Some(new) = new {
                 let siblings = self.by_service.entry(new.service.clone()).or_default();
+                siblings.reserve_exact(1);
                 siblings.insert(siblings.partition_point(|slice| slice.key < *key), new.clone());
                 dirty.insert(new.service.clone());
             }

@@ -78,7 +78,7 @@ fn carry_out(table: &mut Table, op: &Op<'_>) -> Result<(), Errno> {
         Op::DeleteElements { name, elements, .. } => {
             let group = elements_of(table.sets.get_mut(*name).ok_or(Errno::NoEntry)?);
             for (key, data) in elements {
-                ensure(group.remove(*key).as_ref() == Some(data), Errno::NoEntry)?;
+                ensure(group.remove(key).as_ref() == Some(data), Errno::NoEntry)?;
             }
         }
         Op::AddElements { name, elements, .. } => {
