@@ -226,7 +226,7 @@ pub static CATALOG: &[Known] = &[
     same("session-cookie-samesite", ""),
     same("session-cookie-secure", ""),
     not("ssl-ciphers", "only safe cipher suites of TLS 1.2 and 1.3 are used; remove it"),
-    not("ssl-passthrough", "every request gets 503; give the backend a Service of type LoadBalancer"),
+    same("ssl-passthrough", "false"),
     not("ssl-prefer-server-ciphers", "only safe cipher suites of TLS 1.2 and 1.3 are used; remove it"),
     same("ssl-redirect", "true"),
     not("stream-snippet", SNIPPET),

@@ -34,6 +34,8 @@ pub(super) struct Peer {
     pub(super) client: SocketAddr,
     /// The port that the client asked.
     pub(super) port: u16,
+    /// The address and port that it asked, where a load balancer's PROXY header names them.
+    pub(super) asked: Option<SocketAddr>,
     pub(super) https: bool,
     /// What the client showed, its own certificate first.
     pub(super) certificates: Vec<CertificateDer<'static>>,

@@ -69,7 +69,7 @@ enum Failed {
 /// # Errors
 /// 502, 503 or 504 where no endpoint gives an answer.
 pub(super) async fn forward(plan: &Plan<'_>, head: Parts, body: Body) -> Result<Answered, StatusCode> {
-    let endpoints = endpoints(plan).await?;
+    let endpoints = endpoints(&plan.upstream.places, plan.standing).await?;
     let repeatable = body.is_empty();
     let may_repeat = repeatable
         && (hygiene::is_idempotent(&head.method) || plan.retry.on.contains(&RetryOn::NonIdempotent));
@@ -148,14 +148,19 @@ fn of_connect(error: &UpstreamError) -> (StatusCode, RetryOn) {
     }
 }
 
-async fn endpoints(plan: &Plan<'_>) -> Result<Arc<[Arc<Endpoint>]>, StatusCode> {
-    match &plan.upstream.places {
+/// # Errors
+/// 502 or 503 where there is none.
+pub(super) async fn endpoints(
+    places: &Places,
+    standing: &Standing,
+) -> Result<Arc<[Arc<Endpoint>]>, StatusCode> {
+    match places {
         Places::Endpoints(endpoints) => Ok(endpoints.clone()),
         Places::None => Err(StatusCode::SERVICE_UNAVAILABLE),
         Places::Name(name, port) => {
             let resolved = tokio::net::lookup_host((name.as_str(), *port)).await;
             let resolved = resolved.map_err(|_| StatusCode::BAD_GATEWAY)?;
-            Ok(resolved.map(|address| plan.standing.endpoints.one(address)).collect())
+            Ok(resolved.map(|address| standing.endpoints.one(address)).collect())
         }
     }
 }

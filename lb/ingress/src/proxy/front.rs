@@ -177,6 +177,7 @@ mod tests {
         let peer = Peer {
             client: SocketAddr::new(peer.parse().unwrap(), 9),
             port: 80,
+            asked: None,
             https: false,
             certificates: vec![],
             names: None,

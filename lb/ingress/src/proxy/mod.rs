@@ -4,6 +4,7 @@
 //!  RouteTable --compiled--> match table, certificates (swapped in one step)
 //!  listen (PROXY protocol, TLS by SNI, HTTP/1.1, HTTP/2) --answer--> hygiene -> front (who asks) -> route -> early answers -> limits -> access, authenticate
 //!      -> select (canary, affinity) -> forward: balance -> pool -> backend; its answer streams back
+//!  listen --a name whose TLS is not for us--> passthrough: balance -> backend, bytes to and fro
 //! ```
 //!
 //! Threads share the table and what is known of endpoints and clients; each has its own listeners and connections to backends.
@@ -24,6 +25,7 @@ mod limits;
 pub mod listen;
 mod log;
 mod mirror;
+mod passthrough;
 mod pool;
 pub mod process;
 mod proxy_protocol;

@@ -90,9 +90,10 @@ struct Rig {
     plain: SocketAddr,
     plain_6: SocketAddr,
     tls: SocketAddr,
+    tls_6: SocketAddr,
     proxy: Arc<Proxy>,
     phase: watch::Sender<listen::Phase>,
-    _open: Arc<()>,
+    open: Arc<()>,
 }
 
 impl Rig {
@@ -113,7 +114,11 @@ impl Rig {
             phase: phases,
             early: Arc::downgrade(&open),
             late: Arc::downgrade(&open),
-            patience: listen::Patience { head: Duration::from_secs(2), handshake: Duration::from_secs(2) },
+            patience: listen::Patience {
+                head: Duration::from_secs(2),
+                handshake: Duration::from_secs(2),
+                passthrough: Duration::from_secs(1),
+            },
         };
         let (tell, told) = std::sync::mpsc::channel();
         let worker = proxy.worker();
@@ -122,14 +127,21 @@ impl Rig {
             runtime.block_on(async move {
                 let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
                 let any_6 = SocketAddr::from((Ipv6Addr::LOCALHOST, 0));
-                let [plain, plain_6, tls] = [any, any_6, any].map(|at| listen::bind(at).unwrap());
-                tell.send([&plain, &plain_6, &tls].map(|bound| bound.local_addr().unwrap())).unwrap();
+                let [plain, plain_6, tls, tls_6] =
+                    [any, any_6, any, any_6].map(|at| listen::bind(at).unwrap());
+                let bound = [&plain, &plain_6, &tls, &tls_6];
+                tell.send(bound.map(|bound| bound.local_addr().unwrap())).unwrap();
                 let serve = |listener, https| listen::serve(worker.clone(), listener, https, life.clone());
-                tokio::join!(serve(plain, false), serve(plain_6, false), serve(tls, true));
+                tokio::join!(
+                    serve(plain, false),
+                    serve(plain_6, false),
+                    serve(tls, true),
+                    serve(tls_6, true)
+                );
             });
         });
-        let [plain, plain_6, tls] = told.recv().unwrap();
-        Self { plain, plain_6, tls, proxy, phase, _open: open }
+        let [plain, plain_6, tls, tls_6] = told.recv().unwrap();
+        Self { plain, plain_6, tls, tls_6, proxy, phase, open }
     }
 
     /// Everything that comes back for these bytes, until the proxy closes or is silent.
@@ -1242,4 +1254,221 @@ async fn a_client_shows_a_certificate_that_is_trusted_and_has_the_wanted_name() 
     assert_eq!(status(&ask(&named("CN=bob"), Some(&ann)).await), 403);
     assert_eq!(status(&ask(&named("CN=ann"), None).await), 400, "there is no name to compare");
     assert_eq!(status(&ask(&named("CN=ann"), Some(&stranger)).await), 400, "the right name from nobody");
+}
+
+/// Ends TLS with a certificate of its own for `pass.com`, and says whose connection the PROXY header before it names.
+fn tls_backend(header: bool) -> SocketAddr {
+    use tokio::io::AsyncWriteExt as _;
+    let own = certificate("pass.com");
+    let (chain, key) = crate::certificate::pair(&own.chain_pem.0, &own.key_pem.0).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+    let config = config.unwrap().with_no_client_auth().with_single_cert(chain, key).unwrap();
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async move {
+            let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+            tell.send(listener.local_addr().unwrap()).unwrap();
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let named = match header {
+                    true => format!("{:?}", proxy_protocol::read(&mut stream).await.unwrap()),
+                    false => String::new(),
+                };
+                let mut stream = acceptor.accept(stream).await.unwrap();
+                stream.write_all(format!("passed {named}").as_bytes()).await.unwrap();
+                let _ = stream.shutdown().await;
+            }
+        });
+    });
+    told.recv().unwrap()
+}
+
+fn passing(annotations: &Value, endpoints: &[SocketAddr]) -> RouteTable {
+    let mut pass =
+        ingress("pass", "pass.com", &json!({"ssl-passthrough": "true"}), &[("Prefix", "/", "pass")]);
+    for (key, value) in annotations.as_object().unwrap() {
+        pass["metadata"]["annotations"][key] = value.clone();
+    }
+    let web = ingress("web", "a.com", &json!({}), &[("Prefix", "/", "web")]);
+    let mut table = table(vec![pass, web], &[("pass", endpoints), ("web", &[backend("web")])], &[]);
+    table.default_certificate = Some(certificate("a.com"));
+    table
+}
+
+/// What the other end says over TLS, and its certificate.
+async fn heard_over_tls(at: SocketAddr, name: &'static str, sent: &[u8]) -> (String, Vec<u8>) {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let config = tls::client_config(None, None, false).unwrap();
+    let stream = tokio::net::TcpStream::connect(at).await.unwrap();
+    let name = rustls::pki_types::ServerName::try_from(name).unwrap();
+    let mut config = (*config).clone();
+    config.alpn_protocols.clear();
+    let mut stream = tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap();
+    let own = stream.get_ref().1.peer_certificates().unwrap()[0].to_vec();
+    stream.write_all(sent).await.unwrap();
+    let mut text = Vec::new();
+    let _ = stream.read_to_end(&mut text).await;
+    (String::from_utf8_lossy(&text).into_owned(), own)
+}
+
+#[tokio::test]
+async fn tls_that_is_passed_on_ends_at_the_backend_and_that_of_other_hosts_here() {
+    let dead = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
+    let rig = Rig::start(&passing(&json!({}), &[dead, tls_backend(false)]));
+    let request = b"GET / HTTP/1.1\r\nHost: a.com\r\nConnection: close\r\n\r\n";
+    for at in [rig.tls, rig.tls_6] {
+        let (answer, here) = heard_over_tls(at, "a.com", request).await;
+        assert_eq!(who(&answer), "web");
+        for _ in 0..4 {
+            let (text, own) = heard_over_tls(at, "pass.com", b"").await;
+            assert_eq!(text, "passed ");
+            assert_ne!(own, here, "the backend's own");
+        }
+        let misdirected = b"GET / HTTP/1.1\r\nHost: pass.com\r\nConnection: close\r\n\r\n";
+        assert_eq!(status(&heard_over_tls(at, "a.com", misdirected).await.0), 421);
+    }
+    let text = rig.proxy.metrics();
+    let labels = r#"namespace="default",ingress="pass",host="pass.com",path="/",service="pass""#;
+    assert!(text.contains(&format!("weft_ingress_passed_total{{{labels}}} 8\n")), "{text}");
+    let answer = rig.get("pass.com", "/x?y=1", "");
+    assert_eq!((status(&answer), field(&answer, "location")), (308, Some("https://pass.com/x?y=1")));
+    let passed = |name| rig.proxy.compiled.load().passed(Some(name)).is_some();
+    assert!(passed("PASS.com.") && !passed("a.com") && !passed("x.pass.com"));
+}
+
+#[tokio::test]
+async fn a_backend_that_gets_tls_as_it_is_hears_first_whose_connection_it_is() {
+    for version in ["v1", "v2"] {
+        let annotation = json!({"weft.network/proxy-protocol": version});
+        let mut table = passing(&annotation, &[tls_backend(true)]);
+        let rig = Rig::start(&table);
+        for at in [rig.tls, rig.tls_6] {
+            let (text, _) = heard_over_tls(at, "pass.com", b"").await;
+            let address = at.ip();
+            assert!(
+                text.contains(&format!("asked: {at}"))
+                    && text.contains(&format!("client: {}", SocketAddr::new(address, 0)).replace(":0", ":")),
+                "{version}: {text}"
+            );
+        }
+        // What a load balancer in front says goes on.
+        table.front = Front { trusted: vec!["127.0.0.1/32".parse().unwrap()], proxy_protocol: true };
+        rig.proxy.apply(&table);
+        let mut stream = tokio::net::TcpStream::connect(rig.tls).await.unwrap();
+        tokio::io::AsyncWriteExt::write_all(&mut stream, b"PROXY TCP6 2001:db8::7 fd00::1 4711 443\r\n")
+            .await
+            .unwrap();
+        let config = tls::client_config(None, None, false).unwrap();
+        let mut config = (*config).clone();
+        config.alpn_protocols.clear();
+        let name = rustls::pki_types::ServerName::try_from("pass.com").unwrap();
+        let mut stream =
+            tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap();
+        let mut text = String::new();
+        let _ = tokio::io::AsyncReadExt::read_to_string(&mut stream, &mut text).await;
+        assert_eq!(text, "passed Passed { client: [2001:db8::7]:4711, asked: [fd00::1]:443 }");
+    }
+}
+
+fn client_hello(name: &'static str) -> Vec<u8> {
+    let config = tls::client_config(None, None, true).unwrap();
+    let name = rustls::pki_types::ServerName::try_from(name).unwrap();
+    let mut hello = Vec::new();
+    rustls::ClientConnection::new(config, name).unwrap().write_tls(&mut hello).unwrap();
+    hello
+}
+
+/// Echoes what it gets; when nothing more comes, it says goodbye.
+fn echo() -> SocketAddr {
+    let listener = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            std::thread::spawn(move || {
+                let mut piece = [0; 4096];
+                while let Ok(length @ 1..) = stream.read(&mut piece) {
+                    stream.write_all(&piece[..length]).unwrap();
+                }
+                let _ = stream.write_all(b"goodbye");
+            });
+        }
+    });
+    address
+}
+
+#[test]
+fn bytes_that_are_passed_on_are_the_same_and_each_side_may_end_first() {
+    let rig = Rig::start(&passing(&json!({}), &[echo()]));
+    let hello = client_hello("pass.com");
+    let mut stream = StdStream::connect(rig.tls).unwrap();
+    stream.set_nodelay(true).unwrap();
+    // A byte at a time, and behind the hello what no TLS would be.
+    for byte in &hello {
+        stream.write_all(&[*byte]).unwrap();
+    }
+    let long: Vec<u8> = (0..1_000_000_u32).map(|number| (number % 251) as u8).collect();
+    let sent = [&hello[..], &long].concat();
+    let mut writer = stream.try_clone().unwrap();
+    let writing = std::thread::spawn(move || {
+        writer.write_all(&long).unwrap();
+        writer.shutdown(std::net::Shutdown::Write).unwrap();
+    });
+    let mut got = Vec::new();
+    stream.read_to_end(&mut got).unwrap();
+    writing.join().unwrap();
+    assert_eq!(got.len(), sent.len() + 7);
+    assert!(got.starts_with(&sent) && got.ends_with(b"goodbye"));
+}
+
+#[test]
+fn a_passed_connection_lasts_while_bytes_come_and_through_a_drain() {
+    let rig = Rig::start(&passing(&json!({}), &[echo()]));
+    let mut stream = StdStream::connect(rig.tls_6).unwrap();
+    let hello = client_hello("pass.com");
+    stream.write_all(&hello).unwrap();
+    stream.read_exact(&mut vec![0; hello.len()]).unwrap();
+    rig.phase.send_replace(listen::Phase::Draining);
+    for _ in 0..6 {
+        std::thread::sleep(Duration::from_millis(400));
+        stream.write_all(b"x").unwrap();
+        stream.read_exact(&mut [0; 1]).unwrap();
+        assert_eq!(Arc::strong_count(&rig.open), 2, "it is waited for");
+    }
+    let started = std::time::Instant::now();
+    assert!(ends_within(&stream, Duration::from_secs(3)));
+    assert!(started.elapsed() > Duration::from_millis(900), "{:?}", started.elapsed());
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(Arc::strong_count(&rig.open), 1);
+}
+
+#[test]
+fn tls_that_no_endpoint_takes_and_a_hello_without_end_are_closed_and_counted() {
+    let dead = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
+    for endpoints in [&[dead][..], &[]] {
+        let rig = Rig::start(&passing(&json!({}), endpoints));
+        let mut stream = StdStream::connect(rig.tls).unwrap();
+        stream.write_all(&client_hello("pass.com")).unwrap();
+        assert!(ends_within(&stream, Duration::from_secs(2)));
+        assert_eq!(refused(&rig, "no_endpoint"), 1);
+    }
+    let rig = Rig::start(&passing(&json!({}), &[echo()]));
+    let mut stream = StdStream::connect(rig.tls).unwrap();
+    // A ClientHello of 16 MB in records of 100 bytes (RFC 8446 4, 5.1).
+    let mut record = vec![22, 3, 1, 0, 100];
+    record.extend([1, 0xff, 0xff, 0xff]);
+    record.extend([0; 96]);
+    record.extend([&[22, 3, 1, 0, 100][..], &[0; 100]].concat().repeat(1000));
+    let _ = stream.write_all(&record);
+    stream.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+    let read = stream.read(&mut [0; 1]);
+    let reset = |error: std::io::Error| error.kind() == std::io::ErrorKind::ConnectionReset;
+    assert!(read.map_or_else(reset, |length| length == 0), "before it is too slow");
+    let counted = (0..100).any(|_| {
+        std::thread::sleep(Duration::from_millis(10));
+        refused(&rig, "tls_handshake") == 1
+    });
+    assert!(counted);
 }
