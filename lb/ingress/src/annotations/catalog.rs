@@ -199,10 +199,7 @@ pub static CATALOG: &[Known] = &[
         "on",
         "requests are streamed; only the beginning of a body is kept, so that it can be sent again",
     ),
-    not(
-        "proxy-send-timeout",
-        "sending to a backend has no limit of its own; proxy-read-timeout counts until it answers",
-    ),
+    same("proxy-send-timeout", "60"),
     not("proxy-ssl-ciphers", "only safe cipher suites of TLS 1.2 and 1.3 are used; remove it"),
     same("proxy-ssl-name", ""),
     differs("proxy-ssl-protocols", "TLSv1.2 TLSv1.3", "TLS 1.2 and 1.3 are always both offered"),

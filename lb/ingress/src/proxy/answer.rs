@@ -1,7 +1,6 @@
 //! What becomes of one request: refused, redirected, asked who it is, forwarded; in the order of nginx's phases.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
@@ -14,15 +13,17 @@ use rustls::pki_types::CertificateDer;
 
 use super::access;
 use super::balance::Choice;
-use super::body::{Body, Upload};
+use super::body::Body;
 use super::compiled::{Compiled, CompiledRoute, Found, Upstream};
 use super::forward::{self, Answered, Plan, address, forward};
 use super::front::{self, Client};
 use super::hygiene::{self, Admitted};
 use super::limits::{self, Counted};
+use super::listen::Patience;
 use super::log::{self, Line, Record};
 use super::select::{cookie, holds, select};
 use super::stats::Refused;
+use super::upload::{Fault, Upload};
 use super::variables::{self, as_path, escaped, target};
 use super::{Worker, authenticate, mirror};
 use crate::annotations::Settings;
@@ -41,6 +42,7 @@ pub(super) struct Peer {
     pub(super) certificates: Vec<CertificateDer<'static>>,
     /// Subject and issuer of that one, where they can be read.
     pub(super) names: Option<(String, String)>,
+    pub(super) patience: Patience,
     /// Counts the connection, and what became of it, among those that a drain waits for.
     pub(super) open: Option<Arc<()>>,
 }
@@ -345,7 +347,8 @@ async fn backend(
         let has_body = !http_body::Body::is_end_stream(&incoming);
         mirror::start(taken.worker, mirror, &request, (&head.headers, has_body))
     });
-    let body = Body::request(incoming, settings.body_limit_bytes, upload.clone(), copy);
+    let body =
+        Body::request(incoming, settings.body_limit_bytes, taken.peer.patience.body, upload.clone(), copy);
     let Some((upstream, held)) = select(&taken.route, &head.headers) else {
         return plain(StatusCode::SERVICE_UNAVAILABLE);
     };
@@ -368,8 +371,8 @@ async fn backend(
     let agent = settings.affinity.as_ref().and_then(|_| head.headers.get(header::USER_AGENT).cloned());
     let plan = plan(taken, &upstream, choice, upload.clone());
     let answered = forward(&plan, head, body).await;
-    if upload.exceeded.load(Ordering::Relaxed) {
-        return plain(StatusCode::PAYLOAD_TOO_LARGE);
+    if let Some(fault) = upload.fault() {
+        return faulty(fault, from_client);
     }
     match answered {
         Ok(answered) => {
@@ -403,6 +406,16 @@ async fn backend(
     }
 }
 
+/// For a client that did not send its body.
+fn faulty(fault: Fault, http_1: bool) -> Response<Body> {
+    let mut response = plain(fault.status());
+    // RFC 9110 15.5.9; HTTP/2 has no such field.
+    if fault == Fault::Silent && http_1 {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
+}
+
 fn plan<'a>(
     taken: &'a Taken<'_>,
     upstream: &'a Upstream,
@@ -417,6 +430,7 @@ fn plan<'a>(
         choice,
         retry: &settings.retry,
         connect_timeout: settings.connect_timeout,
+        send_timeout: settings.send_timeout,
         read_timeout: settings.read_timeout,
         upload,
     }

@@ -181,6 +181,7 @@ mod tests {
             https: false,
             certificates: vec![],
             names: None,
+            patience: Default::default(),
             open: None,
         };
         client(&front, &peer, &headers)

@@ -35,6 +35,8 @@ use crate::certificate;
 pub struct Patience {
     /// From the first byte of a connection to a whole head, and between two requests (nginx's keepalive_timeout is 75 s).
     pub head: Duration,
+    /// Between two pieces of a request's body (nginx's client_body_timeout).
+    pub body: Duration,
     /// For a PROXY header, for a TLS handshake, for the answer to a PING.
     pub handshake: Duration,
     /// Of both sides, while TLS is passed on as it is (nginx's proxy_timeout of streams).
@@ -45,6 +47,7 @@ impl Default for Patience {
     fn default() -> Self {
         Self {
             head: Duration::from_secs(60),
+            body: Duration::from_secs(60),
             handshake: Duration::from_secs(10),
             passthrough: Duration::from_secs(600),
         }
@@ -128,9 +131,17 @@ pub async fn serve(worker: Arc<Worker>, listener: TcpListener, https: bool, mut 
         match accepted {
             Ok((stream, client)) => {
                 let (begun, open) = life.begin();
-                let peer =
-                    Peer { client, port, asked: None, https, certificates: Vec::new(), names: None, open };
-                let until = Until { phase: life.phase.clone(), begun, patience: life.patience };
+                let peer = Peer {
+                    client,
+                    port,
+                    asked: None,
+                    https,
+                    certificates: Vec::new(),
+                    names: None,
+                    patience: life.patience,
+                    open,
+                };
+                let until = Until { phase: life.phase.clone(), begun };
                 tokio::spawn(connection(worker.clone(), stream, peer, until));
             }
             // Out of descriptors: those that are open go on, and one of them ends soon.
@@ -142,12 +153,11 @@ pub async fn serve(worker: Arc<Worker>, listener: TcpListener, https: bool, mut 
     }
 }
 
-/// The end of one connection: a phase beyond the one that it began in, or silence.
+/// The end of one connection: a phase beyond the one that it began in.
 #[derive(Clone)]
 struct Until {
     phase: watch::Receiver<Phase>,
     begun: Phase,
-    patience: Patience,
 }
 
 impl Until {
@@ -169,7 +179,7 @@ async fn connection(worker: Arc<Worker>, mut stream: TcpStream, mut peer: Peer, 
     }
     let stats = worker.proxy.standing.stats.clone();
     let _connected = stats.connected();
-    if let Err(error) = origin(&worker, &mut stream, &mut peer, until.patience).await {
+    if let Err(error) = origin(&worker, &mut stream, &mut peer).await {
         stats.refuse(Refused::ProxyHeader);
         tracing::debug!(client = %peer.client, error = weft_netstack::reconcile::chain(&error), "connection refused");
         return;
@@ -178,13 +188,13 @@ async fn connection(worker: Arc<Worker>, mut stream: TcpStream, mut peer: Peer, 
         return http_1(worker, stream, peer, until).await;
     }
     let client = peer.client;
-    let shaken = Box::pin(tokio::time::timeout(until.patience.handshake, handshake(&worker, stream))).await;
+    let shaken = Box::pin(tokio::time::timeout(peer.patience.handshake, handshake(&worker, stream))).await;
     match shaken {
         Ok(Ok(Shaken::Passed(stream, hello, to))) => {
             let own = || stream.local_addr().map(|own| SocketAddr::new(own.ip(), peer.port));
             let Ok(asked) = peer.asked.map_or_else(own, Ok) else { return };
             let passing = Passing { stream, hello, client, asked };
-            Box::pin(pass(&worker, &to, passing, until.patience.passthrough)).await;
+            Box::pin(pass(&worker, &to, passing, peer.patience.passthrough)).await;
         }
         Ok(Ok(Shaken::Here(stream))) => {
             let (_, session) = stream.get_ref();
@@ -209,12 +219,7 @@ async fn connection(worker: Arc<Worker>, mut stream: TcpStream, mut peer: Peer, 
 }
 
 /// Whose connection it is, where a load balancer in front is to say so.
-async fn origin(
-    worker: &Worker,
-    stream: &mut TcpStream,
-    peer: &mut Peer,
-    patience: Patience,
-) -> Result<(), HeaderError> {
+async fn origin(worker: &Worker, stream: &mut TcpStream, peer: &mut Peer) -> Result<(), HeaderError> {
     let expected = {
         let front = &worker.proxy.compiled.load().front;
         front.proxy_protocol && front.trusts(peer.address())
@@ -222,7 +227,7 @@ async fn origin(
     if !expected {
         return Ok(());
     }
-    let read = tokio::time::timeout(patience.handshake, proxy_protocol::read(stream)).await;
+    let read = tokio::time::timeout(peer.patience.handshake, proxy_protocol::read(stream)).await;
     if let Origin::Passed { client, asked } =
         read.unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut).into()))?
     {
@@ -312,7 +317,8 @@ async fn http_1<S>(worker: Arc<Worker>, stream: S, peer: Peer, until: Until)
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
 {
-    let (peer, stats) = (Arc::new(peer), worker.proxy.standing.stats.clone());
+    let (patience, stats) = (peer.patience, worker.proxy.standing.stats.clone());
+    let peer = Arc::new(peer);
     let end = until.clone();
     let service = service_fn(move |request| {
         let (worker, peer, end) = (worker.clone(), peer.clone(), end.clone());
@@ -327,7 +333,7 @@ where
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(until.patience.head)
+        .header_read_timeout(patience.head)
         .max_buf_size(MAX_HEAD_BYTES)
         .max_headers(MAX_FIELDS)
         .serve_connection(TokioIo::new(stream), service)
@@ -344,7 +350,8 @@ async fn http_2<S>(worker: Arc<Worker>, stream: S, peer: Peer, until: Until)
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
 {
-    let (peer, stats) = (Arc::new(peer), worker.proxy.standing.stats.clone());
+    let (patience, stats) = (peer.patience, worker.proxy.standing.stats.clone());
+    let peer = Arc::new(peer);
     let service = service_fn(move |request| {
         let (worker, peer) = (worker.clone(), peer.clone());
         async move {
@@ -358,8 +365,8 @@ where
         .max_concurrent_streams(MAX_STREAMS)
         .max_header_list_size(32 * 1024)
         .max_pending_accept_reset_streams(MAX_PENDING_RESETS)
-        .keep_alive_interval(until.patience.head)
-        .keep_alive_timeout(until.patience.handshake)
+        .keep_alive_interval(patience.head)
+        .keep_alive_timeout(patience.handshake)
         .serve_connection(TokioIo::new(stream), service);
     // GOAWAY first names no stream: what the client has sent meanwhile is served (RFC 9113 6.8).
     let ended = until_idle(connection, |connection| connection.graceful_shutdown(), until.come()).await;

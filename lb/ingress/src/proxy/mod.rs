@@ -33,6 +33,7 @@ mod select;
 mod stats;
 mod tickets;
 mod tls;
+mod upload;
 mod variables;
 
 #[cfg(test)]

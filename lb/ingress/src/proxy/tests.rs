@@ -116,6 +116,7 @@ impl Rig {
             late: Arc::downgrade(&open),
             patience: listen::Patience {
                 head: Duration::from_secs(2),
+                body: Duration::from_secs(1),
                 handshake: Duration::from_secs(2),
                 passthrough: Duration::from_secs(1),
             },
@@ -1471,4 +1472,133 @@ fn tls_that_no_endpoint_takes_and_a_hello_without_end_are_closed_and_counted() {
         refused(&rig, "tls_handshake") == 1
     });
     assert!(counted);
+}
+
+/// Reads the head of a request, and of its body nothing, but the few kilobytes that its socket holds; never answers.
+fn deaf() -> SocketAddr {
+    let listener = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    nix::sys::socket::setsockopt(&listener, nix::sys::socket::sockopt::RcvBuf, &4096).unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        let open: Vec<_> = listener.incoming().flatten().map(|stream| (head_of(&stream), stream)).collect();
+        drop(open);
+    });
+    address
+}
+
+fn upload_rig(annotations: &Value, web: SocketAddr) -> Rig {
+    let document = ingress("web", "a.com", annotations, &[("Prefix", "/", "web")]);
+    let mut table = table(vec![document], &[("web", &[web])], &[]);
+    table.default_certificate = Some(certificate("a.com"));
+    Rig::start(&table)
+}
+
+/// Sends the pieces of a body of this length, each after its pause, over HTTP/2, and returns the status of the answer.
+async fn uploaded_over_http_2(rig: &Rig, pieces: Vec<(Duration, usize)>) -> u16 {
+    let config = tls::client_config(None, None, true).unwrap();
+    let stream = tokio::net::TcpStream::connect(rig.tls_6).await.unwrap();
+    let name = rustls::pki_types::ServerName::try_from("a.com").unwrap();
+    let stream = tokio_rustls::TlsConnector::from(config).connect(name, stream).await.unwrap();
+    let (sender, connection) = h2::client::handshake(stream).await.unwrap();
+    tokio::spawn(connection);
+    let request = http::Request::post("https://a.com/").body(()).unwrap();
+    let (response, mut body) = sender.ready().await.unwrap().send_request(request, false).unwrap();
+    tokio::spawn(async move {
+        for (pause, length) in pieces {
+            tokio::time::sleep(pause).await;
+            if body.send_data(vec![b'x'; length].into(), false).is_err() {
+                return;
+            }
+        }
+        std::future::pending::<()>().await;
+    });
+    response.await.unwrap().status().as_u16()
+}
+
+#[tokio::test]
+async fn a_client_whose_body_stalls_gets_408_and_the_endpoint_is_not_blamed() {
+    let rig = upload_rig(&json!({"proxy-read-timeout": "3", "proxy-send-timeout": "3"}), backend("web"));
+    for at in [rig.plain, rig.plain_6] {
+        for framing in ["Content-Length: 9\r\n\r\nabc", "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"] {
+            let started = std::time::Instant::now();
+            let answer = Rig::raw_at(at, format!("POST / HTTP/1.1\r\nHost: a.com\r\n{framing}").as_bytes());
+            assert_eq!((status(&answer), field(&answer, "connection")), (408, Some("close")), "{answer}");
+            assert!((1.0..2.0).contains(&started.elapsed().as_secs_f64()), "{:?}", started.elapsed());
+        }
+    }
+    let started = std::time::Instant::now();
+    assert_eq!(uploaded_over_http_2(&rig, vec![(Duration::ZERO, 3)]).await, 408);
+    assert!((1.0..2.0).contains(&started.elapsed().as_secs_f64()), "{:?}", started.elapsed());
+    let endpoint = rig.proxy.compiled.load().addresses.first().copied().unwrap();
+    assert!(!rig.proxy.standing.endpoints.one(endpoint).has_failed());
+}
+
+#[test]
+fn a_body_that_comes_slowly_but_comes_is_served() {
+    let rig = upload_rig(&json!({"proxy-read-timeout": "1", "proxy-send-timeout": "1"}), backend("web"));
+    let mut stream = StdStream::connect(rig.plain).unwrap();
+    stream.write_all(b"POST / HTTP/1.1\r\nHost: a.com\r\nContent-Length: 6\r\n\r\n").unwrap();
+    for _ in 0..6 {
+        std::thread::sleep(Duration::from_millis(500));
+        stream.write_all(b"x").unwrap();
+    }
+    assert_eq!(status(&head_of(&stream).unwrap()), 200);
+}
+
+#[tokio::test]
+async fn a_backend_that_takes_no_more_of_a_body_gets_504_after_its_own_time() {
+    let annotations = json!({"proxy-send-timeout": "1", "proxy-read-timeout": "30", "proxy-body-size": "0"});
+    let rig = upload_rig(&annotations, deaf());
+    let started = std::time::Instant::now();
+    let mut stream = StdStream::connect(rig.plain).unwrap();
+    let mut writer = stream.try_clone().unwrap();
+    std::thread::spawn(move || {
+        writer.write_all(b"POST / HTTP/1.1\r\nHost: a.com\r\nContent-Length: 100000000\r\n\r\n").unwrap();
+        let _ = writer.write_all(&vec![b'x'; 100_000_000]);
+    });
+    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    let mut line = [0; 12];
+    stream.read_exact(&mut line).unwrap();
+    assert_eq!(&line, b"HTTP/1.1 504");
+    assert!((1.0..4.0).contains(&started.elapsed().as_secs_f64()), "{:?}", started.elapsed());
+    let started = std::time::Instant::now();
+    let much = vec![(Duration::ZERO, 100_000_000)];
+    assert_eq!(uploaded_over_http_2(&rig, much).await, 504);
+    assert!((1.0..4.0).contains(&started.elapsed().as_secs_f64()), "{:?}", started.elapsed());
+}
+
+/// A stream of gRPC: the backend has begun to answer, and the client says nothing for longer than a body may be silent.
+#[test]
+fn a_client_may_be_silent_once_the_answer_has_begun() {
+    let listener = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let rig = upload_rig(&json!({}), listener.local_addr().unwrap());
+    let backend = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        head_of(&stream).unwrap();
+        stream.write_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n").unwrap();
+        let mut body = Vec::new();
+        let mut byte = [0; 1];
+        while !body.ends_with(b"0\r\n\r\n") {
+            stream.read_exact(&mut byte).unwrap();
+            body.push(byte[0]);
+        }
+        stream.write_all(b"3\r\nbye\r\n0\r\n\r\n").unwrap();
+        String::from_utf8(body).unwrap()
+    });
+    let mut stream = StdStream::connect(rig.plain).unwrap();
+    stream
+        .write_all(b"POST / HTTP/1.1\r\nHost: a.com\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n")
+        .unwrap();
+    assert_eq!(status(&head_of(&stream).unwrap()), 200);
+    std::thread::sleep(Duration::from_millis(2500));
+    stream.write_all(b"1\r\nb\r\n0\r\n\r\n").unwrap();
+    let mut answer = Vec::new();
+    stream.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    while !answer.ends_with(b"0\r\n\r\n") {
+        let mut byte = [0; 1];
+        stream.read_exact(&mut byte).unwrap();
+        answer.push(byte[0]);
+    }
+    assert_eq!(String::from_utf8(answer).unwrap(), "2\r\nhi\r\n3\r\nbye\r\n0\r\n\r\n");
+    assert!(backend.join().unwrap().contains("b\r\n"));
 }
