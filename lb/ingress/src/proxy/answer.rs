@@ -12,6 +12,7 @@ use jiff::Timestamp;
 use rustls::pki_types::CertificateDer;
 
 use super::access;
+use super::arriving::Arriving;
 use super::balance::Choice;
 use super::body::Body;
 use super::compiled::{Compiled, CompiledRoute, Found, Upstream};
@@ -71,6 +72,7 @@ struct Via {
 
 /// Never fails: what goes wrong has its status.
 pub(super) async fn answer(worker: &Worker, peer: &Peer, request: Request<Incoming>) -> Response<Body> {
+    let request = Arriving::of(request);
     let compiled = worker.proxy.compiled.load_full();
     let client = front::client(&compiled.front, peer, request.headers());
     let mut record = record(worker, &compiled, &client, &request);
@@ -83,7 +85,7 @@ pub(super) async fn answer(worker: &Worker, peer: &Peer, request: Request<Incomi
     response
 }
 
-fn admit(worker: &Worker, request: &Request<Incoming>) -> Result<Admitted, StatusCode> {
+fn admit(worker: &Worker, request: &Request<Arriving>) -> Result<Admitted, StatusCode> {
     let admitted = hygiene::admit(request.method(), request.uri(), request.version(), request.headers());
     admitted.map_err(|refusal| {
         worker.proxy.standing.stats.refuse(refusal.counted());
@@ -91,7 +93,7 @@ fn admit(worker: &Worker, request: &Request<Incoming>) -> Result<Admitted, Statu
     })
 }
 
-fn record(worker: &Worker, compiled: &Compiled, client: &Client, request: &Request<Incoming>) -> Record {
+fn record(worker: &Worker, compiled: &Compiled, client: &Client, request: &Request<Arriving>) -> Record {
     let text = |name: HeaderName| {
         request.headers().get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned())
     };
@@ -130,7 +132,7 @@ fn record(worker: &Worker, compiled: &Compiled, client: &Client, request: &Reque
 async fn by_route(
     worker: &Worker,
     peer: &Peer,
-    request: Request<Incoming>,
+    request: Request<Arriving>,
     (compiled, mut admitted, mut client): (&Compiled, Admitted, Client),
     record: &mut Record,
 ) -> Response<Body> {
@@ -160,7 +162,7 @@ async fn by_route(
     response
 }
 
-async fn taken_answer(taken: &Taken<'_>, request: Request<Incoming>) -> Response<Body> {
+async fn taken_answer(taken: &Taken<'_>, request: Request<Arriving>) -> Response<Body> {
     let origin =
         request.headers().get(header::ORIGIN).and_then(|origin| origin.to_str().ok()).map(str::to_owned);
     let settings = &taken.route.route.settings;
@@ -186,7 +188,7 @@ async fn taken_answer(taken: &Taken<'_>, request: Request<Incoming>) -> Response
 }
 
 /// nginx's rewrite phase: what is answered without asking who it is.
-fn early(taken: &Taken<'_>, request: &Request<Incoming>, preflight: bool) -> Option<Response<Body>> {
+fn early(taken: &Taken<'_>, request: &Request<Arriving>, preflight: bool) -> Option<Response<Body>> {
     let (route, settings) = (&taken.route.route, &taken.route.route.settings);
     if taken.route.closed.is_some() {
         return Some(plain(StatusCode::SERVICE_UNAVAILABLE));
@@ -224,7 +226,7 @@ fn variables<'a, B>(taken: &'a Taken<'_>, request: &'a Request<B>) -> variables:
 }
 
 /// Limits, access, then the backend.
-async fn late(taken: &Taken<'_>, mut request: Request<Incoming>) -> Response<Body> {
+async fn late(taken: &Taken<'_>, mut request: Request<Arriving>) -> Response<Body> {
     let settings = &taken.route.route.settings;
     let client = taken.client.address;
     let Ok(counted) = limits::admit(&taken.route.clients, &settings.limits, client, Instant::now()) else {
@@ -321,7 +323,7 @@ fn pem(certificate: &CertificateDer<'_>) -> String {
 /// To the backend; where it has no endpoint, or an answer of `custom-http-errors`, to the fallback.
 async fn backend(
     taken: &Taken<'_>,
-    mut request: Request<Incoming>,
+    mut request: Request<Arriving>,
     counted: Option<Counted>,
 ) -> Response<Body> {
     let settings = &taken.route.route.settings;

@@ -11,6 +11,7 @@ use hyper::body::Incoming;
 use tokio::sync::mpsc;
 use tokio::time::Sleep;
 
+use super::arriving::Arriving;
 use super::log::Record;
 use super::upload::{Fault, Turn, Upload};
 use crate::annotations::Pace;
@@ -48,7 +49,7 @@ fn due(pace: Pace, sent_bytes: u64) -> Duration {
 
 /// A request's body: at most `left` bytes of it pass, with no longer than `patience` between two pieces until the answer begins.
 pub(super) struct Limited {
-    inner: Incoming,
+    inner: Arriving,
     left: u64,
     patience: Duration,
     timer: Option<Pin<Box<Sleep>>>,
@@ -100,7 +101,7 @@ impl Body {
 
     /// A limit of `None` is unlimited.
     pub(super) fn request(
-        inner: Incoming,
+        inner: Arriving,
         limit_bytes: Option<u64>,
         patience: Duration,
         upload: Arc<Upload>,
@@ -176,6 +177,7 @@ impl Limited {
                 let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(patience)));
                 ready!(timer.as_mut().poll(context));
                 self.upload.fail(Fault::Silent);
+                self.inner.leave();
                 return Poll::Ready(Some(Err(BodyError::Timeout(patience))));
             }
         };

@@ -25,6 +25,7 @@ use weft_model::constants::{INGRESS_HTTP_PORT, INGRESS_HTTPS_PORT};
 use super::Worker;
 use super::answer::{Peer, answer};
 use super::compiled::Passed;
+use super::linger::Lingering;
 use super::passthrough::{Passing, pass};
 use super::proxy_protocol::{self, HeaderError, Origin};
 use super::stats::{Refused, Stats};
@@ -346,10 +347,8 @@ where
     tell(&stats, ended);
 }
 
-async fn http_2<S>(worker: Arc<Worker>, stream: S, peer: Peer, until: Until)
-where
-    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
-{
+async fn http_2(worker: Arc<Worker>, stream: TlsStream<TcpStream>, peer: Peer, until: Until) {
+    let stream = Lingering::new(stream, peer.open.clone());
     let (patience, stats) = (peer.patience, worker.proxy.standing.stats.clone());
     let peer = Arc::new(peer);
     let service = service_fn(move |request| {

@@ -12,6 +12,7 @@
 
 mod access;
 mod answer;
+mod arriving;
 mod authenticate;
 mod balance;
 mod body;
@@ -22,6 +23,7 @@ mod handover;
 mod htpasswd;
 mod hygiene;
 mod limits;
+mod linger;
 pub mod listen;
 mod log;
 mod mirror;

@@ -1602,3 +1602,85 @@ fn a_client_may_be_silent_once_the_answer_has_begun() {
     assert_eq!(String::from_utf8(answer).unwrap(), "2\r\nhi\r\n3\r\nbye\r\n0\r\n\r\n");
     assert!(backend.join().unwrap().contains("b\r\n"));
 }
+
+/// RFC 9113 8.1: an answer may come before the request is whole. curl 7.88 fails when the stream is reset while it sends.
+#[tokio::test]
+async fn a_refusal_reaches_a_client_that_is_still_sending() {
+    let rig = upload_rig(&json!({"proxy-body-size": "1k", "force-ssl-redirect": "true"}), backend("web"));
+    let config = tls::client_config(None, None, true).unwrap();
+    let stream = tokio::net::TcpStream::connect(rig.tls).await.unwrap();
+    let name = rustls::pki_types::ServerName::try_from("a.com").unwrap();
+    let stream = tokio_rustls::TlsConnector::from(config).connect(name, stream).await.unwrap();
+    let (sender, connection) = h2::client::handshake(stream).await.unwrap();
+    tokio::spawn(connection);
+    let request = http::Request::post("https://a.com/").header("content-length", 5_000_000).body(()).unwrap();
+    let (response, mut body) = sender.ready().await.unwrap().send_request(request, false).unwrap();
+    body.send_data(vec![b'x'; 4_000_000].into(), false).unwrap();
+    assert_eq!(response.await.unwrap().status(), 413);
+    // More than a window: somebody takes it.
+    body.reserve_capacity(1_000_000);
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    body.send_data(vec![b'x'; 1_000_000].into(), true).unwrap();
+    let reset = std::future::poll_fn(|context| body.poll_reset(context));
+    let reset = tokio::time::timeout(Duration::from_secs(2), reset).await;
+    assert!(!matches!(reset, Ok(Ok(_))), "{reset:?}");
+    // Over HTTP/1.1 the connection even lasts.
+    let mut stream = StdStream::connect(rig.plain).unwrap();
+    let body = "x".repeat(500_000);
+    for _ in 0..2 {
+        let head = format!("POST / HTTP/1.1\r\nHost: a.com\r\nContent-Length: {}\r\n\r\n", body.len());
+        stream.write_all(&[head.as_bytes(), body.as_bytes()].concat()).unwrap();
+        let answer = head_of(&stream).unwrap();
+        assert_eq!((status(&answer), field(&answer, "connection")), (308, None));
+        stream.read_exact(&mut vec![0; field(&answer, "content-length").unwrap().parse().unwrap()]).unwrap();
+    }
+}
+
+/// Bytes of a client that reads slowly must not make the kernel reset a connection whose last answer is on its way.
+#[tokio::test]
+async fn a_drain_loses_nothing_of_a_large_answer_that_is_read_slowly() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    const LENGTH: usize = 2_000_000;
+    let listener = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let rig = upload_rig(&json!({}), listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        head_of(&stream).unwrap();
+        stream.write_all(format!("HTTP/1.1 200 OK\r\nContent-Length: {LENGTH}\r\n\r\n").as_bytes()).unwrap();
+        stream.write_all(&vec![b'x'; LENGTH]).unwrap();
+        std::thread::sleep(Duration::from_secs(10));
+    });
+    let config = tls::client_config(None, None, true).unwrap();
+    let stream = tokio::net::TcpStream::connect(rig.tls).await.unwrap();
+    let name = rustls::pki_types::ServerName::try_from("a.com").unwrap();
+    let stream = tokio_rustls::TlsConnector::from(config).connect(name, stream).await.unwrap();
+    let (mut from, mut to) = tokio::io::split(stream);
+    // SETTINGS_INITIAL_WINDOW_SIZE and a WINDOW_UPDATE of the connection: more than the answer.
+    let window = [0, 4, 0x7f, 0xff, 0xff, 0xff];
+    let update = frame(8, 0, 0, &0x7000_0000_u32.to_be_bytes());
+    to.write_all(&[preface(&window), update, frame(HEADERS, 0x5, 1, GET)].concat()).await.unwrap();
+    // By now all of it waits in the sockets.
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    rig.phase.send_replace(listen::Phase::Draining);
+    tokio::spawn(async move {
+        // The server asks when a client has heard of its end (RFC 9113 6.8), and it has; further words are for nobody.
+        while to.write_all(&frame(6, 1, 0, &[0x0b, 0x7b, 0xa2, 0xf0, 0x8b, 0x9b, 0xfe, 0x54])).await.is_ok() {
+            let _ = to.flush().await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    let mut got = 0;
+    loop {
+        let mut head = [0; 9];
+        if from.read_exact(&mut head).await.is_err() {
+            break;
+        }
+        let length = usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2]);
+        from.read_exact(&mut vec![0; length]).await.unwrap();
+        if head[3] == 0 {
+            got += length;
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+    assert_eq!(got, LENGTH);
+}
