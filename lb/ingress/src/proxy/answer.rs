@@ -72,13 +72,21 @@ struct Via {
 
 /// Never fails: what goes wrong has its status.
 pub(super) async fn answer(worker: &Worker, peer: &Peer, request: Request<Incoming>) -> Response<Body> {
+    let version = request.version();
     let request = Arriving::of(request);
     let compiled = worker.proxy.compiled.load_full();
     let client = front::client(&compiled.front, peer, request.headers());
     let mut record = record(worker, &compiled, &client, &request);
     let mut response = match admit(worker, &request) {
         Ok(admitted) => by_route(worker, peer, request, (&compiled, admitted, client), &mut record).await,
-        Err(status) => plain(status),
+        Err(status) => {
+            let mut response = plain(status);
+            // Whoever sends this may see the next message begin elsewhere (RFC 9112 6.3); HTTP/2 has no such field.
+            if matches!(version, Version::HTTP_10 | Version::HTTP_11) {
+                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
+            response
+        }
     };
     record.status = response.status();
     response.body_mut().follow(record);

@@ -39,6 +39,8 @@ mod upload;
 mod variables;
 
 #[cfg(test)]
+mod fuzz;
+#[cfg(test)]
 mod tests;
 
 use std::path::Path;

@@ -86,10 +86,10 @@ fn head_of(mut stream: &StdStream) -> Option<String> {
 }
 
 /// A proxy on loopback, plain and TLS, with a thread of its own.
-struct Rig {
-    plain: SocketAddr,
+pub(super) struct Rig {
+    pub(super) plain: SocketAddr,
     plain_6: SocketAddr,
-    tls: SocketAddr,
+    pub(super) tls: SocketAddr,
     tls_6: SocketAddr,
     proxy: Arc<Proxy>,
     phase: watch::Sender<listen::Phase>,
@@ -97,7 +97,7 @@ struct Rig {
 }
 
 impl Rig {
-    fn start(table: &RouteTable) -> Self {
+    pub(super) fn start(table: &RouteTable) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let tickets = folder.path().join("tickets.key");
         tickets::prepare(&tickets).unwrap();
@@ -169,7 +169,7 @@ impl Rig {
     }
 }
 
-fn status(answer: &str) -> u16 {
+pub(super) fn status(answer: &str) -> u16 {
     answer.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or_default()
 }
 
@@ -235,12 +235,14 @@ fn table(
 }
 
 fn simple(annotations: &Value, path: (&str, &str)) -> Rig {
-    let web = backend("web");
-    Rig::start(&table(
-        vec![ingress("web", "a.com", annotations, &[(path.0, path.1, "web")])],
-        &[("web", &[web])],
-        &[],
-    ))
+    let document = ingress("web", "a.com", annotations, &[(path.0, path.1, "web")]);
+    Rig::start(&table(vec![document], &[("web", &[backend("web")])], &[]))
+}
+
+/// All of `a.com` goes to one backend.
+pub(super) fn simple_table(annotations: &Value, web: SocketAddr) -> RouteTable {
+    let document = ingress("web", "a.com", annotations, &[("Prefix", "/", "web")]);
+    table(vec![document], &[("web", &[web])], &[])
 }
 
 /// RFC 9112, sentence by sentence: what a request may not be.
@@ -294,6 +296,11 @@ fn raw_requests_get_the_status_that_the_specification_asks_for() {
         (
             "chunked in HTTP/1.0 (6.1)",
             "POST / HTTP/1.0\r\nHost: a.com\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            400,
+        ),
+        (
+            "a coding beside chunked (6.1)",
+            "POST / HTTP/1.1\r\nHost: a.com\r\nTransfer-Encoding: gzip, chunked\r\nConnection: close\r\n\r\n0\r\n\r\n",
             400,
         ),
         ("no version (3)", "GET /\r\nHost: a.com\r\n\r\n", 400),
@@ -1287,7 +1294,7 @@ fn tls_backend(header: bool) -> SocketAddr {
     told.recv().unwrap()
 }
 
-fn passing(annotations: &Value, endpoints: &[SocketAddr]) -> RouteTable {
+pub(super) fn passing(annotations: &Value, endpoints: &[SocketAddr]) -> RouteTable {
     let mut pass =
         ingress("pass", "pass.com", &json!({"ssl-passthrough": "true"}), &[("Prefix", "/", "pass")]);
     for (key, value) in annotations.as_object().unwrap() {
@@ -1374,7 +1381,7 @@ async fn a_backend_that_gets_tls_as_it_is_hears_first_whose_connection_it_is() {
     }
 }
 
-fn client_hello(name: &'static str) -> Vec<u8> {
+pub(super) fn client_hello(name: &'static str) -> Vec<u8> {
     let config = tls::client_config(None, None, true).unwrap();
     let name = rustls::pki_types::ServerName::try_from(name).unwrap();
     let mut hello = Vec::new();
@@ -1487,8 +1494,7 @@ fn deaf() -> SocketAddr {
 }
 
 fn upload_rig(annotations: &Value, web: SocketAddr) -> Rig {
-    let document = ingress("web", "a.com", annotations, &[("Prefix", "/", "web")]);
-    let mut table = table(vec![document], &[("web", &[web])], &[]);
+    let mut table = simple_table(annotations, web);
     table.default_certificate = Some(certificate("a.com"));
     Rig::start(&table)
 }
