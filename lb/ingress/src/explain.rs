@@ -1,7 +1,7 @@
 //! What becomes of one request and why: which object and rule take it, which endpoints answer, and why not another. Pure.
 
 use crate::path;
-use crate::plan::table::{Action, Backend, BackendKey, Host, Route, RouteTable, Server};
+use crate::plan::table::{Action, Backend, BackendKey, Host, Passthrough, Route, RouteTable, Server};
 
 /// A request as far as routes look at it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,6 +79,17 @@ pub fn explain(table: &RouteTable, question: &Question) -> Vec<String> {
         lines.push(format!("answered by a redirect to {scheme}://{other}{path}: {known} is only its other name (from-to-www-redirect)"));
         return lines;
     }
+    if let Some((known, Server { passthrough: Some(passed), .. })) = candidates.first().filter(|_| *https) {
+        let Passthrough { backend: key, origin, proxy_protocol } = passed;
+        lines.push(format!("taken by {origin}: host {known}, whatever the path"));
+        let header =
+            proxy_protocol.map(|version| format!(", after a PROXY header {version}")).unwrap_or_default();
+        lines.push(format!(
+            "its TLS is passed on as it is{header}: annotation ssl-passthrough, no other does anything"
+        ));
+        backend(table, key, &mut lines);
+        return lines;
+    }
     if candidates.is_empty() {
         lines.push(format!("404: no rule has the host {host}, and none is for every host"));
         return lines;
@@ -94,7 +105,11 @@ pub fn explain(table: &RouteTable, question: &Question) -> Vec<String> {
 fn taken(table: &RouteTable, question: &Question, host: &Host, route: &Route, lines: &mut Vec<String>) {
     lines.push(format!("taken by {}: host {host}, path {}", route.origin, route.matcher));
     if route.to_https && !question.https {
-        lines.push("answered by a redirect to https (308): the annotations ssl-redirect and force-ssl-redirect decide that".to_owned());
+        let why = match route.settings.ssl_passthrough {
+            true => "TLS of this host is passed on by the annotation ssl-passthrough",
+            false => "the annotations ssl-redirect and force-ssl-redirect decide that",
+        };
+        lines.push(format!("answered by a redirect to https (308): {why}"));
         return;
     }
     if question.path == "/"
@@ -166,17 +181,14 @@ pub fn routes(table: &RouteTable) -> String {
         if let Some(other) = &server.redirect_to {
             text.push_str(&format!("  redirected to {other}\n"));
         }
+        if let Some(Passthrough { backend, origin, proxy_protocol }) = &server.passthrough {
+            let header = proxy_protocol.map(|version| format!(", PROXY {version}")).unwrap_or_default();
+            let backend = described(table, backend);
+            text.push_str(&format!("  TLS as it is -> {backend}{header}, {origin}\n"));
+        }
         for route in &server.routes {
             let what = match &route.action {
-                Action::Forward(key) => {
-                    let state = match table.backends.get(key).map(|backend| &**backend) {
-                        Some(Backend::Endpoints(targets)) => format!("{} endpoints", targets.len()),
-                        Some(Backend::Name(name, port)) => format!("{name}:{port}"),
-                        Some(Backend::Missing(why)) => format!("503: {why}"),
-                        None => "503".to_owned(),
-                    };
-                    format!("{key} ({state})")
-                }
+                Action::Forward(key) => described(table, key),
                 Action::Redirect(redirect) => format!("{} {}", redirect.code, redirect.url),
                 Action::Refuse { status, why } => format!("{status}: {why}"),
             };
@@ -184,6 +196,16 @@ pub fn routes(table: &RouteTable) -> String {
         }
     }
     if text.is_empty() { "There is no route.\n".to_owned() } else { text }
+}
+
+fn described(table: &RouteTable, key: &BackendKey) -> String {
+    let state = match table.backends.get(key).map(|backend| &**backend) {
+        Some(Backend::Endpoints(targets)) => format!("{} endpoints", targets.len()),
+        Some(Backend::Name(name, port)) => format!("{name}:{port}"),
+        Some(Backend::Missing(why)) => format!("503: {why}"),
+        None => "503".to_owned(),
+    };
+    format!("{key} ({state})")
 }
 
 /// Why not another.

@@ -121,7 +121,7 @@ mod tests {
     use std::net::UdpSocket;
 
     use super::*;
-    use crate::kernel::testing::ServiceManager;
+    use crate::kernel::service_manager::ServiceManager;
 
     fn inode(descriptor: impl AsFd) -> String {
         let number = descriptor.as_fd().as_raw_fd();
@@ -132,16 +132,16 @@ mod tests {
     fn the_manager_gets_the_very_socket_with_its_name_and_is_told_to_forget_it() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("notify");
-        let mut manager = ServiceManager::new(&path);
+        let mut manager = ServiceManager::bind(&path).unwrap();
         let store = DescriptorStore::open(path.as_os_str()).unwrap();
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
         store.keep("dns", &socket).unwrap();
-        manager.hear();
+        manager.hear().unwrap();
         let kept: Vec<_> = manager.kept.iter().map(|(name, kept)| (name.as_str(), inode(kept))).collect();
         assert_eq!(kept, [("dns", inode(&socket))]);
         assert_eq!(manager.heard, ["FDSTORE=1\nFDPOLL=0\nFDNAME=dns"]);
         store.forget("dns").unwrap();
-        manager.hear();
+        manager.hear().unwrap();
         assert_eq!(manager.heard[1..], ["FDSTOREREMOVE=1\nFDNAME=dns"]);
         assert!(manager.kept.is_empty());
     }
@@ -172,7 +172,7 @@ mod tests {
     #[test]
     fn descriptors_come_back_with_their_names_to_the_process_they_are_meant_for() {
         let folder = tempfile::tempdir().unwrap();
-        let mut manager = ServiceManager::new(&folder.path().join("notify"));
+        let mut manager = ServiceManager::bind(&folder.path().join("notify")).unwrap();
         let sockets = [(); 3].map(|()| UdpSocket::bind("127.0.0.1:0").unwrap());
         let names = ["b", "a", "b"];
         for (name, socket) in names.iter().zip(&sockets) {
@@ -186,14 +186,15 @@ mod tests {
             let output = output.unwrap();
             (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned())
         };
-        let (ok, said) = manager.start(|command| run(command.arg(&own)));
+        let (ok, said) = manager.start(|command| run(command.arg(&own))).unwrap();
         assert!(ok, "{said}");
         for (name, socket) in names.iter().zip(&sockets) {
             assert!(said.contains(&format!("{name} is {}", inode(socket))), "{said}");
         }
         // A child of it is not who they are meant for.
-        let (ok, said) =
-            manager.start(|command| run(command.args(["sh", "-c", "\"$@\"; exit $?", "sh"]).arg(&own)));
+        let (ok, said) = manager
+            .start(|command| run(command.args(["sh", "-c", "\"$@\"; exit $?", "sh"]).arg(&own)))
+            .unwrap();
         assert!(!ok && !said.contains(" is socket"), "{said}");
     }
 }

@@ -15,6 +15,7 @@ pub mod nflog;
 pub mod nft;
 pub mod route;
 pub mod sealed;
+pub mod service_manager;
 pub mod shaper;
 pub mod stop;
 pub mod sysctl;

@@ -12,6 +12,7 @@ pub mod catalog;
 mod read;
 mod settings;
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use weft_model::Reason;
@@ -19,16 +20,30 @@ use weft_model::ingress::ANNOTATION_PREFIX;
 
 pub use settings::{
     Affinity, AffinityCookie, BackendProtocol, BasicAuth, Canary, ClientTls, Cors, ForwardAuth, HttpRedirect,
-    Limits, Mirror, Pace, Retry, RetryOn, SameSite, Satisfy, Settings, UpstreamTls, VerifyClient,
+    Limits, Mirror, Pace, ProxyVersion, Retry, RetryOn, SameSite, Satisfy, Settings, UpstreamTls,
+    VerifyClient,
 };
 
 use catalog::Support;
 use read::Reader;
 
+/// Weft's own annotations begin so.
+const OWN_PREFIX: &str = "weft.network/";
+/// The only one of them that an Ingress may have.
+const PROXY_PROTOCOL: &str = "weft.network/proxy-protocol";
+
+/// ingress-nginx's go without their prefix here, others by their whole name.
+fn full_name(name: &str) -> Cow<'_, str> {
+    match name.contains('/') {
+        true => name.into(),
+        false => format!("{ANNOTATION_PREFIX}{name}").into(),
+    }
+}
+
 /// What there is to say about one annotation.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Finding {
-    /// Without the prefix.
+    /// Without the prefix of ingress-nginx.
     pub annotation: String,
     pub severity: Severity,
     /// What is wrong and what to do, as the rest of a sentence that begins with the annotation.
@@ -61,7 +76,7 @@ impl Severity {
 impl Finding {
     /// The whole sentence.
     pub fn sentence(&self) -> String {
-        format!("annotation {ANNOTATION_PREFIX}{} {}", self.annotation, self.message)
+        format!("annotation {} {}", full_name(&self.annotation), self.message)
     }
 }
 
@@ -77,13 +92,48 @@ pub fn parse(annotations: &BTreeMap<String, String>) -> Parsed {
     let mut reader = Reader::new(annotations);
     let settings = settings::read(&mut reader);
     let mut findings = reader.findings;
-    findings.extend(names(annotations).filter_map(of_name));
+    let names = || annotations.keys().filter_map(|key| key.strip_prefix(ANNOTATION_PREFIX));
+    match settings.ssl_passthrough {
+        false => findings.extend(names().filter_map(of_name)),
+        true => {
+            findings.extend(names().filter(|name| catalog::find(name).is_none()).filter_map(of_name));
+            findings.extend(passed_over(annotations));
+        }
+    }
+    let own = annotations.keys().filter(|key| key.starts_with(OWN_PREFIX) && *key != PROXY_PROTOCOL);
+    findings.extend(own.map(|key| Finding {
+        annotation: key.clone(),
+        severity: Severity::Unknown,
+        message: format!(
+            "does not exist for an Ingress and changes nothing: the only one is {PROXY_PROTOCOL}"
+        ),
+    }));
     findings.sort();
     Parsed { settings, findings }
 }
 
-fn names(annotations: &BTreeMap<String, String>) -> impl Iterator<Item = &str> {
-    annotations.keys().filter_map(|key| key.strip_prefix(ANNOTATION_PREFIX))
+/// What `ssl-passthrough` makes of those beside it: nothing, but for those that say what happens anyway.
+fn passed_over(annotations: &BTreeMap<String, String>) -> Option<Finding> {
+    let agrees = |name: &str, value: &str| match name {
+        "ssl-passthrough" | "backend-protocol" => true,
+        "ssl-redirect" | "force-ssl-redirect" => value != "false",
+        _ => false,
+    };
+    let named =
+        annotations.iter().filter_map(|(key, value)| Some((key.strip_prefix(ANNOTATION_PREFIX)?, value)));
+    let lost: Vec<&str> = named
+        .filter(|(name, value)| catalog::find(name).is_some() && !agrees(name, value))
+        .map(|(name, _)| name)
+        .collect();
+    (!lost.is_empty()).then(|| Finding {
+        annotation: "ssl-passthrough".to_owned(),
+        severity: Severity::NotSupported,
+        message: format!(
+            "passes TLS on as it is, so what reads or changes requests does nothing beside it: remove {}, or end TLS here \
+             without ssl-passthrough",
+            lost.join(", ")
+        ),
+    })
 }
 
 /// What its name alone says, whatever the value.

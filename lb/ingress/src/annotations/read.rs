@@ -5,9 +5,8 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use regex::Regex;
-use weft_model::ingress::ANNOTATION_PREFIX;
 
-use super::{Finding, Severity};
+use super::{Finding, Severity, full_name};
 
 /// The annotations of one Ingress while they are read.
 pub(super) struct Reader<'a> {
@@ -24,7 +23,7 @@ impl<'a> Reader<'a> {
 
     /// The value as it was written, without blanks around it; one that is empty says nothing.
     pub(super) fn text(&self, name: &str) -> Option<&'a str> {
-        let text = self.annotations.get(&format!("{ANNOTATION_PREFIX}{name}"))?.trim();
+        let text = self.annotations.get(&*full_name(name))?.trim();
         (!text.is_empty()).then_some(text)
     }
 

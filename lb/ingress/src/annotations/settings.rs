@@ -6,6 +6,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use super::PROXY_PROTOCOL;
 use super::read::{Reader, is_token};
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,7 +43,11 @@ pub struct Settings {
     pub upstream_vhost: Option<String>,
     pub server_aliases: Vec<String>,
     pub service_upstream: bool,
+    /// TLS goes to the backend as it is; every other annotation of ingress-nginx then has its default.
     pub ssl_passthrough: bool,
+    /// `weft.network/proxy-protocol`: what a backend that gets TLS as it is hears first.
+    #[serde(default)]
+    pub proxy_protocol: Option<ProxyVersion>,
     pub x_forwarded_prefix: Option<String>,
     pub client_tls: Option<ClientTls>,
     pub retry: Retry,
@@ -214,6 +219,22 @@ pub struct Mirror {
     pub body: bool,
 }
 
+/// Version of the PROXY protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ProxyVersion {
+    V1,
+    V2,
+}
+
+impl std::fmt::Display for ProxyVersion {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::V1 => "v1",
+            Self::V2 => "v2",
+        })
+    }
+}
+
 /// What an answer may be sent at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pace {
@@ -227,7 +248,21 @@ const CORS_HEADERS: &str = "DNT,Keep-Alive,User-Agent,X-Requested-With,If-Modifi
 /// `proxy-body-size` (nginx's client_max_body_size, as ingress-nginx sets it).
 const BODY_LIMIT_BYTES: u64 = 1 << 20;
 
+/// With `ssl-passthrough` nobody reads the others.
 pub(super) fn read(r: &mut Reader<'_>) -> Settings {
+    let ssl_passthrough = r.flag("ssl-passthrough", false);
+    let proxy_protocol = r.word(PROXY_PROTOCOL, &[("v1", ProxyVersion::V1), ("v2", ProxyVersion::V2)]);
+    if ssl_passthrough {
+        return Settings { ssl_passthrough, proxy_protocol, ..Settings::default() };
+    }
+    if proxy_protocol.is_some() {
+        let instead = "changes nothing without ssl-passthrough: backends of requests get X-Forwarded-For";
+        r.differs(PROXY_PROTOCOL, instead);
+    }
+    of_requests(r)
+}
+
+fn of_requests(r: &mut Reader<'_>) -> Settings {
     let rewrite_target = r.text("rewrite-target").map(str::to_owned);
     let settings = Settings {
         use_regex: r.flag("use-regex", false),
@@ -259,7 +294,8 @@ pub(super) fn read(r: &mut Reader<'_>) -> Settings {
         upstream_vhost: r.header_value("upstream-vhost"),
         server_aliases: server_aliases(r),
         service_upstream: r.flag("service-upstream", false),
-        ssl_passthrough: r.flag("ssl-passthrough", false),
+        ssl_passthrough: false,
+        proxy_protocol: None,
         x_forwarded_prefix: r.header_value("x-forwarded-prefix"),
         client_tls: client_tls(r),
         retry: retry(r),

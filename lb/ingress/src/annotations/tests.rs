@@ -236,3 +236,58 @@ fn annotations_of_others_are_none_of_our_business() {
     let foreign = BTreeMap::from([("cert-manager.io/cluster-issuer".to_owned(), "le".to_owned())]);
     assert!(parse(&foreign).findings.is_empty());
 }
+
+#[test]
+fn beside_ssl_passthrough_the_others_do_nothing_and_that_is_told() {
+    let alone =
+        settings(&[("ssl-passthrough", "true"), ("ssl-redirect", "true"), ("backend-protocol", "HTTPS")]);
+    assert_eq!(alone, Settings { ssl_passthrough: true, ..Settings::default() });
+    // One that closes a route elsewhere has nothing to close here.
+    let (severity, sentence) = complaint(&[
+        ("ssl-passthrough", "true"),
+        ("auth-type", "digest"),
+        ("whitelist-source-range", "office"),
+        ("ssl-redirect", "false"),
+    ]);
+    assert_eq!(severity, Severity::NotSupported);
+    assert!(
+        sentence.contains("remove auth-type, ssl-redirect, whitelist-source-range, or end TLS here"),
+        "{sentence}"
+    );
+    let unknown = complaint(&[("ssl-passthrough", "true"), ("rate-limit", "1")]);
+    assert_eq!(unknown.0, Severity::Unknown);
+    assert_eq!(complaint(&[("ssl-passthrough", "both")]).0, Severity::Invalid);
+}
+
+#[test]
+fn the_proxy_header_for_backends_has_two_versions_and_goes_with_ssl_passthrough() {
+    let parsed = |annotations: &[(&str, &str)]| {
+        parse(&annotations.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect())
+    };
+    let passthrough = ("nginx.ingress.kubernetes.io/ssl-passthrough", "true");
+    let good = parsed(&[passthrough, ("weft.network/proxy-protocol", "v2")]);
+    assert_eq!((good.settings.proxy_protocol, good.findings), (Some(ProxyVersion::V2), vec![]));
+    for (annotations, severity, part) in [
+        (
+            &[passthrough, ("weft.network/proxy-protocol", "3")][..],
+            Severity::Invalid,
+            "\"3\" is none of v1, v2",
+        ),
+        (
+            &[("weft.network/proxy-protocol", "v1")],
+            Severity::NotSupported,
+            "changes nothing without ssl-passthrough",
+        ),
+        (&[("weft.network/proxy", "v1")], Severity::Unknown, "the only one is weft.network/proxy-protocol"),
+    ] {
+        let parsed = parsed(annotations);
+        assert_eq!(parsed.settings.proxy_protocol, None);
+        let [finding] = &parsed.findings[..] else { panic!("{parsed:#?}") };
+        let sentence = finding.sentence();
+        assert_eq!(finding.severity, severity);
+        assert!(
+            sentence.starts_with("annotation weft.network/proxy") && sentence.contains(part),
+            "{sentence}"
+        );
+    }
+}

@@ -10,7 +10,8 @@ use weft_model::{NamespacedName, ObjectRef, Problem, Reason};
 use super::Claimed;
 use super::materials::Materials;
 use super::table::{
-    Action, BackendKey, CanaryBranch, Host, Origin, PathMatch, Route, RouteMaterials, Server, expression,
+    Action, BackendKey, CanaryBranch, Host, Origin, Passthrough, PathMatch, Route, RouteMaterials, Server,
+    expression,
 };
 use crate::annotations::Settings;
 
@@ -39,6 +40,7 @@ struct Claim {
 /// Collects the claims of all Ingresses.
 struct Collector<'a, 'b> {
     claims: BTreeMap<Place, Claim>,
+    passed: BTreeMap<Host, Passthrough>,
     wanted: BTreeMap<BackendKey, Wanted>,
     materials: &'a mut Materials<'b>,
     problems: &'a mut Vec<Problem>,
@@ -51,8 +53,13 @@ impl Claims {
         materials: &mut Materials<'_>,
         problems: &mut Vec<Problem>,
     ) -> Self {
-        let mut collector =
-            Collector { claims: BTreeMap::new(), wanted: BTreeMap::new(), materials, problems };
+        let mut collector = Collector {
+            claims: BTreeMap::new(),
+            passed: BTreeMap::new(),
+            wanted: BTreeMap::new(),
+            materials,
+            problems,
+        };
         let (canaries, mains): (Vec<_>, Vec<_>) =
             claimed.iter().partition(|one| one.parsed.settings.canary.is_some());
         for one in &mains {
@@ -63,8 +70,11 @@ impl Claims {
         }
         collector.alias(&mains);
         let expressions = expression_hosts(claimed);
-        let Collector { claims, wanted, problems, .. } = collector;
+        let Collector { claims, passed, wanted, problems, .. } = collector;
         let mut hosts = servers(claims, &expressions, problems);
+        for (host, passthrough) in passed {
+            hosts.entry(host).or_default().passthrough = Some(passthrough);
+        }
         redirect_www(&mains, &mut hosts);
         Self { hosts, wanted }
     }
@@ -124,7 +134,17 @@ impl Collector<'_, '_> {
             self.problems.push(Problem::new(one.object(), Reason::Conflict, message));
             return;
         }
-        let action = self.action(one, base, &field, &path.backend);
+        let passes = base.settings.ssl_passthrough;
+        let action = match passes {
+            true => match self.pass(one, base, &host, &field, path) {
+                Some(action) => action,
+                None => return,
+            },
+            false => {
+                self.tell_of_passthrough(one, &host, &field);
+                self.action(one, base, &field, &path.backend)
+            }
+        };
         let fallback = base.fallback.clone();
         if let Some(key) = &fallback {
             self.want(key, one.object(), "the annotation default-backend".to_owned());
@@ -138,9 +158,75 @@ impl Collector<'_, '_> {
             fallback,
             settings: base.settings.clone(),
             materials: base.materials.clone(),
-            to_https: to_https(&one.ingress, &base.settings, &host),
+            to_https: passes || to_https(&one.ingress, &base.settings, &host),
         };
         self.claims.insert(place, Claim { route, written: path.path.clone() });
+    }
+
+    /// Gives the host's TLS to the backend, and says what becomes of requests over HTTP. A path that nobody sees is no claim.
+    fn pass(
+        &mut self,
+        one: &Claimed,
+        base: &Base,
+        host: &Host,
+        field: &str,
+        path: &IngressPath,
+    ) -> Option<Action> {
+        let mut told = |reason, message: String| {
+            self.problems.push(Problem::new(one.object(), reason, format!("{field}: {message}")));
+        };
+        if !matches!(path.path.as_str(), "" | "/") {
+            let path = &path.path;
+            told(
+                Reason::InvalidField,
+                format!(
+                    "with ssl-passthrough nobody here sees a path, so {path} changes nothing; only / does"
+                ),
+            );
+            return None;
+        }
+        let refuse = |why: String| Some(Action::Refuse { status: 503, why });
+        let holder = self
+            .claims
+            .iter()
+            .find(|(place, claim)| place.host == *host && claim.route.origin.ingress != one.ingress.key);
+        if *host == Host::Any {
+            let why = "ssl-passthrough needs a host: TLS is passed on by the name that the client asks for";
+            told(Reason::InvalidField, format!("{why}; name one, requests get 503 meanwhile"));
+            return refuse(why.to_owned());
+        }
+        if let Some((_, claim)) = holder {
+            let why = format!("TLS of {host} is ended here for the older {}", claim.route.origin);
+            told(
+                Reason::Conflict,
+                format!(
+                    "{why}, so it is not passed on and requests get 503; take another host or remove that one"
+                ),
+            );
+            return refuse(why);
+        }
+        let action = self.action(one, base, field, &path.backend);
+        let Action::Forward(backend) = action else { return Some(action) };
+        let origin = Origin { ingress: one.ingress.key.clone(), field: field.to_owned() };
+        let proxy_protocol = base.settings.proxy_protocol;
+        self.passed.insert(host.clone(), Passthrough { backend, origin, proxy_protocol });
+        // A client that has a connection for another name may ask here (RFC 9110 15.5.20).
+        Some(Action::Refuse {
+            status: 421,
+            why: "TLS of this host is passed on to its backend as it is".to_owned(),
+        })
+    }
+
+    /// A younger rule for a host whose TLS is passed on.
+    fn tell_of_passthrough(&mut self, one: &Claimed, host: &Host, field: &str) {
+        if let Some(passed) = self.passed.get(host) {
+            let message = format!(
+                "{field}: TLS of {host} is passed on as it is by the older {}, so only requests without TLS come here; take \
+                 another host or remove one of the two",
+                passed.origin
+            );
+            self.problems.push(Problem::new(one.object(), Reason::Conflict, message));
+        }
     }
 
     fn action(&mut self, one: &Claimed, base: &Base, field: &str, backend: &IngressBackend) -> Action {
@@ -191,6 +277,9 @@ impl Collector<'_, '_> {
                         Some(first) => Some(format!(
                             "{field}: {host}{} has the canary of {} already, and one is all that a rule has; remove one",
                             path.path, first.origin
+                        )),
+                        None if self.passed.contains_key(&host) => Some(format!(
+                            "{field}: TLS of {host} is passed on as it is, so there is nothing to be the canary of; remove it"
                         )),
                         None => {
                             claim.route.canary =
@@ -336,7 +425,7 @@ fn servers(
     }
     let server = |mut routes: Vec<Route>| {
         routes.sort_by(|a, b| a.matcher.order().cmp(&b.matcher.order()));
-        Server { routes: routes.into_iter().map(Arc::new).collect(), redirect_to: None }
+        Server { routes: routes.into_iter().map(Arc::new).collect(), ..Server::default() }
     };
     hosts.into_iter().map(|(host, routes)| (host, server(routes))).collect()
 }
@@ -357,7 +446,7 @@ fn redirect_www(mains: &[&Claimed], hosts: &mut BTreeMap<Host, Server>) {
                 Some(bare) => bare.to_owned(),
                 None => format!("www.{name}"),
             };
-            let redirect = Server { routes: Vec::new(), redirect_to: Some(name.to_owned()) };
+            let redirect = Server { redirect_to: Some(name.to_owned()), ..Server::default() };
             hosts.entry(Host::Exact(other)).or_insert(redirect);
         }
     }

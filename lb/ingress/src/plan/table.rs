@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use weft_model::NamespacedName;
 use weft_model::ingress::{Bytes, Front, Observe, Reference};
 
-use crate::annotations::{Canary, HttpRedirect, Settings};
+use crate::annotations::{Canary, HttpRedirect, ProxyVersion, Settings};
 
 /// Everything that the ingress of one node does. Written and read by [`RouteTable::encode`] and [`RouteTable::decode`] alone.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -159,6 +159,18 @@ pub struct Server {
     pub routes: Vec<Arc<Route>>,
     /// Another name of the same host: requests are redirected to it (`from-to-www-redirect`).
     pub redirect_to: Option<String>,
+    /// Connections for this host over TLS are not for the routes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub passthrough: Option<Passthrough>,
+}
+
+/// TLS that goes to a backend as it is (`ssl-passthrough`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Passthrough {
+    pub backend: BackendKey,
+    pub origin: Origin,
+    /// The backend hears first whose connection it is.
+    pub proxy_protocol: Option<ProxyVersion>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

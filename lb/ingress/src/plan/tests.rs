@@ -562,3 +562,79 @@ fn an_explanation_names_object_rule_endpoints_and_why_not_another() {
     let nowhere = explain(&planned.plan, &Question::new("GET", "http://b.example/").unwrap());
     assert_eq!(nowhere[1], "404: no rule has the host b.example, and none is for every host");
 }
+
+fn passing(name: &str, day: u8, host: Option<&str>, paths: &[Value]) -> Value {
+    ingress_of(name, day, json!({"ssl-passthrough": "true"}), rules(host, paths))
+}
+
+/// ingress-nginx: the path / decides, the older Ingress of a host says whether its TLS is passed on.
+#[test]
+fn tls_of_a_host_is_passed_on_where_its_older_ingress_says_so() {
+    let root = || path("Prefix", "/", "vault");
+    let mut told = passing("vault", 1, Some("v.example"), &[root(), path("Prefix", "/api", "web")]);
+    told["metadata"]["annotations"]["weft.network/proxy-protocol"] = json!("v1");
+    let planned = plan(vec![
+        service("vault"),
+        slice("vault", &[("10.1.0.2", true, false)]),
+        service("web"),
+        told,
+        passing("wild", 1, Some("*.w.example"), &[path("ImplementationSpecific", "", "vault")]),
+        ingress_of("late", 2, json!({}), rules(Some("v.example"), &[path("Prefix", "/x", "web")])),
+        ingress_of(
+            "next",
+            2,
+            json!({"canary": "true", "canary-weight": "1"}),
+            rules(Some("v.example"), &[root()]),
+        ),
+        ingress_of("first", 1, json!({}), rules(Some("e.example"), &[path("Prefix", "/x", "web")])),
+        passing("second", 2, Some("e.example"), &[root()]),
+        passing("any", 1, None, &[root()]),
+    ]);
+    let passed = |host: &str| planned.plan.hosts[&Host::of(Some(host))].passthrough.as_ref();
+    let vault = passed("v.example").unwrap();
+    assert_eq!(vault.origin.to_string(), "Ingress default/vault spec.rules[0].http.paths[0]");
+    assert_eq!(vault.proxy_protocol, Some(crate::annotations::ProxyVersion::V1));
+    assert!(
+        matches!(&*planned.plan.backends[&vault.backend], Backend::Endpoints(targets) if targets.len() == 1)
+    );
+    assert!(passed("*.w.example").is_some() && passed("e.example").is_none());
+    for (url, expected) in [
+        ("http://v.example/api", "https"),
+        ("https://v.example/api", "421"),
+        ("http://v.example/x", "web"),
+        ("http://a.w.example/", "https"),
+        ("https://e.example/x", "web"),
+        ("https://e.example/", "503"),
+        ("https://other.example/", "503"),
+    ] {
+        assert_eq!(answer(&planned, url).as_str(), expected, "{url}");
+    }
+    let messages = messages(&planned);
+    for (ingress, part) in [
+        ("vault", "paths[1]: with ssl-passthrough nobody here sees a path, so /api changes nothing"),
+        ("late", "TLS of v.example is passed on as it is by the older Ingress default/vault"),
+        ("next", "so there is nothing to be the canary of"),
+        ("second", "TLS of e.example is ended here for the older Ingress default/first"),
+        ("any", "ssl-passthrough needs a host"),
+    ] {
+        let about = format!("Ingress default/{ingress}: ");
+        let found = messages.iter().filter(|told| told.starts_with(&about)).collect::<Vec<_>>();
+        assert!(found.len() == 1 && found[0].contains(part), "{ingress}: {messages:#?}");
+    }
+    assert_eq!(messages.len(), 5, "{messages:#?}");
+    let text = planned.plan.encode().unwrap();
+    assert_eq!(RouteTable::decode(&text).unwrap(), planned.plan);
+    let story = |url: &str| explain(&planned.plan, &Question::new("GET", url).unwrap()).join("\n");
+    assert_eq!(
+        story("https://v.example/x"),
+        "GET https://v.example/x\n\
+         taken by Ingress default/vault spec.rules[0].http.paths[0]: host v.example, whatever the path\n\
+         its TLS is passed on as it is, after a PROXY header v1: annotation ssl-passthrough, no other does anything\n\
+         backend default/vault:80: one of\n  \
+           10.1.0.2:8080 Pod default/p on node-b"
+    );
+    assert!(story("http://v.example/").contains("(308): TLS of this host is passed on"));
+    let listed = crate::explain::routes(&planned.plan);
+    let line = "  TLS as it is -> default/vault:80 (1 endpoints), PROXY v1, Ingress default/vault spec.rules[0].http.paths[0]\n";
+    assert!(listed.contains(line), "{listed}");
+}

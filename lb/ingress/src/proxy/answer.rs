@@ -1,7 +1,6 @@
 //! What becomes of one request: refused, redirected, asked who it is, forwarded; in the order of nginx's phases.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
@@ -13,16 +12,19 @@ use jiff::Timestamp;
 use rustls::pki_types::CertificateDer;
 
 use super::access;
+use super::arriving::Arriving;
 use super::balance::Choice;
-use super::body::{Body, Upload};
+use super::body::Body;
 use super::compiled::{Compiled, CompiledRoute, Found, Upstream};
 use super::forward::{self, Answered, Plan, address, forward};
 use super::front::{self, Client};
 use super::hygiene::{self, Admitted};
 use super::limits::{self, Counted};
+use super::listen::Patience;
 use super::log::{self, Line, Record};
 use super::select::{cookie, holds, select};
 use super::stats::Refused;
+use super::upload::{Fault, Upload};
 use super::variables::{self, as_path, escaped, target};
 use super::{Worker, authenticate, mirror};
 use crate::annotations::Settings;
@@ -34,11 +36,14 @@ pub(super) struct Peer {
     pub(super) client: SocketAddr,
     /// The port that the client asked.
     pub(super) port: u16,
+    /// The address and port that it asked, where a load balancer's PROXY header names them.
+    pub(super) asked: Option<SocketAddr>,
     pub(super) https: bool,
     /// What the client showed, its own certificate first.
     pub(super) certificates: Vec<CertificateDer<'static>>,
     /// Subject and issuer of that one, where they can be read.
     pub(super) names: Option<(String, String)>,
+    pub(super) patience: Patience,
     /// Counts the connection, and what became of it, among those that a drain waits for.
     pub(super) open: Option<Arc<()>>,
 }
@@ -67,19 +72,28 @@ struct Via {
 
 /// Never fails: what goes wrong has its status.
 pub(super) async fn answer(worker: &Worker, peer: &Peer, request: Request<Incoming>) -> Response<Body> {
+    let version = request.version();
+    let request = Arriving::of(request);
     let compiled = worker.proxy.compiled.load_full();
     let client = front::client(&compiled.front, peer, request.headers());
     let mut record = record(worker, &compiled, &client, &request);
     let mut response = match admit(worker, &request) {
         Ok(admitted) => by_route(worker, peer, request, (&compiled, admitted, client), &mut record).await,
-        Err(status) => plain(status),
+        Err(status) => {
+            let mut response = plain(status);
+            // Whoever sends this may see the next message begin elsewhere (RFC 9112 6.3); HTTP/2 has no such field.
+            if matches!(version, Version::HTTP_10 | Version::HTTP_11) {
+                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
+            response
+        }
     };
     record.status = response.status();
     response.body_mut().follow(record);
     response
 }
 
-fn admit(worker: &Worker, request: &Request<Incoming>) -> Result<Admitted, StatusCode> {
+fn admit(worker: &Worker, request: &Request<Arriving>) -> Result<Admitted, StatusCode> {
     let admitted = hygiene::admit(request.method(), request.uri(), request.version(), request.headers());
     admitted.map_err(|refusal| {
         worker.proxy.standing.stats.refuse(refusal.counted());
@@ -87,7 +101,7 @@ fn admit(worker: &Worker, request: &Request<Incoming>) -> Result<Admitted, Statu
     })
 }
 
-fn record(worker: &Worker, compiled: &Compiled, client: &Client, request: &Request<Incoming>) -> Record {
+fn record(worker: &Worker, compiled: &Compiled, client: &Client, request: &Request<Arriving>) -> Record {
     let text = |name: HeaderName| {
         request.headers().get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned())
     };
@@ -126,7 +140,7 @@ fn record(worker: &Worker, compiled: &Compiled, client: &Client, request: &Reque
 async fn by_route(
     worker: &Worker,
     peer: &Peer,
-    request: Request<Incoming>,
+    request: Request<Arriving>,
     (compiled, mut admitted, mut client): (&Compiled, Admitted, Client),
     record: &mut Record,
 ) -> Response<Body> {
@@ -156,7 +170,7 @@ async fn by_route(
     response
 }
 
-async fn taken_answer(taken: &Taken<'_>, request: Request<Incoming>) -> Response<Body> {
+async fn taken_answer(taken: &Taken<'_>, request: Request<Arriving>) -> Response<Body> {
     let origin =
         request.headers().get(header::ORIGIN).and_then(|origin| origin.to_str().ok()).map(str::to_owned);
     let settings = &taken.route.route.settings;
@@ -182,7 +196,7 @@ async fn taken_answer(taken: &Taken<'_>, request: Request<Incoming>) -> Response
 }
 
 /// nginx's rewrite phase: what is answered without asking who it is.
-fn early(taken: &Taken<'_>, request: &Request<Incoming>, preflight: bool) -> Option<Response<Body>> {
+fn early(taken: &Taken<'_>, request: &Request<Arriving>, preflight: bool) -> Option<Response<Body>> {
     let (route, settings) = (&taken.route.route, &taken.route.route.settings);
     if taken.route.closed.is_some() {
         return Some(plain(StatusCode::SERVICE_UNAVAILABLE));
@@ -220,7 +234,7 @@ fn variables<'a, B>(taken: &'a Taken<'_>, request: &'a Request<B>) -> variables:
 }
 
 /// Limits, access, then the backend.
-async fn late(taken: &Taken<'_>, mut request: Request<Incoming>) -> Response<Body> {
+async fn late(taken: &Taken<'_>, mut request: Request<Arriving>) -> Response<Body> {
     let settings = &taken.route.route.settings;
     let client = taken.client.address;
     let Ok(counted) = limits::admit(&taken.route.clients, &settings.limits, client, Instant::now()) else {
@@ -317,7 +331,7 @@ fn pem(certificate: &CertificateDer<'_>) -> String {
 /// To the backend; where it has no endpoint, or an answer of `custom-http-errors`, to the fallback.
 async fn backend(
     taken: &Taken<'_>,
-    mut request: Request<Incoming>,
+    mut request: Request<Arriving>,
     counted: Option<Counted>,
 ) -> Response<Body> {
     let settings = &taken.route.route.settings;
@@ -343,7 +357,8 @@ async fn backend(
         let has_body = !http_body::Body::is_end_stream(&incoming);
         mirror::start(taken.worker, mirror, &request, (&head.headers, has_body))
     });
-    let body = Body::request(incoming, settings.body_limit_bytes, upload.clone(), copy);
+    let body =
+        Body::request(incoming, settings.body_limit_bytes, taken.peer.patience.body, upload.clone(), copy);
     let Some((upstream, held)) = select(&taken.route, &head.headers) else {
         return plain(StatusCode::SERVICE_UNAVAILABLE);
     };
@@ -366,8 +381,8 @@ async fn backend(
     let agent = settings.affinity.as_ref().and_then(|_| head.headers.get(header::USER_AGENT).cloned());
     let plan = plan(taken, &upstream, choice, upload.clone());
     let answered = forward(&plan, head, body).await;
-    if upload.exceeded.load(Ordering::Relaxed) {
-        return plain(StatusCode::PAYLOAD_TOO_LARGE);
+    if let Some(fault) = upload.fault() {
+        return faulty(fault, from_client);
     }
     match answered {
         Ok(answered) => {
@@ -401,6 +416,16 @@ async fn backend(
     }
 }
 
+/// For a client that did not send its body.
+fn faulty(fault: Fault, http_1: bool) -> Response<Body> {
+    let mut response = plain(fault.status());
+    // RFC 9110 15.5.9; HTTP/2 has no such field.
+    if fault == Fault::Silent && http_1 {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
+}
+
 fn plan<'a>(
     taken: &'a Taken<'_>,
     upstream: &'a Upstream,
@@ -415,6 +440,7 @@ fn plan<'a>(
         choice,
         retry: &settings.retry,
         connect_timeout: settings.connect_timeout,
+        send_timeout: settings.send_timeout,
         read_timeout: settings.read_timeout,
         upload,
     }

@@ -79,6 +79,7 @@ async fn sub_request(question: &Question<'_>) -> Option<Response<()>> {
         choice: Choice::LeastOfTwo,
         retry: &retry,
         connect_timeout: CONNECT,
+        send_timeout: READ,
         read_timeout: READ,
         upload: Arc::default(),
     };

@@ -48,6 +48,11 @@ impl Endpoint {
         self.failures.store(0, Ordering::Relaxed);
     }
 
+    #[cfg(test)]
+    pub(super) fn has_failed(&self) -> bool {
+        self.is_ejected() || self.failures.load(Ordering::Relaxed) > 0
+    }
+
     pub(super) fn failed(&self) {
         if self.failures.fetch_add(1, Ordering::Relaxed) + 1 >= FAILURES {
             let until = self.now() + u64::try_from(EJECTED.as_millis()).unwrap_or(u64::MAX);

@@ -2,7 +2,6 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
@@ -12,7 +11,9 @@ use hyper::body::Incoming;
 use tokio::sync::mpsc;
 use tokio::time::Sleep;
 
+use super::arriving::Arriving;
 use super::log::Record;
+use super::upload::{Fault, Turn, Upload};
 use crate::annotations::Pace;
 
 #[derive(Debug, thiserror::Error)]
@@ -31,7 +32,7 @@ pub(super) enum BodyError {
 pub(super) enum Body {
     Empty,
     Text(Option<Bytes>),
-    Request(Limited),
+    Request(Box<Limited>),
     Answer(Box<Timed>),
     /// Of a mirrored request: the pieces of the request's body as they pass.
     Copy(mpsc::Receiver<Piece>),
@@ -46,21 +47,14 @@ fn due(pace: Pace, sent_bytes: u64) -> Duration {
     Duration::from_millis(beyond.saturating_mul(1000) / pace.bytes_per_second.max(1))
 }
 
-/// A request's body: at most `left` bytes of it pass.
+/// A request's body: at most `left` bytes of it pass, with no longer than `patience` between two pieces until the answer begins.
 pub(super) struct Limited {
-    inner: Incoming,
+    inner: Arriving,
     left: u64,
+    patience: Duration,
+    timer: Option<Pin<Box<Sleep>>>,
     upload: Arc<Upload>,
     copy: Option<mpsc::Sender<Piece>>,
-}
-
-/// What became of a request's body so far.
-#[derive(Default)]
-pub(super) struct Upload {
-    /// The limit was exceeded.
-    pub(super) exceeded: AtomicBool,
-    /// Pieces that were read; while it grows, nobody waits for the backend.
-    pub(super) pieces: AtomicU64,
 }
 
 /// An answer's body: no longer than `patience` between two reads. What `held` keeps lives as long as the body is read.
@@ -107,15 +101,18 @@ impl Body {
 
     /// A limit of `None` is unlimited.
     pub(super) fn request(
-        inner: Incoming,
+        inner: Arriving,
         limit_bytes: Option<u64>,
+        patience: Duration,
         upload: Arc<Upload>,
         copy: Option<mpsc::Sender<Piece>>,
     ) -> Self {
         if inner.is_end_stream() {
             return Self::Empty;
         }
-        Self::Request(Limited { inner, left: limit_bytes.unwrap_or(u64::MAX), upload, copy })
+        upload.turn(Turn::Backend);
+        let left = limit_bytes.unwrap_or(u64::MAX);
+        Self::Request(Box::new(Limited { inner, left, patience, timer: None, upload, copy }))
     }
 
     pub(super) fn answer(
@@ -159,29 +156,48 @@ impl Limited {
     }
 
     fn poll(&mut self, context: &mut Context<'_>) -> Polled {
-        let frame = match ready!(Pin::new(&mut self.inner).poll_frame(context)) {
-            Some(Ok(frame)) => frame,
-            Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
-            None => {
+        let frame = match Pin::new(&mut self.inner).poll_frame(context) {
+            Poll::Ready(Some(Ok(frame))) => frame,
+            Poll::Ready(Some(Err(error))) => {
+                self.upload.fail(Fault::Broken);
+                return Poll::Ready(Some(Err(error.into())));
+            }
+            Poll::Ready(None) => {
+                self.upload.turn(Turn::Over);
                 self.copied(None);
                 return Poll::Ready(None);
             }
+            Poll::Pending => {
+                self.upload.turn(Turn::Client);
+                // Whoever waits for the rest of the answer waits for this too.
+                if self.upload.is_answered() {
+                    return Poll::Pending;
+                }
+                let patience = self.patience;
+                let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(patience)));
+                ready!(timer.as_mut().poll(context));
+                self.upload.fail(Fault::Silent);
+                self.inner.leave();
+                return Poll::Ready(Some(Err(BodyError::Timeout(patience))));
+            }
         };
+        self.timer = None;
         let length = frame.data_ref().map_or(0, |data| data.len() as u64);
         match self.left.checked_sub(length) {
             Some(left) => {
                 self.left = left;
-                self.upload.pieces.fetch_add(1, Ordering::Relaxed);
+                let ended = self.inner.is_end_stream();
+                self.upload.turn(if ended { Turn::Over } else { Turn::Backend });
                 if let Some(data) = frame.data_ref() {
                     self.copied(Some(data.clone()));
                 }
-                if self.inner.is_end_stream() {
+                if ended {
                     self.copied(None);
                 }
                 Poll::Ready(Some(Ok(frame)))
             }
             None => {
-                self.upload.exceeded.store(true, Ordering::Relaxed);
+                self.upload.fail(Fault::TooLong);
                 Poll::Ready(Some(Err(BodyError::TooLong)))
             }
         }

@@ -19,9 +19,10 @@ use super::mirror::MAX_COPIES;
 use super::pool::{Speech, Tls};
 use super::stats::{RouteLabels, RouteStats, Stats};
 use super::tls::{self, Certificates};
-use crate::annotations::{BackendProtocol, VerifyClient};
+use crate::annotations::{BackendProtocol, ProxyVersion, VerifyClient};
 use crate::plan::table::{
-    Action, Backend, BackendKey, Host, PathMatch, Route, RouteMaterials, RouteTable, Server, expression,
+    Action, Backend, BackendKey, Host, Passthrough, PathMatch, Route, RouteMaterials, RouteTable, Server,
+    expression,
 };
 
 /// What outlives a change of routes.
@@ -76,6 +77,14 @@ pub(super) struct CompiledServer {
     /// Where in it what stands, so that none of many is looked at in vain.
     index: Index,
     pub(super) redirect_to: Option<String>,
+    passed: Option<Arc<Passed>>,
+}
+
+/// Where TLS goes as it is.
+pub(super) struct Passed {
+    pub(super) places: Places,
+    pub(super) proxy_protocol: Option<ProxyVersion>,
+    pub(super) stats: Arc<RouteStats>,
 }
 
 /// Places in a list of routes.
@@ -192,13 +201,23 @@ impl Compiled {
 
     /// The host's own rules, else a wildcard's; where none of their paths is meant, the rules for every host.
     pub(super) fn find(&self, host: &str, path: &str) -> Option<Found<'_>> {
-        let wildcard = || host.split_once('.').and_then(|(_, rest)| self.wildcard.get(rest));
-        let named = self.exact.get(host).or_else(wildcard);
+        let named = self.named(host);
         if let Some(other) = named.and_then(|server| server.redirect_to.as_deref()) {
             return Some(Found::OtherName(other));
         }
         let mut servers = named.into_iter().chain(&self.any);
         servers.find_map(|server| server.find(path)).map(Found::Route)
+    }
+
+    fn named(&self, host: &str) -> Option<&CompiledServer> {
+        let wildcard = || host.split_once('.').and_then(|(_, rest)| self.wildcard.get(rest));
+        self.exact.get(host).or_else(wildcard)
+    }
+
+    /// Where TLS goes whose ClientHello asks for this name, when it is not for this proxy.
+    pub(super) fn passed(&self, name: Option<&str>) -> Option<&Arc<Passed>> {
+        let name = name?.trim_end_matches('.').to_ascii_lowercase();
+        self.named(&name)?.passed.as_ref()
     }
 }
 
@@ -258,7 +277,22 @@ fn server_of(
 ) -> CompiledServer {
     let routes: Vec<_> =
         server.routes.iter().map(|route| Arc::new(route_of(host, route, places, standing))).collect();
-    CompiledServer { index: Index::new(&routes), routes, redirect_to: server.redirect_to.clone() }
+    let passed = server.passthrough.as_ref().map(|passthrough| {
+        let Passthrough { backend, origin, proxy_protocol } = passthrough;
+        let labels = RouteLabels {
+            ingress: origin.ingress.clone(),
+            host: host.to_string(),
+            path: "/".to_owned(),
+            service: backend.service.name.to_string(),
+            canary: String::new(),
+        };
+        Arc::new(Passed {
+            places: places.get(backend).cloned().unwrap_or(Places::None),
+            proxy_protocol: *proxy_protocol,
+            stats: standing.stats.of(labels),
+        })
+    });
+    CompiledServer { index: Index::new(&routes), routes, redirect_to: server.redirect_to.clone(), passed }
 }
 
 fn route_of(
@@ -268,7 +302,7 @@ fn route_of(
     standing: &Standing,
 ) -> CompiledRoute {
     let settings = &route.settings;
-    let mut closed = unable(route);
+    let mut closed = None;
     let speech = speech(route).unwrap_or_else(|_| {
         closed = Some("the TLS of its backends cannot be set up");
         Speech { http2: false, tls: None }
@@ -333,11 +367,6 @@ fn accepts_any(route: &Route) -> bool {
 
 fn verifier(materials: &RouteMaterials) -> Option<Arc<dyn ClientCertVerifier>> {
     tls::client_verifier(&materials.client_authorities.as_ref()?.0).ok()
-}
-
-/// What protects a backend and is not done by this proxy.
-fn unable(route: &Route) -> Option<&'static str> {
-    route.settings.ssl_passthrough.then_some("ssl-passthrough is not supported")
 }
 
 fn speech(route: &Route) -> Result<Speech, tls::TlsError> {

@@ -2,7 +2,6 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use http::header::{self, HeaderValue};
@@ -11,11 +10,12 @@ use http::{Request, Response, StatusCode, Uri, Version};
 use hyper::body::Incoming;
 
 use super::balance::{Choice, Endpoint, Loaded, choose};
-use super::body::{Body, Held, Upload};
+use super::body::{Body, Held};
 use super::compiled::{Places, Standing, Upstream};
 use super::hygiene;
 use super::limits::Counted;
 use super::pool::{Connection, Pool, Speech, UpstreamError};
+use super::upload::Upload;
 use crate::annotations::{Retry, RetryOn};
 
 /// Kept connections of one request that may turn out to be closed by the other side before that counts as a failure.
@@ -29,6 +29,8 @@ pub(super) struct Plan<'a> {
     pub(super) choice: Choice<'a>,
     pub(super) retry: &'a Retry,
     pub(super) connect_timeout: Duration,
+    /// For the backend to take a piece of the request, and to answer or go on answering.
+    pub(super) send_timeout: Duration,
     pub(super) read_timeout: Duration,
     pub(super) upload: Arc<Upload>,
 }
@@ -67,9 +69,9 @@ enum Failed {
 }
 
 /// # Errors
-/// 502, 503 or 504 where no endpoint gives an answer.
+/// 502, 503 or 504 where no endpoint gives an answer; another where the client does not send its body.
 pub(super) async fn forward(plan: &Plan<'_>, head: Parts, body: Body) -> Result<Answered, StatusCode> {
-    let endpoints = endpoints(plan).await?;
+    let endpoints = endpoints(&plan.upstream.places, plan.standing).await?;
     let repeatable = body.is_empty();
     let may_repeat = repeatable
         && (hygiene::is_idempotent(&head.method) || plan.retry.on.contains(&RetryOn::NonIdempotent));
@@ -114,6 +116,10 @@ pub(super) async fn forward(plan: &Plan<'_>, head: Parts, body: Body) -> Result<
             }
             Err(Failed::Broken) if reused && may_repeat && stale < MAX_STALE => stale += 1,
             Err(failed) => {
+                // Not the endpoint's.
+                if let Some(fault) = plan.upload.fault() {
+                    return Err(fault.status());
+                }
                 endpoint.failed();
                 tried.push(endpoint.address);
                 attempts += 1;
@@ -148,14 +154,19 @@ fn of_connect(error: &UpstreamError) -> (StatusCode, RetryOn) {
     }
 }
 
-async fn endpoints(plan: &Plan<'_>) -> Result<Arc<[Arc<Endpoint>]>, StatusCode> {
-    match &plan.upstream.places {
+/// # Errors
+/// 502 or 503 where there is none.
+pub(super) async fn endpoints(
+    places: &Places,
+    standing: &Standing,
+) -> Result<Arc<[Arc<Endpoint>]>, StatusCode> {
+    match places {
         Places::Endpoints(endpoints) => Ok(endpoints.clone()),
         Places::None => Err(StatusCode::SERVICE_UNAVAILABLE),
         Places::Name(name, port) => {
             let resolved = tokio::net::lookup_host((name.as_str(), *port)).await;
             let resolved = resolved.map_err(|_| StatusCode::BAD_GATEWAY)?;
-            Ok(resolved.map(|address| plan.standing.endpoints.one(address)).collect())
+            Ok(resolved.map(|address| standing.endpoints.one(address)).collect())
         }
     }
 }
@@ -170,17 +181,19 @@ async fn attempt(
     let sent = {
         let sending = connection.send(request);
         let mut sending = std::pin::pin!(sending);
+        let begun = Instant::now();
+        let due = || plan.upload.due(begun, plan.send_timeout, plan.read_timeout);
         loop {
-            let pieces = plan.upload.pieces.load(Ordering::Relaxed);
-            match tokio::time::timeout(plan.read_timeout, sending.as_mut()).await {
+            match tokio::time::timeout_at(due().into(), sending.as_mut()).await {
                 Ok(sent) => break sent,
-                Err(_) if plan.upload.pieces.load(Ordering::Relaxed) > pieces => {}
+                Err(_) if due() > Instant::now() => {}
                 Err(_) => return Err(Failed::Timeout),
             }
         }
     };
     match sent {
         Ok(response) => {
+            plan.upload.answered();
             let held = Release {
                 pool: plan.pool.clone(),
                 address: endpoint.address,

@@ -177,9 +177,11 @@ mod tests {
         let peer = Peer {
             client: SocketAddr::new(peer.parse().unwrap(), 9),
             port: 80,
+            asked: None,
             https: false,
             certificates: vec![],
             names: None,
+            patience: Default::default(),
             open: None,
         };
         client(&front, &peer, &headers)

@@ -19,7 +19,7 @@ pub(super) enum Refusal {
     Host,
     #[error("Host and the target's authority differ (RFC 9112 3.2.2)")]
     Authority,
-    #[error("Content-Length and Transfer-Encoding together (RFC 9112 6.1)")]
+    #[error("Content-Length and Transfer-Encoding together, or a coding beside chunked (RFC 9112 6.1)")]
     Framing,
     #[error("the path holds NUL, a broken escape, or leaves the root")]
     Path,
@@ -71,6 +71,12 @@ pub(super) fn admit(
     if !one_length
         || (headers.contains_key(header::CONTENT_LENGTH) && headers.contains_key(header::TRANSFER_ENCODING))
     {
+        return Err(Refusal::Framing);
+    }
+    // What goes on has a framing of its own, so a coding beside it would be lost (RFC 9112 6.1).
+    let mut codings = headers.get_all(header::TRANSFER_ENCODING).iter();
+    let chunked = |coding: &HeaderValue| coding.as_bytes().eq_ignore_ascii_case(b"chunked");
+    if !codings.next().is_none_or(chunked) || codings.next().is_some() {
         return Err(Refusal::Framing);
     }
     // The whole server is meant by OPTIONS only (RFC 9112 3.2.4).

@@ -2,11 +2,12 @@
 //! may be silent. One that is to end does so between two requests.
 
 use std::error::Error as _;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::{Arc, Weak};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http::StatusCode;
@@ -14,14 +15,18 @@ use http::header::{self, HeaderValue};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use rustls::server::Acceptor;
+use rustls::server::{Accepted, Acceptor};
+use tokio::io::{AsyncRead as _, AsyncWriteExt as _, ReadBuf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::watch;
-use tokio_rustls::LazyConfigAcceptor;
+use tokio_rustls::server::{StartHandshake, TlsStream};
 use weft_model::constants::{INGRESS_HTTP_PORT, INGRESS_HTTPS_PORT};
 
 use super::Worker;
 use super::answer::{Peer, answer};
+use super::compiled::Passed;
+use super::linger::Lingering;
+use super::passthrough::{Passing, pass};
 use super::proxy_protocol::{self, HeaderError, Origin};
 use super::stats::{Refused, Stats};
 use crate::certificate;
@@ -31,13 +36,22 @@ use crate::certificate;
 pub struct Patience {
     /// From the first byte of a connection to a whole head, and between two requests (nginx's keepalive_timeout is 75 s).
     pub head: Duration,
+    /// Between two pieces of a request's body (nginx's client_body_timeout).
+    pub body: Duration,
     /// For a PROXY header, for a TLS handshake, for the answer to a PING.
     pub handshake: Duration,
+    /// Of both sides, while TLS is passed on as it is (nginx's proxy_timeout of streams).
+    pub passthrough: Duration,
 }
 
 impl Default for Patience {
     fn default() -> Self {
-        Self { head: Duration::from_secs(60), handshake: Duration::from_secs(10) }
+        Self {
+            head: Duration::from_secs(60),
+            body: Duration::from_secs(60),
+            handshake: Duration::from_secs(10),
+            passthrough: Duration::from_secs(600),
+        }
     }
 }
 
@@ -47,6 +61,8 @@ const QUIET: Duration = Duration::from_secs(1);
 /// Of one request head (nginx: 4 buffers of 8 kB).
 const MAX_HEAD_BYTES: usize = 32 * 1024;
 const MAX_FIELDS: usize = 100;
+/// Of a ClientHello with its records; real ones have less than 2 kB.
+const MAX_HELLO_BYTES: usize = 32 * 1024;
 const MAX_STREAMS: u32 = 128;
 /// Streams that a client opened and reset at once and that wait still (CVE-2023-44487).
 const MAX_PENDING_RESETS: usize = 20;
@@ -116,8 +132,17 @@ pub async fn serve(worker: Arc<Worker>, listener: TcpListener, https: bool, mut 
         match accepted {
             Ok((stream, client)) => {
                 let (begun, open) = life.begin();
-                let peer = Peer { client, port, https, certificates: Vec::new(), names: None, open };
-                let until = Until { phase: life.phase.clone(), begun, patience: life.patience };
+                let peer = Peer {
+                    client,
+                    port,
+                    asked: None,
+                    https,
+                    certificates: Vec::new(),
+                    names: None,
+                    patience: life.patience,
+                    open,
+                };
+                let until = Until { phase: life.phase.clone(), begun };
                 tokio::spawn(connection(worker.clone(), stream, peer, until));
             }
             // Out of descriptors: those that are open go on, and one of them ends soon.
@@ -129,12 +154,11 @@ pub async fn serve(worker: Arc<Worker>, listener: TcpListener, https: bool, mut 
     }
 }
 
-/// The end of one connection: a phase beyond the one that it began in, or silence.
+/// The end of one connection: a phase beyond the one that it began in.
 #[derive(Clone)]
 struct Until {
     phase: watch::Receiver<Phase>,
     begun: Phase,
-    patience: Patience,
 }
 
 impl Until {
@@ -156,7 +180,7 @@ async fn connection(worker: Arc<Worker>, mut stream: TcpStream, mut peer: Peer, 
     }
     let stats = worker.proxy.standing.stats.clone();
     let _connected = stats.connected();
-    if let Err(error) = origin(&worker, &mut stream, &mut peer, until.patience).await {
+    if let Err(error) = origin(&worker, &mut stream, &mut peer).await {
         stats.refuse(Refused::ProxyHeader);
         tracing::debug!(client = %peer.client, error = weft_netstack::reconcile::chain(&error), "connection refused");
         return;
@@ -165,9 +189,15 @@ async fn connection(worker: Arc<Worker>, mut stream: TcpStream, mut peer: Peer, 
         return http_1(worker, stream, peer, until).await;
     }
     let client = peer.client;
-    let shaken = Box::pin(tokio::time::timeout(until.patience.handshake, handshake(&worker, stream))).await;
+    let shaken = Box::pin(tokio::time::timeout(peer.patience.handshake, handshake(&worker, stream))).await;
     match shaken {
-        Ok(Ok(stream)) => {
+        Ok(Ok(Shaken::Passed(stream, hello, to))) => {
+            let own = || stream.local_addr().map(|own| SocketAddr::new(own.ip(), peer.port));
+            let Ok(asked) = peer.asked.map_or_else(own, Ok) else { return };
+            let passing = Passing { stream, hello, client, asked };
+            Box::pin(pass(&worker, &to, passing, peer.patience.passthrough)).await;
+        }
+        Ok(Ok(Shaken::Here(stream))) => {
             let (_, session) = stream.get_ref();
             let certificates = session.peer_certificates().unwrap_or_default();
             peer.certificates = certificates.iter().map(|one| one.clone().into_owned()).collect();
@@ -190,12 +220,7 @@ async fn connection(worker: Arc<Worker>, mut stream: TcpStream, mut peer: Peer, 
 }
 
 /// Whose connection it is, where a load balancer in front is to say so.
-async fn origin(
-    worker: &Worker,
-    stream: &mut TcpStream,
-    peer: &mut Peer,
-    patience: Patience,
-) -> Result<(), HeaderError> {
+async fn origin(worker: &Worker, stream: &mut TcpStream, peer: &mut Peer) -> Result<(), HeaderError> {
     let expected = {
         let front = &worker.proxy.compiled.load().front;
         front.proxy_protocol && front.trusts(peer.address())
@@ -203,31 +228,98 @@ async fn origin(
     if !expected {
         return Ok(());
     }
-    let read = tokio::time::timeout(patience.handshake, proxy_protocol::read(stream)).await;
+    let read = tokio::time::timeout(peer.patience.handshake, proxy_protocol::read(stream)).await;
     if let Origin::Passed { client, asked } =
         read.unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut).into()))?
     {
-        (peer.client, peer.port) = (client, client_port(asked.port()));
+        (peer.client, peer.port, peer.asked) = (client, client_port(asked.port()), Some(asked));
     }
     Ok(())
 }
 
-async fn handshake(
-    worker: &Worker,
-    stream: TcpStream,
-) -> io::Result<tokio_rustls::server::TlsStream<TcpStream>> {
-    let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
+/// A connection on the TLS listener.
+#[expect(clippy::large_enum_variant, reason = "it is taken apart at once")]
+enum Shaken {
+    Here(TlsStream<TcpStream>),
+    /// With what was read of it and where it goes.
+    Passed(TcpStream, Vec<u8>, Arc<Passed>),
+}
+
+async fn handshake(worker: &Worker, mut stream: TcpStream) -> io::Result<Shaken> {
+    let (accepted, hello) = client_hello(&mut stream).await?;
     let proxy = &worker.proxy;
-    let mutual = proxy.certificates.load().is_mutual(start.client_hello().server_name());
+    let asked = accepted.client_hello();
+    if let Some(to) = proxy.compiled.load().passed(asked.server_name()) {
+        return Ok(Shaken::Passed(stream, hello, to.clone()));
+    }
+    let mutual = proxy.certificates.load().is_mutual(asked.server_name());
     let config = if mutual { &proxy.tls.mutual } else { &proxy.tls.plain };
-    start.into_stream(config.clone()).await
+    StartHandshake::from_parts(accepted, stream).into_stream(config.clone()).await.map(Shaken::Here)
+}
+
+/// The client's first message as rustls reads it, and its bytes for whoever is to read it instead.
+async fn client_hello(stream: &mut TcpStream) -> io::Result<(Accepted, Vec<u8>)> {
+    let (mut acceptor, mut bytes) = (Acceptor::default(), Vec::new());
+    let read = poll_fn(|context| {
+        loop {
+            let mut source = Heard { stream, context, bytes: &mut bytes };
+            match acceptor.read_tls(&mut source) {
+                Ok(0) => return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into())),
+                Ok(_) if bytes.len() > MAX_HELLO_BYTES => {
+                    return Poll::Ready(Err(io::Error::new(
+                        io::ErrorKind::InvalidData,
+                        "a ClientHello without end",
+                    )));
+                }
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Poll::Pending,
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+            match acceptor.accept() {
+                Ok(None) => {}
+                Ok(Some(accepted)) => return Poll::Ready(Ok(Ok(accepted))),
+                Err(refusal) => return Poll::Ready(Ok(Err(refusal))),
+            }
+        }
+    });
+    match read.await? {
+        Ok(accepted) => Ok((accepted, bytes)),
+        Err((error, mut alert)) => {
+            let mut told = Vec::new();
+            alert.write_all(&mut told)?;
+            stream.write_all(&told).await?;
+            Err(io::Error::new(io::ErrorKind::InvalidData, error))
+        }
+    }
+}
+
+/// A connection as rustls reads it; what it reads is kept.
+struct Heard<'a, 'b> {
+    stream: &'a mut TcpStream,
+    context: &'a mut Context<'b>,
+    bytes: &'a mut Vec<u8>,
+}
+
+impl io::Read for Heard<'_, '_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let mut into = ReadBuf::new(into);
+        match Pin::new(&mut *self.stream).poll_read(self.context, &mut into) {
+            Poll::Pending => Err(io::ErrorKind::WouldBlock.into()),
+            Poll::Ready(read) => {
+                read?;
+                self.bytes.extend_from_slice(into.filled());
+                Ok(into.filled().len())
+            }
+        }
+    }
 }
 
 async fn http_1<S>(worker: Arc<Worker>, stream: S, peer: Peer, until: Until)
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
 {
-    let (peer, stats) = (Arc::new(peer), worker.proxy.standing.stats.clone());
+    let (patience, stats) = (peer.patience, worker.proxy.standing.stats.clone());
+    let peer = Arc::new(peer);
     let end = until.clone();
     let service = service_fn(move |request| {
         let (worker, peer, end) = (worker.clone(), peer.clone(), end.clone());
@@ -242,7 +334,7 @@ where
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(until.patience.head)
+        .header_read_timeout(patience.head)
         .max_buf_size(MAX_HEAD_BYTES)
         .max_headers(MAX_FIELDS)
         .serve_connection(TokioIo::new(stream), service)
@@ -255,11 +347,10 @@ where
     tell(&stats, ended);
 }
 
-async fn http_2<S>(worker: Arc<Worker>, stream: S, peer: Peer, until: Until)
-where
-    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
-{
-    let (peer, stats) = (Arc::new(peer), worker.proxy.standing.stats.clone());
+async fn http_2(worker: Arc<Worker>, stream: TlsStream<TcpStream>, peer: Peer, until: Until) {
+    let stream = Lingering::new(stream, peer.open.clone());
+    let (patience, stats) = (peer.patience, worker.proxy.standing.stats.clone());
+    let peer = Arc::new(peer);
     let service = service_fn(move |request| {
         let (worker, peer) = (worker.clone(), peer.clone());
         async move {
@@ -273,8 +364,8 @@ where
         .max_concurrent_streams(MAX_STREAMS)
         .max_header_list_size(32 * 1024)
         .max_pending_accept_reset_streams(MAX_PENDING_RESETS)
-        .keep_alive_interval(until.patience.head)
-        .keep_alive_timeout(until.patience.handshake)
+        .keep_alive_interval(patience.head)
+        .keep_alive_timeout(patience.handshake)
         .serve_connection(TokioIo::new(stream), service);
     // GOAWAY first names no stream: what the client has sent meanwhile is served (RFC 9113 6.8).
     let ended = until_idle(connection, |connection| connection.graceful_shutdown(), until.come()).await;

@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use super::Worker;
 use super::authenticate;
 use super::balance::Choice;
-use super::body::{Body, Piece, Upload};
+use super::body::{Body, Piece};
 use super::forward::{Plan, address, forward};
 use super::variables::{self, target};
 use crate::annotations::{Mirror, Retry};
@@ -76,8 +76,9 @@ pub(super) fn start(
             choice: Choice::LeastOfTwo,
             retry: &retry,
             connect_timeout: CONNECT,
+            send_timeout: READ,
             read_timeout: READ,
-            upload: Arc::new(Upload::default()),
+            upload: Arc::default(),
         };
         if let Err(status) = sent(&plan, head, body).await {
             tracing::debug!(%status, %url, "mirror");

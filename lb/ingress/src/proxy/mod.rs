@@ -4,6 +4,7 @@
 //!  RouteTable --compiled--> match table, certificates (swapped in one step)
 //!  listen (PROXY protocol, TLS by SNI, HTTP/1.1, HTTP/2) --answer--> hygiene -> front (who asks) -> route -> early answers -> limits -> access, authenticate
 //!      -> select (canary, affinity) -> forward: balance -> pool -> backend; its answer streams back
+//!  listen --a name whose TLS is not for us--> passthrough: balance -> backend, bytes to and fro
 //! ```
 //!
 //! Threads share the table and what is known of endpoints and clients; each has its own listeners and connections to backends.
@@ -11,6 +12,7 @@
 
 mod access;
 mod answer;
+mod arriving;
 mod authenticate;
 mod balance;
 mod body;
@@ -21,9 +23,11 @@ mod handover;
 mod htpasswd;
 mod hygiene;
 mod limits;
+mod linger;
 pub mod listen;
 mod log;
 mod mirror;
+mod passthrough;
 mod pool;
 pub mod process;
 mod proxy_protocol;
@@ -31,8 +35,11 @@ mod select;
 mod stats;
 mod tickets;
 mod tls;
+mod upload;
 mod variables;
 
+#[cfg(test)]
+mod fuzz;
 #[cfg(test)]
 mod tests;
 

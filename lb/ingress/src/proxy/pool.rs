@@ -136,7 +136,7 @@ impl Pool {
                 }
             }
         }
-        match tokio::time::timeout(patience, connect(self.source(address), address, speech)).await {
+        match tokio::time::timeout(patience, self.connect(address, speech)).await {
             Ok(connected) => {
                 let connection = connected?;
                 if let Connection::Shared(sender) = &connection {
@@ -147,6 +147,32 @@ impl Pool {
             }
             Err(_) => Err(UpstreamError::ConnectTimeout(patience)),
         }
+    }
+
+    async fn connect(&self, address: SocketAddr, speech: &Speech) -> Result<Connection, UpstreamError> {
+        let stream = self.dial(address).await.map_err(UpstreamError::Connect)?;
+        match &speech.tls {
+            None => handshake(stream, speech.http2).await,
+            Some(tls) => {
+                let connector = TlsConnector::from(tls.config.clone());
+                let stream =
+                    connector.connect(tls.name.clone(), stream).await.map_err(UpstreamError::Connect)?;
+                handshake(stream, speech.http2).await
+            }
+        }
+    }
+
+    /// A connection of nobody's kind yet.
+    pub(super) async fn dial(&self, address: SocketAddr) -> io::Result<TcpStream> {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+        if let Some(source) = self.source(address) {
+            // Which port is free depends on the other end, so it is chosen when that is known (ip(7)).
+            setsockopt(&socket, IpBindAddressNoPort, &true)?;
+            socket.bind(SocketAddr::new(source, 0))?;
+        }
+        let stream = socket.connect(address).await?;
+        stream.set_nodelay(true)?;
+        Ok(stream)
     }
 
     fn take(&self, address: SocketAddr, speech: &Speech) -> Option<http1::SendRequest<Body>> {
@@ -193,33 +219,6 @@ impl Pool {
         let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
         shared.retain(|key, (sender, _)| !sender.is_closed() && is_used(key.address));
     }
-}
-
-async fn connect(
-    source: Option<IpAddr>,
-    address: SocketAddr,
-    speech: &Speech,
-) -> Result<Connection, UpstreamError> {
-    let stream = dial(source, address).await.map_err(UpstreamError::Connect)?;
-    stream.set_nodelay(true).map_err(UpstreamError::Connect)?;
-    match &speech.tls {
-        None => handshake(stream, speech.http2).await,
-        Some(tls) => {
-            let connector = TlsConnector::from(tls.config.clone());
-            let stream = connector.connect(tls.name.clone(), stream).await.map_err(UpstreamError::Connect)?;
-            handshake(stream, speech.http2).await
-        }
-    }
-}
-
-async fn dial(source: Option<IpAddr>, address: SocketAddr) -> io::Result<TcpStream> {
-    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-    if let Some(source) = source {
-        // Which port is free depends on the other end, so it is chosen when that is known (ip(7)).
-        setsockopt(&socket, IpBindAddressNoPort, &true)?;
-        socket.bind(SocketAddr::new(source, 0))?;
-    }
-    socket.connect(address).await
 }
 
 async fn handshake<S>(stream: S, http2: bool) -> Result<Connection, UpstreamError>

@@ -1,11 +1,14 @@
 //! The header by which a load balancer says whose connection it passes on (PROXY protocol versions 1 and 2, HAProxy's
-//! proxy-protocol.txt). Parsing is pure; a header is taken from the socket to its last byte and no further.
+//! proxy-protocol.txt). Parsing is pure; a header is taken from the socket to its last byte and no further. [`header`] makes one for
+//! backends.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpStream;
+
+use crate::annotations::ProxyVersion;
 
 const SIGNATURE: &[u8; 12] = b"\r\n\r\n\0\r\nQUIT\n";
 /// Longest line of version 1 with its end (2.1).
@@ -67,6 +70,42 @@ pub(super) async fn read(stream: &mut TcpStream) -> Result<Origin, HeaderError> 
         if let Some(origin) = origin {
             return Ok(origin);
         }
+    }
+}
+
+/// The header for a connection of `client` to `asked`. Of two families IPv4 is mapped into IPv6.
+pub(super) fn header(version: ProxyVersion, client: SocketAddr, asked: SocketAddr) -> Vec<u8> {
+    let addresses = match (client.ip(), asked.ip()) {
+        (IpAddr::V4(client), IpAddr::V4(asked)) => Ok((client, asked)),
+        (client, asked) => Err((mapped(client), mapped(asked))),
+    };
+    let ports = (client.port(), asked.port());
+    match version {
+        ProxyVersion::V1 => {
+            let (family, from, to) = match addresses {
+                Ok((client, asked)) => ("TCP4", client.to_string(), asked.to_string()),
+                Err((client, asked)) => ("TCP6", client.to_string(), asked.to_string()),
+            };
+            format!("PROXY {family} {from} {to} {} {}\r\n", ports.0, ports.1).into_bytes()
+        }
+        ProxyVersion::V2 => {
+            let (family, body) = match addresses {
+                Ok((client, asked)) => (0x11, [client.octets(), asked.octets()].concat()),
+                Err((client, asked)) => (0x21, [client.octets(), asked.octets()].concat()),
+            };
+            // Both ports follow the addresses.
+            let length: u16 = if family == 0x11 { 12 } else { 36 };
+            let head = [0x21, family];
+            let ports = [ports.0.to_be_bytes(), ports.1.to_be_bytes()].concat();
+            [&SIGNATURE[..], &head, &length.to_be_bytes(), &body, &ports].concat()
+        }
+    }
+}
+
+fn mapped(address: IpAddr) -> Ipv6Addr {
+    match address {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+        IpAddr::V6(v6) => v6,
     }
 }
 
@@ -229,6 +268,17 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn a_header_that_is_made_is_read_again(
+            client: (IpAddr, u16), asked: (IpAddr, u16), new: bool, rest in proptest::collection::vec(any::<u8>(), 0..20),
+        ) {
+            let [client, asked] = [client, asked].map(|(address, port)| SocketAddr::new(address.to_canonical(), port));
+            let version = if new { ProxyVersion::V2 } else { ProxyVersion::V1 };
+            let made = header(version, client, asked);
+            let expected = Origin::Passed { client, asked };
+            prop_assert_eq!(whole(&[&made[..], &rest].concat()), Some((expected, made.len())));
+        }
+
         #[test]
         fn no_bytes_panic_and_a_header_never_reaches_behind_what_came(bytes in proptest::collection::vec(any::<u8>(), 0..300), kind in 0..3) {
             let begin: &[u8] = match kind { 0 => SIGNATURE, 1 => b"PROXY ", _ => b"" };

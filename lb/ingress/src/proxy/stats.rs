@@ -47,6 +47,8 @@ struct Sums {
 pub(super) struct RouteStats {
     labels: RouteLabels,
     sums: Mutex<Sums>,
+    /// Connections that went to the backend as they were.
+    passed: AtomicU64,
 }
 
 /// One request that is over.
@@ -62,6 +64,10 @@ pub(super) struct Finished<'a> {
 impl RouteStats {
     pub(super) fn labels(&self) -> &RouteLabels {
         &self.labels
+    }
+
+    pub(super) fn pass(&self) {
+        self.passed.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(super) fn count(&self, finished: &Finished<'_>) {
@@ -108,13 +114,15 @@ pub(super) enum Refused {
     /// No PROXY header where one is due, or a damaged one.
     ProxyHeader,
     TlsHandshake,
+    /// TLS that was to be passed on, and no endpoint took it.
+    NoEndpoint,
     /// The client was silent for too long.
     Slow,
     /// HTTP/2: too many resets, too much in one header list, frames that nobody may send.
     Flood,
 }
 
-const REFUSED: [(Refused, &str); 10] = [
+const REFUSED: [(Refused, &str); 11] = [
     (Refused::Malformed, "malformed"),
     (Refused::Host, "host"),
     (Refused::Framing, "framing"),
@@ -123,6 +131,7 @@ const REFUSED: [(Refused, &str); 10] = [
     (Refused::NoRoute, "no_route"),
     (Refused::ProxyHeader, "proxy_header"),
     (Refused::TlsHandshake, "tls_handshake"),
+    (Refused::NoEndpoint, "no_endpoint"),
     (Refused::Slow, "slow"),
     (Refused::Flood, "flood"),
 ];
@@ -150,7 +159,9 @@ impl Stats {
     /// What is counted of a route; the same after a change of routes that leaves its labels.
     pub(super) fn of(&self, labels: RouteLabels) -> Arc<RouteStats> {
         let mut routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
-        let new = || Arc::new(RouteStats { labels: labels.clone(), sums: Mutex::default() });
+        let new = || {
+            Arc::new(RouteStats { labels: labels.clone(), sums: Mutex::default(), passed: AtomicU64::new(0) })
+        };
         routes.entry(labels.clone()).or_insert_with(new).clone()
     }
 
@@ -202,6 +213,13 @@ impl Stats {
             }
         }
         histogram(&mut text, "weft_ingress_request_duration_seconds", routes, RouteLabels::own);
+        head(&mut text, "weft_ingress_passed", "counter", "Connections whose TLS was passed on as it was");
+        for stats in routes {
+            let passed = stats.passed.load(Ordering::Relaxed);
+            if passed > 0 {
+                line(&mut text, "weft_ingress_passed_total", &stats.labels.own(), passed);
+            }
+        }
         head(&mut text, "weft_ingress_refused", "counter", "What was refused before a route took it");
         for ((_, reason), count) in REFUSED.iter().zip(&self.refused) {
             let count = count.load(Ordering::Relaxed);

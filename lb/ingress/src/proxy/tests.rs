@@ -86,17 +86,18 @@ fn head_of(mut stream: &StdStream) -> Option<String> {
 }
 
 /// A proxy on loopback, plain and TLS, with a thread of its own.
-struct Rig {
-    plain: SocketAddr,
+pub(super) struct Rig {
+    pub(super) plain: SocketAddr,
     plain_6: SocketAddr,
-    tls: SocketAddr,
+    pub(super) tls: SocketAddr,
+    tls_6: SocketAddr,
     proxy: Arc<Proxy>,
     phase: watch::Sender<listen::Phase>,
-    _open: Arc<()>,
+    open: Arc<()>,
 }
 
 impl Rig {
-    fn start(table: &RouteTable) -> Self {
+    pub(super) fn start(table: &RouteTable) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let tickets = folder.path().join("tickets.key");
         tickets::prepare(&tickets).unwrap();
@@ -113,7 +114,12 @@ impl Rig {
             phase: phases,
             early: Arc::downgrade(&open),
             late: Arc::downgrade(&open),
-            patience: listen::Patience { head: Duration::from_secs(2), handshake: Duration::from_secs(2) },
+            patience: listen::Patience {
+                head: Duration::from_secs(2),
+                body: Duration::from_secs(1),
+                handshake: Duration::from_secs(2),
+                passthrough: Duration::from_secs(1),
+            },
         };
         let (tell, told) = std::sync::mpsc::channel();
         let worker = proxy.worker();
@@ -122,14 +128,21 @@ impl Rig {
             runtime.block_on(async move {
                 let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
                 let any_6 = SocketAddr::from((Ipv6Addr::LOCALHOST, 0));
-                let [plain, plain_6, tls] = [any, any_6, any].map(|at| listen::bind(at).unwrap());
-                tell.send([&plain, &plain_6, &tls].map(|bound| bound.local_addr().unwrap())).unwrap();
+                let [plain, plain_6, tls, tls_6] =
+                    [any, any_6, any, any_6].map(|at| listen::bind(at).unwrap());
+                let bound = [&plain, &plain_6, &tls, &tls_6];
+                tell.send(bound.map(|bound| bound.local_addr().unwrap())).unwrap();
                 let serve = |listener, https| listen::serve(worker.clone(), listener, https, life.clone());
-                tokio::join!(serve(plain, false), serve(plain_6, false), serve(tls, true));
+                tokio::join!(
+                    serve(plain, false),
+                    serve(plain_6, false),
+                    serve(tls, true),
+                    serve(tls_6, true)
+                );
             });
         });
-        let [plain, plain_6, tls] = told.recv().unwrap();
-        Self { plain, plain_6, tls, proxy, phase, _open: open }
+        let [plain, plain_6, tls, tls_6] = told.recv().unwrap();
+        Self { plain, plain_6, tls, tls_6, proxy, phase, open }
     }
 
     /// Everything that comes back for these bytes, until the proxy closes or is silent.
@@ -156,7 +169,7 @@ impl Rig {
     }
 }
 
-fn status(answer: &str) -> u16 {
+pub(super) fn status(answer: &str) -> u16 {
     answer.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or_default()
 }
 
@@ -222,12 +235,14 @@ fn table(
 }
 
 fn simple(annotations: &Value, path: (&str, &str)) -> Rig {
-    let web = backend("web");
-    Rig::start(&table(
-        vec![ingress("web", "a.com", annotations, &[(path.0, path.1, "web")])],
-        &[("web", &[web])],
-        &[],
-    ))
+    let document = ingress("web", "a.com", annotations, &[(path.0, path.1, "web")]);
+    Rig::start(&table(vec![document], &[("web", &[backend("web")])], &[]))
+}
+
+/// All of `a.com` goes to one backend.
+pub(super) fn simple_table(annotations: &Value, web: SocketAddr) -> RouteTable {
+    let document = ingress("web", "a.com", annotations, &[("Prefix", "/", "web")]);
+    table(vec![document], &[("web", &[web])], &[])
 }
 
 /// RFC 9112, sentence by sentence: what a request may not be.
@@ -281,6 +296,11 @@ fn raw_requests_get_the_status_that_the_specification_asks_for() {
         (
             "chunked in HTTP/1.0 (6.1)",
             "POST / HTTP/1.0\r\nHost: a.com\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            400,
+        ),
+        (
+            "a coding beside chunked (6.1)",
+            "POST / HTTP/1.1\r\nHost: a.com\r\nTransfer-Encoding: gzip, chunked\r\nConnection: close\r\n\r\n0\r\n\r\n",
             400,
         ),
         ("no version (3)", "GET /\r\nHost: a.com\r\n\r\n", 400),
@@ -1242,4 +1262,431 @@ async fn a_client_shows_a_certificate_that_is_trusted_and_has_the_wanted_name() 
     assert_eq!(status(&ask(&named("CN=bob"), Some(&ann)).await), 403);
     assert_eq!(status(&ask(&named("CN=ann"), None).await), 400, "there is no name to compare");
     assert_eq!(status(&ask(&named("CN=ann"), Some(&stranger)).await), 400, "the right name from nobody");
+}
+
+/// Ends TLS with a certificate of its own for `pass.com`, and says whose connection the PROXY header before it names.
+fn tls_backend(header: bool) -> SocketAddr {
+    use tokio::io::AsyncWriteExt as _;
+    let own = certificate("pass.com");
+    let (chain, key) = crate::certificate::pair(&own.chain_pem.0, &own.key_pem.0).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+    let config = config.unwrap().with_no_client_auth().with_single_cert(chain, key).unwrap();
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async move {
+            let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+            tell.send(listener.local_addr().unwrap()).unwrap();
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let named = match header {
+                    true => format!("{:?}", proxy_protocol::read(&mut stream).await.unwrap()),
+                    false => String::new(),
+                };
+                let mut stream = acceptor.accept(stream).await.unwrap();
+                stream.write_all(format!("passed {named}").as_bytes()).await.unwrap();
+                let _ = stream.shutdown().await;
+            }
+        });
+    });
+    told.recv().unwrap()
+}
+
+pub(super) fn passing(annotations: &Value, endpoints: &[SocketAddr]) -> RouteTable {
+    let mut pass =
+        ingress("pass", "pass.com", &json!({"ssl-passthrough": "true"}), &[("Prefix", "/", "pass")]);
+    for (key, value) in annotations.as_object().unwrap() {
+        pass["metadata"]["annotations"][key] = value.clone();
+    }
+    let web = ingress("web", "a.com", &json!({}), &[("Prefix", "/", "web")]);
+    let mut table = table(vec![pass, web], &[("pass", endpoints), ("web", &[backend("web")])], &[]);
+    table.default_certificate = Some(certificate("a.com"));
+    table
+}
+
+/// What the other end says over TLS, and its certificate.
+async fn heard_over_tls(at: SocketAddr, name: &'static str, sent: &[u8]) -> (String, Vec<u8>) {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let config = tls::client_config(None, None, false).unwrap();
+    let stream = tokio::net::TcpStream::connect(at).await.unwrap();
+    let name = rustls::pki_types::ServerName::try_from(name).unwrap();
+    let mut config = (*config).clone();
+    config.alpn_protocols.clear();
+    let mut stream = tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap();
+    let own = stream.get_ref().1.peer_certificates().unwrap()[0].to_vec();
+    stream.write_all(sent).await.unwrap();
+    let mut text = Vec::new();
+    let _ = stream.read_to_end(&mut text).await;
+    (String::from_utf8_lossy(&text).into_owned(), own)
+}
+
+#[tokio::test]
+async fn tls_that_is_passed_on_ends_at_the_backend_and_that_of_other_hosts_here() {
+    let dead = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
+    let rig = Rig::start(&passing(&json!({}), &[dead, tls_backend(false)]));
+    let request = b"GET / HTTP/1.1\r\nHost: a.com\r\nConnection: close\r\n\r\n";
+    for at in [rig.tls, rig.tls_6] {
+        let (answer, here) = heard_over_tls(at, "a.com", request).await;
+        assert_eq!(who(&answer), "web");
+        for _ in 0..4 {
+            let (text, own) = heard_over_tls(at, "pass.com", b"").await;
+            assert_eq!(text, "passed ");
+            assert_ne!(own, here, "the backend's own");
+        }
+        let misdirected = b"GET / HTTP/1.1\r\nHost: pass.com\r\nConnection: close\r\n\r\n";
+        assert_eq!(status(&heard_over_tls(at, "a.com", misdirected).await.0), 421);
+    }
+    let text = rig.proxy.metrics();
+    let labels = r#"namespace="default",ingress="pass",host="pass.com",path="/",service="pass""#;
+    assert!(text.contains(&format!("weft_ingress_passed_total{{{labels}}} 8\n")), "{text}");
+    let answer = rig.get("pass.com", "/x?y=1", "");
+    assert_eq!((status(&answer), field(&answer, "location")), (308, Some("https://pass.com/x?y=1")));
+    let passed = |name| rig.proxy.compiled.load().passed(Some(name)).is_some();
+    assert!(passed("PASS.com.") && !passed("a.com") && !passed("x.pass.com"));
+}
+
+#[tokio::test]
+async fn a_backend_that_gets_tls_as_it_is_hears_first_whose_connection_it_is() {
+    for version in ["v1", "v2"] {
+        let annotation = json!({"weft.network/proxy-protocol": version});
+        let mut table = passing(&annotation, &[tls_backend(true)]);
+        let rig = Rig::start(&table);
+        for at in [rig.tls, rig.tls_6] {
+            let (text, _) = heard_over_tls(at, "pass.com", b"").await;
+            let address = at.ip();
+            assert!(
+                text.contains(&format!("asked: {at}"))
+                    && text.contains(&format!("client: {}", SocketAddr::new(address, 0)).replace(":0", ":")),
+                "{version}: {text}"
+            );
+        }
+        // What a load balancer in front says goes on.
+        table.front = Front { trusted: vec!["127.0.0.1/32".parse().unwrap()], proxy_protocol: true };
+        rig.proxy.apply(&table);
+        let mut stream = tokio::net::TcpStream::connect(rig.tls).await.unwrap();
+        tokio::io::AsyncWriteExt::write_all(&mut stream, b"PROXY TCP6 2001:db8::7 fd00::1 4711 443\r\n")
+            .await
+            .unwrap();
+        let config = tls::client_config(None, None, false).unwrap();
+        let mut config = (*config).clone();
+        config.alpn_protocols.clear();
+        let name = rustls::pki_types::ServerName::try_from("pass.com").unwrap();
+        let mut stream =
+            tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap();
+        let mut text = String::new();
+        let _ = tokio::io::AsyncReadExt::read_to_string(&mut stream, &mut text).await;
+        assert_eq!(text, "passed Passed { client: [2001:db8::7]:4711, asked: [fd00::1]:443 }");
+    }
+}
+
+pub(super) fn client_hello(name: &'static str) -> Vec<u8> {
+    let config = tls::client_config(None, None, true).unwrap();
+    let name = rustls::pki_types::ServerName::try_from(name).unwrap();
+    let mut hello = Vec::new();
+    rustls::ClientConnection::new(config, name).unwrap().write_tls(&mut hello).unwrap();
+    hello
+}
+
+/// Echoes what it gets; when nothing more comes, it says goodbye.
+fn echo() -> SocketAddr {
+    let listener = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            std::thread::spawn(move || {
+                let mut piece = [0; 4096];
+                while let Ok(length @ 1..) = stream.read(&mut piece) {
+                    stream.write_all(&piece[..length]).unwrap();
+                }
+                let _ = stream.write_all(b"goodbye");
+            });
+        }
+    });
+    address
+}
+
+#[test]
+fn bytes_that_are_passed_on_are_the_same_and_each_side_may_end_first() {
+    let rig = Rig::start(&passing(&json!({}), &[echo()]));
+    let hello = client_hello("pass.com");
+    let mut stream = StdStream::connect(rig.tls).unwrap();
+    stream.set_nodelay(true).unwrap();
+    // A byte at a time, and behind the hello what no TLS would be.
+    for byte in &hello {
+        stream.write_all(&[*byte]).unwrap();
+    }
+    let long: Vec<u8> = (0..1_000_000_u32).map(|number| (number % 251) as u8).collect();
+    let sent = [&hello[..], &long].concat();
+    let mut writer = stream.try_clone().unwrap();
+    let writing = std::thread::spawn(move || {
+        writer.write_all(&long).unwrap();
+        writer.shutdown(std::net::Shutdown::Write).unwrap();
+    });
+    let mut got = Vec::new();
+    stream.read_to_end(&mut got).unwrap();
+    writing.join().unwrap();
+    assert_eq!(got.len(), sent.len() + 7);
+    assert!(got.starts_with(&sent) && got.ends_with(b"goodbye"));
+}
+
+#[test]
+fn a_passed_connection_lasts_while_bytes_come_and_through_a_drain() {
+    let rig = Rig::start(&passing(&json!({}), &[echo()]));
+    let mut stream = StdStream::connect(rig.tls_6).unwrap();
+    let hello = client_hello("pass.com");
+    stream.write_all(&hello).unwrap();
+    stream.read_exact(&mut vec![0; hello.len()]).unwrap();
+    rig.phase.send_replace(listen::Phase::Draining);
+    for _ in 0..6 {
+        std::thread::sleep(Duration::from_millis(400));
+        stream.write_all(b"x").unwrap();
+        stream.read_exact(&mut [0; 1]).unwrap();
+        assert_eq!(Arc::strong_count(&rig.open), 2, "it is waited for");
+    }
+    let started = std::time::Instant::now();
+    assert!(ends_within(&stream, Duration::from_secs(3)));
+    assert!(started.elapsed() > Duration::from_millis(900), "{:?}", started.elapsed());
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(Arc::strong_count(&rig.open), 1);
+}
+
+#[test]
+fn tls_that_no_endpoint_takes_and_a_hello_without_end_are_closed_and_counted() {
+    let dead = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
+    for endpoints in [&[dead][..], &[]] {
+        let rig = Rig::start(&passing(&json!({}), endpoints));
+        let mut stream = StdStream::connect(rig.tls).unwrap();
+        stream.write_all(&client_hello("pass.com")).unwrap();
+        assert!(ends_within(&stream, Duration::from_secs(2)));
+        assert_eq!(refused(&rig, "no_endpoint"), 1);
+    }
+    let rig = Rig::start(&passing(&json!({}), &[echo()]));
+    let mut stream = StdStream::connect(rig.tls).unwrap();
+    // A ClientHello of 16 MB in records of 100 bytes (RFC 8446 4, 5.1).
+    let mut record = vec![22, 3, 1, 0, 100];
+    record.extend([1, 0xff, 0xff, 0xff]);
+    record.extend([0; 96]);
+    record.extend([&[22, 3, 1, 0, 100][..], &[0; 100]].concat().repeat(1000));
+    let _ = stream.write_all(&record);
+    stream.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+    let read = stream.read(&mut [0; 1]);
+    let reset = |error: std::io::Error| error.kind() == std::io::ErrorKind::ConnectionReset;
+    assert!(read.map_or_else(reset, |length| length == 0), "before it is too slow");
+    let counted = (0..100).any(|_| {
+        std::thread::sleep(Duration::from_millis(10));
+        refused(&rig, "tls_handshake") == 1
+    });
+    assert!(counted);
+}
+
+/// Reads the head of a request, and of its body nothing, but the few kilobytes that its socket holds; never answers.
+fn deaf() -> SocketAddr {
+    let listener = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    nix::sys::socket::setsockopt(&listener, nix::sys::socket::sockopt::RcvBuf, &4096).unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        let open: Vec<_> = listener.incoming().flatten().map(|stream| (head_of(&stream), stream)).collect();
+        drop(open);
+    });
+    address
+}
+
+fn upload_rig(annotations: &Value, web: SocketAddr) -> Rig {
+    let mut table = simple_table(annotations, web);
+    table.default_certificate = Some(certificate("a.com"));
+    Rig::start(&table)
+}
+
+/// Sends the pieces of a body of this length, each after its pause, over HTTP/2, and returns the status of the answer.
+async fn uploaded_over_http_2(rig: &Rig, pieces: Vec<(Duration, usize)>) -> u16 {
+    let config = tls::client_config(None, None, true).unwrap();
+    let stream = tokio::net::TcpStream::connect(rig.tls_6).await.unwrap();
+    let name = rustls::pki_types::ServerName::try_from("a.com").unwrap();
+    let stream = tokio_rustls::TlsConnector::from(config).connect(name, stream).await.unwrap();
+    let (sender, connection) = h2::client::handshake(stream).await.unwrap();
+    tokio::spawn(connection);
+    let request = http::Request::post("https://a.com/").body(()).unwrap();
+    let (response, mut body) = sender.ready().await.unwrap().send_request(request, false).unwrap();
+    tokio::spawn(async move {
+        for (pause, length) in pieces {
+            tokio::time::sleep(pause).await;
+            if body.send_data(vec![b'x'; length].into(), false).is_err() {
+                return;
+            }
+        }
+        std::future::pending::<()>().await;
+    });
+    response.await.unwrap().status().as_u16()
+}
+
+#[tokio::test]
+async fn a_client_whose_body_stalls_gets_408_and_the_endpoint_is_not_blamed() {
+    let rig = upload_rig(&json!({"proxy-read-timeout": "3", "proxy-send-timeout": "3"}), backend("web"));
+    for at in [rig.plain, rig.plain_6] {
+        for framing in ["Content-Length: 9\r\n\r\nabc", "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"] {
+            let started = std::time::Instant::now();
+            let answer = Rig::raw_at(at, format!("POST / HTTP/1.1\r\nHost: a.com\r\n{framing}").as_bytes());
+            assert_eq!((status(&answer), field(&answer, "connection")), (408, Some("close")), "{answer}");
+            assert!((1.0..2.0).contains(&started.elapsed().as_secs_f64()), "{:?}", started.elapsed());
+        }
+    }
+    let started = std::time::Instant::now();
+    assert_eq!(uploaded_over_http_2(&rig, vec![(Duration::ZERO, 3)]).await, 408);
+    assert!((1.0..2.0).contains(&started.elapsed().as_secs_f64()), "{:?}", started.elapsed());
+    let endpoint = rig.proxy.compiled.load().addresses.first().copied().unwrap();
+    assert!(!rig.proxy.standing.endpoints.one(endpoint).has_failed());
+}
+
+#[test]
+fn a_body_that_comes_slowly_but_comes_is_served() {
+    let rig = upload_rig(&json!({"proxy-read-timeout": "1", "proxy-send-timeout": "1"}), backend("web"));
+    let mut stream = StdStream::connect(rig.plain).unwrap();
+    stream.write_all(b"POST / HTTP/1.1\r\nHost: a.com\r\nContent-Length: 6\r\n\r\n").unwrap();
+    for _ in 0..6 {
+        std::thread::sleep(Duration::from_millis(500));
+        stream.write_all(b"x").unwrap();
+    }
+    assert_eq!(status(&head_of(&stream).unwrap()), 200);
+}
+
+#[tokio::test]
+async fn a_backend_that_takes_no_more_of_a_body_gets_504_after_its_own_time() {
+    let annotations = json!({"proxy-send-timeout": "1", "proxy-read-timeout": "30", "proxy-body-size": "0"});
+    let rig = upload_rig(&annotations, deaf());
+    let started = std::time::Instant::now();
+    let mut stream = StdStream::connect(rig.plain).unwrap();
+    let mut writer = stream.try_clone().unwrap();
+    std::thread::spawn(move || {
+        writer.write_all(b"POST / HTTP/1.1\r\nHost: a.com\r\nContent-Length: 100000000\r\n\r\n").unwrap();
+        let _ = writer.write_all(&vec![b'x'; 100_000_000]);
+    });
+    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    let mut line = [0; 12];
+    stream.read_exact(&mut line).unwrap();
+    assert_eq!(&line, b"HTTP/1.1 504");
+    assert!((1.0..4.0).contains(&started.elapsed().as_secs_f64()), "{:?}", started.elapsed());
+    let started = std::time::Instant::now();
+    let much = vec![(Duration::ZERO, 100_000_000)];
+    assert_eq!(uploaded_over_http_2(&rig, much).await, 504);
+    assert!((1.0..4.0).contains(&started.elapsed().as_secs_f64()), "{:?}", started.elapsed());
+}
+
+/// A stream of gRPC: the backend has begun to answer, and the client says nothing for longer than a body may be silent.
+#[test]
+fn a_client_may_be_silent_once_the_answer_has_begun() {
+    let listener = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let rig = upload_rig(&json!({}), listener.local_addr().unwrap());
+    let backend = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        head_of(&stream).unwrap();
+        stream.write_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n").unwrap();
+        let mut body = Vec::new();
+        let mut byte = [0; 1];
+        while !body.ends_with(b"0\r\n\r\n") {
+            stream.read_exact(&mut byte).unwrap();
+            body.push(byte[0]);
+        }
+        stream.write_all(b"3\r\nbye\r\n0\r\n\r\n").unwrap();
+        String::from_utf8(body).unwrap()
+    });
+    let mut stream = StdStream::connect(rig.plain).unwrap();
+    stream
+        .write_all(b"POST / HTTP/1.1\r\nHost: a.com\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n")
+        .unwrap();
+    assert_eq!(status(&head_of(&stream).unwrap()), 200);
+    std::thread::sleep(Duration::from_millis(2500));
+    stream.write_all(b"1\r\nb\r\n0\r\n\r\n").unwrap();
+    let mut answer = Vec::new();
+    stream.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    while !answer.ends_with(b"0\r\n\r\n") {
+        let mut byte = [0; 1];
+        stream.read_exact(&mut byte).unwrap();
+        answer.push(byte[0]);
+    }
+    assert_eq!(String::from_utf8(answer).unwrap(), "2\r\nhi\r\n3\r\nbye\r\n0\r\n\r\n");
+    assert!(backend.join().unwrap().contains("b\r\n"));
+}
+
+/// RFC 9113 8.1: an answer may come before the request is whole. curl 7.88 fails when the stream is reset while it sends.
+#[tokio::test]
+async fn a_refusal_reaches_a_client_that_is_still_sending() {
+    let rig = upload_rig(&json!({"proxy-body-size": "1k", "force-ssl-redirect": "true"}), backend("web"));
+    let config = tls::client_config(None, None, true).unwrap();
+    let stream = tokio::net::TcpStream::connect(rig.tls).await.unwrap();
+    let name = rustls::pki_types::ServerName::try_from("a.com").unwrap();
+    let stream = tokio_rustls::TlsConnector::from(config).connect(name, stream).await.unwrap();
+    let (sender, connection) = h2::client::handshake(stream).await.unwrap();
+    tokio::spawn(connection);
+    let request = http::Request::post("https://a.com/").header("content-length", 5_000_000).body(()).unwrap();
+    let (response, mut body) = sender.ready().await.unwrap().send_request(request, false).unwrap();
+    body.send_data(vec![b'x'; 4_000_000].into(), false).unwrap();
+    assert_eq!(response.await.unwrap().status(), 413);
+    // More than a window: somebody takes it.
+    body.reserve_capacity(1_000_000);
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    body.send_data(vec![b'x'; 1_000_000].into(), true).unwrap();
+    let reset = std::future::poll_fn(|context| body.poll_reset(context));
+    let reset = tokio::time::timeout(Duration::from_secs(2), reset).await;
+    assert!(!matches!(reset, Ok(Ok(_))), "{reset:?}");
+    // Over HTTP/1.1 the connection even lasts.
+    let mut stream = StdStream::connect(rig.plain).unwrap();
+    let body = "x".repeat(500_000);
+    for _ in 0..2 {
+        let head = format!("POST / HTTP/1.1\r\nHost: a.com\r\nContent-Length: {}\r\n\r\n", body.len());
+        stream.write_all(&[head.as_bytes(), body.as_bytes()].concat()).unwrap();
+        let answer = head_of(&stream).unwrap();
+        assert_eq!((status(&answer), field(&answer, "connection")), (308, None));
+        stream.read_exact(&mut vec![0; field(&answer, "content-length").unwrap().parse().unwrap()]).unwrap();
+    }
+}
+
+/// Bytes of a client that reads slowly must not make the kernel reset a connection whose last answer is on its way.
+#[tokio::test]
+async fn a_drain_loses_nothing_of_a_large_answer_that_is_read_slowly() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    const LENGTH: usize = 2_000_000;
+    let listener = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let rig = upload_rig(&json!({}), listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        head_of(&stream).unwrap();
+        stream.write_all(format!("HTTP/1.1 200 OK\r\nContent-Length: {LENGTH}\r\n\r\n").as_bytes()).unwrap();
+        stream.write_all(&vec![b'x'; LENGTH]).unwrap();
+        std::thread::sleep(Duration::from_secs(10));
+    });
+    let config = tls::client_config(None, None, true).unwrap();
+    let stream = tokio::net::TcpStream::connect(rig.tls).await.unwrap();
+    let name = rustls::pki_types::ServerName::try_from("a.com").unwrap();
+    let stream = tokio_rustls::TlsConnector::from(config).connect(name, stream).await.unwrap();
+    let (mut from, mut to) = tokio::io::split(stream);
+    // SETTINGS_INITIAL_WINDOW_SIZE and a WINDOW_UPDATE of the connection: more than the answer.
+    let window = [0, 4, 0x7f, 0xff, 0xff, 0xff];
+    let update = frame(8, 0, 0, &0x7000_0000_u32.to_be_bytes());
+    to.write_all(&[preface(&window), update, frame(HEADERS, 0x5, 1, GET)].concat()).await.unwrap();
+    // By now all of it waits in the sockets.
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    rig.phase.send_replace(listen::Phase::Draining);
+    tokio::spawn(async move {
+        // The server asks when a client has heard of its end (RFC 9113 6.8), and it has; further words are for nobody.
+        while to.write_all(&frame(6, 1, 0, &[0x0b, 0x7b, 0xa2, 0xf0, 0x8b, 0x9b, 0xfe, 0x54])).await.is_ok() {
+            let _ = to.flush().await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    let mut got = 0;
+    loop {
+        let mut head = [0; 9];
+        if from.read_exact(&mut head).await.is_err() {
+            break;
+        }
+        let length = usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2]);
+        from.read_exact(&mut vec![0; length]).await.unwrap();
+        if head[3] == 0 {
+            got += length;
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+    assert_eq!(got, LENGTH);
 }

@@ -12,7 +12,8 @@ use weft_model::wireguard::{PeerStatus, WireguardPeer};
 
 use super::*;
 use crate::kernel::netns::Netns;
-use crate::kernel::testing::{NamedNetns, ServiceManager, needs_root, run as run_command};
+use crate::kernel::service_manager::ServiceManager;
+use crate::kernel::testing::{NamedNetns, needs_root, run as run_command};
 
 mod handover;
 mod nat;
@@ -162,7 +163,7 @@ impl Host {
             command.env(RUN_DIR, self.dir.path()).stdout(Stdio::null()).spawn().unwrap()
         };
         self.process = Some(match &mut self.manager {
-            Some(manager) => manager.start(spawn),
+            Some(manager) => manager.start(spawn).unwrap(),
             None => spawn(&mut Command::new("env")),
         });
     }
@@ -179,7 +180,7 @@ impl Host {
     /// Names of what the manager keeps, in order.
     fn kept(&mut self) -> Vec<String> {
         let manager = self.manager.as_mut().unwrap();
-        manager.hear();
+        manager.hear().unwrap();
         let mut names: Vec<String> = manager.kept.iter().map(|(name, _)| name.clone()).collect();
         names.sort();
         names
@@ -234,7 +235,7 @@ fn three() -> (NamedNetns, [Host; 3]) {
 fn three_kept() -> (NamedNetns, [Host; 3]) {
     three_of([1, 2, 3].map(|number| {
         let mut host = Host::new(number);
-        host.manager = Some(ServiceManager::new(&host.dir.path().join("notify")));
+        host.manager = Some(ServiceManager::bind(&host.dir.path().join("notify")).unwrap());
         host
     }))
 }

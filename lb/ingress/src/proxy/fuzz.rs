@@ -1,0 +1,310 @@
+//! Bytes that nobody wrote by hand, against the real listener: framings of HTTP/1.1 judged by an oracle that follows RFC 9112 section 6, and
+//! damaged ClientHellos.
+
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener as StdListener, TcpStream as StdStream};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use http_body::Body as _;
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use proptest::prelude::*;
+use serde_json::json;
+
+use super::tests::{Rig, client_hello, passing, simple_table, status};
+
+/// Whole requests as the backend understood them: path and body.
+type Understood = Arc<Mutex<Vec<(String, Vec<u8>)>>>;
+
+/// A backend whose HTTP/1.1 is hyper's: what it understands is what a request has become.
+fn listening() -> (SocketAddr, Understood) {
+    let (understood, (tell, told)) = (Understood::default(), std::sync::mpsc::channel());
+    let all = understood.clone();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async move {
+            let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+            tell.send(listener.local_addr().unwrap()).unwrap();
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let all = all.clone();
+                let service = service_fn(move |request: http::Request<Incoming>| {
+                    let all = all.clone();
+                    async move {
+                        let path = request.uri().path().to_owned();
+                        let (mut incoming, mut body) = (Box::pin(request.into_body()), Vec::new());
+                        while let Some(frame) =
+                            std::future::poll_fn(|context| incoming.as_mut().poll_frame(context)).await
+                        {
+                            body.extend(frame?.into_data().unwrap_or_default());
+                        }
+                        all.lock().unwrap().push((path, body));
+                        Ok::<_, hyper::Error>(http::Response::new(super::body::Body::text("understood")))
+                    }
+                });
+                let connection = hyper::server::conn::http1::Builder::new();
+                tokio::spawn(connection.serve_connection(TokioIo::new(stream), service));
+            }
+        });
+    });
+    (told.recv().unwrap(), understood)
+}
+
+/// What may become of a request, by the text of the specification.
+#[derive(Debug, PartialEq)]
+struct Allowed {
+    refused: bool,
+    /// Its body, when it may pass.
+    body: Option<Vec<u8>>,
+}
+
+const REFUSED: Allowed = Allowed { refused: true, body: None };
+
+/// RFC 9112 6.3, for a request whose fields are `(name, value)` and what follows its head.
+fn judged(version: &str, fields: &[(&str, &str)], rest: &[u8]) -> Allowed {
+    // 5.1: no whitespace between name and colon.
+    if fields.iter().any(|(name, _)| name.ends_with(' ')) {
+        return REFUSED;
+    }
+    let values = |wanted: &str| {
+        let found = fields.iter().filter(|(name, _)| name.eq_ignore_ascii_case(wanted));
+        found
+            .flat_map(|(_, value)| value.split(','))
+            .map(|item| item.trim_matches([' ', '\t']))
+            .collect::<Vec<_>>()
+    };
+    let (codings, lengths) = (values("transfer-encoding"), values("content-length"));
+    if !codings.is_empty() {
+        let named: Vec<&str> = codings.iter().copied().filter(|coding| !coding.is_empty()).collect();
+        // 6.1: chunked is last and once, other codings would go on as if they were none, and HTTP/1.0 has none.
+        if version == "1.0" || named.len() != 1 || !named[0].eq_ignore_ascii_case("chunked") {
+            return REFUSED;
+        }
+        let (body, strict) = unchunked(rest);
+        // RFC 9110 5.6.1.2 wants empty elements to be passed over; to refuse them harms nobody.
+        let strict = strict && named.len() == codings.len();
+        return Allowed { refused: !strict || !lengths.is_empty() || body.is_none(), body };
+    }
+    if lengths.is_empty() {
+        return Allowed { refused: false, body: Some(Vec::new()) };
+    }
+    let numbers: Option<Vec<usize>> = lengths
+        .iter()
+        .map(|text| text.bytes().all(|digit| digit.is_ascii_digit()).then(|| text.parse().ok()).flatten())
+        .collect();
+    match numbers.as_deref() {
+        Some([first, others @ ..]) if others.iter().all(|other| other == first) => {
+            let body = rest.get(..*first).map(<[u8]>::to_vec);
+            Allowed { refused: !others.is_empty() || body.is_none(), body }
+        }
+        _ => REFUSED,
+    }
+}
+
+/// 7.1. Whether it is so by every letter: spaces after a size may be forgiven.
+fn unchunked(mut rest: &[u8]) -> (Option<Vec<u8>>, bool) {
+    let (mut body, mut strict) = (Vec::new(), true);
+    loop {
+        let Some(end) = rest.windows(2).position(|pair| pair == b"\r\n") else { return (None, strict) };
+        let line = std::str::from_utf8(&rest[..end]).unwrap();
+        let size = line.split(';').next().unwrap();
+        let bare = size.trim_end_matches([' ', '\t']);
+        strict &= size == bare;
+        let valid =
+            !bare.is_empty() && bare.bytes().all(|digit| digit.is_ascii_hexdigit()) && !line.contains('\n');
+        let Some(size) = usize::from_str_radix(bare, 16).ok().filter(|_| valid) else {
+            return (None, strict);
+        };
+        rest = &rest[end + 2..];
+        if size == 0 {
+            // Fields of the trailer, then an empty line.
+            let trailer = std::str::from_utf8(rest).unwrap();
+            let mut fields = trailer.split("\r\n").take_while(|line| !line.is_empty());
+            let named = |line: &str| line.split_once(':').is_some_and(|(name, _)| !name.contains(' '));
+            let ended = trailer.starts_with("\r\n") || trailer.contains("\r\n\r\n");
+            return ((ended && fields.all(named)).then_some(body), strict);
+        }
+        let Some((piece, after)) = rest.split_at_checked(size) else { return (None, strict) };
+        body.extend_from_slice(piece);
+        match after.strip_prefix(b"\r\n") {
+            Some(after) => rest = after,
+            None => return (None, strict),
+        }
+    }
+}
+
+fn field() -> impl Strategy<Value = (&'static str, &'static str)> {
+    let codings = prop::sample::select(vec![
+        "chunked",
+        "Chunked",
+        "chunked ",
+        "\tchunked",
+        ",chunked",
+        "chunked,",
+        "gzip, chunked",
+        "chunked, gzip",
+        "chunked, chunked",
+        "identity",
+        "xchunked",
+        "chunked;q=1",
+        "\"chunked\"",
+        "gzip",
+        "",
+    ]);
+    let lengths = prop::sample::select(vec![
+        "5",
+        "05",
+        "5 ",
+        "+5",
+        "-5",
+        "0x5",
+        "5, 5",
+        "5,6",
+        "6",
+        "0",
+        "",
+        "5.0",
+        "5;",
+        "99999999999999999999999",
+        "1e1",
+    ]);
+    let names = |of: [&'static str; 5]| prop::sample::select(of.to_vec());
+    prop_oneof![
+        (
+            names([
+                "Transfer-Encoding",
+                "transfer-encoding",
+                "TRANSFER-ENCODING",
+                "Transfer-Encoding ",
+                "Transfer_Encoding"
+            ]),
+            codings
+        ),
+        (
+            names([
+                "Content-Length",
+                "content-length",
+                "CONTENT-LENGTH",
+                "Content-Length ",
+                "Content_Length"
+            ]),
+            lengths
+        ),
+    ]
+}
+
+fn body() -> impl Strategy<Value = &'static str> {
+    prop::sample::select(vec![
+        "",
+        "hello",
+        "5\r\nhello\r\n0\r\n\r\n",
+        "2\r\nhe\r\n3\r\nllo\r\n0\r\n\r\n",
+        "5\r\nhello\r\n0\r\nX-Trailer: 1\r\n\r\n",
+        "5;a=b;c=\"d\"\r\nhello\r\n0\r\n\r\n",
+        "00005\r\nhello\r\n000\r\n\r\n",
+        "5 \r\nhello\r\n0\r\n\r\n",
+        " 5\r\nhello\r\n0\r\n\r\n",
+        "5\nhello\n0\n\n",
+        "5\r\nhello0\r\n\r\n",
+        "5\r\nhelloX\r\n0\r\n\r\n",
+        "0x5\r\nhello\r\n0\r\n\r\n",
+        "+5\r\nhello\r\n0\r\n\r\n",
+        "-5\r\nhello\r\n0\r\n\r\n",
+        "\r\nhello\r\n0\r\n\r\n",
+        "fffffffffffffffff\r\nhello\r\n0\r\n\r\n",
+        "5\r\nhello\r\n0\r\n",
+    ])
+}
+
+const SECOND: &str = "GET /second HTTP/1.1\r\nHost: a.com\r\nConnection: close\r\n\r\n";
+
+#[test]
+fn a_framing_means_to_the_backend_what_rfc_9112_says_or_is_refused() {
+    let (address, understood) = listening();
+    let rig = Rig::start(&simple_table(&json!({}), address));
+    let config = ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() };
+    let case = (
+        prop::sample::select(vec!["1.1", "1.1", "1.1", "1.0"]),
+        prop::collection::vec(field(), 0..3),
+        body(),
+    );
+    proptest!(config, |((version, fields, body) in case)| {
+        understood.lock().unwrap().clear();
+        let lines: String = fields.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+        let rest = format!("{body}{SECOND}");
+        let text = format!("POST /first HTTP/{version}\r\nHost: a.com\r\n{lines}\r\n{rest}");
+        let allowed = judged(version, &fields, rest.as_bytes());
+        let mut stream = StdStream::connect(rig.plain).unwrap();
+        // One that may pass ends by itself; one that cannot may be waited for until it is clear that no more will come.
+        let patience = if allowed.body.is_some() { 5000 } else { 100 };
+        stream.set_read_timeout(Some(Duration::from_millis(patience))).unwrap();
+        let _ = stream.write_all(text.as_bytes());
+        let mut answers = Vec::new();
+        if stream.read_to_end(&mut answers).is_err() {
+            prop_assert!(allowed.body.is_none(), "it does not end: {}", text);
+            let _ = stream.shutdown(Shutdown::Write);
+            stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            let _ = stream.read_to_end(&mut answers);
+        }
+        let answers = String::from_utf8_lossy(&answers).into_owned();
+        let heard = understood.lock().unwrap().clone();
+        match heard.first() {
+            Some((path, body)) if path == "/first" => {
+                prop_assert_eq!(Some(body), allowed.body.as_ref(), "{}\n{:?}", text, heard);
+                prop_assert_eq!(status(&answers), 200, "{}\n{}", text, answers);
+            }
+            // It was refused, so nothing behind it was a request.
+            _ => {
+                prop_assert!(allowed.refused && heard.is_empty(), "{}\n{}\n{:?}\n{:?}", text, answers, allowed, heard);
+                prop_assert!(answers.matches("HTTP/1.").count() <= 1, "{}\n{}", text, answers);
+            }
+        }
+    });
+}
+
+#[test]
+fn a_damaged_hello_reaches_a_backend_as_it_is_or_not_at_all() {
+    let listener = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let rig = Rig::start(&passing(&json!({}), &[listener.local_addr().unwrap()]));
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let mut got = Vec::new();
+            let _ = stream.read_to_end(&mut got);
+            if tell.send(got).is_err() {
+                return;
+            }
+        }
+    });
+    let hello = client_hello("pass.com");
+    let config = ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() };
+    let damage = prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4);
+    proptest!(config, |(damage in damage, cut in prop::option::of(any::<prop::sample::Index>()))| {
+        let mut sent = hello.clone();
+        for (at, byte) in &damage {
+            let at = at.index(sent.len());
+            sent[at] = *byte;
+        }
+        if let Some(cut) = cut {
+            sent.truncate(cut.index(sent.len()));
+        }
+        let mut stream = StdStream::connect(rig.tls).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        stream.write_all(&sent).unwrap();
+        let _ = stream.shutdown(Shutdown::Write);
+        let mut answer = Vec::new();
+        let ended = stream.read_to_end(&mut answer);
+        prop_assert!(!ended.is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock), "it is left open");
+        // What is said here is an alert or a handshake with the certificate of other hosts (RFC 8446 5.1).
+        if let Some(kind) = answer.first() {
+            prop_assert!(matches!(kind, 21 | 22), "{:?}", answer);
+        }
+        let passed = told.recv_timeout(Duration::from_millis(if answer.is_empty() { 20 } else { 0 }));
+        match passed {
+            Ok(got) => prop_assert_eq!(got, sent),
+            Err(_) => prop_assert!(!damage.is_empty() || cut.is_some(), "a sound hello is passed on"),
+        }
+    });
+}

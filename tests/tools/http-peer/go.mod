@@ -1,0 +1,3 @@
+module weft.network/tests/http-peer
+
+go 1.25
