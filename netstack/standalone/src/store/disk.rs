@@ -3,9 +3,11 @@
 //! `m/revision`, `m/reserved`, `m/clean` counters (big-endian u64). Values of objects are the JSON as served.
 
 use std::collections::VecDeque;
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
 
@@ -18,6 +20,8 @@ use crate::resources;
 const RESERVATION: u64 = 10_000;
 /// sled's page cache; every object is in memory anyway.
 const CACHE_BYTES: u64 = 8 * 1024 * 1024;
+/// sled lets go of its lock a moment after it was closed.
+const CLOSING: Duration = Duration::from_secs(2);
 
 #[derive(Clone, Debug)]
 pub(super) struct Disk {
@@ -27,13 +31,19 @@ pub(super) struct Disk {
 
 impl Disk {
     pub(super) fn open(directory: &Path) -> Result<Self, StoreError> {
-        let db = sled::Config::new()
-            .path(directory)
-            .cache_capacity(CACHE_BYTES)
-            .flush_every_ms(None)
-            .open()
-            .map_err(|source| StoreError::Open { path: directory.display().to_string(), source })?;
-        Ok(Self { db, reserved: Arc::new(AtomicU64::new(0)) })
+        let config = sled::Config::new().path(directory).cache_capacity(CACHE_BYTES).flush_every_ms(None);
+        let deadline = Instant::now() + CLOSING;
+        loop {
+            match config.open() {
+                Ok(db) => return Ok(Self { db, reserved: Arc::new(AtomicU64::new(0)) }),
+                Err(sled::Error::Io(error)) if is_locked(&error) && Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                Err(source) => {
+                    return Err(StoreError::Open { path: directory.display().to_string(), source });
+                }
+            }
+        }
     }
 
     /// Reads everything, and reserves the first block of revisions.
@@ -138,6 +148,11 @@ impl Disk {
         self.db.insert("m/revision", &revision.to_be_bytes()).map_err(StoreError::Write)?;
         self.flush()
     }
+}
+
+/// sled makes an error of its own of what flock(2) says.
+fn is_locked(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::Other && error.to_string().contains("could not acquire lock")
 }
 
 fn number(bytes: &[u8]) -> Option<u64> {

@@ -46,6 +46,19 @@ async fn after_a_clean_end_watches_resume_where_they_were() {
 }
 
 #[tokio::test]
+async fn a_store_that_is_being_closed_is_waited_for_and_one_in_use_is_an_error() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open(directory.path(), 8).unwrap();
+    assert!(matches!(Store::open(directory.path(), 8), Err(StoreError::Open { .. })));
+    let closing = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        drop(store);
+    });
+    Store::open(directory.path(), 8).unwrap();
+    closing.join().unwrap();
+}
+
+#[tokio::test]
 async fn the_history_is_bounded_and_says_when_it_is_too_old() {
     let directory = tempfile::tempdir().unwrap();
     let store = Store::open(directory.path(), 4).unwrap();
