@@ -2,7 +2,7 @@
 //! four bytes a field, as registers are; a key of one field is not. Ports and addresses are big-endian, `numgen`
 //! numbers native.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
@@ -332,8 +332,12 @@ pub(crate) fn read_groups(
         let is_there = |(key, data): Element<'_>| {
             left.get(Packed::key(key).as_slice()).is_some_and(|there| there.is(data))
         };
-        let whole = wanted.iter().filter(|(_, group)| group.iter().all(is_there));
-        groups = whole.map(|(name, group)| (name.clone(), group.clone())).collect();
+        let (mut whole, partly): (Vec<_>, Vec<_>) =
+            wanted.iter().partition(|(_, group)| group.iter().all(is_there));
+        // One key in two groups: what it is to be is for whoever compares all of them.
+        let disputed: BTreeSet<_> = partly.into_iter().flat_map(|(_, group)| group.keys()).collect();
+        whole.retain(|(_, group)| disputed.is_empty() || !group.keys().any(|key| disputed.contains(key)));
+        groups = whole.into_iter().map(|(name, group)| (name.clone(), group.clone())).collect();
         for key in groups.values().flat_map(|group| group.keys()) {
             left.remove(Packed::key(key).as_slice());
         }

@@ -11,6 +11,21 @@ fn two_services() -> Table {
     ])
 }
 
+/// A plan keeps a key to one group. Where one did not, what the first pass could do no later one may fail at.
+#[test]
+fn a_key_in_two_groups_settles() {
+    in_namespace(|| {
+        let mut desired = two_services();
+        let set = desired.sets.get_mut("service-ips").unwrap();
+        let key = set.elements().next().unwrap().0.to_vec();
+        for (name, verdict) in [("0", Verdict::Drop), ("zz", Verdict::Accept)] {
+            set.groups.insert(name.into(), group([(key.clone(), ElementData::Verdict(verdict))]));
+        }
+        NftTable::new("weft-proxy").apply(&desired, Trust::Nothing).unwrap();
+        settles(&mut NftTable::new("weft-proxy"), &desired);
+    });
+}
+
 #[test]
 fn whatever_is_done_by_hand_heals() {
     in_namespace(|| {
