@@ -17,7 +17,7 @@ mod lease;
 mod open;
 mod snapshot;
 #[cfg(test)]
-pub(crate) mod tests;
+mod tests;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -28,7 +28,7 @@ use open::Look;
 pub use open::Opened;
 pub use snapshot::{Found, LastGood, SnapshotRead};
 
-/// Kept in memory by sled: leases of one node and one Snapshot fit easily.
+/// What sled is asked to keep in memory; see above.
 const CACHE_BYTES: u64 = 8 << 20;
 /// sled writes whole segments of 512 KiB and may need a few at once; below this a write could fail half-way.
 const MIN_FREE_BYTES: u64 = 4 << 20;

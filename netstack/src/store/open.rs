@@ -9,6 +9,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::{CACHE_BYTES, Store, StoreError};
 
@@ -28,6 +29,8 @@ pub(super) enum Look {
     AtNothing,
 }
 
+/// As long is waited for a store that is being closed.
+const CLOSING: Duration = Duration::from_secs(2);
 /// Openings that did not end before the store is given up.
 const STRIKES: u32 = 2;
 
@@ -49,10 +52,10 @@ pub(super) fn open(path: &Path, look: Look) -> Result<Opened, StoreError> {
     }
     // A marker that cannot be written is a full disk, about to be reported by sled itself.
     let _ = fs::write(&marker, (strikes + 1).to_string());
-    let opened = match attempt(path, look) {
+    let opened = match attempt_when_free(path, look) {
         Err(Failure::Damaged) => {
             set_aside = Some(move_aside(path)?);
-            attempt(path, look)
+            attempt_when_free(path, look)
         }
         other => other,
     };
@@ -72,6 +75,19 @@ pub(super) fn open(path: &Path, look: Look) -> Result<Opened, StoreError> {
 fn keep_private(path: &Path) {
     let _ = fs::DirBuilder::new().mode(0o700).create(path);
     let _ = fs::set_permissions(path, fs::Permissions::from_mode(0o700));
+}
+
+/// sled lets go of its lock a moment after the last handle is gone; a dead process has none.
+fn attempt_when_free(path: &Path, look: Look) -> Result<Store, Failure> {
+    let deadline = Instant::now() + CLOSING;
+    loop {
+        match attempt(path, look) {
+            Err(Failure::Refused(error)) if is_locked(&error) && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            other => return other,
+        }
+    }
 }
 
 fn attempt(path: &Path, look: Look) -> Result<Store, Failure> {
@@ -97,6 +113,11 @@ fn attempt(path: &Path, look: Look) -> Result<Store, Failure> {
         Ok(Err(sled::Error::Io(source))) if !is_damage(&source) => Err(Failure::Refused(source)),
         Ok(Err(_)) | Err(_) => Err(Failure::Damaged),
     }
+}
+
+/// sled makes an error of its own of what flock(2) says.
+fn is_locked(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::Other && error.to_string().contains("could not acquire lock")
 }
 
 /// sled wraps what it could not make sense of into I/O errors without an error number, and the refusal of its lock too.

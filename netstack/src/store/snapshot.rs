@@ -8,7 +8,6 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -50,8 +49,8 @@ pub struct SnapshotRead {
     pub snapshot: Option<Snapshot>,
     /// Why a record that is there was not used, one sentence.
     pub unreadable: Option<String>,
-    /// What is in the store is of another form, or nobody knows: the next write removes all of it.
-    pub replaced_whole: bool,
+    /// It was written by a version that had no record for each object.
+    in_one_piece: bool,
 }
 
 /// Does the same for every map of objects; each has records under its own name.
@@ -81,9 +80,6 @@ pub struct Found {
     pub set_aside: Option<PathBuf>,
 }
 
-/// sled lets go of its lock a moment after it was closed.
-const CLOSING: Duration = Duration::from_secs(2);
-
 impl LastGood {
     /// Opens or begins the store in the folder `path`, as [`Store::open`] does.
     ///
@@ -92,12 +88,10 @@ impl LastGood {
     pub fn read(path: impl Into<PathBuf>) -> Result<Found, StoreError> {
         let path = path.into();
         let Opened { store, set_aside } = Store::open(&path)?;
-        let read = store.load_snapshot().unwrap_or_else(|error| SnapshotRead {
-            snapshot: None,
-            unreadable: Some(chain(&error)),
-            replaced_whole: true,
-        });
-        let saved = read.snapshot.clone().filter(|_| !read.replaced_whole);
+        let read = store
+            .load_snapshot()
+            .unwrap_or_else(|error| SnapshotRead { unreadable: Some(chain(&error)), ..Default::default() });
+        let saved = read.snapshot.clone().filter(|_| !read.in_one_piece);
         Ok(Found { last_good: Self { path, saved: Mutex::new(saved) }, read, set_aside })
     }
 
@@ -108,24 +102,12 @@ impl LastGood {
     /// Those of [`Store::open`], and what keeps it from being written; the one before is still there.
     pub fn save(&self, snapshot: &Snapshot) -> Result<(), StoreError> {
         let mut saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
-        let Opened { store, set_aside } = self.open_when_free()?;
+        let Opened { store, set_aside } = open(&self.path, Look::AtNothing)?;
         // Put back when all is written: a write that failed may have written.
         let before = saved.take().filter(|_| set_aside.is_none());
         store.save_snapshot(before.as_ref(), snapshot)?;
         *saved = Some(snapshot.clone());
         Ok(())
-    }
-
-    fn open_when_free(&self) -> Result<Opened, StoreError> {
-        let deadline = Instant::now() + CLOSING;
-        loop {
-            match open(&self.path, Look::AtNothing) {
-                Err(StoreError::Open { .. }) if Instant::now() < deadline => {
-                    std::thread::sleep(Duration::from_millis(5));
-                }
-                opened => return opened,
-            }
-        }
     }
 }
 
@@ -174,14 +156,13 @@ impl Store {
     pub(super) fn load_snapshot(&self) -> Result<SnapshotRead, StoreError> {
         let bytes = self.snapshot.get(HEAD).map_err(self.error("read the last good Snapshot"))?;
         let Some(bytes) = bytes else { return Ok(SnapshotRead::default()) };
-        let unreadable =
-            |reason| SnapshotRead { snapshot: None, unreadable: Some(reason), replaced_whole: true };
+        let unreadable = |reason| SnapshotRead { unreadable: Some(reason), ..Default::default() };
         let (version, head) = match decode(&bytes) {
             Ok(decoded) => decoded,
             Err(reason) => return Ok(unreadable(reason)),
         };
         if version == IN_ONE_PIECE {
-            return Ok(SnapshotRead { snapshot: Some(head), unreadable: None, replaced_whole: true });
+            return Ok(SnapshotRead { snapshot: Some(head), in_one_piece: true, ..Default::default() });
         }
         let mut snapshot = head;
         macro_rules! read {
@@ -193,7 +174,7 @@ impl Store {
             )* };
         }
         for_each_kind!(read);
-        Ok(SnapshotRead { snapshot: Some(snapshot), unreadable: None, replaced_whole: false })
+        Ok(SnapshotRead { snapshot: Some(snapshot), ..Default::default() })
     }
 
     fn read_kind<K, V>(&self, kind: &str) -> Result<Result<Objects<K, V>, String>, StoreError>

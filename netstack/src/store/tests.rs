@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use weft_model::node_facts::{NodeFacts, WireguardBackend};
 use weft_model::objects::{Node, Protocol, Service, ServiceKind, ServicePort, TrafficPolicy};
@@ -28,18 +27,6 @@ fn lease(container: &str) -> Lease {
 
 fn address(text: &str) -> IpAddr {
     text.parse().unwrap()
-}
-
-/// sled's threads let go of the lock a moment after the last handle is dropped; a dead process has none.
-pub(crate) fn open_when_free(path: &Path) -> Opened {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    loop {
-        match Store::open(path) {
-            Ok(opened) => return opened,
-            Err(error) => assert!(Instant::now() < deadline, "{}", crate::reconcile::chain(&error)),
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }
 
 fn write(store: &Store, text: &str, lease: Option<Lease>) {
@@ -150,7 +137,7 @@ fn leases_survive_a_restart() {
     write(&opened.store, "10.244.1.3", Some(lease("b")));
     write(&opened.store, "10.244.1.3", None);
     drop(opened);
-    let leases = open_when_free(&path).store.leases().unwrap();
+    let leases = Store::open(&path).unwrap().store.leases().unwrap();
     assert_eq!(leases, [(address("10.244.1.2"), lease("a")), (address("fd00::2"), lease("a"))].into());
 }
 
@@ -188,11 +175,11 @@ fn a_store_full_of_garbage_is_set_aside_and_begun_anew() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("store");
     for round in 1..=2 {
-        let opened = open_when_free(&path);
+        let opened = Store::open(&path).unwrap();
         write(&opened.store, "10.244.1.2", Some(lease("a")));
         drop(opened);
         fill_with_garbage(&path);
-        let opened = open_when_free(&path);
+        let opened = Store::open(&path).unwrap();
         assert_eq!(opened.set_aside, Some(folder.path().join(format!("store.damaged-{round}"))));
         assert!(opened.set_aside.unwrap().join("conf").exists());
         assert_eq!(opened.store.leases().unwrap(), LeaseRecords::new());
@@ -213,13 +200,13 @@ fn a_file_in_place_of_the_store_is_set_aside() {
 fn a_store_that_kills_its_opener_twice_is_set_aside() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("store");
-    drop(open_when_free(&path));
+    drop(Store::open(&path).unwrap());
     let marker = folder.path().join("store.opening");
     std::fs::write(&marker, "1").unwrap();
-    assert_eq!(open_when_free(&path).set_aside, None);
+    assert_eq!(Store::open(&path).unwrap().set_aside, None);
     assert!(!marker.exists());
     std::fs::write(&marker, "2").unwrap();
-    assert_eq!(open_when_free(&path).set_aside, Some(folder.path().join("store.damaged-1")));
+    assert_eq!(Store::open(&path).unwrap().set_aside, Some(folder.path().join("store.damaged-1")));
 }
 
 #[test]
@@ -229,23 +216,12 @@ fn a_store_in_use_is_an_error_and_not_damage() {
     let first = Store::open(&path).unwrap();
     assert!(matches!(Store::open(&path), Err(StoreError::Open { .. })));
     drop(first);
-    assert_eq!(open_when_free(&path).set_aside, None);
-}
-
-fn last_good(path: &Path) -> Found {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    loop {
-        match LastGood::read(path) {
-            Ok(found) => return found,
-            Err(error) => assert!(Instant::now() < deadline, "{}", crate::reconcile::chain(&error)),
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    assert_eq!(Store::open(&path).unwrap().set_aside, None);
 }
 
 /// As a program of its own: what it finds, and then its writes.
 fn in_a_process(path: &Path, writes: &[&Snapshot]) -> SnapshotRead {
-    let Found { last_good, read, .. } = last_good(path);
+    let Found { last_good, read, .. } = LastGood::read(path).unwrap();
     writes.iter().for_each(|snapshot| last_good.save(snapshot).unwrap());
     read
 }
@@ -289,10 +265,10 @@ fn a_change_writes_its_objects_only() {
     let path = folder.path().join("store");
     let names: Vec<String> = (0..2_000).map(|i| format!("s{i}")).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
-    let writer = last_good(&path).last_good;
+    let writer = LastGood::read(&path).unwrap().last_good;
     writer.save(&with_services(&names)).unwrap();
     // Whoever wrote it again would put it back.
-    let raw = open_when_free(&path).store;
+    let raw = Store::open(&path).unwrap().store;
     raw.snapshot.remove(br#"services/"default/s7""#).unwrap().expect("each object has a record");
     drop(raw);
     writer.save(&with_services(&names[1..])).unwrap();
@@ -305,9 +281,9 @@ fn a_change_writes_its_objects_only() {
 fn a_store_that_was_damaged_between_two_writes_is_set_aside_and_written_whole() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("store");
-    let writer = last_good(&path).last_good;
+    let writer = LastGood::read(&path).unwrap().last_good;
     writer.save(&with_services(&["a", "b"])).unwrap();
-    drop(open_when_free(&path));
+    drop(Store::open(&path).unwrap());
     fill_with_garbage(&path);
     writer.save(&with_services(&["b", "c"])).unwrap();
     assert!(folder.path().join("store.damaged-1").exists());
@@ -315,7 +291,7 @@ fn a_store_that_was_damaged_between_two_writes_is_set_aside_and_written_whole() 
 }
 
 fn put(path: &Path, name: &str, bytes: &[u8]) {
-    let raw = open_when_free(path).store;
+    let raw = Store::open(path).unwrap().store;
     raw.snapshot.insert(name, bytes).unwrap();
     raw.db.flush().unwrap();
 }

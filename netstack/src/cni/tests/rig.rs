@@ -17,7 +17,6 @@ use crate::cni::{Attachment, Cni, Inputs, plugin, server};
 use crate::kernel::testing::NamedNetns;
 use crate::policy::{PolicyApplier, PolicyPlanner};
 use crate::reconcile::{Loop, Pace};
-use crate::store::tests::open_when_free;
 use crate::store::{LeaseRecords, Store};
 
 pub(super) struct Rig {
@@ -94,7 +93,7 @@ impl Rig {
         told: watch::Sender<Attachments>,
         verdicts: Option<watch::Receiver<Report>>,
     ) -> Agent {
-        let opened = open_when_free(&self.store_path());
+        let opened = Store::open(self.store_path()).unwrap();
         let store = Arc::new(opened.store);
         let receiver = snapshots.subscribe();
         let inputs = Inputs {
