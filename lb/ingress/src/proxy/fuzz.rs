@@ -13,43 +13,36 @@ use hyper_util::rt::TokioIo;
 use proptest::prelude::*;
 use serde_json::json;
 
-use super::tests::{Rig, client_hello, passing, simple_table, status};
+use super::tests::{Rig, client_hello, passing, served, simple_table, status};
 
 /// Whole requests as the backend understood them: path and body.
 type Understood = Arc<Mutex<Vec<(String, Vec<u8>)>>>;
 
 /// A backend whose HTTP/1.1 is hyper's: what it understands is what a request has become.
 fn listening() -> (SocketAddr, Understood) {
-    let (understood, (tell, told)) = (Understood::default(), std::sync::mpsc::channel());
+    let understood = Understood::default();
     let all = understood.clone();
-    std::thread::spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async move {
-            let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-            tell.send(listener.local_addr().unwrap()).unwrap();
-            loop {
-                let (stream, _) = listener.accept().await.unwrap();
-                let all = all.clone();
-                let service = service_fn(move |request: http::Request<Incoming>| {
-                    let all = all.clone();
-                    async move {
-                        let path = request.uri().path().to_owned();
-                        let (mut incoming, mut body) = (Box::pin(request.into_body()), Vec::new());
-                        while let Some(frame) =
-                            std::future::poll_fn(|context| incoming.as_mut().poll_frame(context)).await
-                        {
-                            body.extend(frame?.into_data().unwrap_or_default());
-                        }
-                        all.lock().unwrap().push((path, body));
-                        Ok::<_, hyper::Error>(http::Response::new(super::body::Body::text("understood")))
-                    }
-                });
-                let connection = hyper::server::conn::http1::Builder::new();
-                tokio::spawn(connection.serve_connection(TokioIo::new(stream), service));
+    let address = served(move |stream| {
+        let all = all.clone();
+        let service = service_fn(move |request: http::Request<Incoming>| {
+            let all = all.clone();
+            async move {
+                let path = request.uri().path().to_owned();
+                let (mut incoming, mut body) = (Box::pin(request.into_body()), Vec::new());
+                while let Some(frame) =
+                    std::future::poll_fn(|context| incoming.as_mut().poll_frame(context)).await
+                {
+                    body.extend(frame?.into_data().unwrap_or_default());
+                }
+                all.lock().unwrap().push((path, body));
+                Ok::<_, hyper::Error>(http::Response::new(super::body::Body::text("understood")))
             }
         });
+        let connection = hyper::server::conn::http1::Builder::new();
+        let connection = connection.serve_connection(TokioIo::new(stream), service);
+        async move { drop(connection.await) }
     });
-    (told.recv().unwrap(), understood)
+    (address, understood)
 }
 
 /// What may become of a request, by the text of the specification.

@@ -544,12 +544,20 @@ fn certificate(host: &str) -> crate::plan::table::Certificate {
 
 type Http2 = hyper::client::conn::http2::SendRequest<body::Body>;
 
+/// TLS of a client that offers HTTP/2 and trusts everybody.
+async fn tls_for_http_2(
+    at: SocketAddr,
+    name: &'static str,
+) -> tokio_rustls::client::TlsStream<tokio::net::TcpStream> {
+    let config = tls::client_config(None, None, true).unwrap();
+    let stream = tokio::net::TcpStream::connect(at).await.unwrap();
+    let name = rustls::pki_types::ServerName::try_from(name).unwrap();
+    tokio_rustls::TlsConnector::from(config).connect(name, stream).await.unwrap()
+}
+
 /// A client that speaks HTTP/2 to `a.com`, and the future that drives it.
 async fn http_2(rig: &Rig) -> (Http2, impl Future<Output = hyper::Result<()>> + Send + use<>) {
-    let config = tls::client_config(None, None, true).unwrap();
-    let stream = tokio::net::TcpStream::connect(rig.tls).await.unwrap();
-    let name = rustls::pki_types::ServerName::try_from("a.com").unwrap();
-    let stream = tokio_rustls::TlsConnector::from(config).connect(name, stream).await.unwrap();
+    let stream = tls_for_http_2(rig.tls, "a.com").await;
     let executor = hyper_util::rt::TokioExecutor::new();
     hyper::client::conn::http2::handshake(executor, hyper_util::rt::TokioIo::new(stream)).await.unwrap()
 }
@@ -562,10 +570,7 @@ async fn http_2_over_tls_by_sni_reaches_the_backend_and_shows_a_renewed_certific
     table.default_certificate = Some(certificate("default"));
     let rig = Rig::start(&table);
     let shown = async |name: &'static str| {
-        let config = tls::client_config(None, None, true).unwrap();
-        let stream = tokio::net::TcpStream::connect(rig.tls).await.unwrap();
-        let name = rustls::pki_types::ServerName::try_from(name).unwrap();
-        let stream = tokio_rustls::TlsConnector::from(config).connect(name, stream).await.unwrap();
+        let stream = tls_for_http_2(rig.tls, name).await;
         let own = stream.get_ref().1.peer_certificates().unwrap()[0].to_vec();
         let io = hyper_util::rt::TokioIo::new(stream);
         let executor = hyper_util::rt::TokioExecutor::new();
@@ -1055,10 +1060,7 @@ async fn a_name_in_the_handshake_that_is_no_name_or_that_nobody_has_ends_it() {
 /// HTTP/2 by hand: what the server says for these frames, until it closes or has said `enough`.
 async fn frames(rig: &Rig, sent: Vec<u8>, enough: impl Fn(&[Frame]) -> bool) -> Vec<Frame> {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-    let config = tls::client_config(None, None, true).unwrap();
-    let stream = tokio::net::TcpStream::connect(rig.tls).await.unwrap();
-    let name = rustls::pki_types::ServerName::try_from("a.com").unwrap();
-    let stream = tokio_rustls::TlsConnector::from(config).connect(name, stream).await.unwrap();
+    let stream = tls_for_http_2(rig.tls, "a.com").await;
     let (mut from, mut to) = tokio::io::split(stream);
     let writing = tokio::spawn(async move {
         let _ = to.write_all(&sent).await;
@@ -1273,6 +1275,25 @@ fn tls_backend(header: bool) -> SocketAddr {
     let config = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
     let config = config.unwrap().with_no_client_auth().with_single_cert(chain, key).unwrap();
     let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+    served(move |mut stream| {
+        let acceptor = acceptor.clone();
+        async move {
+            let named = match header {
+                true => format!("{:?}", proxy_protocol::read(&mut stream).await.unwrap()),
+                false => String::new(),
+            };
+            let mut stream = acceptor.accept(stream).await.unwrap();
+            stream.write_all(format!("passed {named}").as_bytes()).await.unwrap();
+            let _ = stream.shutdown().await;
+        }
+    })
+}
+
+/// A backend on a thread of its own that does this with each connection.
+pub(super) fn served<F>(connection: impl Fn(tokio::net::TcpStream) -> F + Send + 'static) -> SocketAddr
+where
+    F: Future<Output = ()> + Send + 'static,
+{
     let (tell, told) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -1280,14 +1301,8 @@ fn tls_backend(header: bool) -> SocketAddr {
             let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
             tell.send(listener.local_addr().unwrap()).unwrap();
             loop {
-                let (mut stream, _) = listener.accept().await.unwrap();
-                let named = match header {
-                    true => format!("{:?}", proxy_protocol::read(&mut stream).await.unwrap()),
-                    false => String::new(),
-                };
-                let mut stream = acceptor.accept(stream).await.unwrap();
-                stream.write_all(format!("passed {named}").as_bytes()).await.unwrap();
-                let _ = stream.shutdown().await;
+                let (stream, _) = listener.accept().await.unwrap();
+                tokio::spawn(connection(stream));
             }
         });
     });
@@ -1501,10 +1516,7 @@ fn upload_rig(annotations: &Value, web: SocketAddr) -> Rig {
 
 /// Sends the pieces of a body of this length, each after its pause, over HTTP/2, and returns the status of the answer.
 async fn uploaded_over_http_2(rig: &Rig, pieces: Vec<(Duration, usize)>) -> u16 {
-    let config = tls::client_config(None, None, true).unwrap();
-    let stream = tokio::net::TcpStream::connect(rig.tls_6).await.unwrap();
-    let name = rustls::pki_types::ServerName::try_from("a.com").unwrap();
-    let stream = tokio_rustls::TlsConnector::from(config).connect(name, stream).await.unwrap();
+    let stream = tls_for_http_2(rig.tls_6, "a.com").await;
     let (sender, connection) = h2::client::handshake(stream).await.unwrap();
     tokio::spawn(connection);
     let request = http::Request::post("https://a.com/").body(()).unwrap();
@@ -1613,10 +1625,7 @@ fn a_client_may_be_silent_once_the_answer_has_begun() {
 #[tokio::test]
 async fn a_refusal_reaches_a_client_that_is_still_sending() {
     let rig = upload_rig(&json!({"proxy-body-size": "1k", "force-ssl-redirect": "true"}), backend("web"));
-    let config = tls::client_config(None, None, true).unwrap();
-    let stream = tokio::net::TcpStream::connect(rig.tls).await.unwrap();
-    let name = rustls::pki_types::ServerName::try_from("a.com").unwrap();
-    let stream = tokio_rustls::TlsConnector::from(config).connect(name, stream).await.unwrap();
+    let stream = tls_for_http_2(rig.tls, "a.com").await;
     let (sender, connection) = h2::client::handshake(stream).await.unwrap();
     tokio::spawn(connection);
     let request = http::Request::post("https://a.com/").header("content-length", 5_000_000).body(()).unwrap();
@@ -1656,10 +1665,7 @@ async fn a_drain_loses_nothing_of_a_large_answer_that_is_read_slowly() {
         stream.write_all(&vec![b'x'; LENGTH]).unwrap();
         std::thread::sleep(Duration::from_secs(10));
     });
-    let config = tls::client_config(None, None, true).unwrap();
-    let stream = tokio::net::TcpStream::connect(rig.tls).await.unwrap();
-    let name = rustls::pki_types::ServerName::try_from("a.com").unwrap();
-    let stream = tokio_rustls::TlsConnector::from(config).connect(name, stream).await.unwrap();
+    let stream = tls_for_http_2(rig.tls, "a.com").await;
     let (mut from, mut to) = tokio::io::split(stream);
     // SETTINGS_INITIAL_WINDOW_SIZE and a WINDOW_UPDATE of the connection: more than the answer.
     let window = [0, 4, 0x7f, 0xff, 0xff, 0xff];
