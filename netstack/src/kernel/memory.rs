@@ -9,6 +9,10 @@ pub fn share_one_heap() {
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
 
+/// Other C libraries have one.
+#[cfg(not(target_env = "gnu"))]
+pub fn share_one_heap() {}
+
 /// What is free goes back to the kernel, wherever it lies: the allocator does so at the end of its heap only. After work that needed
 /// much for a moment; it takes some milliseconds.
 #[cfg(target_env = "gnu")]
@@ -20,7 +24,3 @@ pub fn give_memory_back() {
 /// Others do so themselves, or do not.
 #[cfg(not(target_env = "gnu"))]
 pub fn give_memory_back() {}
-
-/// Other C libraries have one.
-#[cfg(not(target_env = "gnu"))]
-pub fn share_one_heap() {}

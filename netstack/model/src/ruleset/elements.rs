@@ -62,7 +62,12 @@ impl Elements {
     }
 
     pub fn retain(&mut self, mut keep: impl FnMut(&[Datum], &ElementData) -> bool) {
-        *self = std::mem::take(self).into_iter().filter(|(key, data)| keep(key, data)).collect();
+        let fields = self.fields();
+        let kept: Vec<bool> = self.iter().map(|(key, data)| keep(key, data)).collect();
+        let mut of_keys = kept.iter().flat_map(|kept| std::iter::repeat_n(*kept, fields));
+        self.keys.retain(|_| of_keys.next() == Some(true));
+        let mut of_data = kept.iter();
+        self.data.retain(|_| of_data.next() == Some(&true));
     }
 
     /// Gives back the room for further elements.
