@@ -39,9 +39,11 @@ impl Applier for DnsApplier {
         if trust == Trust::Nothing {
             self.listeners.forget_ended();
         }
-        self.forwarder.set_own(plan.listen.clone());
+        let listen = &plan.listen | &plan.hosts;
+        self.forwarder.set_own(listen.clone());
         let mut changed = std::mem::take(&mut self.early);
-        let (opened, failed) = self.listeners.ensure(&plan.listen);
+        let (opened, mut failed) = self.listeners.ensure(&listen, &plan.listen);
+        failed.extend(self.listeners.silent());
         changed.extend(opened);
         let custom_changed = self.apply_custom(plan);
         changed.extend(named(&self.store.write(&self.written, plan)));

@@ -120,7 +120,7 @@ pub fn start(config: &ClusterConfig, options: Options, handover: Handover, names
     let resolver =
         Arc::new(serve::Resolver::new(store.clone(), forwarder.clone(), stats.clone(), namespaces, rate));
     let mut listeners = listen::Listeners::new(resolver.clone(), options.port, handover);
-    let (early, failed) = listeners.ensure(&listen);
+    let (early, failed) = listeners.ensure(&listen, &listen);
     for error in &failed {
         tracing::warn!(reason = chain(error), "DNS does not listen yet");
     }

@@ -3,6 +3,7 @@
 //! One socket an address, so that an answer leaves from the address that was asked without IP_PKTINFO. Bound with IP_FREEBIND: the route that makes the address local may come later.
 
 mod handover;
+mod heart;
 mod tcp;
 mod udp;
 
@@ -11,6 +12,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, listen, setsockopt, socket, sockopt,
@@ -19,6 +21,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
 use crate::serve::Resolver;
+use heart::Heart;
 use udp::First;
 
 pub use handover::Handover;
@@ -26,6 +29,9 @@ pub use handover::Handover;
 /// Questions that came while the thread was away from the CPU, or no agent ran, wait here: some ten thousand (the kernel
 /// doubles this, and counts 768 octets for a small datagram).
 const RECEIVE_BUFFER_BYTES: usize = 4 << 20;
+
+/// A thread that gave no sign of life for so long is told about.
+const SILENT: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Transport {
@@ -61,6 +67,10 @@ pub(crate) enum ListenError {
         #[source]
         source: io::Error,
     },
+    #[error(
+        "DNS address {address} has given no sign of life for {seconds} seconds, so another node's resolver is asked: the node may have          too little CPU; restart the agent if it stays so (systemctl restart weft-agent)"
+    )]
+    Silent { address: IpAddr, seconds: u64 },
 }
 
 /// The sockets that answer now. Dropping it closes them.
@@ -82,7 +92,12 @@ impl Listeners {
 
     /// Opens what is missing and closes what is not wanted; every address is tried. Needs a tokio runtime.
     /// Returns what changed and what failed.
-    pub(crate) fn ensure(&mut self, wanted: &BTreeSet<IpAddr>) -> (Vec<String>, Vec<ListenError>) {
+    /// `beating` are those of which another node's resolver is asked where nothing here gives signs of life.
+    pub(crate) fn ensure(
+        &mut self,
+        wanted: &BTreeSet<IpAddr>,
+        beating: &BTreeSet<IpAddr>,
+    ) -> (Vec<String>, Vec<ListenError>) {
         let mut changed = Vec::new();
         let mut failed = Vec::new();
         self.servers.retain(|(address, transport), _| {
@@ -98,7 +113,7 @@ impl Listeners {
                 if self.servers.contains_key(&(address, transport)) {
                     continue;
                 }
-                match self.open(address, transport) {
+                match self.open(address, transport, beating.contains(&address)) {
                     Ok(server) => {
                         self.servers.insert((address, transport), server);
                         changed.push(format!("listening on {address}/{}", transport.name()));
@@ -116,23 +131,33 @@ impl Listeners {
         self.servers.retain(|_, server| !server.has_ended());
     }
 
-    fn open(&mut self, address: IpAddr, transport: Transport) -> Result<Serving, ListenError> {
+    /// Addresses of a thread that gives no sign of life, though it should.
+    pub(crate) fn silent(&self) -> Vec<ListenError> {
+        let silent = self.servers.iter().filter_map(|((address, _), server)| match server {
+            Serving::Udp(server) => Some((*address, server.silent_for().filter(|age| *age > SILENT)?)),
+            Serving::Tcp(_) => None,
+        });
+        silent.map(|(address, age)| ListenError::Silent { address, seconds: age.as_secs() }).collect()
+    }
+
+    fn open(&mut self, address: IpAddr, transport: Transport, beating: bool) -> Result<Serving, ListenError> {
         let address = SocketAddr::new(address, self.port);
         let opened = match transport {
-            Transport::Udp => self.udp(address).map(Serving::Udp),
+            Transport::Udp => self.udp(address, beating).map(Serving::Udp),
             Transport::Tcp => self.tcp(address).map(Serving::Tcp),
         };
         opened.map_err(|source| named(address, transport.name(), source))
     }
 
-    fn udp(&mut self, address: SocketAddr) -> io::Result<udp::Server> {
+    fn udp(&mut self, address: SocketAddr, beating: bool) -> io::Result<udp::Server> {
         let kept = self.handover.take_udp(address);
         let first = if kept.is_some() { First::Names } else { First::Questions };
         let socket = kept.map_or_else(|| open_udp(address), Ok)?;
         // Only a help: without the privilege the host's limit stays.
         let _ = setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER_BYTES);
         self.handover.keep(address, Transport::Udp, &socket);
-        udp::Server::start(socket, self.resolver.clone(), first)
+        let heart = beating.then(|| Heart::new(address));
+        udp::Server::start(socket, self.resolver.clone(), first, heart)
     }
 
     fn tcp(&mut self, address: SocketAddr) -> io::Result<JoinSet<()>> {

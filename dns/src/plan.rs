@@ -96,6 +96,7 @@ impl Planner for DnsPlanner {
         }
         let ranges = config.ranges();
         let listen = config.cluster_dns.iter().copied().collect();
+        let hosts = hosts(snapshot);
         let (custom, mut problems) = self.plan_custom(snapshot);
         let nodes = node_names(snapshot);
         let pods = self.plan_pods(snapshot, &custom);
@@ -103,8 +104,16 @@ impl Planner for DnsPlanner {
             Ok(zones) => zones,
             Err(error) => {
                 problems.push(bad_domain(config, &error));
-                let plan =
-                    DnsPlan { zones: None, groups: Groups::new(), ranges, listen, custom, nodes, pods };
+                let plan = DnsPlan {
+                    zones: None,
+                    groups: Groups::new(),
+                    ranges,
+                    listen,
+                    hosts,
+                    custom,
+                    nodes,
+                    pods,
+                };
                 return Planned::new(plan, problems);
             }
         };
@@ -117,8 +126,17 @@ impl Planner for DnsPlanner {
         self.plan_services(snapshot, &zones.domain, &mut groups, &mut problems);
         // Already in the order of their keys, so this only builds the map.
         let groups = groups.into_iter().collect();
-        Planned::new(DnsPlan { zones: Some(zones), groups, ranges, listen, custom, nodes, pods }, problems)
+        Planned::new(
+            DnsPlan { zones: Some(zones), groups, ranges, listen, hosts, custom, nodes, pods },
+            problems,
+        )
     }
+}
+
+/// Of families in which there is an address for the cluster's pods to ask at all.
+fn hosts(snapshot: &Snapshot) -> BTreeSet<IpAddr> {
+    let asked = |host: &IpAddr| snapshot.config.cluster_dns.iter().any(|ip| ip.is_ipv4() == host.is_ipv4());
+    snapshot.own_node().into_iter().flat_map(|node| node.hosts()).filter(asked).collect()
 }
 
 impl DnsPlanner {

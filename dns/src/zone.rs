@@ -183,6 +183,8 @@ pub struct DnsPlan {
     pub ranges: Vec<IpNet>,
     /// Addresses to answer on, UDP and TCP.
     pub listen: BTreeSet<IpAddr>,
+    /// This node's `host` addresses, on which other nodes' pods are answered while their own node does not.
+    pub hosts: BTreeSet<IpAddr>,
     /// What users add, by key of their ConfigMap.
     pub custom: Parts,
     /// Addresses of the Nodes by name.

@@ -184,7 +184,7 @@ impl<'a, R: Routes> Run<'a, R> {
                 Statement::CtState { states, negated } => states.contains(&CtState::New) != *negated,
                 Statement::TcpBegins { negated } => self.packet.protocol == Protocol::Tcp && !negated,
                 Statement::Counter | Statement::Limit { .. } | Statement::Log { .. } => true,
-                Statement::CtStatusDnat => false,
+                Statement::CtStatusDnat | Statement::CtOriginalDestination(_) => false,
                 Statement::Remember { set, key, .. } => {
                     if let Some(key) = self.load_all(key) {
                         self.memory.entry((set.clone(), key)).or_insert(ElementData::None);

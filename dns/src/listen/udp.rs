@@ -7,7 +7,8 @@
 //!
 //! A blocking thread, because a runtime's other work would delay it. The tasks are bounded, in all and for each client:
 //! beyond that a datagram is dropped, never waited for. So is that of a client that asks too often. What was asked while no agent
-//! ran would be too much for these bounds: it stays in the socket until the names are there.
+//! ran would be too much for these bounds: it stays in the socket until the names are there. Between batches the thread gives signs
+//! of life (`heart`).
 
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
@@ -30,6 +31,8 @@ use crate::quota::Quota;
 use crate::serve::{Resolver, came, undeserving};
 use crate::stats::Dropped;
 use crate::store::Reading;
+
+use super::heart::{Heart, Pulse};
 
 /// How often a thread without datagrams looks whether it is to end.
 const LOOK: Duration = Duration::from_millis(100);
@@ -58,20 +61,28 @@ pub(super) enum First {
 pub(super) struct Server {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<()>,
+    pulse: Option<Pulse>,
 }
 
 impl Server {
-    /// Needs a tokio runtime, for what takes longer.
-    pub(super) fn start(socket: UdpSocket, resolver: Arc<Resolver>, first: First) -> io::Result<Self> {
+    /// Needs a tokio runtime, for what takes longer. Gives signs of life if it has a heart.
+    pub(super) fn start(
+        socket: UdpSocket,
+        resolver: Arc<Resolver>,
+        first: First,
+        heart: Option<Heart>,
+    ) -> io::Result<Self> {
         socket.set_nonblocking(false)?;
         socket.set_read_timeout(Some(LOOK))?;
         let stop = Arc::<AtomicBool>::default();
+        let pulse = heart.as_ref().map(Heart::pulse);
         let mut serving = Serving {
             socket: Arc::new(socket),
             resolver,
             runtime: Handle::current(),
             quota: Quota::new(MAX_WAITING_PER_CLIENT),
             waiting: JoinSet::new(),
+            heart,
         };
         let told = stop.clone();
         let thread = std::thread::Builder::new().name("dns-udp".to_owned()).spawn(move || {
@@ -80,10 +91,16 @@ impl Server {
                 serving.await_names(&told);
             }
             while !told.load(Ordering::Relaxed) {
+                serving.beat();
                 serving.turn(&mut batch);
             }
         })?;
-        Ok(Self { stop, thread })
+        Ok(Self { stop, thread, pulse })
+    }
+
+    /// How long ago the last sign of life was, if there was one.
+    pub(super) fn silent_for(&self) -> Option<Duration> {
+        self.pulse.as_ref().and_then(Pulse::age)
     }
 
     pub(super) fn has_ended(&self) -> bool {
@@ -104,6 +121,7 @@ struct Serving {
     runtime: Handle,
     quota: Quota,
     waiting: JoinSet<()>,
+    heart: Option<Heart>,
 }
 
 impl Serving {
@@ -115,14 +133,17 @@ impl Serving {
         }
     }
 
+    fn beat(&mut self) {
+        if let Some(heart) = &mut self.heart {
+            heart.beat(&self.socket, self.resolver.store().is_ready(), &self.runtime, Instant::now());
+        }
+    }
+
     /// Waits for one batch and answers it.
     fn turn(&mut self, batch: &mut Batch) {
         match batch.receive(&self.socket) {
             Ok(0) => {}
-            Ok(count) => {
-                self.resolver.stats().count_requests(Protocol::Udp, count);
-                self.answer(batch);
-            }
+            Ok(_) => self.answer(batch),
             Err(error) if is_about_a_reply(&error) => {}
             Err(error) => {
                 tracing::debug!(%error, "DNS datagrams not received");
@@ -134,11 +155,15 @@ impl Serving {
     fn answer(&mut self, batch: &mut Batch) {
         let now = Instant::now();
         let mut left = Vec::new();
-        let mut answered = 0;
+        let (mut came, mut answered) = (0, 0);
         {
             let custom = self.resolver.custom();
             let reading = self.resolver.store().read();
             for datagram in batch.datagrams() {
+                if self.heart.as_ref().is_some_and(|heart| heart.is_own(datagram.from, datagram.bytes)) {
+                    continue;
+                }
+                came += 1;
                 if let Some(client) = datagram.from
                     && !self.resolver.rate().admits(client.ip(), now)
                 {
@@ -154,6 +179,7 @@ impl Serving {
                 }
             }
         }
+        self.resolver.stats().count_requests(Protocol::Udp, came);
         let unsent = batch.send_replies(&self.socket);
         self.resolver.stats().count_many_dropped(Dropped::Unsent, unsent);
         self.resolver.stats().count_duration(now.elapsed(), answered);

@@ -63,6 +63,7 @@ fn everything() -> Resolver {
             groups,
             ranges: Default::default(),
             listen: Default::default(),
+            hosts: Default::default(),
             custom: Default::default(),
             nodes: Default::default(),
             pods: None,

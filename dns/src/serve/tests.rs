@@ -24,6 +24,7 @@ pub(super) fn resolver(endpoints: u8) -> Resolver {
         groups: Groups::from([(Arc::new(GroupKey::Zone), Arc::new(group))]),
         ranges: Default::default(),
         listen: Default::default(),
+        hosts: Default::default(),
         custom: Default::default(),
         nodes: Default::default(),
         pods: None,

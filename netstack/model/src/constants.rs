@@ -46,6 +46,8 @@ pub const TABLE_POLICY: &str = "weft-policy";
 /// underlay after every NAT (300).
 pub const PRIORITY_RAW: i32 = -300;
 pub const PRIORITY_DNAT: i32 = -105;
+/// What is judged by where it was sent to, before it is sent elsewhere.
+pub const PRIORITY_BEFORE_DNAT: i32 = -106;
 /// A hostPort gives way to a Service with the same port, as with kube-proxy and the `portmap` plugin.
 pub const PRIORITY_HOSTPORT: i32 = -104;
 pub const PRIORITY_FILTER: i32 = -5;

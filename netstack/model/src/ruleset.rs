@@ -135,6 +135,8 @@ pub enum Statement {
     },
     /// `ct status dnat`: this connection's destination was translated.
     CtStatusDnat,
+    /// `ct original ip daddr ADDRESS`: where the connection's first packet was sent to, before any translation.
+    CtOriginalDestination(IpAddr),
     /// `fib daddr type local`.
     DestinationIsLocal {
         negated: bool,
@@ -163,6 +165,8 @@ pub enum Statement {
         set: String,
         key: Vec<Field>,
         timeout_millis: u64,
+        /// `update` for `add`: the time of a key that stands there begins anew.
+        renewed: bool,
     },
     /// `limit rate N/second burst M packets`: holds for no more packets than this.
     Limit {

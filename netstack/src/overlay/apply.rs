@@ -103,6 +103,10 @@ impl Applier for OverlayApplier {
             ("peers".to_owned(), plan.wireguard.peers.len().to_string()),
             ("mtu".to_owned(), plan.mtu_bytes.to_string()),
         ];
+        if !plan.stand_ins.is_empty() {
+            let names: Vec<_> = plan.stand_ins.iter().map(|node| &*node.0).collect();
+            applied.details.push(("DNS in need".to_owned(), names.join(" ")));
+        }
         if !opened.is_empty() {
             applied.details.push(("passes the firewalls".to_owned(), opened));
         }

@@ -11,6 +11,7 @@
 //! it holds without peers, without the tunnel and without the agent.
 
 pub mod apply;
+mod cluster_dns;
 mod detour;
 pub mod endpoints;
 mod names;

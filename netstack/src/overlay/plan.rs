@@ -22,8 +22,9 @@ use weft_model::problem::Planned;
 use weft_model::route::{Route, RouteTarget, SourceRule};
 use weft_model::ruleset::{Passage, Table};
 use weft_model::wireguard::{WireguardPeer, WireguardPlan};
-use weft_model::{ObjectRef, Problem, Reason, Snapshot};
+use weft_model::{NodeName, ObjectRef, Problem, Reason, Snapshot};
 
+use super::cluster_dns::Resolvers;
 use super::endpoints::{self, Here};
 use super::quarantine::{self, Accepted, problem};
 use super::rules;
@@ -45,6 +46,8 @@ pub struct OverlayPlan {
     pub routes: BTreeSet<Route>,
     pub rules: BTreeSet<SourceRule>,
     pub table: Table,
+    /// Nodes whose resolvers answer for this node's when it gives no sign of life.
+    pub stand_ins: BTreeSet<NodeName>,
     /// What other programs' firewalls must let through.
     pub passages: Vec<Passage>,
     /// In order; those of the tunnel device follow its creation.
@@ -84,14 +87,22 @@ impl Planner for OverlayPlanner {
         }));
         let view = View::new(snapshot, &accepted, &mut problems);
         let wireguard = view.wireguard(&mut problems);
+        let hosts: Vec<IpAddr> = view.hosts.iter().map(|(_, host)| *host).collect();
+        let peers = view.others().filter(|other| other.node.public_key.is_some());
+        let resolvers = Resolvers::new(&snapshot.config, &hosts, &snapshot.facts.name, peers);
         let plan = OverlayPlan {
             backend: snapshot.facts.wireguard_backend,
             mtu_bytes: mtu_bytes(snapshot),
             host_addresses: view.link_addresses(),
             routes: view.routes(&wireguard),
             rules: view.rules(),
-            table: rules::table(&snapshot.config, &accepted, &view.own_pod_cidrs()),
-            passages: if self.open_firewalls { rules::passages(&snapshot.config) } else { Vec::new() },
+            table: rules::table(&snapshot.config, &accepted, &view.own_pod_cidrs(), &resolvers),
+            stand_ins: resolvers.stand_ins(),
+            passages: if self.open_firewalls {
+                rules::passages(&snapshot.config, &hosts)
+            } else {
+                Vec::new()
+            },
             sysctls: view.sysctls(),
             link_sysctls: view.link_sysctls(),
             wireguard,

@@ -1,14 +1,13 @@
-//! The nft table `weft-host`: strictness, masquerade towards the outside, DNS without conntrack. Pure.
+//! The nft table `weft-host`: strictness, masquerade towards the outside, cluster DNS. Pure.
 //!
 //! ```text
-//!  raw-prerouting (-300)  from the underlay --> from-underlay: with a pod's source: drop;  cluster DNS: notrack
-//!  raw-output     (-300)  cluster DNS: notrack; that its port is closed: drop
+//!  raw-prerouting (-300)  from the underlay --> from-underlay: with a pod's source: drop
 //!  masquerade       (95)  own pod -> outside: masquerade
 //!  underlay-out    (300)  to the underlay --> to-underlay: with a pod's source or destination: drop
 //! ```
 //!
-//! Every packet of the node passes here, so each is asked once over which link it goes, and answers of cluster DNS, which are
-//! what the node sends most of by itself, leave at the first rule.
+//! The rules of `cluster_dns` stand among them. Every packet of the node passes here, so each is asked once over which link it
+//! goes, and answers of cluster DNS, which are what the node sends most of by itself, leave at the first rules.
 //!
 //! And what the firewalls of other programs must let through, since an accept here cannot override their drop.
 //!
@@ -21,36 +20,38 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use weft_model::ClusterConfig;
 use weft_model::constants::{
-    POD_LINK_PREFIX, PRIORITY_LAST, PRIORITY_RAW, PRIORITY_SNAT, TABLE_HOST, TUNNEL_LINK,
+    POD_LINK_PREFIX, PRIORITY_DNAT, PRIORITY_LAST, PRIORITY_RAW, PRIORITY_SNAT, TABLE_HOST, TUNNEL_LINK,
 };
-use weft_model::objects::Protocol;
 use weft_model::ruleset::{
     Base, Chain, ChainKind, Datum, ElementData, Elements, Field, Hook, KeyType, Passage, Rule, Set, SetData,
     Statement, Table, Verdict,
 };
 
+use super::cluster_dns::{self, Resolvers, TRANSPORTS};
 use super::quarantine::Accepted;
 
-const DNS_PORT: u16 = 53;
 const FROM_UNDERLAY: &str = "from-underlay";
 const TO_UNDERLAY: &str = "to-underlay";
 
 /// Names of sets and fields of one family.
-struct Family {
+pub(super) struct Family {
     cluster: &'static str,
     nodes: &'static str,
-    key: KeyType,
-    source: Field,
-    destination: Field,
-    icmp: Field,
-    icmp_error_destination: Field,
+    /// DNS addresses that give signs of life.
+    pub(super) answering: &'static str,
+    pub(super) key: KeyType,
+    pub(super) source: Field,
+    pub(super) destination: Field,
+    pub(super) icmp: Field,
+    pub(super) icmp_error_destination: Field,
     /// Type "destination unreachable" (RFC 792, RFC 4443).
-    unreachable: Datum,
+    pub(super) unreachable: Datum,
 }
 
 const V4: Family = Family {
     cluster: "cluster4",
     nodes: "nodes4",
+    answering: "answering4",
     key: KeyType::Ipv4Address,
     source: Field::Ip4Source,
     destination: Field::Ip4Destination,
@@ -61,6 +62,7 @@ const V4: Family = Family {
 const V6: Family = Family {
     cluster: "cluster6",
     nodes: "nodes6",
+    answering: "answering6",
     key: KeyType::Ipv6Address,
     source: Field::Ip6Source,
     destination: Field::Ip6Destination,
@@ -69,28 +71,37 @@ const V6: Family = Family {
     unreachable: Datum::Icmp6Type(1),
 };
 
-fn family_of(address: IpAddr) -> &'static Family {
+pub(super) fn family_of(address: IpAddr) -> &'static Family {
     if address.is_ipv4() { &V4 } else { &V6 }
 }
 
 /// `own_pod_cidrs` are this node's; `nodes` are all that were accepted, this one included.
-pub(super) fn table(config: &ClusterConfig, nodes: &[Accepted<'_>], own_pod_cidrs: &[IpNet]) -> Table {
+pub(super) fn table(
+    config: &ClusterConfig,
+    nodes: &[Accepted<'_>],
+    own_pod_cidrs: &[IpNet],
+    resolvers: &Resolvers<'_>,
+) -> Table {
     let mut table = Table { name: TABLE_HOST.to_owned(), ..Table::default() };
     for family in [&V4, &V6] {
         table.sets.insert(family.cluster.to_owned(), cluster_set(family, config));
         table.sets.insert(family.nodes.to_owned(), node_set(family, nodes));
     }
+    table.sets.extend(Resolvers::sets([&V4, &V6]));
     let mut raw_prerouting = vec![over_underlay(Field::InputLink, FROM_UNDERLAY)];
-    raw_prerouting.extend(dns_rules(config, [Towards::Server, Towards::Client]));
-    let mut raw_output = dns_rules(config, [Towards::Client, Towards::Server]);
-    raw_output.extend(config.cluster_dns.iter().map(|address| dns_silence(*address)));
+    raw_prerouting.extend(Resolvers::prerouting());
     let underlay_out = vec![over_underlay(Field::OutputLink, TO_UNDERLAY)];
-    let from_underlay = [&V4, &V6].map(from_underlay).into();
+    let mut from_underlay: Vec<Rule> = [&V4, &V6].map(from_underlay).into();
+    from_underlay.extend(Resolvers::from_underlay());
     let to_underlay = [&V4, &V6].iter().flat_map(|family| to_underlay(family)).collect();
-    let masquerade = own_pod_cidrs.iter().map(masquerade).collect();
+    let mut masquerade: Vec<Rule> = own_pod_cidrs.iter().map(masquerade).collect();
+    masquerade.extend(resolvers.masquerade());
+    let to_stand_in = resolvers.to_stand_in();
     let chains = [
         ("raw-prerouting", ChainKind::Filter, Hook::Prerouting, PRIORITY_RAW, raw_prerouting),
-        ("raw-output", ChainKind::Filter, Hook::Output, PRIORITY_RAW, raw_output),
+        ("raw-output", ChainKind::Filter, Hook::Output, PRIORITY_RAW, resolvers.output()),
+        ("stand-in", ChainKind::Nat, Hook::Prerouting, PRIORITY_DNAT, to_stand_in.clone()),
+        ("stand-in-output", ChainKind::Nat, Hook::Output, PRIORITY_DNAT, to_stand_in),
         ("masquerade", ChainKind::Nat, Hook::Postrouting, PRIORITY_SNAT, masquerade),
         ("underlay-out", ChainKind::Filter, Hook::Postrouting, PRIORITY_LAST, underlay_out),
     ];
@@ -98,15 +109,16 @@ pub(super) fn table(config: &ClusterConfig, nodes: &[Accepted<'_>], own_pod_cidr
         let chain = Chain { base: Some(Base { kind, hook, priority }), rules };
         table.chains.insert(name.to_owned(), chain);
     }
-    for (name, rules) in [(FROM_UNDERLAY, from_underlay), (TO_UNDERLAY, to_underlay)] {
+    let strict = [(FROM_UNDERLAY, from_underlay), (TO_UNDERLAY, to_underlay)];
+    for (name, rules) in strict.into_iter().chain(resolvers.chains()) {
         table.chains.insert(name.to_owned(), Chain { base: None, rules });
     }
     table
 }
 
 /// Forwarded: whatever comes from or goes to a pod or the tunnel; who may talk to whom is for network policy to say. To the
-/// node itself: pods' DNS. Written so that iptables can list it.
-pub(super) fn passages(config: &ClusterConfig) -> Vec<Passage> {
+/// node itself: pods' DNS, of other nodes too. Written so that iptables can list it.
+pub(super) fn passages(config: &ClusterConfig, hosts: &[IpAddr]) -> Vec<Passage> {
     let pods = || Datum::NamePrefix(POD_LINK_PREFIX.into());
     let tunnel = || Datum::Name(TUNNEL_LINK.into());
     let accept = |hook, mut statements: Vec<Statement>, comment: &str| {
@@ -123,6 +135,13 @@ pub(super) fn passages(config: &ClusterConfig) -> Vec<Passage> {
         let to_dns = Statement::equals(family_of(*address).destination, Datum::Ip(*address));
         accept(Hook::Input, vec![Statement::equals(Field::InputLink, pods()), to_dns], "weft: pods' DNS")
     }));
+    for host in hosts {
+        passages.extend(TRANSPORTS.map(|protocol| {
+            let mut statements = vec![Statement::equals(Field::InputLink, tunnel())];
+            statements.extend(cluster_dns::to(host, protocol));
+            accept(Hook::Input, statements, "weft: other nodes' DNS")
+        }));
+    }
     passages
 }
 
@@ -200,48 +219,4 @@ fn masquerade(pod_cidr: &IpNet) -> Rule {
         Statement::Masquerade,
     ];
     Rule::new(statements).comment("pod to outside")
-}
-
-/// Whom a packet of cluster DNS goes to.
-#[derive(Clone, Copy)]
-enum Towards {
-    Server,
-    Client,
-}
-
-/// Questions to the cluster DNS addresses and their answers; nothing further is asked of them in this chain.
-fn dns_rules(config: &ClusterConfig, order: [Towards; 2]) -> Vec<Rule> {
-    let mut rules = Vec::new();
-    for towards in order {
-        for address in &config.cluster_dns {
-            let family = family_of(*address);
-            let (field, port) = match towards {
-                Towards::Server => (family.destination, Field::DestinationPort),
-                Towards::Client => (family.source, Field::SourcePort),
-            };
-            for protocol in [Protocol::Udp, Protocol::Tcp] {
-                rules.push(Rule::new(vec![
-                    Statement::equals(field, Datum::Ip(*address)),
-                    Statement::equals(Field::L4Protocol, Datum::Protocol(protocol)),
-                    Statement::equals(port, Datum::Port(DNS_PORT)),
-                    Statement::Notrack,
-                    Statement::Verdict(Verdict::Accept),
-                ]));
-            }
-        }
-    }
-    rules
-}
-
-/// While the agent restarts nobody listens on the address. A resolver that is told so gives up at once; one that hears nothing
-/// asks again. The error's own source is the address in IPv4 only.
-fn dns_silence(address: IpAddr) -> Rule {
-    let family = family_of(address);
-    let statements = vec![
-        Statement::equals(family.icmp, family.unreachable.clone()),
-        Statement::equals(family.icmp_error_destination, Datum::Ip(address)),
-        Statement::Counter,
-        Statement::Verdict(Verdict::Drop),
-    ];
-    Rule::new(statements).comment("a restarting resolver is asked again")
 }

@@ -9,7 +9,9 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use sha2::{Digest as _, Sha256};
-use weft_model::constants::{LOG_GROUP_DENIED, POD_LINK_PREFIX, PRIORITY_FILTER, TABLE_POLICY};
+use weft_model::constants::{
+    LOG_GROUP_DENIED, POD_LINK_PREFIX, PRIORITY_BEFORE_DNAT, PRIORITY_FILTER, TABLE_POLICY,
+};
 use weft_model::objects::{Pod, Protocol};
 use weft_model::ruleset::{
     Base, Chain, ChainKind, CtState, Datum, ElementData, Elements, Field, Hook, KeyType, Rule, Set, SetData,
@@ -316,7 +318,7 @@ pub const TOLD_OF_SERVICE: &str = "weft service";
 const TOLD_DIRECT: &str = "weft direct";
 
 /// The table without any isolated pod. `ingresses` are the addresses of this node's own ingress.
-pub(super) fn skeleton(ingresses: &BTreeSet<IpAddr>) -> Table {
+pub(super) fn skeleton(ingresses: &BTreeSet<IpAddr>, cluster_dns: &[IpAddr]) -> Table {
     let mut table = Table { name: TABLE_POLICY.to_owned(), ..Table::default() };
     for ipv6 in [false, true] {
         for set in SubjectSet::ALL {
@@ -325,7 +327,8 @@ pub(super) fn skeleton(ingresses: &BTreeSet<IpAddr>) -> Table {
         table.sets.insert(told_name(ipv6), told(ipv6));
     }
     table.chains = BTreeMap::from([
-        ("forward".to_owned(), base(Hook::Forward, forward())),
+        ("stand-in".to_owned(), stand_in(cluster_dns)),
+        ("forward".to_owned(), base(Hook::Forward, forward(cluster_dns))),
         ("input".to_owned(), base(Hook::Input, input())),
         ("output".to_owned(), base(Hook::Output, output(ingresses))),
         (DENIED.to_owned(), Chain { base: None, rules: drop_and_tell() }),
@@ -339,9 +342,27 @@ fn base(hook: Hook, rules: Vec<Rule>) -> Chain {
     Chain { base: Some(Base { kind: ChainKind::Filter, hook, priority: PRIORITY_FILTER }), rules }
 }
 
-fn forward() -> Vec<Rule> {
+/// A question that another node's resolver answers, because this node's gives no sign of life, is judged before it is sent there.
+/// Of type `nat`, so that only first packets of connections come here.
+fn stand_in(cluster_dns: &[IpAddr]) -> Chain {
+    let rules = cluster_dns.iter().map(|address| {
+        let ipv6 = address.is_ipv6();
+        let sent = Statement::equals(Field::destination(ipv6), Datum::Ip(*address));
+        let map = SubjectSet::Side(Direction::Egress).name(ipv6);
+        Rule::new(vec![sent, Statement::VerdictMap { key: vec![Field::source(ipv6)], map }])
+            .comment("to the resolver of another node")
+    });
+    let base = Base { kind: ChainKind::Nat, hook: Hook::Prerouting, priority: PRIORITY_BEFORE_DNAT };
+    Chain { base: Some(base), rules: rules.collect() }
+}
+
+fn forward(cluster_dns: &[IpAddr]) -> Vec<Rule> {
     let accept = Statement::Verdict(Verdict::Accept);
     let mut rules = vec![established(), mid_stream()];
+    rules.extend(cluster_dns.iter().map(|address| {
+        Rule::new(vec![Statement::CtOriginalDestination(*address), accept.clone()])
+            .comment("judged in stand-in")
+    }));
     rules.extend([false, true].map(|ipv6| {
         let pair = look_up(&[Field::source(ipv6), Field::destination(ipv6)], SubjectSet::Itself.name(ipv6));
         Rule::new(vec![pair, accept.clone()]).comment("a pod reaches itself")
@@ -437,7 +458,7 @@ fn drop_and_tell() -> Vec<Rule> {
 fn tell() -> Vec<Rule> {
     let remember = |ipv6| {
         let (set, key) = (told_name(ipv6), ends(ipv6));
-        Rule::new(vec![Statement::Remember { set, key, timeout_millis: TOLD_MILLIS }])
+        Rule::new(vec![Statement::Remember { set, key, timeout_millis: TOLD_MILLIS, renewed: false }])
     };
     let log = |prefix: &str| Statement::Log {
         prefix: prefix.to_owned(),

@@ -32,7 +32,7 @@ pub struct PolicyPlan {
 
 impl PolicyPlan {
     fn empty(place: Place) -> Self {
-        let table = Arc::new(layout::skeleton(&place.own_ingresses));
+        let table = Arc::new(layout::skeleton(&place.own_ingresses, &place.cluster_dns));
         let judge = Judge { directory: Directory::empty(place), subjects: BTreeMap::new() };
         Self { table, judge: Arc::new(judge), provisional: false }
     }

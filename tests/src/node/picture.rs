@@ -53,12 +53,24 @@ impl Picture {
     }
 }
 
-/// The rule set with the handles of its objects, which an object keeps for as long as it lives. Counters left out.
+/// The rule set with the handles of its objects, which an object keeps for as long as it lives. Counters left out, and what comes
+/// and goes by itself: elements of sets with a timeout.
 pub fn ruleset_with_handles() -> Vec<String> {
-    lines(&nft(&["-a", "-s", "list", "ruleset"]))
+    let (mut passing, mut inside) = (false, false);
+    let mut lines = lines(&nft(&["-a", "-s", "list", "ruleset"]));
+    lines.retain(|line| {
+        let line = line.trim_start();
+        passing = line.starts_with("flags ") && line.contains("timeout") || passing && line != "}";
+        inside = passing && line.starts_with("elements = {") || inside;
+        let kept = !inside;
+        inside &= !line.ends_with('}');
+        kept
+    });
+    lines
 }
 
-/// Tables, chains, sets with their elements in order, rules with their places: a line each, without handles and counts.
+/// Tables, chains, sets with their elements in order, rules with their places: a line each, without handles and counts, and
+/// without elements that come and go by themselves.
 fn ruleset() -> Vec<String> {
     let list: Value = serde_json::from_str(&nft(&["-j", "-s", "list", "ruleset"])).expect("nft prints JSON");
     let mut places = BTreeMap::new();
@@ -70,6 +82,11 @@ fn ruleset() -> Vec<String> {
         let mut object = object.clone();
         if let Some(fields) = object.as_object_mut() {
             fields.remove("handle");
+        }
+        if object["flags"].as_array().is_some_and(|flags| flags.iter().any(|flag| flag == "timeout"))
+            && let Some(fields) = object.as_object_mut()
+        {
+            fields.remove("elem");
         }
         if let Some(elements) = object["elem"].as_array_mut() {
             elements.sort_by_key(Value::to_string);

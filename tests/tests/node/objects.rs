@@ -45,3 +45,8 @@ pub(crate) fn make_peer(api: &Api, name: &str) {
     ]);
     api.merge_status(NODES, name, &json!({"status": {"addresses": addresses}}));
 }
+
+pub(crate) fn make_unready(api: &Api, node: &str) {
+    let conditions = json!([{"type": "Ready", "status": "Unknown"}]);
+    api.merge_status(NODES, node, &json!({"status": {"conditions": conditions}}));
+}

@@ -125,6 +125,9 @@ fn a_look_up_waits_in_a_socket_that_the_service_manager_kept() {
     }
     inside(|| {
         let mut node = busy_node();
+        crate::objects::make_unready(node.api(), "n2");
+        let stands_in = |line: &String| line.contains("dnat") && line.contains("sign of life");
+        until("nobody stands in", || !ruleset_with_handles().iter().any(stands_in));
         node.end_agent(Signal::SIGKILL);
         let agent = node.agent_command();
         let mut command = std::process::Command::new(manager);

@@ -192,8 +192,11 @@ impl Display for Statement {
                 joined(f, key, " . ")?;
                 write!(f, " timeout {} : {address} . {port} }}", Duration(*timeout_millis))
             }
-            Self::Remember { set, key, timeout_millis } => {
-                write!(f, "add @{set} {{ ")?;
+            Self::CtOriginalDestination(address) => {
+                write!(f, "ct original {} daddr {address}", if address.is_ipv6() { "ip6" } else { "ip" })
+            }
+            Self::Remember { set, key, timeout_millis, renewed } => {
+                write!(f, "{} @{set} {{ ", if *renewed { "update" } else { "add" })?;
                 joined(f, key, " . ")?;
                 write!(f, " timeout {} }}", Duration(*timeout_millis))
             }

@@ -321,7 +321,7 @@ fn arp_chain() -> Vec<Message> {
             e.lookup(OWN, None, true);
             e.payload(NETWORK_HEADER, ARP_SENDER, 4, REG32_FIRST);
             e.lookup(HELD, None, false);
-            e.add_to(YIELDED, None);
+            e.add_to(YIELDED);
         }),
         rule(NFPROTO_ARP, INPUT, |e| {
             e.payload(NETWORK_HEADER, ARP_TARGET, 4, REG32_FIRST);
@@ -355,7 +355,7 @@ fn discovery_chain() -> Vec<Message> {
             e.lookup(OWN, None, true);
             e.payload(TRANSPORT_HEADER, DISCOVERY_TARGET, 16, REG32_FIRST);
             e.lookup(HELD, None, false);
-            e.add_to(YIELDED, None);
+            e.add_to(YIELDED);
         }),
         rule(NFPROTO_IPV6, CHAIN, |e| {
             match_kind(e, SOLICITATION);

@@ -27,6 +27,10 @@ pub(super) const CT_STATE: u32 = 0;
 const CT_STATUS: u32 = 2;
 /// IPS_DST_NAT.
 const CT_STATUS_DNAT: u32 = 0x20;
+const CT_DESTINATION_IPV4: u32 = 20;
+const CT_DESTINATION_IPV6: u32 = 22;
+/// IP_CT_DIR_ORIGINAL.
+const CT_ORIGINAL: u8 = 0;
 const FIB_RESULT_ADDRTYPE: u32 = 3;
 const FIB_SADDR: u32 = 1;
 const FIB_DADDR: u32 = 2;
@@ -141,7 +145,12 @@ impl<'a> Encoder<'a> {
             Statement::Update { map, key, timeout_millis, address, port } => {
                 self.update(map, key, *timeout_millis, (*address, *port));
             }
-            Statement::Remember { set, key, timeout_millis } => self.remember(set, key, *timeout_millis),
+            Statement::CtOriginalDestination(address) => self.ct_original_destination(*address),
+            Statement::Remember { set, key, timeout_millis, renewed } => {
+                self.load_key(key);
+                let operation = if *renewed { NFT_DYNSET_OP_UPDATE } else { NFT_DYNSET_OP_ADD };
+                self.dynset(set, operation, Some(*timeout_millis));
+            }
             Statement::Limit { per_second, burst } => self.expression("limit", |w| {
                 w.be64(1, u64::from(*per_second));
                 w.be64(2, SECOND);
@@ -285,6 +294,15 @@ impl<'a> Encoder<'a> {
         });
     }
 
+    fn ct_original_destination(&mut self, address: IpAddr) {
+        self.expression("ct", |w| {
+            w.be32(2, if address.is_ipv6() { CT_DESTINATION_IPV6 } else { CT_DESTINATION_IPV4 });
+            w.be32(1, REG32_FIRST);
+            w.u8(3, CT_ORIGINAL);
+        });
+        self.compare(false, Packed::address(address).as_slice());
+    }
+
     fn fib_is_local(&mut self, flags: u32, negated: bool) {
         self.expression("fib", |w| {
             w.be32(1, REG32_FIRST);
@@ -355,16 +373,15 @@ impl<'a> Encoder<'a> {
         });
     }
 
-    fn remember(&mut self, set: &str, key: &[Field], timeout_millis: u64) {
-        self.load_key(key);
-        self.add_to(set, Some(timeout_millis));
+    /// What the first registers hold.
+    pub(super) fn add_to(&mut self, set: &str) {
+        self.dynset(set, NFT_DYNSET_OP_ADD, None);
     }
 
-    /// What the first registers hold.
-    pub(super) fn add_to(&mut self, set: &str, timeout_millis: Option<u64>) {
+    fn dynset(&mut self, set: &str, operation: u32, timeout_millis: Option<u64>) {
         self.expression("dynset", |w| {
             w.string(1, set);
-            w.be32(3, NFT_DYNSET_OP_ADD);
+            w.be32(3, operation);
             w.be32(4, REG32_FIRST);
             if let Some(timeout_millis) = timeout_millis {
                 w.be64(6, timeout_millis);

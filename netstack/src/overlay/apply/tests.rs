@@ -194,7 +194,7 @@ fn a_second_pass_changes_nothing_and_cleanup_restores_the_picture() {
     for pass in &passes {
         assert_eq!((&pass.changed, &pass.failed), (&vec![], &vec![]));
     }
-    let details = [("backend", "userspace"), ("peers", "1"), ("mtu", "1420")];
+    let details = [("backend", "userspace"), ("peers", "1"), ("mtu", "1420"), ("DNS in need", "node-2")];
     assert_eq!(passes[0].details, details.map(|(name, value)| (name.to_owned(), value.to_owned())));
     let dir = host.dir.path().to_owned();
     assert_eq!(peers(&dir, WireguardBackend::Userspace).unwrap().len(), 1);

@@ -306,6 +306,69 @@ fn the_host_is_strict_before_its_own_node_and_any_peer_are_known() {
     assert!(plan.table.chains["masquerade"].rules.is_empty());
 }
 
+/// Rules of a chain of `weft-host` as nft writes them.
+fn rules(plan: &OverlayPlan, chain: &str) -> Vec<String> {
+    plan.table.chains[chain].rules.iter().map(ToString::to_string).collect()
+}
+
+#[test]
+fn questions_are_untracked_while_this_node_answers_and_else_go_to_another() {
+    let (plan, _) = plan(vec![dual(1), dual(2)]);
+    assert_eq!(
+        rules(&plan, "dns-questions"),
+        [
+            "ip daddr 10.43.0.10 ip daddr @answering4 notrack accept",
+            "ip6 daddr fd43::a ip6 daddr @answering6 notrack accept",
+            "ip daddr 10.42.1.1 notrack accept",
+            "ip6 daddr fd42:0:0:1::1 notrack accept",
+        ]
+    );
+    let because = "comment \"the resolver of this node gives no sign of life\"";
+    let led = |to: &str| {
+        ["udp", "tcp"].map(|protocol| {
+            let (vip, version) =
+                if to.contains('[') { ("ip6 daddr fd43::a", "ip6") } else { ("ip daddr 10.43.0.10", "ip") };
+            format!("{vip} meta l4proto {protocol} th dport 53 counter dnat {version} to {to} {because}")
+        })
+    };
+    let both = [led("10.42.2.1:53"), led("[fd42:0:0:2::1]:53")].concat();
+    assert_eq!((rules(&plan, "stand-in"), rules(&plan, "stand-in-output")), (both.clone(), both));
+    assert_eq!(lines(plan.stand_ins.iter().map(|name| &name.0)), ["node-2"]);
+}
+
+#[test]
+fn a_node_alone_answers_in_any_case() {
+    let mut keyless = dual(2);
+    keyless.public_key = None;
+    let (mut unready, mut leaving) = (dual(3), dual(4));
+    (unready.unready, leaving.leaving) = (true, true);
+    for nodes in [vec![], vec![dual(1)], vec![dual(1), keyless, unready, leaving]] {
+        let (plan, _) = plan(nodes);
+        assert_eq!(
+            rules(&plan, "dns-questions")[..2],
+            ["ip daddr 10.43.0.10 notrack accept", "ip6 daddr fd43::a notrack accept"]
+        );
+        assert_eq!((rules(&plan, "stand-in"), plan.stand_ins.len()), (vec![], 0));
+    }
+}
+
+/// A circle by name, so that two nodes that fail lean on two others.
+#[test]
+fn the_next_node_by_name_stands_in_unless_it_is_not_ready() {
+    let of = |own: u8, change: fn(&mut Node)| {
+        let mut nodes = vec![dual(1), dual(2), dual(3)];
+        change(&mut nodes[1]);
+        let mut snapshot = snapshot(nodes);
+        Arc::make_mut(&mut snapshot.facts).name = NodeName(format!("node-{own}"));
+        let planned = OverlayPlanner { open_firewalls: true }.plan(&snapshot).plan;
+        lines(planned.stand_ins.iter().map(|name| &name.0)).join(" ")
+    };
+    assert_eq!([1, 2, 3].map(|own| of(own, |_| ())), ["node-2", "node-3", "node-1"]);
+    assert_eq!(of(1, |node| node.unready = true), "node-3");
+    assert_eq!(of(1, |node| node.leaving = true), "node-3");
+    assert_eq!(of(1, |node| node.pod_cidrs.truncate(1)), "node-2 node-3", "each family has its own");
+}
+
 #[test]
 fn a_range_without_room_for_pods_is_a_problem() {
     let mut tiny = node(1, true, false);

@@ -93,6 +93,14 @@ fn filter_rules() -> Vec<Listed> {
         ),
         (vec![CtStatusDnat, accept()], "ct status dnat accept"),
         (
+            vec![Statement::CtOriginalDestination("10.96.0.10".parse().unwrap()), accept()],
+            "ct original ip daddr 10.96.0.10 accept",
+        ),
+        (
+            vec![Statement::CtOriginalDestination("fd00::a".parse().unwrap()), accept()],
+            "ct original ip6 daddr fd00::a accept",
+        ),
+        (
             vec![Statement::Limit { per_second: 200, burst: 1000 }, accept()],
             "limit rate 200/second burst 1000 packets accept",
         ),
