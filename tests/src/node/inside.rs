@@ -27,7 +27,9 @@ pub fn inside<F: FnOnce()>(body: F) {
         .expect("run unshare (Debian's util-linux)");
     let said =
         format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success() && said.contains("1 passed"), "in its namespaces {test} failed:\n{said}");
+    // Shown with --nocapture.
+    println!("{said}");
+    assert!(output.status.success() && said.contains("1 passed"), "in its namespaces {test} failed");
 }
 
 /// `node::restart::a_restart_changes_nothing::{{closure}}` gives `restart::a_restart_changes_nothing`.

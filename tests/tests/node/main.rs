@@ -17,6 +17,7 @@ mod refusals;
 mod resolved;
 mod restart;
 mod rights;
+mod soak;
 mod store;
 mod take_over;
 mod uplink;
