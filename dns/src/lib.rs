@@ -102,7 +102,7 @@ pub struct Dns {
     pub explainer: Explainer,
 }
 
-/// Opens the sockets on the configuration's cluster DNS addresses and answers at once: what is asked for a name of
+/// Opens the sockets on the configuration's DNS addresses and answers at once: what is asked for a name of
 /// the cluster waits for the first plan, three seconds at most (then SERVFAIL), everything else comes from the host's resolvers. An address that cannot be
 /// opened is logged here and tried again, and reported, with every failing pass of the loop. What `handover` brings is used
 /// instead of a new socket; a UDP socket among it is read once there is a plan, or after a second.
@@ -113,7 +113,7 @@ pub fn start(config: &ClusterConfig, options: Options, handover: Handover, names
     let store = Arc::new(Store::new(Zones::new(config).ok()));
     let forwarder =
         Arc::new(forward::Forwarder::new(options.resolv_conf, options.upstream_port, stats.clone()));
-    let listen: std::collections::BTreeSet<IpAddr> = config.cluster_dns.iter().copied().collect();
+    let listen: std::collections::BTreeSet<IpAddr> = config.resolver_addresses().collect();
     forwarder.set_own(listen.clone());
     forwarder.set_ranges(config.ranges());
     let rate = rate::Rate::new(options.queries_per_second);

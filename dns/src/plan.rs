@@ -95,7 +95,7 @@ impl Planner for DnsPlanner {
             *self = Self { config: Some(config.clone()), ..Self::default() };
         }
         let ranges = config.ranges();
-        let listen = config.cluster_dns.iter().copied().collect();
+        let listen = config.resolver_addresses().collect();
         let hosts = hosts(snapshot);
         let (custom, mut problems) = self.plan_custom(snapshot);
         let nodes = node_names(snapshot);
@@ -135,7 +135,7 @@ impl Planner for DnsPlanner {
 
 /// Of families in which there is an address for the cluster's pods to ask at all.
 fn hosts(snapshot: &Snapshot) -> BTreeSet<IpAddr> {
-    let asked = |host: &IpAddr| snapshot.config.cluster_dns.iter().any(|ip| ip.is_ipv4() == host.is_ipv4());
+    let asked = |host: &IpAddr| snapshot.config.resolver_addresses().any(|ip| ip.is_ipv4() == host.is_ipv4());
     snapshot.own_node().into_iter().flat_map(|node| node.hosts()).filter(asked).collect()
 }
 

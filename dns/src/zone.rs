@@ -266,15 +266,7 @@ mod tests {
 
     #[test]
     fn the_root_is_no_cluster_domain() {
-        let config = ClusterConfig {
-            cluster_cidrs: Vec::new(),
-            service_cidrs: Vec::new(),
-            cluster_dns: Vec::new(),
-            cluster_domain: String::new(),
-            wireguard_port: 51820,
-            proxy: weft_model::ProxyConfig::default(),
-            ingress: weft_model::IngressConfig::default(),
-        };
+        let config = ClusterConfig { cluster_domain: String::new(), ..ClusterConfig::default() };
         assert!(Zones::new(&config).is_err());
     }
 }

@@ -8,6 +8,7 @@ use anyhow::{Context as _, bail, ensure};
 use axum::http::Uri;
 use clap::Args;
 use ipnet::IpNet;
+use weft_model::constants::{POD_GATEWAY_V4, POD_GATEWAY_V6};
 use weft_model::{ClusterConfig, Front, IngressConfig, NamespacedName, NodeName, Observe, ProxyConfig};
 use weft_netstack::kube::Endpoint;
 
@@ -39,6 +40,10 @@ pub(crate) struct AgentArgs {
     /// Addresses of the cluster's DNS, one a family; each within a --service-cidr
     #[arg(long, value_delimiter = ',', default_value = "10.43.0.10,fd00:10:43::a")]
     cluster_dns: Vec<IpAddr>,
+    /// Further addresses at which the node's resolver answers its pods, outside all ranges, such as the one that a NodeLocal
+    /// DNSCache had and kubelets still name
+    #[arg(long, value_delimiter = ',')]
+    node_local_dns: Vec<IpAddr>,
     /// Domain of the cluster's names
     #[arg(long, default_value = "cluster.local")]
     cluster_domain: String,
@@ -185,10 +190,24 @@ impl AgentArgs {
                 "--cluster-dns {address} is in no --service-cidr; take an address of the service range, such as its tenth"
             );
         }
+        for address in &self.node_local_dns {
+            let ranges = || self.cluster_cidr.iter().chain(&self.service_cidr);
+            ensure!(
+                !ranges().any(|range| range.contains(address)),
+                "--node-local-dns {address} lies in a range of pods or Services; take an address that nobody has, such as 169.254.20.10"
+            );
+            let gateways = [IpAddr::V4(POD_GATEWAY_V4), IpAddr::V6(POD_GATEWAY_V6)];
+            let unusable = address.is_unspecified() || address.is_multicast() || address.is_loopback();
+            ensure!(
+                !unusable && !gateways.contains(address),
+                "--node-local-dns {address} cannot be an address of a resolver for pods; take another, such as 169.254.20.10"
+            );
+        }
         Ok(ClusterConfig {
             cluster_cidrs: self.cluster_cidr.iter().map(IpNet::trunc).collect(),
             service_cidrs: self.service_cidr.iter().map(IpNet::trunc).collect(),
             cluster_dns: self.cluster_dns.clone(),
+            node_local_dns: self.node_local_dns.clone(),
             cluster_domain: domain(&self.cluster_domain)?,
             wireguard_port: self.wireguard_port,
             proxy: self.proxy()?,
@@ -417,6 +436,11 @@ mod tests {
             (["--cluster-cidr", "10.0.0.0/8,10.43.0.0/16"], "--cluster-cidr takes at most one"),
             (["--cluster-cidr", "10.43.0.0/20"], "overlap"),
             (["--cluster-dns", "10.99.0.10"], "--cluster-dns 10.99.0.10 is in no --service-cidr"),
+            (
+                ["--node-local-dns", "169.254.20.10,10.43.0.11"],
+                "10.43.0.11 lies in a range of pods or Services",
+            ),
+            (["--node-local-dns", "169.254.1.1"], "169.254.1.1 cannot be an address of a resolver for pods"),
             (["--cluster-domain", "a..b"], "--cluster-domain"),
             (["--external-ip-range", "10.43.7.0/24"], "is within --service-cidr 10.43.0.0/16"),
         ];

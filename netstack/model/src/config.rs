@@ -16,6 +16,9 @@ pub struct ClusterConfig {
     pub service_cidrs: Vec<IpNet>,
     /// Cluster DNS addresses, at most one a family (`--cluster-dns`).
     pub cluster_dns: Vec<IpAddr>,
+    /// Outside the ranges, where a node's resolver answers too (`--node-local-dns`).
+    #[serde(default)]
+    pub node_local_dns: Vec<IpAddr>,
     /// Cluster domain without a trailing dot, lower case (`--cluster-domain`), usually `cluster.local`.
     pub cluster_domain: String,
     /// UDP port of WireGuard on every node.
@@ -33,6 +36,7 @@ impl Default for ClusterConfig {
             cluster_cidrs: Vec::new(),
             service_cidrs: Vec::new(),
             cluster_dns: Vec::new(),
+            node_local_dns: Vec::new(),
             cluster_domain: "cluster.local".to_owned(),
             wireguard_port: WIREGUARD_PORT,
             proxy: ProxyConfig::default(),
@@ -52,6 +56,11 @@ pub struct ProxyConfig {
 }
 
 impl ClusterConfig {
+    /// At which every node answers its own pods.
+    pub fn resolver_addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        self.cluster_dns.iter().chain(&self.node_local_dns).copied()
+    }
+
     /// Of pods and Services, which nothing else may use.
     pub fn ranges(&self) -> Vec<IpNet> {
         self.cluster_cidrs.iter().chain(&self.service_cidrs).copied().collect()

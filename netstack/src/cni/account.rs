@@ -160,7 +160,7 @@ fn of_node(address: IpAddr, snapshot: &Snapshot) -> Option<String> {
 }
 
 fn of_services(address: IpAddr, snapshot: &Snapshot) -> Option<String> {
-    if snapshot.config.cluster_dns.contains(&address) {
+    if snapshot.config.resolver_addresses().any(|ip| ip == address) {
         return Some(format!("{address} is the cluster's DNS, answered by the node that asks"));
     }
     let has = |kind: &ServiceKind| matches!(kind, ServiceKind::ClusterIps(ips) if ips.contains(&address));

@@ -37,7 +37,7 @@ const FROM_OUTSIDE: &str = "dns-from-outside";
 /// Who answers where, seen from one node.
 pub(super) struct Resolvers<'a> {
     /// What every node answers on.
-    cluster: &'a [IpAddr],
+    cluster: Vec<IpAddr>,
     /// This node's `host` addresses.
     hosts: &'a [IpAddr],
     /// Nodes that answer while this one does not, and where: at most one a family.
@@ -62,8 +62,9 @@ impl<'a> Resolvers<'a> {
             })
         };
         let stand_in = |ipv6: bool| theirs().find(|(_, host)| host.is_ipv6() == ipv6);
-        let cluster = &config.cluster_dns;
-        Self { cluster, hosts, stand_ins: cluster.iter().filter_map(|ip| stand_in(ip.is_ipv6())).collect() }
+        let cluster: Vec<IpAddr> = config.resolver_addresses().collect();
+        let ipv6: BTreeSet<bool> = cluster.iter().map(IpAddr::is_ipv6).collect();
+        Self { cluster, hosts, stand_ins: ipv6.into_iter().filter_map(stand_in).collect() }
     }
 
     /// Names of the nodes that stand in, once each.

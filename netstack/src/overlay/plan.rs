@@ -227,8 +227,8 @@ impl<'a> View<'a> {
         let config = &self.snapshot.config;
         let ranges = config.cluster_cidrs.iter().map(IpNet::trunc).chain(self.own_pod_cidrs());
         routes.extend(ranges.map(|range| unreachable(range, None)));
-        routes.extend(config.cluster_dns.iter().map(|address| Route {
-            destination: IpNet::from(*address),
+        routes.extend(config.resolver_addresses().map(|address| Route {
+            destination: IpNet::from(address),
             table: None,
             target: RouteTarget::Local,
             source: None,

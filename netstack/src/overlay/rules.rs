@@ -131,8 +131,8 @@ pub(super) fn passages(config: &ClusterConfig, hosts: &[IpAddr]) -> Vec<Passage>
             passages.push(accept(Hook::Forward, vec![Statement::equals(field, link())], comment));
         }
     }
-    passages.extend(config.cluster_dns.iter().map(|address| {
-        let to_dns = Statement::equals(family_of(*address).destination, Datum::Ip(*address));
+    passages.extend(config.resolver_addresses().map(|address| {
+        let to_dns = Statement::equals(family_of(address).destination, Datum::Ip(address));
         accept(Hook::Input, vec![Statement::equals(Field::InputLink, pods()), to_dns], "weft: pods' DNS")
     }));
     for host in hosts {

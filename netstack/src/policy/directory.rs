@@ -63,7 +63,7 @@ impl Place {
         };
         let ingresses = snapshot.nodes.values().flat_map(|node| ingresses_in(&node.pod_cidrs)).collect();
         let own_ingresses = ingresses_in(&own_cidrs);
-        let cluster_dns = snapshot.config.cluster_dns.clone();
+        let cluster_dns = snapshot.config.resolver_addresses().collect();
         Self { own_cidrs, own_addresses, hosts, cluster_dns, ingresses, own_ingresses }
     }
 }

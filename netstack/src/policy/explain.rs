@@ -208,7 +208,7 @@ fn end(text: &str, snapshot: &Snapshot, directory: &Directory) -> Result<End, St
 }
 
 fn address_end(address: IpAddr, snapshot: &Snapshot, directory: &Directory) -> Result<End, String> {
-    let resolver = snapshot.config.cluster_dns.contains(&address);
+    let resolver = snapshot.config.resolver_addresses().any(|ip| ip == address);
     if !resolver && snapshot.config.service_cidrs.iter().any(|cidr| cidr.contains(&address)) {
         return Err(format!(
             "{address} is a Service's: policies judge the pods behind it; ask about one of these"

@@ -8,6 +8,7 @@ use crate::faults::ask;
 
 const CONFIG_MAPS: &str = "/api/v1/namespaces/kube-system/configmaps";
 const NAME: &str = "coredns-custom";
+const KUBERNETES: &str = "kubernetes.default.svc.cluster.local";
 
 fn config_map(text: &str) -> Value {
     json!({"metadata": {"name": NAME}, "data": {"lan.override": text}})
@@ -80,5 +81,28 @@ fn a_node_is_found_by_its_name_and_an_explanation_needs_a_pod_of_the_node() {
         assert!(said.contains("pod default/absent has no address on this node"), "{said}");
         let help = run(node.weft("dns").args(["explain", "--help"]));
         assert!(help.contains("A pod on this node"), "{help}");
+    });
+}
+
+/// What kubelets named while there was a NodeLocal DNSCache, pods may ask for as long as they live.
+#[test]
+fn a_pod_is_answered_at_the_address_that_a_node_local_cache_had() {
+    inside(|| {
+        let mut node = Node::running();
+        node.end_agent(Signal::SIGTERM);
+        node.start_agent_with(node.agent_command().args(["--node-local-dns", "169.254.20.10,fd00:53::10"]));
+        node.await_ready();
+        let vip =
+            run(std::process::Command::new("dig").args(["+short", &format!("@{}", DNS[0]), KUBERNETES]));
+        node.add_pod("pod1");
+        for address in ["169.254.20.10", "fd00:53::10", DNS[0], DNS[1]] {
+            for transport in ["+notcp", "+tcp"] {
+                let mut dig = std::process::Command::new("ip");
+                dig.args(["netns", "exec", "pod1", "dig", "+short", "+time=2", "+tries=1", transport]);
+                assert_eq!(run(dig.args([&format!("@{address}"), KUBERNETES])), vip, "{address} {transport}");
+            }
+        }
+        let tracked = std::fs::read_to_string("/proc/net/nf_conntrack").unwrap_or_default();
+        assert!(!tracked.contains("dport=53"), "{tracked}");
     });
 }

@@ -308,13 +308,12 @@ fn snapshot(world: &World) -> Snapshot {
         cluster_cidrs: vec!["10.244.0.0/16".parse().unwrap(), "fd00:244::/56".parse().unwrap()],
         service_cidrs: vec!["10.96.0.0/16".parse().unwrap(), "fd00:96::/112".parse().unwrap()],
         cluster_dns: DNS.iter().map(|text| ip(text)).collect(),
-        cluster_domain: "cluster.local".to_owned(),
-        wireguard_port: 51820,
         proxy: weft_model::ProxyConfig {
             external_ip_ranges: services::EXTERNAL_RANGES.map(|range| range.parse().unwrap()).to_vec(),
             ..Default::default()
         },
         ingress: weft_model::IngressConfig { on: true, ..Default::default() },
+        ..ClusterConfig::default()
     };
     let facts = NodeFacts {
         name: OWN.into(),

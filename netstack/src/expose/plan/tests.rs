@@ -10,13 +10,8 @@ use crate::kube::Cluster;
 
 fn snapshot(documents: &[Value]) -> Snapshot {
     let config = ClusterConfig {
-        cluster_cidrs: vec![],
-        service_cidrs: vec![],
-        cluster_dns: vec![],
-        cluster_domain: "cluster.local".to_owned(),
-        wireguard_port: 51820,
-        proxy: ProxyConfig::default(),
         ingress: IngressConfig { on: true, classes: ["weft".to_owned()].into(), ..IngressConfig::default() },
+        ..ClusterConfig::default()
     };
     let facts = NodeFacts {
         name: "node-a".into(),
