@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use weft_model::node_facts::WireguardBackend;
-use weft_model::{ClusterConfig, Generation, IngressConfig, NodeFacts, ProxyConfig};
+use weft_model::{ClusterConfig, Generation, IngressConfig, NodeFacts};
 
 use super::*;
 use crate::kube::Cluster;
