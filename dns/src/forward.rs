@@ -377,16 +377,16 @@ impl Shared {
         self.write_cache().note_failure(key.clone(), failure, now);
     }
 
-    /// Every server once, then once more, each beside those that have not answered yet; the first helpful answer wins. One
-    /// that says "not me" counts only when nobody says better.
+    /// Every server once, then once more, each beside those that have not answered yet; the first helpful and whole answer wins. A
+    /// part of one counts only when nobody gives the whole, "not me" only when nobody says better.
     async fn race(&self, upstreams: &[Upstream], question: &Outside) -> Result<Message, ForwardError> {
         let mut race = Race::new(upstreams, question, &self.dialer);
-        let mut unhelpful = None;
+        let (mut part, mut unhelpful) = (None, None);
         let mut failure = ForwardError::NoNameserver;
         loop {
             race.start_due();
             let Some((server, outcome)) = race.next().await else {
-                return unhelpful.ok_or(failure);
+                return part.or(unhelpful).ok_or(failure);
             };
             if let Some((took, outcome)) = &outcome {
                 let code = outcome.as_ref().ok().map(|said| said.message.metadata.response_code.into());
@@ -395,12 +395,17 @@ impl Shared {
             match outcome.map(|(_, outcome)| outcome) {
                 Some(Ok(Said { message, loses_case })) => {
                     lock(&self.upstreams).note_answered(&server, loses_case);
-                    if is_helpful(message.metadata.response_code) {
+                    let helps = is_helpful(message.metadata.response_code);
+                    if helps && !message.metadata.truncation {
                         self.note_silent(&race);
                         return Ok(message);
                     }
                     race.leave_out(&server);
-                    unhelpful = Some(message);
+                    if helps {
+                        part = Some(message);
+                    } else {
+                        unhelpful = Some(message);
+                    }
                 }
                 Some(Err(source)) => {
                     self.note_failed(&server, &source.to_string());

@@ -514,6 +514,10 @@ impl RequestHandler for Resolver {
         mut response_handle: R,
     ) -> ResponseInfo {
         let mut reply = self.reply(request).await;
+        // Of an answer that no upstream gives whole; by TCP a client does not look whether it is.
+        if reply.metadata.truncation && request.protocol() == Protocol::Tcp {
+            reply = Reply::failed(&request.metadata, ResponseCode::ServFail);
+        }
         let edns = reply_edns(request);
         fit(&mut reply, request, limit_bytes(request.protocol(), edns.as_ref()), edns.is_some());
         self.stats.count_response(reply.metadata.response_code);

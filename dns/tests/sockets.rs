@@ -246,6 +246,25 @@ fn a_truncated_upstream_answer_is_fetched_by_tcp() {
 }
 
 #[test]
+fn a_part_of_an_answer_counts_only_where_no_upstream_gives_the_whole() {
+    in_namespace(|place| {
+        let _part = Upstream::start("127.0.0.2", Manner::TruncateForGood, example());
+        place.nameservers(&["127.0.0.2"]);
+        place.serve(&zoo());
+        let by_udp = dig("+ignore www.example.com");
+        assert!(by_udp.contains("flags: qr tc rd ra") && by_udp.contains("192.0.2.80"), "{by_udp}");
+        assert!(dig("+tcp www.example.com").contains("status: SERVFAIL"));
+        let _whole = Upstream::start("127.0.0.3", Manner::Plain, example());
+        place.nameservers(&["127.0.0.2", "127.0.0.3"]);
+        eventually("the second is asked", || {
+            let by_udp = dig("+ignore www.example.com");
+            by_udp.contains("flags: qr rd ra") && by_udp.contains("192.0.2.80")
+        });
+        assert_eq!(dig_short("+tcp www.example.com"), ["192.0.2.80"]);
+    });
+}
+
+#[test]
 fn an_upstream_without_edns_is_asked_plainly() {
     in_namespace(|place| {
         let _upstream = Upstream::start("127.0.0.2", Manner::NoEdns, example());

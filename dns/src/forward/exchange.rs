@@ -104,7 +104,7 @@ async fn ask_plainly(server: SocketAddr, question: &Outside, keeps_case: bool) -
     if message.metadata.truncation {
         match ask_tcp(server, &query(question, edns, false)).await {
             Ok(message) => return Ok(Said { message, loses_case }),
-            // The client hears that it was cut and may try TCP itself.
+            // Whoever gets no better one from another server hears that it is a part.
             Err(error) => tracing::debug!(%server, %error, "no TCP answer after a truncated one"),
         }
     }

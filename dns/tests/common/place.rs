@@ -199,6 +199,8 @@ pub(crate) enum Manner {
     ForgeriesFirst,
     /// By UDP only "truncated".
     Truncate,
+    /// By UDP a part and "truncated", by TCP nothing.
+    TruncateForGood,
     /// SERVFAIL to everything.
     Fail,
     /// FORMERR to whatever has an OPT record.
@@ -357,6 +359,7 @@ impl Serving {
                 all.extend([wrong_id, wrong_question, not_a_response, reply].map(|m| m.to_vec().unwrap()));
                 return all;
             }
+            Manner::TruncateForGood => reply.metadata.truncation = true,
             Manner::Truncate => {
                 reply.answers.clear();
                 reply.metadata.truncation = true;
@@ -383,6 +386,9 @@ impl Serving {
                 std::thread::sleep(Duration::from_millis(5));
                 continue;
             };
+            if self.manner == Manner::TruncateForGood {
+                continue;
+            }
             stream.set_nonblocking(false).unwrap();
             stream.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
             let mut length = [0; 2];
