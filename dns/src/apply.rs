@@ -25,7 +25,7 @@ pub struct DnsApplier {
     pub(crate) listeners: Listeners,
     pub(crate) stats: Arc<Stats>,
     /// What the store holds: nobody else writes it.
-    pub(crate) written: Groups,
+    pub(crate) written: Arc<Groups>,
     /// What users added that is in force.
     pub(crate) parts: Parts,
     /// Listening changes from before the first pass, told with it.
@@ -48,7 +48,7 @@ impl Applier for DnsApplier {
         let custom_changed = self.apply_custom(plan);
         changed.extend(named(&self.store.write(&self.written, plan)));
         self.count_programmed(plan);
-        self.written.clone_from(&plan.groups);
+        self.written = plan.groups.clone();
         changed.extend(custom_changed);
         Applied {
             changed,

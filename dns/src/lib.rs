@@ -130,7 +130,7 @@ pub fn start(config: &ClusterConfig, options: Options, handover: Handover, names
         resolver: resolver.clone(),
         listeners,
         stats: stats.clone(),
-        written: Groups::new(),
+        written: Arc::default(),
         parts: Parts::new(),
         early,
     };

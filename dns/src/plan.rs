@@ -1,16 +1,17 @@
 //! From the Snapshot to the names of the cluster: Kubernetes DNS-Based Service Discovery specification 1.1.0.
 //!
-//! Pure per Service and memoised by the identity of its inputs (the Service and its EndpointSlices), so one changed
-//! endpoint costs one Service. Pod names (`1-2-3-4.ns.pod.<zone>`) are not listed: `store` works them out from the
+//! Pure per Service, and planned anew when the Service or its EndpointSlices are others, so one changed endpoint costs one
+//! Service. Pod names (`1-2-3-4.ns.pod.<zone>`) are not listed: `store` works them out from the
 //! existing Namespaces, and from the pods' addresses where only those of existing pods are wanted.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use weft_model::objects::{ConfigMap, Endpoint, EndpointSlice, Pod, Service, ServiceKind};
-use weft_model::snapshot::{Attachments, Objects};
-use weft_model::{ClusterConfig, ObjectRef, Planned, PodKey, Problem, Reason, ServiceKey, Snapshot};
+use weft_model::objects::{ConfigMap, Endpoint, EndpointSlice, Namespace, Pod, Service, ServiceKind};
+use weft_model::services::FollowedServices;
+use weft_model::snapshot::{Attachments, Objects, changes};
+use weft_model::{ClusterConfig, ObjectRef, Planned, PodKey, Problem, Reason, Snapshot};
 use weft_netstack::reconcile::Planner;
 
 use crate::custom::{self, Parts};
@@ -27,9 +28,11 @@ const SRV_WEIGHT_TOTAL: u16 = 100;
 pub struct DnsPlanner {
     /// The configuration that everything below was planned with.
     config: Option<Arc<ClusterConfig>>,
-    namespaces: BTreeMap<String, (Arc<GroupKey>, Planned<Arc<Group>>)>,
-    /// Ordered by key, as the Snapshot's Services are.
-    services: Vec<ServiceMemo>,
+    namespaces: Objects<String, Namespace>,
+    services: FollowedServices,
+    groups: Arc<Groups>,
+    /// By the object that they are of.
+    problems: BTreeMap<GroupKey, Vec<Problem>>,
     custom: Option<CustomMemo>,
     pods: Option<PodsMemo>,
 }
@@ -43,47 +46,6 @@ struct PodsMemo {
 struct CustomMemo {
     config_map: Arc<ConfigMap>,
     planned: (Parts, Vec<Problem>),
-}
-
-struct ServiceMemo {
-    service: Arc<Service>,
-    slices: Vec<Arc<EndpointSlice>>,
-    key: Arc<GroupKey>,
-    planned: Planned<Arc<Group>>,
-}
-
-impl ServiceMemo {
-    fn is_of(&self, key: &ServiceKey, service: &Arc<Service>) -> bool {
-        Arc::ptr_eq(&self.service, service) || self.service.key == *key
-    }
-
-    fn is_for(&self, service: &Arc<Service>, slices: &[&Arc<EndpointSlice>]) -> bool {
-        Arc::ptr_eq(&self.service, service)
-            && self.slices.len() == slices.len()
-            && self.slices.iter().zip(slices).all(|(old, new)| Arc::ptr_eq(old, new))
-    }
-
-    /// Plans the Service. Content equal to `old` keeps its identity, so that whoever compares plans sees at once
-    /// that nothing changed.
-    fn plan(
-        old: Option<Self>,
-        service: &Arc<Service>,
-        slices: &[&Arc<EndpointSlice>],
-        domain: &Name,
-    ) -> Self {
-        let planned = plan_service(service, slices.iter().map(|slice| slice.as_ref()), domain);
-        let (key, group) = match old {
-            Some(old) if *old.planned.plan == planned.plan => (old.key, old.planned.plan),
-            Some(old) => (old.key, Arc::new(planned.plan)),
-            None => (Arc::new(GroupKey::Service(service.key.clone())), Arc::new(planned.plan)),
-        };
-        Self {
-            service: service.clone(),
-            slices: slices.iter().map(|slice| Arc::clone(slice)).collect(),
-            key,
-            planned: Planned { plan: group, problems: planned.problems },
-        }
-    }
 }
 
 impl Planner for DnsPlanner {
@@ -106,7 +68,7 @@ impl Planner for DnsPlanner {
                 problems.push(bad_domain(config, &error));
                 let plan = DnsPlan {
                     zones: None,
-                    groups: Groups::new(),
+                    groups: Arc::default(),
                     ranges,
                     listen,
                     hosts,
@@ -117,15 +79,11 @@ impl Planner for DnsPlanner {
                 return Planned::new(plan, problems);
             }
         };
-        let mut groups = Vec::with_capacity(1 + snapshot.namespaces.len() + snapshot.services.len());
-        match zone_group(&zones.domain, &config.cluster_dns) {
-            Ok(group) => groups.push((Arc::new(GroupKey::Zone), Arc::new(group))),
-            Err(error) => problems.push(bad_domain(config, &error)),
-        }
-        self.plan_namespaces(snapshot, &zones.domain, &mut groups, &mut problems);
-        self.plan_services(snapshot, &zones.domain, &mut groups, &mut problems);
-        // Already in the order of their keys, so this only builds the map.
-        let groups = groups.into_iter().collect();
+        self.plan_zone(&zones.domain, config);
+        self.plan_namespaces(snapshot, &zones.domain);
+        self.plan_services(snapshot, &zones.domain);
+        problems.extend(self.problems.values().flatten().cloned());
+        let groups = self.groups.clone();
         Planned::new(
             DnsPlan { zones: Some(zones), groups, ranges, listen, hosts, custom, nodes, pods },
             problems,
@@ -175,47 +133,52 @@ impl DnsPlanner {
         self.pods.as_ref().map(|memo| memo.planned.clone())
     }
 
-    fn plan_namespaces(
-        &mut self,
-        snapshot: &Snapshot,
-        domain: &Name,
-        groups: &mut Vec<(Arc<GroupKey>, Arc<Group>)>,
-        problems: &mut Vec<Problem>,
-    ) {
-        self.namespaces.retain(|name, _| snapshot.namespaces.contains_key(name));
-        for name in snapshot.namespaces.keys() {
-            let (key, planned) = self.namespaces.entry(name.clone()).or_insert_with(|| {
-                (Arc::new(GroupKey::Namespace(name.clone())), plan_namespace(name, domain))
-            });
-            groups.push((key.clone(), planned.plan.clone()));
-            problems.extend(planned.problems.iter().cloned());
+    /// What one object has; nothing where it is no more. Content equal to what was there keeps its identity, so that whoever compares
+    /// plans sees at once that nothing changed.
+    fn put(&mut self, key: GroupKey, planned: Option<Planned<Group>>) {
+        let Planned { plan: group, problems } = planned.unwrap_or_default();
+        if problems.is_empty() {
+            self.problems.remove(&key);
+        } else {
+            self.problems.insert(key.clone(), problems);
+        }
+        match self.groups.get(&key) {
+            Some(old) if **old == group => {}
+            None if group.is_empty() => {}
+            Some(_) if group.is_empty() => {
+                Arc::make_mut(&mut self.groups).remove(&key);
+            }
+            Some(_) | None => {
+                // An entry that is there keeps its key.
+                Arc::make_mut(&mut self.groups).insert(Arc::new(key), Arc::new(group));
+            }
         }
     }
 
-    /// Walks the Services and what was planned for them side by side, both being in order of their keys: an
-    /// unchanged Service costs a few pointer comparisons.
-    fn plan_services(
-        &mut self,
-        snapshot: &Snapshot,
-        domain: &Name,
-        groups: &mut Vec<(Arc<GroupKey>, Arc<Group>)>,
-        problems: &mut Vec<Problem>,
-    ) {
-        let slices = slices_by_service(snapshot);
-        let mut old = std::mem::take(&mut self.services).into_iter().peekable();
-        self.services.reserve(snapshot.services.len());
-        for (key, service) in snapshot.services.iter() {
-            let slices = slices.get(key).map_or(&[][..], Vec::as_slice);
-            while old.next_if(|memo| !memo.is_of(key, service) && memo.service.key < *key).is_some() {}
-            let memo = match old.next_if(|memo| memo.is_of(key, service)) {
-                Some(memo) if memo.is_for(service, slices) => memo,
-                old => ServiceMemo::plan(old, service, slices, domain),
-            };
-            if !memo.planned.plan.is_empty() {
-                groups.push((memo.key.clone(), memo.planned.plan.clone()));
-            }
-            problems.extend(memo.planned.problems.iter().cloned());
-            self.services.push(memo);
+    /// Once a configuration.
+    fn plan_zone(&mut self, domain: &Name, config: &ClusterConfig) {
+        if self.groups.contains_key(&GroupKey::Zone) || self.problems.contains_key(&GroupKey::Zone) {
+            return;
+        }
+        let planned = match zone_group(domain, &config.cluster_dns) {
+            Ok(group) => Planned::new(group, Vec::new()),
+            Err(error) => Planned::new(Group::default(), vec![bad_domain(config, &error)]),
+        };
+        self.put(GroupKey::Zone, Some(planned));
+    }
+
+    fn plan_namespaces(&mut self, snapshot: &Snapshot, domain: &Name) {
+        let before = std::mem::replace(&mut self.namespaces, snapshot.namespaces.clone());
+        for (name, _, new) in changes(&before, &snapshot.namespaces) {
+            self.put(GroupKey::Namespace(name.clone()), new.map(|_| plan_namespace(name, domain)));
+        }
+    }
+
+    fn plan_services(&mut self, snapshot: &Snapshot, domain: &Name) {
+        for key in self.services.follow(snapshot) {
+            let service = self.services.get(&key);
+            let planned = service.map(|service| plan_service(service, self.services.slices(&key), domain));
+            self.put(GroupKey::Service(key), planned);
         }
     }
 }
@@ -245,15 +208,6 @@ fn node_names(snapshot: &Snapshot) -> BTreeMap<Name, BTreeSet<IpAddr>> {
         .collect()
 }
 
-/// Only looked up in, never iterated.
-fn slices_by_service(snapshot: &Snapshot) -> HashMap<&ServiceKey, Vec<&Arc<EndpointSlice>>> {
-    let mut slices: HashMap<&ServiceKey, Vec<&Arc<EndpointSlice>>> = HashMap::new();
-    for slice in snapshot.endpoint_slices.values() {
-        slices.entry(&slice.service).or_default().push(slice);
-    }
-    slices
-}
-
 fn bad_domain(config: &ClusterConfig, error: &InvalidName) -> Problem {
     let message = format!("cluster domain {:?}: {error}; set --cluster-domain", config.cluster_domain);
     Problem::new(ObjectRef::new("ClusterConfig", "", "cluster-domain"), Reason::InvalidField, message)
@@ -272,17 +226,17 @@ fn zone_group(domain: &Name, cluster_dns: &[IpAddr]) -> Result<Group, InvalidNam
 }
 
 /// A Namespace's names exist without records: `<ns>.svc.<zone>` and, as the parent of pod names, `<ns>.pod.<zone>`.
-fn plan_namespace(name: &str, domain: &Name) -> Planned<Arc<Group>> {
+fn plan_namespace(name: &str, domain: &Name) -> Planned<Group> {
     let names = || -> Result<Group, InvalidName> {
         let names = ["svc", "pod"].map(|kind| Ok((domain.child(kind)?.child(name)?, BTreeSet::new())));
         Ok(Group::new(&names.into_iter().collect::<Result<_, InvalidName>>()?))
     };
     match names() {
-        Ok(group) => Planned::new(Arc::new(group), Vec::new()),
+        Ok(group) => Planned::new(group, Vec::new()),
         Err(error) => {
             let object = ObjectRef::new("Namespace", "", name);
             let message = format!("metadata.name: {error}; no DNS names for it");
-            Planned::new(Arc::default(), vec![Problem::new(object, Reason::InvalidField, message)])
+            Planned::new(Group::default(), vec![Problem::new(object, Reason::InvalidField, message)])
         }
     }
 }

@@ -178,7 +178,7 @@ pub struct DnsPlan {
     /// `None` when the cluster domain is not a domain name: nothing but forwarding then.
     pub zones: Option<Zones>,
     /// Names outside the zones are reverse names of endpoints beyond the cluster's ranges.
-    pub groups: Groups,
+    pub groups: Arc<Groups>,
     /// Of pods and Services.
     pub ranges: Vec<IpNet>,
     /// Addresses to answer on, UDP and TCP.
@@ -221,7 +221,7 @@ impl fmt::Display for DnsPlan {
         }
         writeln!(f, "$TTL {TTL_SECONDS}")?;
         let mut names: BTreeMap<Name, Vec<(&GroupKey, Vec<Data>)>> = BTreeMap::new();
-        for (key, group) in &self.groups {
+        for (key, group) in self.groups.iter() {
             for (name, records) in group.names() {
                 names.entry(name).or_default().push((key, records));
             }

@@ -239,7 +239,7 @@ proptest! {
     ) {
         let mut planner = DnsPlanner::default();
         let store = Store::default();
-        let mut groups = Groups::new();
+        let mut groups = std::sync::Arc::<Groups>::default();
         let history: Vec<Snapshot> = clusters.into_iter().flat_map(with_other_slices).collect();
         for cluster in &history {
             let planned = planner.plan(cluster);

@@ -433,7 +433,7 @@ fn a_removed_service_takes_its_empty_non_terminals_with_it() {
 fn a_service_that_turns_headless_or_alias_changes_in_one_write() {
     let mut planner = DnsPlanner::default();
     let store = Store::default();
-    let mut groups = Groups::new();
+    let mut groups = std::sync::Arc::<Groups>::default();
     let kinds = [
         (cluster_ips(&["10.43.0.1"]), "A 10.43.0.1"),
         (ServiceKind::Headless, "A 10.42.0.9"),

@@ -60,7 +60,7 @@ fn everything() -> Resolver {
         &Groups::new(),
         &DnsPlan {
             zones: Some(zones),
-            groups,
+            groups: groups.into(),
             ranges: Default::default(),
             listen: Default::default(),
             hosts: Default::default(),

@@ -21,7 +21,7 @@ pub(super) fn resolver(endpoints: u8) -> Resolver {
     let group: Group = records.collect();
     let plan = DnsPlan {
         zones: Some(Zones { domain, reverse: Default::default() }),
-        groups: Groups::from([(Arc::new(GroupKey::Zone), Arc::new(group))]),
+        groups: Groups::from([(Arc::new(GroupKey::Zone), Arc::new(group))]).into(),
         ranges: Default::default(),
         listen: Default::default(),
         hosts: Default::default(),

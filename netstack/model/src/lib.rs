@@ -22,6 +22,7 @@ pub mod problem;
 pub mod report;
 pub mod route;
 pub mod ruleset;
+pub mod services;
 pub mod snapshot;
 pub mod wireguard;
 

@@ -65,7 +65,7 @@ impl fmt::Display for Problem {
 }
 
 /// What a planner returns: the whole desired state and what could not be honoured.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Planned<P> {
     pub plan: P,
     /// Sorted, without duplicates.

@@ -31,6 +31,8 @@ pub struct OverlayApplier {
     routes: Routes,
     run_dir: PathBuf,
     state_dir: PathBuf,
+    /// What the last pass applied, with its details.
+    applied: Option<(OverlayPlan, Vec<(String, String)>)>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -65,6 +67,7 @@ impl OverlayApplier {
             routes: Routes::new(handle),
             run_dir,
             state_dir,
+            applied: None,
         }
     }
 }
@@ -73,6 +76,12 @@ impl Applier for OverlayApplier {
     type Plan = OverlayPlan;
 
     async fn apply(&mut self, plan: &OverlayPlan, trust: Trust) -> Applied {
+        // Most Snapshots are of no concern here, and each look at the host costs more than planning.
+        if let Some((_, details)) =
+            self.applied.as_ref().filter(|(before, _)| trust == Trust::Shadow && before == plan)
+        {
+            return Applied { details: details.clone(), ..Applied::default() };
+        }
         let mut applied = Applied::default();
         note(&mut applied, self.table.apply(&plan.table, trust));
         let passages = self.passages.ensure(&plan.passages, trust);
@@ -110,6 +119,7 @@ impl Applier for OverlayApplier {
         if !opened.is_empty() {
             applied.details.push(("passes the firewalls".to_owned(), opened));
         }
+        self.applied = Some((plan.clone(), applied.details.clone()));
         applied
     }
 }

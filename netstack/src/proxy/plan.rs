@@ -8,10 +8,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use weft_model::objects::{EndpointSlice, Protocol, Service};
+use weft_model::objects::Protocol;
 use weft_model::ruleset::{Datum, ElementData, Elements, Table};
-use weft_model::snapshot::{Objects, changes};
-use weft_model::{NamespacedName, ObjectRef, Planned, Problem, Reason, ServiceKey, Snapshot};
+use weft_model::services::FollowedServices;
+use weft_model::{ObjectRef, Planned, Problem, Reason, ServiceKey, Snapshot};
 
 use super::affinity::{AffinityTargets, Sticky};
 use super::claims::{Claims, Manner, Rival, conflict};
@@ -43,8 +43,6 @@ pub struct WithoutLocal {
     pub external: [u64; 2],
 }
 
-type SliceKey = NamespacedName;
-
 /// Label of a Node that names its zone.
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 
@@ -53,10 +51,7 @@ const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 pub struct ProxyPlanner {
     /// What concerns every Service; `None` before the first Snapshot.
     common: Option<Common>,
-    services: Objects<ServiceKey, Service>,
-    slices: Objects<SliceKey, EndpointSlice>,
-    /// In the order of their keys.
-    by_service: BTreeMap<ServiceKey, Vec<Arc<EndpointSlice>>>,
+    services: FollowedServices,
     claimed: BTreeMap<ServiceKey, Claimed>,
     claims: Claims,
     emitted: BTreeMap<ServiceKey, Emitted>,
@@ -106,7 +101,7 @@ impl Planner for ProxyPlanner {
         if self.plan.health.leaving != leaving {
             Arc::make_mut(&mut self.plan.health).leaving = leaving;
         }
-        let dirty = self.dirty(snapshot);
+        let dirty = self.services.follow(snapshot);
         let mut fresh = BTreeMap::new();
         let affected: BTreeSet<ServiceKey> = dirty
             .into_iter()
@@ -199,35 +194,8 @@ impl ProxyPlanner {
         Self { common: Some(common), plan, ..Self::default() }
     }
 
-    /// The Services that are not what they were, or whose slices are not; takes the new values over.
-    fn dirty(&mut self, snapshot: &Snapshot) -> BTreeSet<ServiceKey> {
-        let services = std::mem::replace(&mut self.services, snapshot.services.clone());
-        let mut dirty: BTreeSet<ServiceKey> =
-            changes(&services, &snapshot.services).map(|(key, ..)| key.clone()).collect();
-        let slices = std::mem::replace(&mut self.slices, snapshot.endpoint_slices.clone());
-        for (key, old, new) in changes(&slices, &snapshot.endpoint_slices) {
-            if let Some(old) = old {
-                let siblings = self.by_service.entry(old.service.clone()).or_default();
-                siblings.retain(|slice| slice.key != *key);
-                if siblings.is_empty() {
-                    self.by_service.remove(&old.service);
-                }
-                dirty.insert(old.service.clone());
-            }
-            if let Some(new) = new {
-                let siblings = self.by_service.entry(new.service.clone()).or_default();
-                siblings.reserve_exact(1);
-                siblings.insert(siblings.partition_point(|slice| slice.key < *key), new.clone());
-                dirty.insert(new.service.clone());
-            }
-        }
-        dirty
-    }
-
     fn plan_of(&self, key: &ServiceKey) -> Option<ServicePlan> {
-        let slices = self.by_service.get(key);
-        let slices = slices.into_iter().flatten().map(Arc::as_ref);
-        Some(service::plan(self.services.get(key)?, slices, &self.common.as_ref()?.view))
+        Some(service::plan(self.services.get(key)?, self.services.slices(key), &self.common.as_ref()?.view))
     }
 
     /// Takes over what one Service claims; returns it with the Services that share a claim with it.

@@ -1,7 +1,9 @@
 //! What planning remembers and what it touches. What the rules mean is tested in `weft-tests`.
 
 use weft_model::node_facts::WireguardBackend;
-use weft_model::objects::{Endpoint, EndpointPort, Node, ServiceKind, ServicePort, TrafficPolicy};
+use weft_model::objects::{
+    Endpoint, EndpointPort, EndpointSlice, Node, Service, ServiceKind, ServicePort, TrafficPolicy,
+};
 use weft_model::ruleset::Set;
 use weft_model::{ClusterConfig, Generation, NodeFacts, NodeName};
 
@@ -163,7 +165,7 @@ fn everything_of_a_deleted_service_goes() {
     let empty = cluster(vec![], vec![]);
     assert_eq!(planner.plan(&empty), ProxyPlanner::default().plan(&empty));
     assert!(planner.claimed.is_empty() && planner.claims.is_empty() && planner.emitted.is_empty());
-    assert!(planner.shared.is_empty() && planner.hairpins.is_empty() && planner.by_service.is_empty());
+    assert!(planner.shared.is_empty() && planner.hairpins.is_empty());
 }
 
 #[test]
