@@ -1,4 +1,4 @@
-# To be sourced by what builds one program from its Go module, or unpacks Debian packages.
+# To be sourced by what builds one program from its Go module or crate, or unpacks Debian packages.
 
 # once NAME BUILD: prints the path of NAME in the cache outside the work tree. Where it is not there yet, the function BUILD leaves it
 # as $folder/binary.
@@ -18,6 +18,12 @@ once() {
 # from_module PACKAGE@VERSION: what `go install` can build.
 from_module() {
   GOBIN=$folder/bin CGO_ENABLED=0 go install -trimpath -ldflags '-s -w' "$1"
+  mv "$folder"/bin/* "$folder/binary"
+}
+
+# from_crate NAME VERSION: what `cargo install` can build.
+from_crate() {
+  cargo install --quiet --locked --root "$folder" --target-dir "$folder/target" "$1@$2"
   mv "$folder"/bin/* "$folder/binary"
 }
 

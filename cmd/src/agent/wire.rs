@@ -22,7 +22,7 @@ use weft_model::{NodeFacts, NodeName, Notice, Report, Snapshot};
 use weft_netstack::admin::{self, Admin, Collect, Counters, Read};
 use weft_netstack::cni::apply::PodLinksApplier;
 use weft_netstack::cni::plan::PodLinksPlanner;
-use weft_netstack::cni::{self, Cni, PodMtu, Readiness, loopback};
+use weft_netstack::cni::{self, Caller, Cni, PodMtu, Readiness, loopback};
 use weft_netstack::expose::plan::{IngressStatusPlanner, SlicesPlanner};
 use weft_netstack::flows::{self, Recorded};
 use weft_netstack::introduce::{self, Introduced};
@@ -507,6 +507,7 @@ fn serve_unix(tasks: &mut TaskGroup, path: &Path, router: Router) -> anyhow::Res
     let _ = std::fs::remove_file(path);
     let listener = UnixListener::bind(path).with_context(|| format!("listen on {}", path.display()))?;
     std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+    let router = router.into_make_service_with_connect_info::<Caller>();
     tasks.start("socket", async move { axum::serve(listener, router).await.map_err(|error| chain(&error)) });
     Ok(())
 }

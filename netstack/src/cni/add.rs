@@ -10,7 +10,7 @@ use weft_model::objects::Bandwidth;
 use super::attachment::{AttachError, Attachment, gateway, make_pod_side, pod_mac};
 use super::node::NodeView;
 use super::wire::{AddResult, CniError, CniRequest, Code};
-use super::{Cni, bandwidth, hostport, ipam, locked};
+use super::{Caller, Cni, bandwidth, hostport, ipam, locked};
 use crate::kernel::conntrack::delete_udp_flows;
 use crate::kernel::link::{LinkError, Links};
 use crate::kernel::netns::{Netns, Rtnetlink};
@@ -27,7 +27,7 @@ impl Cni {
     /// Attaches a container. On an error nothing is left behind, the lease included.
     ///
     /// Not cancel-safe: run it in a task of its own.
-    pub async fn add(&self, request: &CniRequest) -> Result<AddResult, CniError> {
+    pub async fn add(&self, request: &CniRequest, caller: &Caller) -> Result<AddResult, CniError> {
         let attachment = Attachment::of(request)?;
         if request.config.get("prevResult").is_some_and(|previous| !previous.is_null()) {
             let msg = "prevResult is given: weft must be the first plugin of its list";
@@ -38,6 +38,7 @@ impl Cni {
             bandwidth: bandwidth::requested(&request.config)?,
         };
         let _held = self.locks.one(&attachment.link).await;
+        caller.must_wait()?;
         let node = self.node_for_add()?;
         let netns = Netns::open(&request.netns).map_err(AttachError::from)?;
         let pod = netns.connect().map_err(AttachError::from)?;
@@ -145,7 +146,7 @@ impl Cni {
         if !hostport::has_udp(given) {
             return;
         }
-        let local = match self.links().addresses(None).await {
+        let local = match self.local_addresses().await {
             Ok(addresses) => addresses.iter().map(|local| local.address.addr()).collect::<Vec<_>>(),
             Err(error) => return tracing::warn!(link, error = %chain(&error), "list the node's addresses"),
         };

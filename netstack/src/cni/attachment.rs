@@ -10,10 +10,10 @@ use weft_model::constants::{POD_GATEWAY_MAC, POD_GATEWAY_V4, POD_GATEWAY_V6, POD
 use super::Cni;
 use super::node::NodeView;
 use super::wire::{CniError, CniRequest, Code};
-use crate::kernel::link::{LinkError, Links, VethPair};
+use crate::kernel::link::{Link, LinkAddress, LinkError, Links, VethPair};
 use crate::kernel::netns::{Netns, NetnsError};
 use crate::kernel::nft::NftError;
-use crate::kernel::route::{LinkRoute, RouteError, ensure_link_route};
+use crate::kernel::route::{LinkRoute, RouteError, ensure_link_route, link_routes};
 use crate::kernel::shaper::ShaperError;
 use crate::kernel::sysctl;
 use crate::reconcile::chain;
@@ -140,6 +140,23 @@ fn set_sysctls(family: &str, link: &str, settings: &[(&str, &'static str)]) -> R
 impl Cni {
     pub(super) fn links(&self) -> Links {
         Links::new(self.netlink.handle.clone())
+    }
+
+    /// Sorted by name.
+    pub(super) async fn pod_links(&self) -> Result<Vec<Link>, LinkError> {
+        let lists = self.lists.lock().await;
+        Links::new(lists.handle.clone()).list_by_prefix(POD_LINK_PREFIX).await
+    }
+
+    /// Of the node, on all links.
+    pub(super) async fn local_addresses(&self) -> Result<Vec<LinkAddress>, LinkError> {
+        let lists = self.lists.lock().await;
+        Links::new(lists.handle.clone()).addresses(None).await
+    }
+
+    /// Every route of our protocol on the node that leaves by a link.
+    pub(super) async fn host_routes(&self) -> Result<Vec<LinkRoute>, RouteError> {
+        link_routes(&self.lists.lock().await.handle).await
     }
 
     /// The pair, both ends down, the peer already in the pod's namespace.

@@ -104,8 +104,9 @@ impl Cni {
     }
 
     pub(super) async fn shaped(&self) -> Result<Shaped, AttachError> {
-        let queues = self.shaper().queues().await?;
-        let ifbs = self.links().list_by_prefix(SHAPER_LINK_PREFIX).await?;
+        let lists = self.lists.lock().await;
+        let queues = Shaper::new(lists.handle.clone()).queues().await?;
+        let ifbs = Links::new(lists.handle.clone()).list_by_prefix(SHAPER_LINK_PREFIX).await?;
         let ifbs = ifbs.into_iter().map(|link| (link.name.clone(), link)).collect();
         Ok(Shaped { queues, ifbs })
     }

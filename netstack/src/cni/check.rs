@@ -62,7 +62,7 @@ impl Cni {
     ) -> Result<(), CniError> {
         let found = self.links().find(&attachment.link).await.map_err(AttachError::from)?;
         let link = must_be_up(found, &attachment.link)?;
-        let routes = link_routes(&self.netlink.handle).await.map_err(AttachError::from)?;
+        let routes = self.host_routes().await.map_err(AttachError::from)?;
         let has_route = |address: IpAddr| {
             routes.iter().any(|r| r.link_index == link.index && r.destination == IpNet::from(address))
         };

@@ -2,35 +2,33 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use weft_model::constants::POD_LINK_PREFIX;
-
 use super::attachment::Attachment;
 use super::bandwidth::ifb_of;
 use super::wire::{CniError, CniRequest, Code, valid_attachments};
-use super::{Cni, hostport, locked};
+use super::{Caller, Cni, hostport, locked};
 use crate::kernel::conntrack::delete_udp_flows;
 use crate::reconcile::chain;
 use crate::store::{Boottime, LeaseRecords};
 
 impl Cni {
     /// Removes whatever is left of an attachment; absent things are no error. Deleting the host end deletes the pod's.
-    pub async fn del(&self, request: &CniRequest) -> Result<(), CniError> {
+    pub async fn del(&self, request: &CniRequest, caller: &Caller) -> Result<(), CniError> {
         let attachment = Attachment::of(request)?;
-        self.detach(&attachment.link).await
+        self.detach(&attachment.link, caller).await
     }
 
     /// Removes every attachment that is not in `cni.dev/valid-attachments`. Goes on after a failure; names them all.
-    pub async fn gc(&self, request: &CniRequest) -> Result<(), CniError> {
+    pub async fn gc(&self, request: &CniRequest, caller: &Caller) -> Result<(), CniError> {
         let valid: BTreeSet<String> = valid_attachments(&request.config)?
             .into_iter()
             .map(|(container_id, ifname)| Attachment::new(&container_id, &ifname).link)
             .collect();
         let mut present = self.links_with_leases()?;
-        let links = self.links().list_by_prefix(POD_LINK_PREFIX).await;
+        let links = self.pod_links().await;
         present.extend(links.map_err(|error| kernel(&error))?.into_iter().map(|link| link.name));
         let mut failed = Vec::new();
         for link in present.difference(&valid) {
-            if let Err(error) = self.detach(link).await {
+            if let Err(error) = self.detach(link, caller).await {
                 failed.push(format!("{link}: {error}"));
             }
         }
@@ -51,8 +49,9 @@ impl Cni {
         Ok(leases)
     }
 
-    async fn detach(&self, link: &str) -> Result<(), CniError> {
+    async fn detach(&self, link: &str, caller: &Caller) -> Result<(), CniError> {
         let _held = self.locks.one(link).await;
+        caller.must_wait()?;
         let mut leases = self.live_leases()?;
         leases.retain(|_, lease| lease.link == link);
         self.remove_from_kernel(link, &leases).await?;
@@ -82,16 +81,22 @@ impl Cni {
     pub(super) async fn remove_from_kernel(&self, link: &str, leases: &LeaseRecords) -> Result<(), CniError> {
         self.links().delete(link).await.map_err(|error| kernel(&error))?;
         self.links().delete(&ifb_of(link)).await.map_err(|error| kernel(&error))?;
-        if let Err(error) = locked(&self.rules).withdraw(leases) {
-            tracing::warn!(link, error = %chain(&error), "remove elements of table weft-cni");
-        }
-        forget_flows(leases);
+        self.forget_rules_and_flows(leases);
         Ok(())
+    }
+
+    /// What the kernel leads to pods that have ended: the rules first, since they make flows, and all before their leases are
+    /// released, since a released lease is looked at no more.
+    pub(super) fn forget_rules_and_flows(&self, ended: &LeaseRecords) {
+        if let Err(error) = locked(&self.rules).withdraw(ended) {
+            tracing::warn!(error = %chain(&error), "remove elements of table weft-cni");
+        }
+        forget_flows(ended);
     }
 }
 
 /// UDP clients of a hostPort would go on being sent to the pod that has ended.
-pub(super) fn forget_flows(ended: &LeaseRecords) {
+fn forget_flows(ended: &LeaseRecords) {
     if !hostport::has_udp(ended) {
         return;
     }

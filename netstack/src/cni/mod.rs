@@ -17,6 +17,7 @@ mod add;
 pub mod apply;
 mod attachment;
 mod bandwidth;
+mod caller;
 mod check;
 pub mod cleanup;
 pub mod conflist;
@@ -51,6 +52,7 @@ use lock::AttachmentLocks;
 use rules::PodRules;
 
 pub use attachment::Attachment;
+pub use caller::Caller;
 pub use gate::attachments;
 pub use reconcile::Reconciled;
 
@@ -80,6 +82,8 @@ pub struct Cni {
     readiness: Readiness,
     pod_mtu_bytes: PodMtu,
     netlink: Rtnetlink,
+    /// For lists of the kernel's objects: a netlink socket makes one at a time and refuses others meanwhile (EBUSY).
+    lists: tokio::sync::Mutex<Rtnetlink>,
     locks: AttachmentLocks,
     /// One allocation at a time: from reading the leases to the flushed new one.
     ipam: Mutex<ipam::Cursors>,
@@ -89,7 +93,7 @@ pub struct Cni {
 }
 
 impl Cni {
-    /// Opens an rtnetlink connection in the namespace of the calling thread, within a tokio runtime.
+    /// Opens rtnetlink connections in the namespace of the calling thread, within a tokio runtime.
     pub fn open(inputs: Inputs) -> io::Result<Self> {
         Ok(Self {
             snapshots: inputs.snapshots,
@@ -97,6 +101,7 @@ impl Cni {
             readiness: inputs.readiness,
             pod_mtu_bytes: inputs.pod_mtu_bytes,
             netlink: Rtnetlink::connect()?,
+            lists: tokio::sync::Mutex::new(Rtnetlink::connect()?),
             locks: AttachmentLocks::default(),
             ipam: Mutex::default(),
             rules: Mutex::new(PodRules::new()),

@@ -13,15 +13,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use weft_model::constants::POD_LINK_PREFIX;
 use weft_model::objects::Bandwidth;
 
 use super::attachment::host_route;
-use super::del::forget_flows;
 use super::node::NodeView;
 use super::{Cni, locked};
 use crate::kernel::link::Link;
-use crate::kernel::route::{LinkRoute, link_routes};
+use crate::kernel::route::LinkRoute;
 use crate::reconcile::chain;
 use crate::store::{Boottime, HostPort, Lease, LeaseRecords};
 
@@ -70,8 +68,8 @@ impl Cni {
     /// All leases, every pod link, every route of ours.
     async fn observe(&self) -> Result<(LeaseRecords, Vec<Link>, Vec<LinkRoute>), String> {
         let leases = self.store.leases().map_err(|error| chain(&error))?;
-        let links = self.links().list_by_prefix(POD_LINK_PREFIX).await.map_err(|error| chain(&error))?;
-        let routes = link_routes(&self.netlink.handle).await.map_err(|error| chain(&error))?;
+        let links = self.pod_links().await.map_err(|error| chain(&error))?;
+        let routes = self.host_routes().await.map_err(|error| chain(&error))?;
         Ok((leases, links, routes))
     }
 
@@ -111,11 +109,11 @@ impl Cni {
                 self.remove_orphan(link, done).await;
             }
         }
+        self.forget_rules_and_flows(&ended);
         if let Err(error) = self.store.write_leases(&changes) {
             done.failed.push(chain(&error));
         }
         self.tell_attachments(&locked(&self.ipam));
-        forget_flows(&ended);
     }
 
     /// What the kernel still leads to pods, by their address.

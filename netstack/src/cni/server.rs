@@ -5,18 +5,18 @@ use std::future::Future;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use axum::extract::{Path, State};
+use axum::extract::{ConnectInfo, Path, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::Value;
 
-use super::Cni;
 use super::wire::{CniError, CniRequest, Code, NEWEST_VERSION};
+use super::{Caller, Cni};
 use crate::reconcile::chain;
 
-/// To be merged into the router of `/run/weft/agent.sock`.
+/// To be merged into the router of `/run/weft/agent.sock`, which is to be served with connect info of [`Caller`].
 pub fn router(cni: Arc<Cni>) -> Router {
     Router::new()
         .route("/cni/add", post(add))
@@ -43,18 +43,26 @@ async fn explain(State(cni): State<Arc<Cni>>, Path(address): Path<IpAddr>) -> Re
     }
 }
 
-async fn add(State(cni): State<Arc<Cni>>, Json(request): Json<CniRequest>) -> Response {
+async fn add(
+    State(cni): State<Arc<Cni>>,
+    ConnectInfo(caller): ConnectInfo<Caller>,
+    Json(request): Json<CniRequest>,
+) -> Response {
     operate(request, |request, version| async move {
-        let added = cni.add(&request).await;
+        let added = cni.add(&request, &caller).await;
         log("ADD", &request, added.as_ref().err());
         added.map(|result| Some(result.render(version)))
     })
     .await
 }
 
-async fn del(State(cni): State<Arc<Cni>>, Json(request): Json<CniRequest>) -> Response {
+async fn del(
+    State(cni): State<Arc<Cni>>,
+    ConnectInfo(caller): ConnectInfo<Caller>,
+    Json(request): Json<CniRequest>,
+) -> Response {
     operate(request, |request, _| async move {
-        let deleted = cni.del(&request).await;
+        let deleted = cni.del(&request, &caller).await;
         log("DEL", &request, deleted.as_ref().err());
         deleted.map(|()| None)
     })
@@ -69,9 +77,13 @@ async fn status(State(cni): State<Arc<Cni>>, Json(request): Json<CniRequest>) ->
     operate(request, |_, _| async move { cni.status().map(|()| None) }).await
 }
 
-async fn gc(State(cni): State<Arc<Cni>>, Json(request): Json<CniRequest>) -> Response {
+async fn gc(
+    State(cni): State<Arc<Cni>>,
+    ConnectInfo(caller): ConnectInfo<Caller>,
+    Json(request): Json<CniRequest>,
+) -> Response {
     operate(request, |request, _| async move {
-        let collected = cni.gc(&request).await;
+        let collected = cni.gc(&request, &caller).await;
         log("GC", &request, collected.as_ref().err());
         collected.map(|()| None)
     })

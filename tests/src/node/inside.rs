@@ -27,9 +27,9 @@ pub fn inside<F: FnOnce()>(body: F) {
         .expect("run unshare (Debian's util-linux)");
     let said =
         format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    // Shown with --nocapture.
-    println!("{said}");
-    assert!(output.status.success() && said.contains("1 passed"), "in its namespaces {test} failed");
+    assert!(output.status.success() && said.contains("1 passed"), "in its namespaces {test} failed:\n{said}");
+    // With `--nocapture`: figures, if it has any.
+    print!("{said}");
 }
 
 /// `node::restart::a_restart_changes_nothing::{{closure}}` gives `restart::a_restart_changes_nothing`.

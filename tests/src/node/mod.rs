@@ -109,6 +109,11 @@ impl Node {
         self.start_server_with(&[CIDRS[0], "10.244.0.0/24,fd00:10:244::/64", CIDRS[2], CIDRS[3]]);
     }
 
+    /// Where a node has tens of thousands of addresses of each family.
+    pub fn start_server_with_large_nodes(&mut self) {
+        self.start_server_with(&[&CIDRS[..], &["--node-cidr-mask-size-ipv4", "17"]].concat());
+    }
+
     /// With ranges of ClusterIPs other than the agent's.
     pub fn start_server_with_service_range(&mut self, range: &str) {
         self.start_server_with(&[CIDRS[0], CIDRS[1], CIDRS[2], range]);
@@ -181,7 +186,11 @@ impl Node {
     }
 
     pub fn stop_tunnel(&mut self) {
-        self.tunnel.take().expect("a tunnel runs").end(Signal::SIGTERM);
+        self.end_tunnel(Signal::SIGTERM);
+    }
+
+    pub fn end_tunnel(&mut self, signal: Signal) {
+        self.tunnel.take().expect("a tunnel runs").end(signal);
     }
 
     pub fn tunnel_has_ended(&mut self) -> bool {
@@ -255,41 +264,26 @@ impl Node {
         command
     }
 
+    /// The installed plugin.
+    pub fn plugin(&self) -> Plugin {
+        Plugin { folder: self.folder.path().to_owned() }
+    }
+
     /// Runs the installed plugin as a container runtime does (CNI specification, section 2); the configuration is
     /// the agent's conflist, as it is or would be, with `version`. An empty `netns` is not passed on.
     pub fn cni(&self, verb: &str, version: &str, pod: &str, netns: &str, previous: Option<&Value>) -> Cni {
-        let socket = self.path("run/agent.sock");
-        let text = std::fs::read_to_string(self.path("cni/05-weft.conflist"));
-        let text = text.unwrap_or_else(|_| weft_netstack::cni::conflist::render(&socket));
-        let list: Value = serde_json::from_str(&text).expect("a conflist is JSON");
-        let mut config = list["plugins"][0].clone();
-        config["name"] = list["name"].clone();
-        config["cniVersion"] = version.into();
+        let plugin = self.plugin();
+        let mut config = plugin.config(version);
         if let Some(previous) = previous {
             config["prevResult"] = previous.clone();
         }
-        self.attach(verb, config, pod, &format!("u-{pod}"), netns)
+        plugin.call(&mut plugin.command(verb, pod, &format!("u-{pod}"), netns), &config)
     }
 
     /// The same of a pod that the API server has, by its uid; in the namespace that bears its name.
     pub fn cni_of(&self, verb: &str, pod: &str, uid: &str) -> Cni {
-        let text = std::fs::read_to_string(self.path("cni/05-weft.conflist")).expect("pods can come");
-        let list: Value = serde_json::from_str(&text).expect("a conflist is JSON");
-        let mut config = list["plugins"][0].clone();
-        config["name"] = list["name"].clone();
-        config["cniVersion"] = "1.0.0".into();
-        self.attach(verb, config, pod, uid, &netns(pod))
-    }
-
-    fn attach(&self, verb: &str, config: Value, pod: &str, uid: &str, netns: &str) -> Cni {
-        let args = format!("IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME={pod};K8S_POD_UID={uid}");
-        let mut command = Command::new(self.path("bin/weft"));
-        command.env_clear().env("CNI_COMMAND", verb).env("CNI_CONTAINERID", pod).env("CNI_IFNAME", "eth0");
-        command.env("CNI_PATH", self.path("bin")).env("CNI_ARGS", args);
-        if !netns.is_empty() {
-            command.env("CNI_NETNS", netns);
-        }
-        Cni::of(&process::with_input(&mut command, &config.to_string()))
+        let plugin = self.plugin();
+        plugin.call(&mut plugin.command(verb, pod, uid, &netns(pod)), &plugin.config("1.0.0"))
     }
 
     /// Makes a namespace and attaches it; its result.
@@ -313,6 +307,49 @@ impl Drop for Node {
             let tail = &lines[lines.len().saturating_sub(40)..];
             eprintln!("---- end of {name}.log\n{}", tail.join("\n"));
         }
+    }
+}
+
+/// The plugin and its configuration, as a container runtime finds them.
+#[derive(Clone)]
+pub struct Plugin {
+    /// Of the node.
+    folder: PathBuf,
+}
+
+impl Plugin {
+    /// The agent's conflist, as it is or would be, for one plugin.
+    pub fn config(&self, version: &str) -> Value {
+        let text = std::fs::read_to_string(self.folder.join("cni/05-weft.conflist"));
+        let socket = self.folder.join("run/agent.sock");
+        let text = text.unwrap_or_else(|_| weft_netstack::cni::conflist::render(&socket));
+        let list: Value = serde_json::from_str(&text).expect("a conflist is JSON");
+        let mut config = list["plugins"][0].clone();
+        config["name"] = list["name"].clone();
+        config["cniVersion"] = version.into();
+        config
+    }
+
+    /// The container bears the pod's name. An empty `netns` is not passed on.
+    pub fn command(&self, verb: &str, pod: &str, uid: &str, netns: &str) -> Command {
+        let args = format!("IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME={pod};K8S_POD_UID={uid}");
+        let mut command = Command::new(self.folder.join("bin/weft"));
+        command.env_clear().env("CNI_COMMAND", verb).env("CNI_CONTAINERID", pod).env("CNI_IFNAME", "eth0");
+        command.env("CNI_PATH", self.folder.join("bin")).env("CNI_ARGS", args);
+        if !netns.is_empty() {
+            command.env("CNI_NETNS", netns);
+        }
+        command
+    }
+
+    pub fn call(&self, command: &mut Command, config: &Value) -> Cni {
+        Cni::of(&process::with_input(command, &config.to_string()))
+    }
+
+    /// The same, ended by SIGKILL after this time. `None` when that came before its end.
+    pub fn call_for(&self, time: Duration, command: &mut Command, config: &Value) -> Option<Cni> {
+        let output = process::with_input_for(Some(time), command, &config.to_string());
+        output.status.code().map(|_| Cni::of(&output))
     }
 }
 

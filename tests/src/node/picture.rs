@@ -23,6 +23,7 @@ impl Picture {
             add(&format!("routes {family}"), sorted(&ip(&format!("{family} route show table all"))));
             add(&format!("rules {family}"), lines(&ip(&format!("{family} rule"))));
         }
+        add("queues", lines(&run(Command::new("tc").args(["qdisc", "show"]))));
         add("links", lines(&ip("-o link")));
         add("addresses", lines(&ip("-o addr")));
         for folder in folders {

@@ -4,6 +4,7 @@ use std::fs::OpenOptions;
 use std::io::Write as _;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -49,9 +50,18 @@ impl Drop for Process {
 
 /// Runs a command to its end with `input` on standard input.
 pub(super) fn with_input(command: &mut Command, input: &str) -> Output {
+    with_input_for(None, command, input)
+}
+
+/// The same, ended by SIGKILL after this time, where one is given.
+pub(super) fn with_input_for(time: Option<Duration>, command: &mut Command, input: &str) -> Output {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     // A command that fails early may not read it all.
     let _ = child.stdin.take().map(|mut stdin| stdin.write_all(input.as_bytes()));
+    if let Some(time) = time {
+        std::thread::sleep(time);
+        child.kill().expect("a child that was not waited for can be signalled");
+    }
     child.wait_with_output().expect("a child can be waited for")
 }

@@ -9,6 +9,7 @@ mod custom_dns;
 mod events;
 mod faults;
 mod ingress;
+mod kills;
 mod lease;
 mod not_ready;
 mod objects;

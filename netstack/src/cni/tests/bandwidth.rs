@@ -109,6 +109,30 @@ fn a_pod_receives_and_sends_no_faster_than_asked_and_nothing_is_left_of_it() {
     });
 }
 
+/// What the kernel lists for one of them must not be refused to the others.
+#[test]
+fn many_at_once_are_limited_and_checked_beside_gc() {
+    if !needs_root() {
+        return;
+    }
+    let rig = Rig::new();
+    let pods: Vec<_> = (0..20).map(|number| (format!("c{number}"), NamedNetns::new("pod"))).collect();
+    rig.node.block_on(async {
+        let agent = &rig.start().await;
+        let valid: Vec<Value> =
+            pods.iter().map(|(id, _)| json!({"containerID": id, "ifname": "eth0"})).collect();
+        let valid = &json!({"cni.dev/valid-attachments": valid});
+        let lives = pods.iter().map(|(id, pod)| async move {
+            add_limited(agent, id, pod, json!({"IngressRate": BITS, "EgressRate": BITS})).await;
+            agent.call("CHECK", id, &pod.path(), Value::Null).await.unwrap();
+            agent.call("GC", id, "", valid.clone()).await.unwrap();
+            agent.del(id, &pod.path()).await;
+        });
+        futures::future::join_all(lives).await;
+        assert_eq!((agent.live().len(), ifbs(&rig.node)), (0, 0));
+    });
+}
+
 #[test]
 fn annotations_count_while_the_pod_runs_and_over_a_restart() {
     if !needs_root() {

@@ -1,5 +1,6 @@
 //! Requests out of order, things that are not there, and a Store that refuses.
 
+use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -8,7 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use weft_model::Generation;
 
-use super::rig::{Rig, link_of, pod_links, snapshot};
+use super::rig::{Agent, Rig, link_of, pod_links, snapshot};
 use crate::kernel::testing::{NamedNetns, needs_root, run};
 
 #[test]
@@ -195,6 +196,44 @@ fn an_exhausted_range_is_named() {
     });
 }
 
+/// What a plugin writes to the agent's socket before it is killed.
+fn begin(agent: &Agent, verb: &str, body: &Value) -> UnixStream {
+    let (body, mut stream) = (body.to_string(), UnixStream::connect(&agent.socket).unwrap());
+    let length = body.len();
+    let head = format!("POST /cni/{verb} HTTP/1.1\r\nHost: weft\r\nContent-Type: application/json\r\n");
+    stream.write_all(format!("{head}Content-Length: {length}\r\n\r\n{body}").as_bytes()).unwrap();
+    stream
+}
+
+/// The runtime has gone on by then: it has given up the pod, or attached another.
+#[test]
+fn what_a_killed_plugin_asked_for_does_not_begin_any_more() {
+    if !needs_root() {
+        return;
+    }
+    let rig = Rig::new();
+    let pods = ["running", "ended", "given-up"].map(|id| (id, NamedNetns::new("pod")));
+    rig.node.block_on(async {
+        let agent = rig.start().await;
+        for (id, pod) in &pods[..2] {
+            agent.add(id, pod).await;
+        }
+        let busy = agent.cni.locks.everything().await;
+        let config = json!({"cniVersion": "1.1.0", "cni.dev/valid-attachments": []});
+        for verb in ["add", "del", "gc"] {
+            let (id, pod) = if verb == "add" { &pods[2] } else { &pods[0] };
+            let body = json!({"container_id": id, "ifname": "eth0", "netns": pod.path(), "config": config});
+            drop(begin(&agent, verb, &body));
+        }
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        drop(busy);
+        agent.del("ended", "").await;
+        tokio::time::sleep(Duration::from_millis(700)).await;
+        let links: BTreeSet<String> = agent.live().into_values().map(|lease| lease.link).collect();
+        assert_eq!((links, pod_links(&rig.node)), ([link_of("running")].into(), 1));
+    });
+}
+
 #[test]
 fn an_add_whose_plugin_is_killed_ends_whole() {
     if !needs_root() {
@@ -204,16 +243,9 @@ fn an_add_whose_plugin_is_killed_ends_whole() {
     let pod = NamedNetns::new("pod");
     rig.node.block_on(async {
         let agent = rig.start().await;
-        let body = json!({
-            "container_id": "a", "ifname": "eth0", "netns": pod.path(), "config": {"cniVersion": "1.0.0"}
-        })
-        .to_string();
-        let length = body.len();
-        let request = format!(
-            "POST /cni/add HTTP/1.1\r\nHost: weft\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
-        );
-        let mut stream = UnixStream::connect(&agent.socket).unwrap();
-        stream.write_all(request.as_bytes()).unwrap();
+        let config = json!({"cniVersion": "1.0.0"});
+        let body = json!({"container_id": "a", "ifname": "eth0", "netns": pod.path(), "config": config});
+        let stream = begin(&agent, "add", &body);
         while agent.live().is_empty() {
             tokio::task::yield_now().await;
         }

@@ -13,7 +13,7 @@ use weft_model::objects::Node;
 use weft_model::snapshot::Attachments;
 use weft_model::{ClusterConfig, Generation, NodeName, Report, Snapshot};
 
-use crate::cni::{Attachment, Cni, Inputs, plugin, server};
+use crate::cni::{Attachment, Caller, Cni, Inputs, plugin, server};
 use crate::kernel::testing::NamedNetns;
 use crate::policy::{PolicyApplier, PolicyPlanner};
 use crate::reconcile::{Loop, Pace};
@@ -114,7 +114,7 @@ impl Rig {
         let socket = self.folder.path().join("agent.sock");
         let _ = std::fs::remove_file(&socket);
         let listener = tokio::net::UnixListener::bind(&socket).unwrap();
-        let router = server::router(cni.clone());
+        let router = server::router(cni.clone()).into_make_service_with_connect_info::<Caller>();
         let server = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
         Agent { cni, store, snapshots, set_aside: opened.set_aside, socket, server }
     }
