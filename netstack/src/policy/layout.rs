@@ -311,6 +311,9 @@ const TOLD_SIZE: u32 = 8_192;
 /// Of a scan of a node's pods so much is told; beyond it a denied packet costs a look-up and a comparison.
 const TOLD_PER_SECOND: u32 = 200;
 const TOLD_BURST: u32 = 1_000;
+const DNS_PORT: u16 = 53;
+const STAND_IN_EGRESS: &str = "stand-in-egress";
+const STAND_IN_PASSAGE: &str = "stand-in-passage";
 /// An IPv6 header with room for extensions, and the ports behind it.
 const TOLD_BYTES: u32 = 128;
 /// Prefixes of nflog: whether the client called a Service, whose address the packet no longer bears.
@@ -327,8 +330,10 @@ pub(super) fn skeleton(ingresses: &BTreeSet<IpAddr>, cluster_dns: &[IpAddr]) -> 
         table.sets.insert(told_name(ipv6), told(ipv6));
     }
     table.chains = BTreeMap::from([
-        ("stand-in".to_owned(), stand_in(cluster_dns)),
-        ("forward".to_owned(), base(Hook::Forward, forward(cluster_dns))),
+        ("stand-in".to_owned(), stand_in()),
+        (STAND_IN_EGRESS.to_owned(), Chain { base: None, rules: stand_in_egress(cluster_dns) }),
+        (STAND_IN_PASSAGE.to_owned(), Chain { base: None, rules: stand_in_passage(cluster_dns) }),
+        ("forward".to_owned(), base(Hook::Forward, forward())),
         ("input".to_owned(), base(Hook::Input, input())),
         ("output".to_owned(), base(Hook::Output, output(ingresses))),
         (DENIED.to_owned(), Chain { base: None, rules: drop_and_tell() }),
@@ -344,25 +349,49 @@ fn base(hook: Hook, rules: Vec<Rule>) -> Chain {
 
 /// A question that another node's resolver answers, because this node's gives no sign of life, is judged before it is sent there.
 /// Of type `nat`, so that only first packets of connections come here.
-fn stand_in(cluster_dns: &[IpAddr]) -> Chain {
-    let rules = cluster_dns.iter().map(|address| {
-        let ipv6 = address.is_ipv6();
-        let sent = Statement::equals(Field::destination(ipv6), Datum::Ip(*address));
-        let map = SubjectSet::Side(Direction::Egress).name(ipv6);
-        Rule::new(vec![sent, Statement::VerdictMap { key: vec![Field::source(ipv6)], map }])
-            .comment("to the resolver of another node")
-    });
+fn stand_in() -> Chain {
     let base = Base { kind: ChainKind::Nat, hook: Hook::Prerouting, priority: PRIORITY_BEFORE_DNAT };
-    Chain { base: Some(base), rules: rules.collect() }
+    Chain { base: Some(base), rules: to_dns(STAND_IN_EGRESS) }
 }
 
-fn forward(cluster_dns: &[IpAddr]) -> Vec<Rule> {
+fn stand_in_egress(cluster_dns: &[IpAddr]) -> Vec<Rule> {
+    let judge = |address: &IpAddr| {
+        let ipv6 = address.is_ipv6();
+        let mut rule = side_of(Direction::Egress, Field::source(ipv6), ipv6);
+        rule.statements.insert(0, Statement::equals(Field::destination(ipv6), Datum::Ip(*address)));
+        rule
+    };
+    cluster_dns.iter().map(judge).collect()
+}
+
+/// The same on its way: what may leave is not asked again, but a pod of this node that bears the address where it goes.
+fn stand_in_passage(cluster_dns: &[IpAddr]) -> Vec<Rule> {
+    let pass = |address: &IpAddr| {
+        let ipv6 = address.is_ipv6();
+        let sent = Statement::CtOriginalDestination(*address);
+        let mut judge = side_of(Direction::Ingress, Field::destination(ipv6), ipv6);
+        judge.statements.insert(0, sent.clone());
+        [judge, Rule::new(vec![sent, Statement::Verdict(Verdict::Accept)])]
+    };
+    cluster_dns.iter().flat_map(pass).collect()
+}
+
+fn to_dns(chain: &str) -> Vec<Rule> {
+    let rule = |protocol| {
+        Rule::new(vec![
+            Statement::equals(Field::L4Protocol, Datum::Protocol(protocol)),
+            Statement::equals(Field::DestinationPort, Datum::Port(DNS_PORT)),
+            Statement::Verdict(Verdict::Jump(chain.into())),
+        ])
+        .comment("cluster DNS, to the resolver of another node")
+    };
+    [Protocol::Udp, Protocol::Tcp].map(rule).into()
+}
+
+fn forward() -> Vec<Rule> {
     let accept = Statement::Verdict(Verdict::Accept);
     let mut rules = vec![established(), mid_stream()];
-    rules.extend(cluster_dns.iter().map(|address| {
-        Rule::new(vec![Statement::CtOriginalDestination(*address), accept.clone()])
-            .comment("judged in stand-in")
-    }));
+    rules.extend(to_dns(STAND_IN_PASSAGE));
     rules.extend([false, true].map(|ipv6| {
         let pair = look_up(&[Field::source(ipv6), Field::destination(ipv6)], SubjectSet::Itself.name(ipv6));
         Rule::new(vec![pair, accept.clone()]).comment("a pod reaches itself")
