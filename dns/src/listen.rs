@@ -68,7 +68,8 @@ pub(crate) enum ListenError {
         source: io::Error,
     },
     #[error(
-        "DNS address {address} has given no sign of life for {seconds} seconds, so another node's resolver is asked: the node may have          too little CPU; restart the agent if it stays so (systemctl restart weft-agent)"
+        "DNS address {address} has given no sign of life for {seconds} seconds, so another node's resolver is asked: the node may have \
+         too little CPU; restart the agent if it stays so (systemctl restart weft-agent)"
     )]
     Silent { address: IpAddr, seconds: u64 },
 }

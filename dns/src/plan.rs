@@ -142,16 +142,16 @@ impl DnsPlanner {
         } else {
             self.problems.insert(key.clone(), problems);
         }
-        match self.groups.get(&key) {
-            Some(old) if **old == group => {}
-            None if group.is_empty() => {}
-            Some(_) if group.is_empty() => {
-                Arc::make_mut(&mut self.groups).remove(&key);
-            }
-            Some(_) | None => {
-                // An entry that is there keeps its key.
-                Arc::make_mut(&mut self.groups).insert(Arc::new(key), Arc::new(group));
-            }
+        let before = self.groups.get(&key);
+        if before.map_or(group.is_empty(), |before| **before == group) {
+            return;
+        }
+        let groups = Arc::make_mut(&mut self.groups);
+        if group.is_empty() {
+            groups.remove(&key);
+        } else {
+            // An entry that is there keeps its key.
+            groups.insert(Arc::new(key), Arc::new(group));
         }
     }
 

@@ -57,8 +57,14 @@ impl Heart {
     }
 
     /// Gives a sign of life if it is time for one.
-    pub(super) fn beat(&mut self, socket: &UdpSocket, has_names: bool, runtime: &Handle, now: Instant) {
-        if self.beaten.is_some_and(|then| now.duration_since(then) < BEAT) || !has_names {
+    pub(super) fn beat(
+        &mut self,
+        socket: &UdpSocket,
+        has_names: impl FnOnce() -> bool,
+        runtime: &Handle,
+        now: Instant,
+    ) {
+        if self.beaten.is_some_and(|then| now.duration_since(then) < BEAT) || !has_names() {
             return;
         }
         self.beaten = Some(now);
@@ -103,13 +109,13 @@ mod tests {
         for ip in ["127.0.0.1", "::1"] {
             let (socket, mut heart) = bound(ip);
             let begun = Instant::now();
-            heart.beat(&socket, false, runtime.handle(), begun);
+            heart.beat(&socket, || false, runtime.handle(), begun);
             assert!(!gave_a_sign(&socket, &heart) && heart.pulse().age().is_none());
-            heart.beat(&socket, true, runtime.handle(), begun);
+            heart.beat(&socket, || true, runtime.handle(), begun);
             assert!(gave_a_sign(&socket, &heart) && heart.pulse().age().is_some());
-            heart.beat(&socket, true, runtime.handle(), begun + BEAT / 2);
+            heart.beat(&socket, || true, runtime.handle(), begun + BEAT / 2);
             assert!(!gave_a_sign(&socket, &heart));
-            heart.beat(&socket, true, runtime.handle(), begun + BEAT);
+            heart.beat(&socket, || true, runtime.handle(), begun + BEAT);
             assert!(gave_a_sign(&socket, &heart));
         }
     }
@@ -121,13 +127,13 @@ mod tests {
         let begun = Instant::now();
         let signs: Vec<bool> = (0..3)
             .map(|beat| {
-                heart.beat(&socket, true, runtime.handle(), begun + beat * BEAT);
+                heart.beat(&socket, || true, runtime.handle(), begun + beat * BEAT);
                 gave_a_sign(&socket, &heart)
             })
             .collect();
         assert_eq!(signs, [true, false, false]);
         runtime.block_on(tokio::task::yield_now());
-        heart.beat(&socket, true, runtime.handle(), begun + 3 * BEAT);
+        heart.beat(&socket, || true, runtime.handle(), begun + 3 * BEAT);
         assert!(gave_a_sign(&socket, &heart));
     }
 }

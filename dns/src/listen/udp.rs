@@ -135,7 +135,8 @@ impl Serving {
 
     fn beat(&mut self) {
         if let Some(heart) = &mut self.heart {
-            heart.beat(&self.socket, self.resolver.store().is_ready(), &self.runtime, Instant::now());
+            let has_names = || self.resolver.store().is_ready();
+            heart.beat(&self.socket, has_names, &self.runtime, Instant::now());
         }
     }
 

@@ -81,13 +81,11 @@ fn ruleset() -> Vec<String> {
             continue;
         };
         let mut object = object.clone();
+        let passing =
+            object["flags"].as_array().is_some_and(|flags| flags.iter().any(|flag| flag == "timeout"));
         if let Some(fields) = object.as_object_mut() {
             fields.remove("handle");
-        }
-        if object["flags"].as_array().is_some_and(|flags| flags.iter().any(|flag| flag == "timeout"))
-            && let Some(fields) = object.as_object_mut()
-        {
-            fields.remove("elem");
+            fields.retain(|name, _| name != "elem" || !passing);
         }
         if let Some(elements) = object["elem"].as_array_mut() {
             elements.sort_by_key(Value::to_string);

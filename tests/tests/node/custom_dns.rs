@@ -102,7 +102,8 @@ fn a_pod_is_answered_at_the_address_that_a_node_local_cache_had() {
                 assert_eq!(run(dig.args([&format!("@{address}"), KUBERNETES])), vip, "{address} {transport}");
             }
         }
-        let tracked = std::fs::read_to_string("/proc/net/nf_conntrack").unwrap_or_default();
-        assert!(!tracked.contains("dport=53"), "{tracked}");
+        let mut tracked = weft_netstack::kernel::conntrack::udp_flows().unwrap();
+        tracked.retain(|flow| flow.original.destination.port() == 53);
+        assert!(tracked.is_empty(), "{tracked:?}");
     });
 }
