@@ -9,7 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use weft_model::objects::Protocol;
 use weft_model::ruleset::{
-    Chain, ChainKind, CtState, Datum, ElementData, Field, Hook, Rule, Set, Statement, Table, Verdict,
+    Chain, ChainKind, CtState, Datum, ElementData, Field, Hook, Key, Rule, Set, Statement, Table, Verdict,
 };
 
 /// What the rules can see of a packet.
@@ -318,11 +318,11 @@ impl<'a, R: Routes> Run<'a, R> {
         if set.dynamic_size.is_some() {
             return self.memory.get(&(name.to_owned(), key)).cloned();
         }
-        let holds = |element: &[Datum]| match (element, key.as_slice()) {
+        let holds = |element: Key<'_>| match (element.to_vec().as_slice(), key.as_slice()) {
             ([Datum::Net(net)], [Datum::Ip(address)]) => net.contains(address),
             _ => false,
         };
-        let intervals = set.elements().filter(|(element, _)| set.interval && holds(element));
+        let intervals = set.elements().filter(|(element, _)| set.interval && holds(*element));
         let mut found =
             set.groups.values().filter_map(|group| group.get(&key)).chain(intervals.map(|(_, data)| data));
         let first = found.next().cloned();

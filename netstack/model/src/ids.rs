@@ -1,5 +1,7 @@
 //! Names and newtypes. A name says what it names; two addresses of different roles never mix.
 
+use std::cell::RefCell;
+use std::cmp::Ordering;
 use std::fmt;
 use std::sync::Arc;
 
@@ -24,15 +26,43 @@ impl From<&str> for NodeName {
 }
 
 /// Namespace and name of a namespaced object; prints and serialises as `namespace/name`, so that it can be a JSON key.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct NamespacedName {
     pub namespace: Arc<str>,
     pub name: Arc<str>,
 }
 
+thread_local! {
+    /// Objects come sorted by namespace, and one name is read more than once: the texts are shared.
+    static LAST: RefCell<NamespacedName> =
+        RefCell::new(NamespacedName { namespace: "".into(), name: "".into() });
+}
+
 impl NamespacedName {
     pub fn new(namespace: impl AsRef<str>, name: impl AsRef<str>) -> Self {
-        Self { namespace: namespace.as_ref().into(), name: name.as_ref().into() }
+        LAST.with_borrow_mut(|last| {
+            if *last.namespace != *namespace.as_ref() {
+                last.namespace = namespace.as_ref().into();
+            }
+            if *last.name != *name.as_ref() {
+                last.name = name.as_ref().into();
+            }
+            last.clone()
+        })
+    }
+}
+
+/// By namespace, then by name. Big maps have these keys, and text that is shared need not be read.
+impl Ord for NamespacedName {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let text = |a: &Arc<str>, b: &Arc<str>| if Arc::ptr_eq(a, b) { Ordering::Equal } else { a.cmp(b) };
+        text(&self.namespace, &other.namespace).then_with(|| text(&self.name, &other.name))
+    }
+}
+
+impl PartialOrd for NamespacedName {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
     }
 }
 
@@ -128,6 +158,21 @@ impl<'de> Deserialize<'de> for WgPublicKey {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_are_in_the_order_of_their_namespaces_and_share_their_text() {
+        let key = NamespacedName::new;
+        let mut keys = vec![key("b", "a"), key("a-b", "z"), key("a", "c"), key("a", "b"), key("a", "b")];
+        keys.sort();
+        assert_eq!(
+            keys.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            ["a/b", "a/b", "a/c", "a-b/z", "b/a"]
+        );
+        assert!(Arc::ptr_eq(&keys[0].name, &keys[1].name));
+        assert!(Arc::ptr_eq(&keys[0].namespace, &keys[2].namespace));
+        assert_eq!(keys[0].cmp(&keys[1]), Ordering::Equal);
+        assert_eq!(keys[0].cmp(&keys[0].clone()), Ordering::Equal);
+    }
 
     #[test]
     fn a_public_key_prints_as_it_was_written() {

@@ -29,7 +29,7 @@ mod print;
 mod tests;
 
 pub use diff::{Difference, Element, Op, diff, difference};
-pub use elements::Elements;
+pub use elements::{AsKey, Elements, Key, KeyBuffer};
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Table {

@@ -39,6 +39,10 @@ impl FollowedServices {
                 dirty.insert(new.service.clone());
             }
         }
+        // Built anew, since one that grew in the order of its keys is half empty.
+        if dirty.len() > self.by_service.len() / 2 {
+            self.by_service = std::mem::take(&mut self.by_service).into_iter().collect();
+        }
         dirty
     }
 

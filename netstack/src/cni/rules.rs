@@ -45,7 +45,7 @@ fn add_group(set: &mut Set, link: &str, elements: Elements) {
 fn of_lease(address: IpAddr, lease: &Lease) -> BySet {
     let mut elements = BySet::new();
     for (set, key, data) in spoof::elements(address, lease).chain(hostport::elements(address, lease)) {
-        elements.entry(set).or_default().insert(key, data);
+        elements.entry(set).or_default().insert(&key, data);
     }
     elements
 }
@@ -95,7 +95,7 @@ impl PodRules {
                 Err(NftError::NoSet { .. }) => Elements::new(),
                 other => other?.into_iter().collect(),
             };
-            if wanted.iter().any(|(key, data)| present.get(key) != Some(data)) {
+            if wanted.iter().any(|(key, data)| present.get(&key) != Some(data)) {
                 lacking.push(set);
             }
         }

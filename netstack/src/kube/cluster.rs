@@ -307,7 +307,8 @@ impl<K: ObjectKey, V: Eq> Collection<K, V> {
             first_list: !std::mem::replace(&mut self.listed, true),
         };
         if changed.values {
-            self.values = Arc::new(listing.values);
+            // Built anew, since one that grew in the order of its keys is half empty.
+            self.values = Arc::new(listing.values.into_iter().collect());
         }
         self.problems = listing.problems;
         changed

@@ -1,7 +1,7 @@
 //! Who has what only one Service can have. In: claims, as Services raise and drop them. Out: the rival that goes before, and whom
 //! a change concerns. Pure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use weft_model::{ObjectRef, Problem, Reason, ServiceKey};
 
@@ -47,39 +47,43 @@ pub(super) struct Rival<'a> {
 }
 
 impl Claims {
-    /// Returns whom it concerns.
+    /// Tells whom else it concerns.
     pub(super) fn raise(
         &mut self,
         claim: Claim,
         manner: Manner,
         (created, key): (i64, &ServiceKey),
-    ) -> Vec<ServiceKey> {
+        others: &mut BTreeSet<ServiceKey>,
+    ) {
         let claimant = Claimant { external: manner.is_external(), created, key: key.clone() };
         let claimants = self.claimants.entry(claim).or_default();
         if let Err(place) = claimants.binary_search(&claimant) {
             claimants.reserve_exact(1);
             claimants.insert(place, claimant);
         }
-        concerned(claimants, manner)
+        others.extend(concerned(claimants, manner, key));
     }
 
-    /// Returns whom it concerns.
+    /// Tells whom else it concerns.
     pub(super) fn drop(
         &mut self,
         claim: &Claim,
         manner: Manner,
         (created, key): (i64, &ServiceKey),
-    ) -> Vec<ServiceKey> {
-        let Some(claimants) = self.claimants.get_mut(claim) else {
-            return Vec::new();
-        };
+        others: &mut BTreeSet<ServiceKey>,
+    ) {
+        let Some(claimants) = self.claimants.get_mut(claim) else { return };
         let claimant = Claimant { external: manner.is_external(), created, key: key.clone() };
         claimants.retain(|other| *other != claimant);
-        let concerned = concerned(claimants, manner);
+        others.extend(concerned(claimants, manner, key));
         if claimants.is_empty() {
             self.claimants.remove(claim);
         }
-        concerned
+    }
+
+    /// Built anew, since what grew in the order of its keys is half empty.
+    pub(super) fn pack(&mut self) {
+        self.claimants = std::mem::take(&mut self.claimants).into_iter().collect();
     }
 
     /// The Service that has what `key` claims.
@@ -104,10 +108,10 @@ impl Claims {
     }
 }
 
-/// Nobody minds another Service at an address outside the cluster; else all claimants do.
-fn concerned(claimants: &[Claimant], manner: Manner) -> Vec<ServiceKey> {
-    let concerned = claimants.iter().filter(|_| manner != Manner::SharedOutside);
-    concerned.map(|claimant| claimant.key.clone()).collect()
+/// Nobody minds another Service at an address outside the cluster; else all other claimants do.
+fn concerned(claimants: &[Claimant], manner: Manner, own: &ServiceKey) -> impl Iterator<Item = ServiceKey> {
+    let others = claimants.iter().filter(move |it| manner != Manner::SharedOutside && it.key != *own);
+    others.map(|claimant| claimant.key.clone())
 }
 
 pub(super) fn conflict(key: &ServiceKey, claim: &Claim, winner: &ServiceKey) -> Problem {

@@ -52,9 +52,8 @@ pub struct ProxyPlanner {
     /// What concerns every Service; `None` before the first Snapshot.
     common: Option<Common>,
     services: FollowedServices,
-    claimed: BTreeMap<ServiceKey, Claimed>,
+    known: BTreeMap<ServiceKey, Known>,
     claims: Claims,
-    emitted: BTreeMap<ServiceKey, Emitted>,
     shared: Users<Shared>,
     hairpins: Users<IpAddr>,
     problems: BTreeMap<ServiceKey, Vec<Problem>>,
@@ -68,21 +67,105 @@ struct Common {
     own_node: bool,
 }
 
-/// What one Service last claimed.
-struct Claimed {
+/// What one Service last claimed, and what it put into the plan, to be taken out again.
+struct Known {
     created: i64,
     claims: Box<[(Claim, Manner)]>,
-}
-
-/// What one Service last put into the plan, to be taken out again.
-#[derive(Default)]
-struct Emitted {
+    /// Name of its groups.
+    group: Arc<str>,
     /// In order.
     sets: Box<[(SetName, bool)]>,
     shared: Box<[Shared]>,
+    /// Few Services have any of it.
+    rare: Option<Box<Rare>>,
+    /// Something of [`Beside`] is in the plan.
+    beside: bool,
+}
+
+#[derive(Default, PartialEq, Eq)]
+struct Rare {
     own_chains: BTreeSet<String>,
     own_sets: BTreeSet<String>,
     hairpins: BTreeSet<IpAddr>,
+}
+
+/// What a Service puts beside the table.
+#[derive(Default, PartialEq, Eq)]
+struct Beside {
+    problems: Vec<Problem>,
+    udp: BTreeMap<UdpDestination, BTreeSet<SocketAddr>>,
+    sticky: BTreeMap<Claim, Sticky>,
+    checked: Option<(u16, LocalEndpoints)>,
+    without_local: WithoutLocal,
+}
+
+impl Known {
+    fn new(key: &ServiceKey) -> Self {
+        Self {
+            created: 0,
+            claims: Box::default(),
+            group: key.to_string().into(),
+            sets: Box::default(),
+            shared: Box::default(),
+            rare: None,
+            beside: false,
+        }
+    }
+
+    /// Puts into the table what the Service emits now, in place of what it had there.
+    fn replace_elements(
+        &mut self,
+        table: &mut Table,
+        (shared, pods): (&mut Users<Shared>, &mut Users<IpAddr>),
+        emission: Emission,
+        hairpins: BTreeSet<IpAddr>,
+    ) {
+        let sets: Box<[_]> = emission.sets.keys().copied().collect();
+        let rare = Rare {
+            own_chains: emission.own_chains.keys().cloned().collect(),
+            own_sets: emission.own_sets.keys().cloned().collect(),
+            hairpins,
+        };
+        let old = self.rare.take().unwrap_or_default();
+        table.chains.extend(emission.own_chains);
+        table.sets.extend(emission.own_sets);
+        for chain in old.own_chains.difference(&rare.own_chains) {
+            table.chains.remove(chain);
+        }
+        for set in old.own_sets.difference(&rare.own_sets) {
+            table.sets.remove(set);
+        }
+        for (set, ipv6) in self.sets.iter().filter(|set| sets.binary_search(set).is_err()) {
+            set_group(table, *set, *ipv6, &self.group, None);
+        }
+        for ((set, ipv6), elements) in emission.sets {
+            set_group(table, set, ipv6, &self.group, Some(elements));
+        }
+        // What is new is counted before what is gone, so that nothing shared is removed and made again.
+        for chain in &emission.shared {
+            if shared.begin(*chain) {
+                table.chains.insert(chain.chain_name(), chain.chain());
+            }
+        }
+        for chain in &self.shared {
+            if shared.end(chain) {
+                table.chains.remove(&chain.chain_name());
+            }
+        }
+        for pod in &rare.hairpins {
+            if pods.begin(*pod) {
+                let pair = Elements::from([(vec![Datum::Ip(*pod), Datum::Ip(*pod)], ElementData::None)]);
+                set_group(table, SetName::Hairpin, pod.is_ipv6(), &pod.to_string().into(), Some(pair));
+            }
+        }
+        for pod in &old.hairpins {
+            if pods.end(pod) {
+                set_group(table, SetName::Hairpin, pod.is_ipv6(), &pod.to_string().into(), None);
+            }
+        }
+        (self.sets, self.shared) = (sets, emission.shared.into());
+        self.rare = (rare != Rare::default()).then(|| Box::new(rare));
+    }
 }
 
 impl Planner for ProxyPlanner {
@@ -102,19 +185,24 @@ impl Planner for ProxyPlanner {
             Arc::make_mut(&mut self.plan.health).leaving = leaving;
         }
         let dirty = self.services.follow(snapshot);
+        let mut others = BTreeSet::new();
         let mut fresh = BTreeMap::new();
-        let affected: BTreeSet<ServiceKey> = dirty
-            .into_iter()
-            .flat_map(|key| {
-                let plan = self.plan_of(&key);
-                let affected = self.claim(&key, plan.as_ref());
-                fresh.insert(key, plan);
-                affected
-            })
-            .collect();
-        for key in affected {
-            let plan = fresh.remove(&key).unwrap_or_else(|| self.plan_of(&key));
+        for key in dirty {
+            let plan = self.plan_of(&key);
+            self.claim(&key, plan.as_ref(), &mut others);
+            fresh.insert(key, plan);
+        }
+        others.retain(|key| !fresh.contains_key(key));
+        let much = fresh.len() > self.known.len() / 2;
+        for (key, plan) in fresh {
             self.emit(&key, plan);
+        }
+        for key in others {
+            let plan = self.plan_of(&key);
+            self.emit(&key, plan);
+        }
+        if much {
+            self.pack();
         }
         Planned::new(self.plan.clone(), self.all_problems(snapshot))
     }
@@ -198,71 +286,86 @@ impl ProxyPlanner {
         Some(service::plan(self.services.get(key)?, self.services.slices(key), &self.common.as_ref()?.view))
     }
 
-    /// Takes over what one Service claims; returns it with the Services that share a claim with it.
-    fn claim(&mut self, key: &ServiceKey, plan: Option<&ServicePlan>) -> BTreeSet<ServiceKey> {
-        let mut affected = BTreeSet::from([key.clone()]);
-        if let Some(Claimed { created, claims }) = self.claimed.remove(key) {
-            for (claim, manner) in claims {
-                affected.extend(self.claims.drop(&claim, manner, (created, key)));
+    /// Takes over what one Service claims; tells which others share a claim with it.
+    fn claim(&mut self, key: &ServiceKey, plan: Option<&ServicePlan>, others: &mut BTreeSet<ServiceKey>) {
+        if let Some(known) = self.known.get_mut(key) {
+            for (claim, manner) in std::mem::take(&mut known.claims) {
+                self.claims.drop(&claim, manner, (known.created, key), others);
             }
         }
-        if let Some(plan) = plan {
-            let claims: Box<[_]> =
-                plan.holdings.iter().map(|(claim, holding)| (claim.clone(), holding.manner())).collect();
-            for (claim, manner) in &claims {
-                affected.extend(self.claims.raise(claim.clone(), *manner, (plan.created, key)));
-            }
-            self.claimed.insert(key.clone(), Claimed { created: plan.created, claims });
+        let Some(plan) = plan else { return };
+        let claims: Box<[_]> =
+            plan.holdings.iter().map(|(claim, holding)| (claim.clone(), holding.manner())).collect();
+        for (claim, manner) in &claims {
+            self.claims.raise(claim.clone(), *manner, (plan.created, key), others);
         }
-        affected
+        let known = self.known.entry(key.clone()).or_insert_with(|| Known::new(key));
+        (known.created, known.claims) = (plan.created, claims);
     }
 
-    /// Puts what one Service holds into the table, in place of what it had there.
+    /// Builds what has a place for each Service anew, since what grew in the order of its keys is half empty.
+    fn pack(&mut self) {
+        self.known = std::mem::take(&mut self.known).into_iter().collect();
+        self.claims.pack();
+        for set in Arc::make_mut(&mut self.plan.table).sets.values_mut() {
+            set.groups = std::mem::take(&mut set.groups).into_iter().collect();
+        }
+    }
+
+    /// Puts what one Service holds into the plan, in place of what it had there.
     fn emit(&mut self, key: &ServiceKey, plan: Option<ServicePlan>) {
         let mut emission = Emission::default();
-        let mut problems = Vec::new();
-        let mut udp = BTreeMap::new();
-        let mut sticky = BTreeMap::new();
-        let mut checked = None;
-        let mut without_local = WithoutLocal::default();
+        let mut beside = Beside::default();
         let mut hairpins = BTreeSet::new();
         let exists = plan.is_some();
         if let Some(plan) = plan {
-            problems = plan.problems;
+            beside.problems = plan.problems;
             hairpins = plan.hairpins;
-            let mut held = BTreeMap::new();
+            let mut held = Vec::with_capacity(plan.holdings.len());
             for (claim, holding) in &plan.holdings {
                 match self.claims.rival(key, claim, holding.manner()) {
-                    None => drop(held.insert(claim, holding)),
-                    Some(Rival { winner, of_address: false }) => problems.push(conflict(key, claim, winner)),
+                    None => held.push((claim, holding)),
+                    Some(Rival { winner, of_address: false }) => {
+                        beside.problems.push(conflict(key, claim, winner));
+                    }
                     // Said once, of the address.
                     Some(Rival { of_address: true, .. }) => {}
                 }
             }
             for (claim, holding) in &held {
                 emission.add(claim, holding);
-                udp.extend(udp_targets(claim, holding));
-                sticky.extend(sticky_targets(claim, holding));
-                checked = checked.or(health_check(claim, holding));
+                beside.udp.extend(udp_targets(claim, holding));
+                beside.sticky.extend(sticky_targets(claim, holding));
+                beside.checked = beside.checked.or(health_check(claim, holding));
             }
-            without_local = WithoutLocal::of(&held);
+            beside.without_local = WithoutLocal::of(&held);
             if let Some(firewall) = &plan.firewall {
                 emission.add_firewall(&key.to_string(), firewall, held.into_iter());
             }
         }
-        if problems.is_empty() {
+        let Some(known) = self.known.get_mut(key) else { return };
+        let has_beside = beside != Beside::default();
+        let had_beside = std::mem::replace(&mut known.beside, has_beside);
+        let table = Arc::make_mut(&mut self.plan.table);
+        known.replace_elements(table, (&mut self.shared, &mut self.hairpins), emission, hairpins);
+        if has_beside || had_beside {
+            self.replace_beside(key, beside);
+        }
+        if !exists {
+            self.known.remove(key);
+        }
+    }
+
+    fn replace_beside(&mut self, key: &ServiceKey, beside: Beside) {
+        if beside.problems.is_empty() {
             self.problems.remove(key);
         } else {
-            self.problems.insert(key.clone(), problems);
+            self.problems.insert(key.clone(), beside.problems);
         }
-        self.replace_udp(key, udp);
-        self.replace_affinity(key, sticky);
-        self.replace_health(key, checked);
-        self.replace_without_local(key, without_local);
-        let emitted = self.replace_elements(key, emission, hairpins);
-        if exists {
-            self.emitted.insert(key.clone(), emitted);
-        }
+        self.replace_udp(key, beside.udp);
+        self.replace_affinity(key, beside.sticky);
+        self.replace_health(key, beside.checked);
+        self.replace_without_local(key, beside.without_local);
     }
 
     fn replace_health(&mut self, key: &ServiceKey, checked: Option<(u16, LocalEndpoints)>) {
@@ -316,61 +419,6 @@ impl ProxyPlanner {
         }
     }
 
-    fn replace_elements(
-        &mut self,
-        key: &ServiceKey,
-        emission: Emission,
-        hairpins: BTreeSet<IpAddr>,
-    ) -> Emitted {
-        let old = self.emitted.remove(key).unwrap_or_default();
-        let table = Arc::make_mut(&mut self.plan.table);
-        let group: Arc<str> = key.to_string().into();
-        let emitted = Emitted {
-            sets: emission.sets.keys().copied().collect(),
-            shared: emission.shared.into(),
-            own_chains: emission.own_chains.keys().cloned().collect(),
-            own_sets: emission.own_sets.keys().cloned().collect(),
-            hairpins,
-        };
-        table.chains.extend(emission.own_chains);
-        table.sets.extend(emission.own_sets);
-        for chain in old.own_chains.difference(&emitted.own_chains) {
-            table.chains.remove(chain);
-        }
-        for set in old.own_sets.difference(&emitted.own_sets) {
-            table.sets.remove(set);
-        }
-        for (set, ipv6) in old.sets.iter().filter(|set| emitted.sets.binary_search(set).is_err()) {
-            set_group(table, *set, *ipv6, &group, None);
-        }
-        for ((set, ipv6), elements) in emission.sets {
-            set_group(table, set, ipv6, &group, Some(elements));
-        }
-        // What is new is counted before what is gone, so that nothing shared is removed and made again.
-        for shared in &emitted.shared {
-            if self.shared.begin(*shared) {
-                table.chains.insert(shared.chain_name(), shared.chain());
-            }
-        }
-        for shared in &old.shared {
-            if self.shared.end(shared) {
-                table.chains.remove(&shared.chain_name());
-            }
-        }
-        for pod in &emitted.hairpins {
-            if self.hairpins.begin(*pod) {
-                let pair = Elements::from([(vec![Datum::Ip(*pod), Datum::Ip(*pod)], ElementData::None)]);
-                set_group(table, SetName::Hairpin, pod.is_ipv6(), &pod.to_string().into(), Some(pair));
-            }
-        }
-        for pod in &old.hairpins {
-            if self.hairpins.end(pod) {
-                set_group(table, SetName::Hairpin, pod.is_ipv6(), &pod.to_string().into(), None);
-            }
-        }
-        emitted
-    }
-
     fn all_problems(&self, snapshot: &Snapshot) -> Vec<Problem> {
         let mut problems: Vec<Problem> = self.problems.values().flatten().cloned().collect();
         problems.extend(contradictions::of_cluster(snapshot));
@@ -387,7 +435,7 @@ impl ProxyPlanner {
 
 impl WithoutLocal {
     /// A port counts once, at however many external addresses it is.
-    fn of(held: &BTreeMap<&Claim, &Holding>) -> Self {
+    fn of(held: &[(&Claim, &Holding)]) -> Self {
         let mut inside = [BTreeSet::new(), BTreeSet::new()];
         let mut outside = [BTreeSet::new(), BTreeSet::new()];
         let mut node_ports = [0, 0];

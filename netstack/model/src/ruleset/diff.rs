@@ -5,14 +5,14 @@
 //! `Arc` are skipped; elements of sets with a timeout are run-time state and never part of a difference.
 
 use std::cmp::Ordering;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt;
 use std::sync::Arc;
 
-use super::{Base, Datum, ElementData, Elements, Rule, Set, SetData, Statement, Table, print};
+use super::{Base, ElementData, Elements, Key, Rule, Set, SetData, Statement, Table, print};
 
 /// Key and data of one element.
-pub type Element<'a> = (&'a [Datum], &'a ElementData);
+pub type Element<'a> = (Key<'a>, &'a ElementData);
 
 /// One step of a transaction.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -111,9 +111,7 @@ pub fn difference<'a>(from: Option<&'a Table>, to: &'a Table) -> Difference<'a> 
     for (name, set) in &to.sets {
         if !from.sets.contains_key(name) || rebuilt.sets.contains(name.as_str()) {
             ops.push(Op::AddSet { name, set });
-            // By key: were one in two groups, the kernel would refuse the whole transaction; so the last one wins.
-            let elements: BTreeMap<_, _> = set.elements().collect();
-            let elements: Vec<Element<'_>> = elements.into_iter().collect();
+            let elements = once_each(set);
             if set.timeout_millis.is_none() && !elements.is_empty() {
                 added_elements.push(Op::AddElements { name, set, elements });
             }
@@ -184,8 +182,8 @@ fn flush_chains<'a>(from: &'a Table, to: &Table, rebuilt: &Rebuilt<'_>, ops: &mu
 /// The difference of the elements of one set.
 #[derive(Default)]
 struct ElementChange<'a> {
-    removed: BTreeMap<&'a [Datum], &'a ElementData>,
-    added: BTreeMap<&'a [Datum], &'a ElementData>,
+    removed: BTreeMap<Key<'a>, &'a ElementData>,
+    added: BTreeMap<Key<'a>, &'a ElementData>,
     /// Groups that are not the same `Arc`.
     groups: Vec<&'a str>,
 }
@@ -237,6 +235,16 @@ fn changed_elements<'a>(old: &'a Set, new: &'a Set) -> ElementChange<'a> {
         !moved
     });
     change
+}
+
+/// Were one key in two groups, the kernel would refuse the whole transaction; so the last one wins.
+fn once_each(set: &Set) -> Vec<Element<'_>> {
+    let elements: Vec<Element<'_>> = set.elements().collect();
+    let mut seen = HashSet::with_capacity(elements.len());
+    if elements.iter().all(|(key, _)| seen.insert(*key)) {
+        return elements;
+    }
+    elements.into_iter().collect::<BTreeMap<_, _>>().into_iter().collect()
 }
 
 /// Elements of `these` that `those` has not, or has with other data.
@@ -348,7 +356,7 @@ fn elements_line(
     elements: &[Element<'_>],
 ) -> fmt::Result {
     match elements {
-        [(key, data)] => write!(f, "{verb} element {name} {{ {} }}", print::ElementText(key, data)),
+        [(key, data)] => write!(f, "{verb} element {name} {{ {} }}", print::ElementText(*key, data)),
         many => write!(f, "{verb} {} elements of {name}", many.len()),
     }
 }

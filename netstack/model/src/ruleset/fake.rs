@@ -88,7 +88,7 @@ fn carry_out(table: &mut Table, op: &Op<'_>) -> Result<(), Errno> {
             }
             let group = elements_of(table.sets.get_mut(*name).ok_or(Errno::NoEntry)?);
             for (key, data) in elements {
-                ensure(group.insert(key.to_vec(), (*data).clone()).is_none(), Errno::Exists)?;
+                ensure(group.insert(key, (*data).clone()).is_none(), Errno::Exists)?;
             }
         }
     }

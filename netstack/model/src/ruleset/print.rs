@@ -5,8 +5,8 @@ use std::fmt::{self, Display, Formatter};
 use std::net::IpAddr;
 
 use super::{
-    Base, Chain, ChainKind, CtState, Datum, ElementData, Field, Hook, KeyType, Rule, Set, SetData, Statement,
-    Table, Verdict,
+    Base, Chain, ChainKind, CtState, Datum, ElementData, Field, Hook, Key, KeyType, Rule, Set, SetData,
+    Statement, Table, Verdict,
 };
 
 /// `table inet NAME { ... }` with a final line break.
@@ -123,11 +123,11 @@ impl Display for Duration {
     }
 }
 
-pub(super) struct ElementText<'a>(pub(super) &'a [Datum], pub(super) &'a ElementData);
+pub(super) struct ElementText<'a>(pub(super) Key<'a>, pub(super) &'a ElementData);
 
 impl Display for ElementText<'_> {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        joined(f, self.0, " . ")?;
+        joined(f, &self.0.to_vec(), " . ")?;
         match self.1 {
             ElementData::None => Ok(()),
             data => write!(f, " : {data}"),

@@ -229,7 +229,8 @@ fn one_key_in_two_groups_does_not_refuse_the_table() {
     let mut kernel = FakeKernel::default();
     assert_eq!(kernel.commit(&diff(None, &table)), Ok(()));
     let elements: Vec<_> = kernel.table.iter().flat_map(|table| table.sets["ports"].elements()).collect();
-    assert_eq!(elements, [(&[Datum::Port(1)][..], &ElementData::Verdict(Verdict::Accept))]);
+    let [(key, data)] = elements[..] else { panic!("{elements:?}") };
+    assert_eq!((key.to_vec(), data), (vec![Datum::Port(1)], &ElementData::Verdict(Verdict::Accept)));
     assert_eq!(diff(kernel.table.as_ref(), &table), []);
 }
 

@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::PoisonError;
 
-use weft_model::ruleset::{Datum, KeyType, Verdict};
+use weft_model::ruleset::{Datum, KeyBuffer, KeyType, Verdict};
 
 use super::element::{Packed, key_bytes, type_number, value, write_element};
 use super::expression::{
@@ -217,7 +217,8 @@ fn set(family: u8, name: &'static str, key: &[KeyType], elements: Vec<Vec<Datum>
     let declaration = declared(family, name, (type_number(key), key_bytes(key)), |_| ());
     let add = |element: Vec<Datum>| {
         message(family, NEWSETELEM, NLM_F_CREATE, move |w| {
-            in_list(w, name, |w| write_element(w, false, &element, None));
+            let mut key = KeyBuffer::default();
+            in_list(w, name, |w| write_element(w, false, key.set(element.iter().cloned()), None));
         })
     };
     std::iter::once(declaration).chain(elements.into_iter().map(add)).collect()

@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use weft_model::objects::Protocol;
-use weft_model::ruleset::{Datum, Element, ElementData, Elements, KeyType, Set, SetData, Verdict};
+use weft_model::ruleset::{
+    Datum, Element, ElementData, Elements, Key, KeyBuffer, KeyType, Set, SetData, Verdict,
+};
 
 use super::uapi::{
     NF_ACCEPT, NF_DROP, NFPROTO_IPV4, NFPROTO_IPV6, NFT_DATA_VERDICT, NFT_GOTO, NFT_JUMP, NFT_RETURN,
@@ -86,11 +88,12 @@ impl Packed {
     }
 
     /// An element's key.
-    pub(crate) fn key(key: &[Datum]) -> Self {
+    pub(crate) fn key(key: Key<'_>) -> Self {
         let mut packed = Self::EMPTY;
-        for datum in key {
-            packed.push_datum(datum);
-            if key.len() > 1 {
+        let mut fields = key.data().enumerate().peekable();
+        while let Some((number, datum)) = fields.next() {
+            packed.push_datum(&datum);
+            if number > 0 || fields.peek().is_some() {
                 packed.pad(4);
             }
         }
@@ -177,7 +180,7 @@ pub(crate) fn data_of_type(number: u32) -> Option<SetData> {
 }
 
 /// NFTA_LIST_ELEM attributes of one element; `data` only where it is added.
-pub(crate) fn write_element(writer: &mut Writer, interval: bool, key: &[Datum], data: Option<&ElementData>) {
+pub(crate) fn write_element(writer: &mut Writer, interval: bool, key: Key<'_>, data: Option<&ElementData>) {
     writer.nest(NFTA_LIST_ELEM, |writer| {
         value(writer, NFTA_SET_ELEM_KEY, Packed::key(key).as_slice());
         match data {
@@ -190,7 +193,7 @@ pub(crate) fn write_element(writer: &mut Writer, interval: bool, key: &[Datum], 
             }
         }
     });
-    if interval && let Some(end) = key.first().and_then(end_of) {
+    if interval && let Some(end) = key.data().next().as_ref().and_then(end_of) {
         writer.nest(NFTA_LIST_ELEM, |writer| {
             value(writer, NFTA_SET_ELEM_KEY, Packed::address(end).as_slice());
             writer.be32(NFTA_SET_ELEM_FLAGS, NFT_SET_ELEM_INTERVAL_END);
@@ -219,20 +222,38 @@ pub(crate) fn value(writer: &mut Writer, kind: u16, bytes: &[u8]) {
     writer.close_nest(open);
 }
 
-pub(crate) fn write_verdict(writer: &mut Writer, verdict: &Verdict) {
-    let (code, chain) = match verdict {
+/// Number and chain.
+fn verdict_parts(verdict: &Verdict) -> (i32, Option<&str>) {
+    match verdict {
         Verdict::Accept => (NF_ACCEPT, None),
         Verdict::Drop => (NF_DROP, None),
         Verdict::Return => (NFT_RETURN, None),
         Verdict::Jump(chain) => (NFT_JUMP, Some(chain)),
         Verdict::Goto(chain) => (NFT_GOTO, Some(chain)),
-    };
+    }
+}
+
+pub(crate) fn write_verdict(writer: &mut Writer, verdict: &Verdict) {
+    let (code, chain) = verdict_parts(verdict);
     writer.nest(NFTA_DATA_VERDICT, |writer| {
         writer.be32(NFTA_VERDICT_CODE, code.cast_unsigned());
         if let Some(chain) = chain {
             writer.string(NFTA_VERDICT_CHAIN, chain);
         }
     });
+}
+
+/// `None` where no verdict stands.
+fn is_verdict(attributes: Attributes<'_>, planned: &Verdict) -> Option<bool> {
+    let there = attributes.find(NFTA_DATA_VERDICT)?.nested();
+    let chain = there.find(NFTA_VERDICT_CHAIN).map(|chain| chain.value);
+    let (code, name) = verdict_parts(planned);
+    let same_chain = match (chain, name) {
+        (Some([there @ .., 0]), Some(name)) => there == name.as_bytes(),
+        (None, None) => true,
+        _ => false,
+    };
+    Some(there.find(NFTA_VERDICT_CODE)?.be32()?.cast_signed() == code && same_chain)
 }
 
 fn read_verdict(attributes: Attributes<'_>) -> Option<Verdict> {
@@ -263,19 +284,6 @@ pub(crate) enum RawData {
     Value(Vec<u8>),
     Verdict(Verdict),
     Unknown,
-}
-
-impl RawData {
-    fn is(&self, planned: &ElementData) -> bool {
-        match (self, planned) {
-            (Self::None, ElementData::None) => true,
-            (Self::Verdict(verdict), ElementData::Verdict(planned)) => verdict == planned,
-            (Self::Value(bytes), ElementData::AddressAndPort(address, port)) => {
-                Packed::address_and_port(*address, *port).as_slice() == bytes
-            }
-            _ => false,
-        }
-    }
 }
 
 impl RawElement {
@@ -318,36 +326,99 @@ fn port(bytes: &[u8]) -> Option<u16> {
 
 pub(crate) type Groups = BTreeMap<Arc<str>, Arc<Elements>>;
 
-/// The elements of a dump as a plan has them: a group of `wanted` that is there whole is the very same, and nobody need look at it
-/// again; the others stand in one without a name. `None` when one of them is nothing a plan could have made.
-pub(crate) fn read_groups(
-    declaration: &Set,
-    raw: Vec<RawElement>,
-    wanted: Option<&Groups>,
-) -> Option<Groups> {
-    let (mut groups, mut others) = (Groups::new(), raw);
-    if let Some(wanted) = wanted.filter(|_| !declaration.interval) {
-        let mut left: HashMap<Vec<u8>, RawData> =
-            others.into_iter().map(|element| (element.key, element.data)).collect();
-        let is_there = |(key, data): Element<'_>| {
-            left.get(Packed::key(key).as_slice()).is_some_and(|there| there.is(data))
-        };
-        let (mut whole, partly): (Vec<_>, Vec<_>) =
-            wanted.iter().partition(|(_, group)| group.iter().all(is_there));
-        // One key in two groups: what it is to be is for whoever compares all of them.
-        let disputed: BTreeSet<_> = partly.into_iter().flat_map(|(_, group)| group.keys()).collect();
-        whole.retain(|(_, group)| disputed.is_empty() || !group.keys().any(|key| disputed.contains(key)));
-        groups = whole.into_iter().map(|(name, group)| (name.clone(), group.clone())).collect();
-        for key in groups.values().flat_map(|group| group.keys()) {
-            left.remove(Packed::key(key).as_slice());
+/// What a plan wants of a set, for telling it apart from all else while the set is read.
+pub(crate) struct Wanted<'a> {
+    set: &'a Set,
+    /// Each with the number of its group.
+    elements: Vec<(usize, Element<'a>)>,
+    /// Where among them a key stands.
+    places: HashMap<Key<'a>, usize>,
+    /// Groups of which one key stands in another one too.
+    disputed: BTreeSet<usize>,
+}
+
+/// What was read of a set.
+#[derive(Default)]
+pub(crate) struct Found {
+    /// Places of wanted elements.
+    wanted: Vec<usize>,
+    others: Vec<RawElement>,
+    key: KeyBuffer,
+}
+
+impl<'a> Wanted<'a> {
+    /// Intervals are understood only as a whole.
+    pub(crate) fn of(set: &'a Set) -> Self {
+        let groups = set.groups.values().enumerate().filter(|_| !set.interval);
+        let elements: Vec<_> =
+            groups.flat_map(|(number, group)| group.iter().map(move |element| (number, element))).collect();
+        let mut places = HashMap::with_capacity(elements.len());
+        let mut disputed = BTreeSet::new();
+        for (place, (number, (key, _))) in elements.iter().enumerate() {
+            if let Some(other) = places.insert(*key, place) {
+                let (other, _): (usize, Element<'_>) = elements[other];
+                disputed.extend([other, *number]);
+            }
         }
-        others = left.into_iter().map(|(key, data)| RawElement { key, begins: true, data }).collect();
+        Self { set, elements, places, disputed }
     }
-    let others = read_elements(declaration, others)?;
-    if !others.is_empty() {
-        groups.insert("".into(), Arc::new(others));
+
+    /// Where an element stands that is in the kernel as it is to be.
+    fn place(&self, element: &Attribute<'_>, key: &mut KeyBuffer) -> Option<usize> {
+        let element = element.nested();
+        let bytes = element.find(NFTA_SET_ELEM_KEY)?.nested().find(NFTA_DATA_VALUE)?.value;
+        let place = *self.places.get(&key.set(fields(&self.set.key, bytes)))?;
+        let (_, (_, planned)) = self.elements[place];
+        let data = element.find(NFTA_SET_ELEM_DATA).map(|data| data.nested());
+        let same = match (planned, data) {
+            (ElementData::None, data) => data.is_none(),
+            (ElementData::Verdict(planned), Some(data)) => is_verdict(data, planned)?,
+            (ElementData::AddressAndPort(address, port), Some(data)) => {
+                data.find(NFTA_DATA_VALUE)?.value == Packed::address_and_port(*address, *port).as_slice()
+            }
+            (_, None) => false,
+        };
+        same.then_some(place)
     }
-    Some(groups)
+}
+
+impl Found {
+    pub(crate) fn take(&mut self, element: &Attribute<'_>, wanted: &Wanted<'_>) {
+        match wanted.place(element, &mut self.key) {
+            Some(place) => self.wanted.push(place),
+            None => self.others.extend(RawElement::read(element)),
+        }
+    }
+
+    /// A group that is there whole is the very same, and nobody need look at it again; all else stands in one without a name. `None`
+    /// when some of it is nothing a plan could have made.
+    pub(crate) fn groups(self, wanted: &Wanted<'_>) -> Option<Groups> {
+        let groups = &wanted.set.groups;
+        let (mut counts, mut is_there) = (vec![0; groups.len()], vec![false; wanted.elements.len()]);
+        for place in self.wanted {
+            // A table that grows while it is read may tell of an element twice.
+            if !std::mem::replace(&mut is_there[place], true) {
+                counts[wanted.elements[place].0] += 1;
+            }
+        }
+        let whole: Vec<bool> = groups
+            .values()
+            .enumerate()
+            .map(|(number, group)| counts[number] == group.len() && !wanted.disputed.contains(&number))
+            .collect();
+        let mut others = read_elements(wanted.set, self.others)?;
+        for ((number, (key, data)), _) in wanted.elements.iter().zip(is_there).filter(|(_, there)| *there) {
+            if !whole[*number] {
+                others.insert(key, (*data).clone());
+            }
+        }
+        let kept = groups.iter().zip(&whole).filter(|(_, whole)| **whole);
+        let mut found: Groups = kept.map(|((name, group), _)| (name.clone(), group.clone())).collect();
+        if !others.is_empty() {
+            found.insert("".into(), Arc::new(others));
+        }
+        Some(found)
+    }
 }
 
 /// The elements of a dump; `None` when one of them is nothing a plan could have made.
@@ -370,7 +441,7 @@ fn read_intervals(declaration: &Set, raw: &[RawElement]) -> Option<Elements> {
         }
         let end = raw.peek().filter(|next| !next.begins).map(|end| end.key.as_slice());
         let net = prefix(&first.key, end)?;
-        elements.insert(vec![Datum::Net(net)], first.data(declaration.data)?);
+        elements.insert(&[Datum::Net(net)][..], first.data(declaration.data)?);
     }
     Some(elements)
 }
@@ -406,25 +477,27 @@ fn length_bits(length: u128, whole: u8) -> Option<u8> {
 }
 
 /// Key bytes as data of these types.
-pub(crate) fn read_key(types: &[KeyType], mut bytes: &[u8]) -> Option<Vec<Datum>> {
-    if bytes.len() != key_bytes(types) {
-        return None;
-    }
-    let mut key = Vec::with_capacity(types.len());
-    for kind in types {
-        key.push(match kind {
+pub(crate) fn read_key(types: &[KeyType], bytes: &[u8]) -> Option<Vec<Datum>> {
+    let key: Vec<Datum> = fields(types, bytes).collect();
+    (bytes.len() == key_bytes(types) && key.len() == types.len()).then_some(key)
+}
+
+/// As far as the bytes reach.
+fn fields(types: &[KeyType], mut bytes: &[u8]) -> impl Iterator<Item = Datum> {
+    types.iter().map_while(move |kind| {
+        let datum = match kind {
             KeyType::Ipv4Address => Datum::Ip(Ipv4Addr::from(*bytes.first_chunk::<4>()?).into()),
             KeyType::Ipv6Address => Datum::Ip(Ipv6Addr::from(*bytes.first_chunk::<16>()?).into()),
             KeyType::L4Protocol => protocol(*bytes.first()?),
             KeyType::Port => Datum::Port(port(bytes)?),
             KeyType::Index => Datum::Index(u32::from_ne_bytes(*bytes.first_chunk()?)),
             KeyType::LinkName => Datum::Name(Attribute { kind: 0, value: bytes.get(..16)? }.string().into()),
-        });
+        };
         let step =
             if types.len() > 1 { key_type_bytes(*kind).next_multiple_of(4) } else { key_type_bytes(*kind) };
         bytes = bytes.get(step..)?;
-    }
-    Some(key)
+        Some(datum)
+    })
 }
 
 fn protocol(number: u8) -> Datum {
@@ -449,12 +522,17 @@ mod tests {
         ports.iter().map(element).collect()
     }
 
-    fn dumped(ports: &[(u16, u8)]) -> Vec<RawElement> {
+    /// What is found where the kernel has these elements.
+    fn found(set: &Set, ports: &[(u16, u8)]) -> Option<Groups> {
         let mut writer = Writer::default();
-        for (key, data) in planned(ports).iter() {
-            write_element(&mut writer, false, key, Some(data));
+        for port in ports {
+            for (key, data) in planned(&[*port]).iter() {
+                write_element(&mut writer, false, key, Some(data));
+            }
         }
-        Attributes::of(writer.bytes()).map(|element| RawElement::read(&element).unwrap()).collect()
+        let (wanted, mut found) = (Wanted::of(set), Found::default());
+        Attributes::of(writer.bytes()).for_each(|element| found.take(&element, &wanted));
+        found.groups(&wanted)
     }
 
     #[test]
@@ -465,16 +543,29 @@ mod tests {
             ("gone", planned(&[(5, 5)])),
         ];
         let wanted: Groups = groups.into_iter().map(|(name, group)| (name.into(), Arc::new(group))).collect();
-        let raw = dumped(&[(1, 1), (2, 2), (3, 3), (4, 9), (6, 6)]);
-        let read = read_groups(&map_of_ports(), raw, Some(&wanted)).unwrap();
-        let names: Vec<&str> = read.keys().map(AsRef::as_ref).collect();
+        let set = Set { groups: wanted, ..map_of_ports() };
+        let found = found(&set, &[(1, 1), (2, 2), (3, 3), (4, 9), (6, 6), (1, 1)]).unwrap();
+        let names: Vec<&str> = found.keys().map(AsRef::as_ref).collect();
         assert_eq!(names, ["", "whole"]);
-        assert!(Arc::ptr_eq(&read["whole"], &wanted["whole"]));
-        assert_eq!(*read[""], planned(&[(3, 3), (4, 9), (6, 6)]));
-        let nobodys = read_groups(&map_of_ports(), dumped(&[(1, 1)]), None).unwrap();
-        assert_eq!(*nobodys[""], planned(&[(1, 1)]));
-        let unplanned = Set::new(vec![KeyType::Port], SetData::Verdict);
-        assert_eq!(read_groups(&unplanned, dumped(&[(7, 7)]), Some(&wanted)), None);
+        assert!(Arc::ptr_eq(&found["whole"], &set.groups["whole"]));
+        assert_eq!(*found[""], planned(&[(3, 3), (4, 9), (6, 6)]));
+    }
+
+    #[test]
+    fn groups_that_share_a_key_are_compared_element_by_element() {
+        let groups =
+            [("a", planned(&[(1, 1), (2, 2)])), ("b", planned(&[(2, 2), (3, 3)])), ("c", planned(&[(4, 4)]))];
+        let groups = groups.into_iter().map(|(name, group)| (name.into(), Arc::new(group))).collect();
+        let set = Set { groups, ..map_of_ports() };
+        let found = found(&set, &[(1, 1), (2, 2), (3, 3), (4, 4)]).unwrap();
+        assert_eq!(found.keys().map(AsRef::as_ref).collect::<Vec<&str>>(), ["", "c"]);
+        assert_eq!(*found[""], planned(&[(1, 1), (2, 2), (3, 3)]));
+    }
+
+    #[test]
+    fn nobodys_elements_stand_in_one_group_unless_no_plan_could_have_made_them() {
+        assert_eq!(*found(&map_of_ports(), &[(1, 1)]).unwrap()[""], planned(&[(1, 1)]));
+        assert_eq!(found(&Set::new(vec![KeyType::Port], SetData::Verdict), &[(7, 7)]), None);
     }
 
     #[test]
@@ -488,7 +579,8 @@ mod tests {
             Datum::Port(53),
             Datum::Index(7),
         ];
-        let packed = Packed::key(&key);
+        let mut buffer = KeyBuffer::default();
+        let packed = Packed::key(buffer.set(key.iter().cloned()));
         assert_eq!(packed.as_slice().len(), key_bytes(&types));
         assert_eq!(read_key(&types, packed.as_slice()), Some(key));
         assert_eq!(key_types(type_number(&types)), Some(types.to_vec()));
@@ -513,19 +605,21 @@ mod tests {
         fn every_prefix_is_read_back(address in proptest::prelude::any::<std::net::IpAddr>(), length in 0..=128u8) {
             let net = IpNet::new(address, length.min(if address.is_ipv6() { 128 } else { 32 })).unwrap().trunc();
             let mut writer = Writer::default();
-            write_element(&mut writer, true, &[Datum::Net(net)], None);
+            let mut key = KeyBuffer::default();
+            write_element(&mut writer, true, key.set([Datum::Net(net)].into_iter()), None);
             let raw = Attributes::of(writer.bytes()).map(|element| RawElement::read(&element).unwrap()).collect();
             let mut declaration = Set::new(vec![KeyType::Ipv6Address], SetData::None);
             declaration.interval = true;
             let elements = read_elements(&declaration, raw).unwrap();
-            proptest::prop_assert_eq!(elements.keys().collect::<Vec<_>>(), [[Datum::Net(net)]]);
+            proptest::prop_assert_eq!(elements.keys().map(Key::to_vec).collect::<Vec<_>>(), [[Datum::Net(net)]]);
         }
     }
 
     #[test]
     fn a_key_of_one_field_is_not_padded() {
-        assert_eq!(Packed::key(&[Datum::Port(80)]).as_slice(), [0, 80]);
-        assert_eq!(Packed::key(&[Datum::ProtocolNumber(58)]).as_slice(), [58]);
+        let packed = |datum: Datum| Packed::key(KeyBuffer::default().set([datum].into_iter()));
+        assert_eq!(packed(Datum::Port(80)).as_slice(), [0, 80]);
+        assert_eq!(packed(Datum::ProtocolNumber(58)).as_slice(), [58]);
     }
 
     #[test]

@@ -186,7 +186,8 @@ impl NftTable {
             return Ok(());
         }
         let declaration = self.declaration(set)?;
-        let added: Vec<Element<'_>> = elements.iter().map(|(key, data)| (key.as_slice(), data)).collect();
+        let all: Elements = elements.iter().cloned().collect();
+        let added: Vec<Element<'_>> = all.iter().collect();
         let mut removed = Vec::new();
         for _ in 0..ATTEMPTS {
             let turn = self.turn()?;
@@ -208,9 +209,8 @@ impl NftTable {
                 }
                 Err(Failure::Stale) => {}
                 Err(Failure::Refused { errno: Errno::EEXIST, .. }) if declaration.data != SetData::None => {
-                    let present = self.elements(set)?;
-                    let present: BTreeSet<Vec<Datum>> = present.into_iter().map(|(key, _)| key).collect();
-                    removed = added.iter().filter(|(key, _)| present.contains(*key)).copied().collect();
+                    let present: Elements = self.elements(set)?.into_iter().collect();
+                    removed = added.iter().filter(|(key, _)| present.contains_key(key)).copied().collect();
                 }
                 Err(Failure::Refused { error, .. } | Failure::Broken(error)) => return Err(error),
             }
@@ -232,7 +232,8 @@ impl NftTable {
             let turn = self.turn()?;
             let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
             let generation = self.generation()?;
-            let elements = keys.iter().map(|key| (key.as_slice(), &ElementData::None)).collect();
+            let all: Elements = keys.iter().map(|key| (key.clone(), ElementData::None)).collect();
+            let elements = all.iter().collect();
             match self.commit(&[Op::DeleteElements { name: set, set: &declaration, elements }], generation) {
                 Ok(()) => {
                     self.remember(set, &declaration, |shadow| remove_elements(shadow, &keys));
@@ -451,20 +452,17 @@ fn insert_elements(set: &mut Set, elements: &[(Vec<Datum>, ElementData)]) {
             set.groups.iter().find(|(_, group)| group.contains_key(key)).map(|(name, _)| name.clone());
         let group = set.groups.entry(known.unwrap_or_else(|| RUNTIME_GROUP.into())).or_default();
         if group.get(key) != Some(data) {
-            Arc::make_mut(group).insert(key.clone(), data.clone());
+            Arc::make_mut(group).insert(key, data.clone());
         }
     }
 }
 
 fn remove_elements(set: &mut Set, keys: &BTreeSet<Vec<Datum>>) {
     for group in set.groups.values_mut() {
-        if keys.iter().any(|key| group.contains_key(key)) {
-            let left: Elements = group
-                .iter()
-                .filter(|(key, _)| !keys.contains(*key))
-                .map(|(key, data)| (key.to_vec(), data.clone()))
-                .collect();
-            *group = Arc::new(left);
+        for key in keys {
+            if group.contains_key(key) {
+                Arc::make_mut(group).remove(key);
+            }
         }
     }
 }

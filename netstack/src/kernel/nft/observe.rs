@@ -10,10 +10,10 @@ use nix::errno::Errno;
 use weft_model::ruleset::{Base, Chain, ChainKind, Hook, Rule, Set, SetData, Table};
 
 use super::batch::{Identity, Unplanned, read_base};
-use super::element::{RawElement, data_of_type, key_bytes, key_types, read_groups};
+use super::element::{Found, RawElement, Wanted, data_of_type, key_bytes, key_types};
 use super::socket::NetfilterSocket;
 use super::uapi::*;
-use super::wire::{Attributes, Message};
+use super::wire::{Attributes, Message, Writer};
 
 const NFTA_CHAIN_FLAGS: u16 = 10;
 /// Chains and sets of one rule only (`jump { ... }`, `{ 1, 2 }`): they live and die with it.
@@ -154,8 +154,18 @@ fn observe_sets(
         if set.timeout_millis.is_some() || wanted.is_none_or(|wanted| !wanted.same_declaration(set)) {
             continue;
         }
-        let wanted = wanted.map(|set| &set.groups);
-        match read_groups(set, raw_elements(socket, table, name)?, wanted) {
+        let Some(wanted) = wanted.map(Wanted::of) else { continue };
+        let found = socket.dump(
+            nft(GETSETELEM),
+            NFPROTO_INET,
+            |writer| elements_of(writer, table, name),
+            |found: &mut Found, message| {
+                let list = message.attributes().find(NFTA_SET_ELEM_LIST_ELEMENTS);
+                let elements = list.iter().flat_map(|list| list.nested());
+                elements.for_each(|element| found.take(&element, &wanted));
+            },
+        )?;
+        match found.groups(&wanted) {
             Some(groups) => set.groups = groups,
             None => *set = unplanned_set(),
         }
@@ -224,14 +234,16 @@ pub(crate) fn raw_elements(
     socket.dump(
         nft(GETSETELEM),
         NFPROTO_INET,
-        |writer| {
-            writer.string(NFTA_SET_ELEM_LIST_TABLE, table);
-            writer.string(NFTA_SET_ELEM_LIST_SET, set);
-        },
+        |writer| elements_of(writer, table, set),
         |elements: &mut Vec<RawElement>, message| {
             if let Some(list) = message.attributes().find(NFTA_SET_ELEM_LIST_ELEMENTS) {
                 elements.extend(list.nested().filter_map(|element| RawElement::read(&element)));
             }
         },
     )
+}
+
+fn elements_of(writer: &mut Writer, table: &str, set: &str) {
+    writer.string(NFTA_SET_ELEM_LIST_TABLE, table);
+    writer.string(NFTA_SET_ELEM_LIST_SET, set);
 }

@@ -62,7 +62,15 @@ impl Filter {
     }
 
     pub(super) fn objects<'a>(&'a self, view: &'a View) -> impl Iterator<Item = &'a Arc<Stored>> + 'a {
-        view.list(self.collection, self.namespace.as_deref()).filter(|it| self.matches(it))
+        self.objects_after(Key::new(self.collection, "", ""), view)
+    }
+
+    fn objects_after<'a>(
+        &'a self,
+        before: Key,
+        view: &'a View,
+    ) -> impl Iterator<Item = &'a Arc<Stored>> + 'a {
+        view.list_after(before, self.namespace.as_deref()).filter(|it| self.matches(it))
     }
 }
 
@@ -140,8 +148,8 @@ impl Page {
         if let Some(begun) = &begun {
             drop(view.events_after(begun.revision)?);
         }
-        let listed = |it: &&Arc<Stored>| begun.as_ref().is_some_and(|begun| begun.had(&it.key));
-        let rest = filter.objects(view).skip_while(listed);
+        let (namespace, name) = begun.as_ref().map(|begun| begun.after.clone()).unwrap_or_default();
+        let rest = filter.objects_after(Key::new(filter.collection, namespace, name), view);
         let limit = if call.options.limit == 0 { usize::MAX } else { call.options.limit };
         let mut objects: Vec<Arc<Stored>> = rest.take(limit.saturating_add(1)).cloned().collect();
         let ended_at = (objects.len() > limit).then(|| {
@@ -172,10 +180,6 @@ impl Continuation {
         }
         let read = URL_SAFE_NO_PAD.decode(text).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
         read.map(Some).ok_or_else(|| ApiError::bad_request(format!("continue: Invalid value: {text:?}")))
-    }
-
-    fn had(&self, key: &Key) -> bool {
-        (&key.namespace, &key.name) <= (&self.after.0, &self.after.1)
     }
 
     fn to_text(&self) -> String {

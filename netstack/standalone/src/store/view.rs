@@ -2,6 +2,7 @@
 //! Pure data: the [`super::Store`] guards it with a lock and puts it on disk.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::ops::Bound;
 use std::sync::Arc;
 
 use axum::body::Bytes;
@@ -213,8 +214,19 @@ impl View {
         collection: &'static str,
         namespace: Option<&'a str>,
     ) -> impl Iterator<Item = &'a Arc<Stored>> + 'a {
-        let first = Key::new(collection, namespace.unwrap_or_default(), "");
-        self.objects.range(first..).map(|(_, stored)| stored).take_while(move |it| {
+        self.list_after(Key::new(collection, "", ""), namespace)
+    }
+
+    /// Those of them that come after `before`, which need not be there.
+    pub(crate) fn list_after<'a>(
+        &'a self,
+        before: Key,
+        namespace: Option<&'a str>,
+    ) -> impl Iterator<Item = &'a Arc<Stored>> + 'a {
+        let collection = before.collection;
+        let begin = before.max(Key::new(collection, namespace.unwrap_or_default(), ""));
+        let rest = self.objects.range((Bound::Excluded(begin), Bound::Unbounded));
+        rest.map(|(_, stored)| stored).take_while(move |it| {
             it.key.collection == collection && namespace.is_none_or(|ns| it.key.namespace == ns)
         })
     }
