@@ -388,7 +388,7 @@ struct Target<'a> {
 /// The endpoint's hostname, else its address with dashes: "a unique, system-generated identifier" (2.4.1).
 fn endpoint_label(endpoint: &Endpoint) -> String {
     match &endpoint.hostname {
-        Some(hostname) if !hostname.is_empty() => hostname.clone(),
+        Some(hostname) if !hostname.is_empty() => hostname.to_string(),
         _ => endpoint.address.to_string().replace(['.', ':'], "-"),
     }
 }

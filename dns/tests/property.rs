@@ -57,7 +57,7 @@ fn headless(
                 continue;
             }
             let dashed = endpoint.address.to_string().replace(['.', ':'], "-");
-            let own = format!("{}.{name}", endpoint.hostname.clone().unwrap_or(dashed));
+            let own = format!("{}.{name}", endpoint.hostname.as_deref().unwrap_or(&dashed));
             records.insert(address_record(name, endpoint.address));
             records.insert(address_record(&own, endpoint.address));
             records.insert((reverse(endpoint.address), "PTR", own.clone()));

@@ -301,7 +301,6 @@ fn endpoint(ipv6: bool, [zones, nodes]: [bool; 2]) -> impl Strategy<Value = Endp
             terminating,
             hostname: None,
             node: node.map(NodeName::from),
-            zone: None,
             hints: Hints {
                 zones: hints.0.into_iter().map(|node| format!("zone-of-{node}")).collect(),
                 nodes: hints.1.into_iter().map(NodeName::from).collect(),

@@ -62,9 +62,8 @@ pub(crate) fn endpoint(address: &str, hostname: Option<&str>, ready: bool) -> En
         ready,
         serving: ready,
         terminating: false,
-        hostname: hostname.map(str::to_owned),
+        hostname: hostname.map(Into::into),
         node: None,
-        zone: None,
         hints: None,
         target_pod: None,
     }

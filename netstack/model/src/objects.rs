@@ -334,9 +334,8 @@ pub struct Endpoint {
     /// `conditions.serving`; nil means the same as ready (KEP-1672).
     pub serving: bool,
     pub terminating: bool,
-    pub hostname: Option<String>,
+    pub hostname: Option<Box<str>>,
     pub node: Option<NodeName>,
-    pub zone: Option<String>,
     /// `hints`; few endpoints have any.
     #[serde(default)]
     pub hints: Option<Box<Hints>>,

@@ -1,7 +1,9 @@
 //! Services with their EndpointSlices, followed from Snapshot to Snapshot.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
+
+use smallvec::SmallVec;
 
 use crate::ids::{ServiceKey, SliceKey};
 use crate::objects::{EndpointSlice, Service};
@@ -13,14 +15,15 @@ pub struct FollowedServices {
     services: Objects<ServiceKey, Service>,
     slices: Objects<SliceKey, EndpointSlice>,
     /// In the order of their keys.
-    by_service: BTreeMap<ServiceKey, Vec<Arc<EndpointSlice>>>,
+    by_service: BTreeMap<ServiceKey, SmallVec<[Arc<EndpointSlice>; 1]>>,
 }
 
 impl FollowedServices {
-    /// Takes over what this Snapshot has. Returns the Services that came, went or changed, and those with such slices.
-    pub fn follow(&mut self, snapshot: &Snapshot) -> BTreeSet<ServiceKey> {
+    /// Takes over what this Snapshot has. Returns the Services that came, went or changed, and those with such slices, each once and
+    /// in order.
+    pub fn follow(&mut self, snapshot: &Snapshot) -> Vec<ServiceKey> {
         let services = std::mem::replace(&mut self.services, snapshot.services.clone());
-        let mut dirty: BTreeSet<ServiceKey> =
+        let mut dirty: Vec<ServiceKey> =
             changes(&services, &snapshot.services).map(|(key, ..)| key.clone()).collect();
         let slices = std::mem::replace(&mut self.slices, snapshot.endpoint_slices.clone());
         for (key, old, new) in changes(&slices, &snapshot.endpoint_slices) {
@@ -30,15 +33,16 @@ impl FollowedServices {
                 if siblings.is_empty() {
                     self.by_service.remove(&old.service);
                 }
-                dirty.insert(old.service.clone());
+                dirty.push(old.service.clone());
             }
             if let Some(new) = new {
                 let siblings = self.by_service.entry(new.service.clone()).or_default();
-                siblings.reserve_exact(1);
                 siblings.insert(siblings.partition_point(|slice| slice.key < *key), new.clone());
-                dirty.insert(new.service.clone());
+                dirty.push(new.service.clone());
             }
         }
+        dirty.sort();
+        dirty.dedup();
         // Built anew, since one that grew in the order of its keys is half empty.
         if dirty.len() > self.by_service.len() / 2 {
             self.by_service = std::mem::take(&mut self.by_service).into_iter().collect();

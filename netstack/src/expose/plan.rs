@@ -92,7 +92,6 @@ fn endpoint(address: IpAddr, node: &NodeName, ready: bool) -> Endpoint {
         terminating: false,
         hostname: None,
         node: Some(node.clone()),
-        zone: None,
         hints: None,
         target_pod: None,
     }

@@ -357,9 +357,8 @@ fn endpoint(
         ready,
         serving: conditions.serving.unwrap_or(ready),
         terminating: conditions.terminating.unwrap_or(false),
-        hostname: endpoint.hostname.filter(|name| !name.is_empty()),
+        hostname: endpoint.hostname.filter(|name| !name.is_empty()).map(String::into_boxed_str),
         node: endpoint.node_name.filter(|name| !name.is_empty()).map(NodeName),
-        zone: endpoint.zone,
         hints: Hints {
             zones: names(hints.for_zones),
             nodes: names(hints.for_nodes).into_iter().map(NodeName).collect(),

@@ -176,7 +176,6 @@ pub(super) struct Endpoint {
     pub conditions: Option<Conditions>,
     pub hostname: Option<String>,
     pub node_name: Option<String>,
-    pub zone: Option<String>,
     pub hints: Option<Hints>,
     pub target_ref: Option<TargetRef>,
 }

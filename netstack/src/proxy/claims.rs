@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use smallvec::SmallVec;
 use weft_model::{ObjectRef, Problem, Reason, ServiceKey};
 
 use super::service::Claim;
@@ -36,7 +37,7 @@ impl Manner {
 #[derive(Default)]
 pub(super) struct Claims {
     /// Of each thing in the order in which they get it; nearly always one.
-    claimants: BTreeMap<Claim, Vec<Claimant>>,
+    claimants: BTreeMap<Claim, SmallVec<[Claimant; 1]>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +59,6 @@ impl Claims {
         let claimant = Claimant { external: manner.is_external(), created, key: key.clone() };
         let claimants = self.claimants.entry(claim).or_default();
         if let Err(place) = claimants.binary_search(&claimant) {
-            claimants.reserve_exact(1);
             claimants.insert(place, claimant);
         }
         others.extend(concerned(claimants, manner, key));

@@ -4,7 +4,8 @@
 //! time. What it owns is kept as one group an nft set, and the group stays the same `Arc` while its elements are equal, so
 //! the applier looks at nothing else. Of two Services that claim one address or port the older keeps it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
+use std::collections::btree_map::{BTreeMap, Entry};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -186,13 +187,13 @@ impl Planner for ProxyPlanner {
         }
         let dirty = self.services.follow(snapshot);
         let mut others = BTreeSet::new();
-        let mut fresh = BTreeMap::new();
+        let mut fresh = Vec::with_capacity(dirty.len());
         for key in dirty {
             let plan = self.plan_of(&key);
             self.claim(&key, plan.as_ref(), &mut others);
-            fresh.insert(key, plan);
+            fresh.push((key, plan));
         }
-        others.retain(|key| !fresh.contains_key(key));
+        others.retain(|key| fresh.binary_search_by(|(known, _)| known.cmp(key)).is_err());
         let much = fresh.len() > self.known.len() / 2;
         for (key, plan) in fresh {
             self.emit(&key, plan);
@@ -473,12 +474,10 @@ fn set_group(table: &mut Table, set: SetName, ipv6: bool, group: &Arc<str>, elem
         None => {
             set.groups.remove(group);
         }
-        Some(elements) => match set.groups.get_mut(group) {
-            Some(known) if **known == elements => {}
-            Some(known) => *known = Arc::new(elements.shrunk()),
-            None => {
-                set.groups.insert(group.clone(), Arc::new(elements.shrunk()));
-            }
+        Some(elements) => match set.groups.entry(group.clone()) {
+            Entry::Occupied(known) if **known.get() == elements => {}
+            Entry::Occupied(mut known) => drop(known.insert(Arc::new(elements.shrunk()))),
+            Entry::Vacant(place) => drop(place.insert(Arc::new(elements.shrunk()))),
         },
     }
 }

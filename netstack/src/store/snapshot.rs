@@ -166,33 +166,37 @@ impl Store {
         }
         let mut snapshot = head;
         macro_rules! read {
-            ($($kind:ident)*) => { $(
-                match self.read_kind(stringify!($kind))? {
-                    Ok(objects) => snapshot.$kind = objects,
-                    Err(reason) => return Ok(unreadable(reason)),
-                }
-            )* };
+            ($($kind:ident)*) => { std::thread::scope(|scope| {
+                // Side by side: of a big cluster two kinds are much.
+                $(let $kind = scope.spawn(|| self.read_kind(stringify!($kind)));)*
+                $(
+                    match $kind.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))? {
+                        Ok(objects) => snapshot.$kind = objects,
+                        Err(reason) => return Ok(unreadable(reason)),
+                    }
+                )*
+                Ok(SnapshotRead { snapshot: Some(snapshot), ..Default::default() })
+            }) };
         }
-        for_each_kind!(read);
-        Ok(SnapshotRead { snapshot: Some(snapshot), ..Default::default() })
+        for_each_kind!(read)
     }
 
     fn read_kind<K, V>(&self, kind: &str) -> Result<Result<Objects<K, V>, String>, StoreError>
     where
-        K: DeserializeOwned + Ord,
-        V: DeserializeOwned,
+        K: DeserializeOwned + Ord + Send,
+        V: DeserializeOwned + Send + Sync,
     {
         let prefix = format!("{kind}/");
-        let mut objects = BTreeMap::new();
+        let mut objects = Vec::new();
         for record in self.snapshot.scan_prefix(&prefix) {
             let (name, bytes) = record.map_err(self.error("read the last good Snapshot"))?;
             let key = serde_json::from_slice(&name[prefix.len()..]);
             match key.and_then(|key| Ok((key, serde_json::from_slice(&bytes)?))) {
-                Ok((key, value)) => objects.insert(key, Arc::new(value)),
+                Ok((key, value)) => objects.push((key, Arc::new(value))),
                 Err(error) => return Ok(Err(unreadable(&error))),
-            };
+            }
         }
-        Ok(Ok(Arc::new(objects)))
+        Ok(Ok(Arc::new(BTreeMap::from_iter(objects))))
     }
 
     fn encode(&self, value: &impl Serialize) -> Result<Vec<u8>, StoreError> {

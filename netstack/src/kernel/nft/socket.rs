@@ -2,6 +2,7 @@
 //! answers are queued when it returns.
 #![allow(unsafe_code)] // socket options that no library names
 
+use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
@@ -25,6 +26,20 @@ use super::wire::{Attributes, HEADER_BYTES, Message, Writer, messages, ne32};
 const RECEIVE_BUFFER_BYTES: usize = 4 << 20;
 /// The kernel fills datagrams of a dump up to 32 KiB, or the size of our buffer.
 const DATAGRAM_BYTES: usize = 64 << 10;
+
+thread_local! {
+    /// One for all sockets of a thread: there are many more of those.
+    static DATAGRAM: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// What looks at datagrams may itself wait for others: those come into a buffer of their own.
+fn with_buffer<T>(receive: impl FnOnce(&mut [u8]) -> T) -> T {
+    let mut datagram = DATAGRAM.take();
+    datagram.resize(DATAGRAM_BYTES, 0);
+    let received = receive(&mut datagram);
+    DATAGRAM.set(datagram);
+    received
+}
 /// Dumps are answered at once; a socket that stays silent this long never answers.
 const SILENCE_SECONDS: i64 = 10;
 /// A dump that others' changes interrupt is begun again this many times.
@@ -34,7 +49,6 @@ pub(crate) struct NetfilterSocket {
     fd: OwnedFd,
     sequence: u32,
     send_buffer_bytes: usize,
-    datagram: Vec<u8>,
     netns_cookie: u64,
     /// The generation that the last successful transaction made, or left as it was.
     pub(crate) committed: Option<u32>,
@@ -84,7 +98,6 @@ impl NetfilterSocket {
             fd,
             sequence: 0,
             send_buffer_bytes: 0,
-            datagram: vec![0; DATAGRAM_BYTES],
             netns_cookie,
             committed: None,
             took: Duration::ZERO,
@@ -149,10 +162,11 @@ impl NetfilterSocket {
     /// # Errors
     /// `EAGAIN` when there is none, `ENOBUFS` when some were lost.
     pub(crate) fn receive(&mut self, each: impl FnMut(Message<'_>)) -> Result<(), Errno> {
-        let receive = || recv(self.fd.as_raw_fd(), &mut self.datagram, MsgFlags::MSG_DONTWAIT);
-        let length = retried(receive)?;
-        messages(&self.datagram[..length]).for_each(each);
-        Ok(())
+        with_buffer(|datagram| {
+            let length = retried(|| recv(self.fd.as_raw_fd(), datagram, MsgFlags::MSG_DONTWAIT))?;
+            messages(&datagram[..length]).for_each(each);
+            Ok(())
+        })
     }
 
     /// Number of commits of the namespace so far (NFT_MSG_GETGEN).
@@ -205,19 +219,21 @@ impl NetfilterSocket {
     /// Reads until the end of a dump or the acknowledgement.
     fn answers(&mut self, sequence: u32, mut each: impl FnMut(Message<'_>)) -> Result<Picture, Errno> {
         let mut picture = Picture::Whole;
-        loop {
-            let length = retried(|| recv(self.fd.as_raw_fd(), &mut self.datagram, MsgFlags::empty()))?;
-            for message in messages(&self.datagram[..length]).filter(|m| m.sequence == sequence) {
-                if message.flags & NLM_F_DUMP_INTR != 0 && message.kind != NLMSG_ERROR {
-                    picture = Picture::Torn;
-                }
-                match message.kind {
-                    NLMSG_DONE => return errno(&message).map(|()| picture),
-                    NLMSG_ERROR => return errno(&message).map(|()| picture),
-                    _ => each(message),
+        with_buffer(|datagram| {
+            loop {
+                let length = retried(|| recv(self.fd.as_raw_fd(), datagram, MsgFlags::empty()))?;
+                for message in messages(&datagram[..length]).filter(|m| m.sequence == sequence) {
+                    if message.flags & NLM_F_DUMP_INTR != 0 && message.kind != NLMSG_ERROR {
+                        picture = Picture::Torn;
+                    }
+                    match message.kind {
+                        NLMSG_DONE => return errno(&message).map(|()| picture),
+                        NLMSG_ERROR => return errno(&message).map(|()| picture),
+                        _ => each(message),
+                    }
                 }
             }
-        }
+        })
     }
 
     /// Sends a whole batch and returns the refusals; none means that it was carried out. `last` is the sequence number
@@ -233,22 +249,24 @@ impl NetfilterSocket {
         self.took = sent_at.elapsed();
         let mut refusals = Vec::new();
         let mut acknowledged = false;
-        loop {
-            match recv(self.fd.as_raw_fd(), &mut self.datagram, MsgFlags::MSG_DONTWAIT) {
-                Ok(length) => {
-                    for message in messages(&self.datagram[..length]) {
-                        match refusal(&message) {
-                            Some(refusal) => refusals.push(refusal),
-                            None => acknowledged |= message.sequence == last,
+        with_buffer(|datagram| {
+            loop {
+                match recv(self.fd.as_raw_fd(), datagram, MsgFlags::MSG_DONTWAIT) {
+                    Ok(length) => {
+                        for message in messages(&datagram[..length]) {
+                            match refusal(&message) {
+                                Some(refusal) => refusals.push(refusal),
+                                None => acknowledged |= message.sequence == last,
+                            }
                         }
                     }
+                    Err(Errno::EAGAIN) => return Ok(()),
+                    // More refusals than the buffer holds: those before are still there to be read.
+                    Err(Errno::EINTR | Errno::ENOBUFS) => {}
+                    Err(error) => return Err(error),
                 }
-                Err(Errno::EAGAIN) => break,
-                // More refusals than the buffer holds: those before are still there to be read.
-                Err(Errno::EINTR | Errno::ENOBUFS) => {}
-                Err(error) => return Err(error),
             }
-        }
+        })?;
         if refusals.is_empty() && !acknowledged {
             return Err(Errno::EPROTO);
         }

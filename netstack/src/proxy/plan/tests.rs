@@ -42,7 +42,6 @@ fn slice(service: &str, addresses: &[&str]) -> EndpointSlice {
         terminating: false,
         hostname: None,
         node: Some("node-a".into()),
-        zone: None,
         hints: None,
         target_pod: None,
     };
