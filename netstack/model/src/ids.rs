@@ -162,7 +162,7 @@ mod tests {
     #[test]
     fn names_are_in_the_order_of_their_namespaces_and_share_their_text() {
         let key = NamespacedName::new;
-        let mut keys = vec![key("b", "a"), key("a-b", "z"), key("a", "c"), key("a", "b"), key("a", "b")];
+        let mut keys = [key("b", "a"), key("a-b", "z"), key("a", "c"), key("a", "b"), key("a", "b")];
         keys.sort();
         assert_eq!(
             keys.iter().map(ToString::to_string).collect::<Vec<_>>(),
