@@ -116,7 +116,7 @@ pub(crate) fn with_endpoints(service: &Service, snapshot: &Snapshot) -> Option<B
     if service.external_traffic_policy == TrafficPolicy::Cluster {
         return None;
     }
-    let slices = snapshot.endpoint_slices.values().filter(|slice| slice.service == service.key);
+    let slices = snapshot.slices_of(&service.key);
     let ready = slices.flat_map(|slice| &slice.endpoints).filter(|endpoint| endpoint.ready);
     let node_of = |ip: IpAddr| {
         let bears = |node: &&Arc<Node>| {

@@ -163,8 +163,7 @@ fn of_service(text: &mut String, service: &Service, snapshot: &Snapshot) {
     for port in &service.ports {
         let _ = writeln!(text, "  port     {}/{}", port.port, port.protocol.name());
     }
-    let slices = snapshot.endpoint_slices.values().filter(|slice| slice.service == service.key);
-    for endpoint in slices.flat_map(|slice| &slice.endpoints) {
+    for endpoint in snapshot.slices_of(&service.key).flat_map(|slice| &slice.endpoints) {
         let node = endpoint.node.as_ref().map(|node| format!(" on {node}")).unwrap_or_default();
         let ready = if endpoint.ready { "" } else { ", not ready" };
         let _ = writeln!(text, "  endpoint {}{node}{ready}", endpoint.address);

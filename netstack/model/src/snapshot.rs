@@ -75,6 +75,15 @@ impl Snapshot {
         self.nodes.get(&self.facts.name)
     }
 
+    /// The slices of one Service, in the order of their keys; looks through its namespace.
+    pub fn slices_of(&self, service: &ServiceKey) -> impl Iterator<Item = &Arc<EndpointSlice>> {
+        let begin = SliceKey { name: "".into(), ..service.clone() };
+        let of_namespace = self.endpoint_slices.range(begin..).map(|(_, slice)| slice);
+        of_namespace
+            .take_while(|slice| slice.key.namespace == service.namespace)
+            .filter(|slice| slice.service == *service)
+    }
+
     /// The Node's own addresses, at most one a family, that this host has: after a change of address the Node may name the one
     /// before for a while.
     pub fn own_addresses(&self) -> Vec<IpAddr> {

@@ -46,7 +46,7 @@ impl Planner for SlicesPlanner {
         let ours = |key: &NamespacedName| {
             key.namespace == service.namespace && key.name.starts_with(INGRESS_SERVICE.1)
         };
-        let of_service = snapshot.endpoint_slices.values().filter(|slice| slice.service == service);
+        let of_service = snapshot.slices_of(&service);
         for slice in of_service.filter(|slice| ours(&slice.key) && !wanted.contains_key(&slice.key)) {
             due.insert(slice.key.clone(), None);
         }

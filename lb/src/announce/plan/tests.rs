@@ -81,10 +81,18 @@ fn an_interface_that_is_not_there_is_named() {
 fn local_traffic_leaves_nodes_with_ready_endpoints_only() {
     let mut local = given(service(1), "198.51.100.1");
     local["spec"]["externalTrafficPolicy"] = "Local".into();
-    let slice = json!({"kind": "EndpointSlice", "addressType": "IPv4", "ports": [{"port": 80}],
-        "metadata": {"name": "x", "namespace": "default", "labels": {"kubernetes.io/service-name": "s001"}},
-        "endpoints": [{"addresses": ["192.0.2.3"], "conditions": {"ready": true}}]});
-    assert_eq!(candidates(&with(vec![local, slice])), texts(&["c"]), "endpoints that are addresses of nodes");
+    let slice = |namespace: &str, node: u8| {
+        json!({"kind": "EndpointSlice", "addressType": "IPv4", "ports": [{"port": 80}],
+        "metadata": {"name": "x", "namespace": namespace, "labels": {"kubernetes.io/service-name": "s001"}},
+        "endpoints": [{"addresses": [format!("192.0.2.{node}")], "conditions": {"ready": true}}]})
+    };
+    let others = ["d", "default-x", "e"].map(|namespace| slice(namespace, 1));
+    let objects = with([vec![local, slice("default", 3)], others.into()].concat());
+    assert_eq!(
+        candidates(&objects),
+        texts(&["c"]),
+        "endpoints that are addresses of nodes, of this namespace"
+    );
 }
 
 #[test]
