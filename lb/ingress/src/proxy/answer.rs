@@ -10,6 +10,7 @@ use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use jiff::Timestamp;
 use rustls::pki_types::CertificateDer;
+use tokio::io::AsyncWriteExt as _;
 
 use super::access;
 use super::arriving::Arriving;
@@ -343,8 +344,9 @@ async fn backend(
     let path = path_of(taken, &request);
     let from_client = request.version() == Version::HTTP_11;
     let client = from_client.then(|| hyper::upgrade::on(&mut request));
-    let upload = Arc::new(Upload::default());
     let (mut head, incoming) = request.into_parts();
+    let has_body = !http_body::Body::is_end_stream(&incoming);
+    let upload = if has_body { Upload::new() } else { Upload::default() };
     let upgrade = prepare(taken, &mut head.headers).filter(|_| from_client);
     let copy = settings.mirror.as_ref().and_then(|mirror| {
         let request = variables::Request {
@@ -354,7 +356,6 @@ async fn backend(
             admitted: &taken.admitted,
             client: &taken.client,
         };
-        let has_body = !http_body::Body::is_end_stream(&incoming);
         mirror::start(taken.worker, mirror, &request, (&head.headers, has_body))
     });
     let body =
@@ -426,12 +427,7 @@ fn faulty(fault: Fault, http_1: bool) -> Response<Body> {
     response
 }
 
-fn plan<'a>(
-    taken: &'a Taken<'_>,
-    upstream: &'a Upstream,
-    choice: Choice<'a>,
-    upload: Arc<Upload>,
-) -> Plan<'a> {
+fn plan<'a>(taken: &'a Taken<'_>, upstream: &'a Upstream, choice: Choice<'a>, upload: Upload) -> Plan<'a> {
     let settings = &taken.route.route.settings;
     Plan {
         pool: &taken.worker.pool,
@@ -500,7 +496,7 @@ async fn error_page(
     let (mut head, ()) = Request::new(()).into_parts();
     head.headers = headers;
     address(&mut head, &fallback.speech, "/", &taken.admitted.authority).ok()?;
-    let plan = plan(taken, fallback, Choice::LeastOfTwo, Arc::default());
+    let plan = plan(taken, fallback, Choice::LeastOfTwo, Upload::default());
     let answered = forward(&plan, head, Body::Empty).await.ok()?;
     Some(returned(taken, answered, None, None))
 }
@@ -523,7 +519,7 @@ fn returned(
     }
     let mut held = answered.held;
     held.counted = counted;
-    Response::from_parts(head, Body::answer(incoming, settings.read_timeout, settings.pace, Box::new(held)))
+    Response::from_parts(head, Body::answer(incoming, settings.read_timeout, settings.pace, held))
 }
 
 /// `proxy-redirect-*`, `proxy-cookie-domain`, `proxy-cookie-path`.
@@ -578,10 +574,9 @@ fn tunnel(
     client: hyper::upgrade::OnUpgrade,
     counted: (Option<Counted>, Option<Arc<()>>),
 ) -> Response<Body> {
-    let forward::Answered { mut response, held, .. } = answered;
-    let backend = hyper::upgrade::on(&mut response);
-    let (mut head, _) = response.into_parts();
-    head.extensions.clear();
+    let forward::Answered { response, held, .. } = answered;
+    let (mut head, backend) = response.into_parts();
+    let Some((mut backend, already)) = backend.upgraded() else { return plain(StatusCode::BAD_GATEWAY) };
     let protocol = head.headers.get(header::UPGRADE).cloned();
     hygiene::strip_hop_by_hop(&mut head.headers);
     head.headers.remove(header::CONTENT_LENGTH);
@@ -591,9 +586,14 @@ fn tunnel(
     }
     tokio::spawn(async move {
         let _counted = (held, counted);
-        let (Ok(client), Ok(backend)) = tokio::join!(client, backend) else { return };
-        let (mut client, mut backend) = (TokioIo::new(client), TokioIo::new(backend));
-        if let Err(error) = tokio::io::copy_bidirectional(&mut client, &mut backend).await {
+        let Ok(client) = client.await else { return };
+        let mut client = TokioIo::new(client);
+        let tunnelled = async {
+            client.write_all(&already).await?;
+            client.flush().await?;
+            tokio::io::copy_bidirectional(&mut client, &mut backend).await
+        };
+        if let Err(error) = tunnelled.await {
             tracing::debug!(%error, "tunnel");
         }
     });

@@ -13,12 +13,13 @@ use rustls::pki_types::ServerName;
 use super::Worker;
 use super::answer::{plain, redirect};
 use super::balance::Choice;
-use super::body::{Body, Held};
+use super::body::Body;
 use super::compiled::{Places, Upstream};
 use super::forward::{Plan, address, forward};
 use super::hygiene;
 use super::pool::{Speech, Tls};
 use super::tls;
+use super::upload::Upload;
 use super::variables::{Request, escaped, target};
 use crate::annotations::{ForwardAuth, Retry, RetryOn};
 
@@ -81,13 +82,12 @@ async fn sub_request(question: &Question<'_>) -> Option<Response<()>> {
         connect_timeout: CONNECT,
         send_timeout: READ,
         read_timeout: READ,
-        upload: Arc::default(),
+        upload: Upload::default(),
     };
-    let mut answered = forward(&plan, head, Body::Empty).await.ok()?;
-    let (head, body) = answered.response.into_parts();
-    if http_body::Body::is_end_stream(&body) {
-        answered.held.complete();
-    }
+    let answered = forward(&plan, head, Body::Empty).await.ok()?;
+    let (head, mut body) = answered.response.into_parts();
+    drop(body.whole());
+    answered.held.end(&mut body);
     Some(Response::from_parts(head, ()))
 }
 

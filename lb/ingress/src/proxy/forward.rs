@@ -7,15 +7,16 @@ use std::time::{Duration, Instant};
 use http::header::{self, HeaderValue};
 use http::request::Parts;
 use http::{Request, Response, StatusCode, Uri, Version};
-use hyper::body::Incoming;
+use hyper::client::conn::http2;
 
 use super::balance::{Choice, Endpoint, Loaded, choose};
-use super::body::{Body, Held};
+use super::body::Body;
 use super::compiled::{Places, Standing, Upstream};
+use super::exchange::{Answer, ExchangeError};
 use super::hygiene;
 use super::limits::Counted;
 use super::pool::{Connection, Pool, Speech, UpstreamError};
-use super::upload::Upload;
+use super::upload::{Deadline, Upload};
 use crate::annotations::{Retry, RetryOn};
 
 /// Kept connections of one request that may turn out to be closed by the other side before that counts as a failure.
@@ -32,12 +33,12 @@ pub(super) struct Plan<'a> {
     /// For the backend to take a piece of the request, and to answer or go on answering.
     pub(super) send_timeout: Duration,
     pub(super) read_timeout: Duration,
-    pub(super) upload: Arc<Upload>,
+    pub(super) upload: Upload,
 }
 
 /// The answer and the endpoint that gave it.
 pub(super) struct Answered {
-    pub(super) response: Response<Incoming>,
+    pub(super) response: Response<Answer>,
     pub(super) endpoint: Arc<Endpoint>,
     pub(super) held: Release,
 }
@@ -47,14 +48,14 @@ pub(super) struct Release {
     pool: Arc<Pool>,
     address: SocketAddr,
     speech: Speech,
-    connection: Option<Connection>,
     _loaded: Loaded,
     pub(super) counted: Option<Counted>,
 }
 
-impl Held for Release {
-    fn complete(&mut self) {
-        if let Some(connection) = self.connection.take() {
+impl Release {
+    /// Nobody reads on: what was read to its end leaves its connection for the next request.
+    pub(super) fn end(&self, answer: &mut Answer) {
+        if let Some(connection) = answer.release() {
             self.pool.keep(self.address, &self.speech, connection);
         }
     }
@@ -62,8 +63,8 @@ impl Held for Release {
 
 /// One attempt's end without an answer.
 enum Failed {
-    /// Nothing was sent; the request is whole.
-    Unsent(Box<Request<Body>>),
+    /// Nothing was sent; the body is whole.
+    Unsent(Body),
     Broken,
     Timeout,
 }
@@ -96,8 +97,7 @@ pub(super) async fn forward(plan: &Plan<'_>, head: Parts, body: Body) -> Result<
             }
         };
         let Some(ready) = body.take().or_else(|| repeatable.then_some(Body::Empty)) else { break };
-        let request = Request::from_parts(head.clone(), ready);
-        match attempt(plan, connection, endpoint.clone(), request).await {
+        match attempt(plan, connection, endpoint.clone(), (&head, ready)).await {
             Ok(answered) => {
                 let asks = plan.retry.on.contains(&RetryOn::Status(answered.response.status().as_u16()));
                 let others = tried.len() + 1 < endpoints.len();
@@ -110,9 +110,9 @@ pub(super) async fn forward(plan: &Plan<'_>, head: Parts, body: Body) -> Result<
                 return Ok(answered);
             }
             // The endpoint closed a connection that was idle: it is asked again, on another connection.
-            Err(Failed::Unsent(request)) if reused && stale < MAX_STALE => {
+            Err(Failed::Unsent(whole)) if reused && stale < MAX_STALE => {
                 stale += 1;
-                body = Some(request.into_body());
+                body = Some(whole);
             }
             Err(Failed::Broken) if reused && may_repeat && stale < MAX_STALE => stale += 1,
             Err(failed) => {
@@ -128,8 +128,8 @@ pub(super) async fn forward(plan: &Plan<'_>, head: Parts, body: Body) -> Result<
                     Failed::Broken | Failed::Unsent(_) => (StatusCode::BAD_GATEWAY, RetryOn::Error),
                 };
                 status = answer;
-                if let Failed::Unsent(request) = failed {
-                    body = Some(request.into_body());
+                if let Failed::Unsent(whole) = failed {
+                    body = Some(whole);
                 } else if !may_repeat {
                     break;
                 }
@@ -173,39 +173,63 @@ pub(super) async fn endpoints(
 
 async fn attempt(
     plan: &Plan<'_>,
-    mut connection: Connection,
+    connection: Connection,
     endpoint: Arc<Endpoint>,
-    request: Request<Body>,
+    (head, body): (&Parts, Body),
 ) -> Result<Answered, Failed> {
     let loaded = Loaded::new(endpoint.clone());
-    let sent = {
-        let sending = connection.send(request);
-        let mut sending = std::pin::pin!(sending);
-        let begun = Instant::now();
-        let due = || plan.upload.due(begun, plan.send_timeout, plan.read_timeout);
-        loop {
-            match tokio::time::timeout_at(due().into(), sending.as_mut()).await {
-                Ok(sent) => break sent,
-                Err(_) if due() > Instant::now() => {}
-                Err(_) => return Err(Failed::Timeout),
-            }
+    let (send, read) = (plan.send_timeout, plan.read_timeout);
+    let deadline = Deadline { upload: plan.upload.clone(), begun: Instant::now(), send, read };
+    let response = match connection {
+        Connection::One(connection) => {
+            connection.ask(head, body, &deadline).await.map_err(|(error, whole)| {
+                tracing::debug!(
+                    endpoint = %endpoint.address,
+                    error = weft_netstack::reconcile::chain(&error),
+                    "no answer"
+                );
+                match (error, whole) {
+                    (ExchangeError::Timeout, _) => Failed::Timeout,
+                    (_, Some(whole)) => Failed::Unsent(whole),
+                    (_, None) => Failed::Broken,
+                }
+            })?
+        }
+        Connection::Shared(sender) => {
+            let request = Request::from_parts(head.clone(), body);
+            Box::pin(ask_http_2(sender, request, &deadline)).await?
+        }
+    };
+    plan.upload.answered();
+    let held = Release {
+        pool: plan.pool.clone(),
+        address: endpoint.address,
+        speech: plan.upstream.speech.clone(),
+        _loaded: loaded,
+        counted: None,
+    };
+    Ok(Answered { response, endpoint, held })
+}
+
+async fn ask_http_2(
+    mut sender: http2::SendRequest<Body>,
+    request: Request<Body>,
+    deadline: &Deadline,
+) -> Result<Response<Answer>, Failed> {
+    let mut sending = std::pin::pin!(sender.try_send_request(request));
+    let sent = loop {
+        match tokio::time::timeout_at(deadline.at().into(), sending.as_mut()).await {
+            Ok(sent) => break sent,
+            Err(_) if deadline.at() > Instant::now() => {}
+            Err(_) => return Err(Failed::Timeout),
         }
     };
     match sent {
-        Ok(response) => {
-            plan.upload.answered();
-            let held = Release {
-                pool: plan.pool.clone(),
-                address: endpoint.address,
-                speech: plan.upstream.speech.clone(),
-                connection: Some(connection),
-                _loaded: loaded,
-                counted: None,
-            };
-            Ok(Answered { response, endpoint, held })
-        }
-        Err((_, Some(request))) => Err(Failed::Unsent(Box::new(request))),
-        Err((_, None)) => Err(Failed::Broken),
+        Ok(response) => Ok(response.map(Answer::Shared)),
+        Err(mut failed) => Err(match failed.take_message() {
+            Some(request) => Failed::Unsent(request.into_body()),
+            None => Failed::Broken,
+        }),
     }
 }
 
