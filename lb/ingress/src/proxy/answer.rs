@@ -1,5 +1,6 @@
 //! What becomes of one request: refused, redirected, asked who it is, forwarded; in the order of nginx's phases.
 
+use std::borrow::Cow;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -238,7 +239,7 @@ fn variables<'a, B>(taken: &'a Taken<'_>, request: &'a Request<B>) -> variables:
 async fn late(taken: &Taken<'_>, mut request: Request<Arriving>) -> Response<Body> {
     let settings = &taken.route.route.settings;
     let client = taken.client.address;
-    let Ok(counted) = limits::admit(&taken.route.clients, &settings.limits, client, Instant::now()) else {
+    let Ok(counted) = limits::admit(&taken.route.clients, &settings.limits, client) else {
         return plain(StatusCode::SERVICE_UNAVAILABLE);
     };
     let verified = access::client_certificate(&taken.route, taken.peer);
@@ -297,8 +298,11 @@ fn denied(denial: &access::Denial) -> Response<Body> {
 
 /// `ssl-client-*`, which a client cannot write itself.
 fn client_fields(taken: &Taken<'_>, headers: &mut HeaderMap, verified: Option<&'static str>) {
-    for name in ["ssl-client-verify", "ssl-client-cert", "ssl-client-subject-dn", "ssl-client-issuer-dn"] {
-        headers.remove(name);
+    let own = ["ssl-client-verify", "ssl-client-cert", "ssl-client-subject-dn", "ssl-client-issuer-dn"];
+    if headers.keys().any(|name| own.contains(&name.as_str())) {
+        for name in own {
+            headers.remove(name);
+        }
     }
     let Some(verified) = verified else { return };
     headers.insert("ssl-client-verify", HeaderValue::from_static(verified));
@@ -338,8 +342,8 @@ async fn backend(
     let settings = &taken.route.route.settings;
     let hash = settings.hash_by.as_ref().map(|text| variables(taken, &request).expand(text));
     let host = match &settings.upstream_vhost {
-        Some(host) => variables(taken, &request).expand(host),
-        None => taken.admitted.authority.clone(),
+        Some(host) => Cow::Owned(variables(taken, &request).expand(host)),
+        None => Cow::Borrowed(taken.admitted.authority.as_str()),
     };
     let path = path_of(taken, &request);
     let from_client = request.version() == Version::HTTP_11;
@@ -364,7 +368,7 @@ async fn backend(
         return plain(StatusCode::SERVICE_UNAVAILABLE);
     };
     let canary = taken.route.canary.as_ref().is_some_and(|(_, canary)| std::ptr::eq(canary, upstream));
-    let (upstream, held) = (upstream.clone(), held.map(str::to_owned));
+    let held = held.map(str::to_owned);
     let choice = match (&held, &hash) {
         (Some(token), _) => Choice::Sticky(token),
         (None, Some(key)) => Choice::Hash(key),
@@ -380,7 +384,7 @@ async fn backend(
     // For the page of an error, where somebody gives it.
     let asked = taken.route.fallback.as_ref().map(|_| head.headers.clone());
     let agent = settings.affinity.as_ref().and_then(|_| head.headers.get(header::USER_AGENT).cloned());
-    let plan = plan(taken, &upstream, choice, upload.clone());
+    let plan = plan(taken, upstream, choice, upload.clone());
     let answered = forward(&plan, head, body).await;
     if let Some(fault) = upload.fault() {
         return faulty(fault, from_client);
@@ -404,7 +408,7 @@ async fn backend(
                 None => true,
                 Some(token) if token == answered.endpoint.token() => false,
                 // Its endpoint is there and failed: the client comes back to it, unless it is told to move.
-                Some(token) => affinity.change_on_failure || !holds(&upstream, token),
+                Some(token) => affinity.change_on_failure || !holds(upstream, token),
             });
             let set = sticky
                 .map(|affinity| cookie(affinity, &answered.endpoint, taken.client.https, agent.as_ref()));

@@ -306,7 +306,8 @@ fn trailer(buffer: &mut BytesMut) -> Result<Option<HeaderMap>, Malformed> {
     };
     let text = buffer.split_to(end + 4);
     // httparse would take a line feed alone for a line's end.
-    if text.iter().zip(text.iter().skip(1)).any(|(before, byte)| *byte == b'\n' && *before != b'\r') {
+    let bare = |at: usize| at.checked_sub(1).and_then(|before| text.get(before)) != Some(&b'\r');
+    if text.iter().enumerate().any(|(at, byte)| *byte == b'\n' && bare(at)) {
         return Err(Malformed::Chunk);
     }
     let mut room = [httparse::EMPTY_HEADER; MAX_FIELDS];

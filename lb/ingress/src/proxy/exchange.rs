@@ -3,6 +3,7 @@
 //! [`codec`] is sure of, the request went out whole, and not a byte followed.
 
 use std::io::{self, IoSlice};
+use std::os::fd::AsRawFd as _;
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant};
@@ -13,6 +14,8 @@ use http::request::Parts;
 use http::{Response, StatusCode};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf, ReadHalf, WriteHalf};
 use tokio::net::TcpStream;
 use tokio::time::Sleep;
@@ -37,6 +40,8 @@ pub(super) enum ExchangeError {
     Io(#[from] io::Error),
     #[error("the backend closed its connection before its answer was whole")]
     Cut,
+    #[error("the backend closed its connection without an answer")]
+    Silent,
     #[error("the backend's answer")]
     Malformed(#[from] Malformed),
     #[error("more than {MAX_INTERIM} interim answers")]
@@ -160,6 +165,20 @@ impl Http1 {
         Pin::new(&mut self.stream).poll_read(&mut context, &mut ReadBuf::new(&mut byte)).is_pending()
     }
 
+    /// The same, asked of the kernel: what it knows comes to the runtime a moment later.
+    pub(super) fn is_open(&self) -> bool {
+        let (stream, is_plain) = match &self.stream {
+            Stream::Plain(stream) => (stream, true),
+            Stream::Tls(stream) => (stream.get_ref().0, false),
+            Stream::Half(_) => return false,
+        };
+        match recv(stream.as_raw_fd(), &mut [0; 1], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) {
+            // Tickets of a TLS session come late.
+            Ok(length) => length > 0 && !is_plain,
+            Err(error) => error == Errno::EAGAIN,
+        }
+    }
+
     /// Gives away what the next request has to make anew.
     pub(super) fn rest(&mut self) {
         self.read = BytesMut::new();
@@ -204,6 +223,9 @@ impl Http1 {
             loop {
                 match self.poll_fill(context) {
                     Poll::Ready(Ok(1..)) => {}
+                    Poll::Ready(Ok(0) | Err(_)) if interim == 0 && self.read.is_empty() => {
+                        return Poll::Ready(Err(ExchangeError::Silent));
+                    }
                     Poll::Ready(Ok(0)) => return Poll::Ready(Err(ExchangeError::Cut)),
                     Poll::Ready(Err(error)) => return Poll::Ready(Err(error.into())),
                     Poll::Pending => {
@@ -540,5 +562,23 @@ impl Answer {
             }
             Self::Shared(_) => None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_kernel_knows_of_a_closed_connection_before_the_runtime_does() {
+        let listener = std::net::TcpListener::bind((std::net::Ipv6Addr::LOCALHOST, 0)).unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let mut connection = Http1::new(Stream::Plain(stream));
+        assert!(connection.is_quiet() && connection.is_open());
+        drop(listener.accept().unwrap());
+        assert!(connection.is_quiet(), "nobody has asked the kernel yet");
+        assert!(!connection.is_open());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert!(!connection.is_quiet());
     }
 }

@@ -65,6 +65,8 @@ impl Release {
 enum Failed {
     /// Nothing was sent; the body is whole.
     Unsent(Body),
+    /// The connection ended without a word.
+    Silent,
     Broken,
     Timeout,
 }
@@ -83,8 +85,10 @@ pub(super) async fn forward(plan: &Plan<'_>, head: Parts, body: Body) -> Result<
         if attempts > 0 && !again(plan.retry, attempts, started) {
             break;
         }
-        let connected =
-            plan.pool.connection(endpoint.address, &plan.upstream.speech, plan.connect_timeout).await;
+        let connected = plan
+            .pool
+            .connection(endpoint.address, &plan.upstream.speech, plan.connect_timeout, may_repeat)
+            .await;
         let (connection, reused) = match connected {
             Ok(connected) => connected,
             Err(error) => {
@@ -114,7 +118,7 @@ pub(super) async fn forward(plan: &Plan<'_>, head: Parts, body: Body) -> Result<
                 stale += 1;
                 body = Some(whole);
             }
-            Err(Failed::Broken) if reused && may_repeat && stale < MAX_STALE => stale += 1,
+            Err(Failed::Silent) if reused && may_repeat && stale < MAX_STALE => stale += 1,
             Err(failed) => {
                 // Not the endpoint's.
                 if let Some(fault) = plan.upload.fault() {
@@ -125,7 +129,7 @@ pub(super) async fn forward(plan: &Plan<'_>, head: Parts, body: Body) -> Result<
                 attempts += 1;
                 let (answer, condition) = match failed {
                     Failed::Timeout => (StatusCode::GATEWAY_TIMEOUT, RetryOn::Timeout),
-                    Failed::Broken | Failed::Unsent(_) => (StatusCode::BAD_GATEWAY, RetryOn::Error),
+                    _ => (StatusCode::BAD_GATEWAY, RetryOn::Error),
                 };
                 status = answer;
                 if let Failed::Unsent(whole) = failed {
@@ -191,6 +195,7 @@ async fn attempt(
                 match (error, whole) {
                     (ExchangeError::Timeout, _) => Failed::Timeout,
                     (_, Some(whole)) => Failed::Unsent(whole),
+                    (ExchangeError::Silent, None) => Failed::Silent,
                     (_, None) => Failed::Broken,
                 }
             })?
@@ -228,7 +233,7 @@ async fn ask_http_2(
         Ok(response) => Ok(response.map(Answer::Shared)),
         Err(mut failed) => Err(match failed.take_message() {
             Some(request) => Failed::Unsent(request.into_body()),
-            None => Failed::Broken,
+            None => Failed::Silent,
         }),
     }
 }
@@ -241,9 +246,15 @@ pub(super) fn address(head: &mut Parts, speech: &Speech, target: &str, host: &st
         head.uri = uri.map_err(|_| StatusCode::BAD_REQUEST)?;
         head.version = Version::HTTP_2;
         head.headers.remove(header::HOST);
-    } else {
+        return Ok(());
+    }
+    // Of a target no more than path and query goes to a backend of HTTP/1.1.
+    if head.uri.path_and_query().is_none_or(|own| own.as_str() != target) {
         head.uri = target.parse().map_err(|_| StatusCode::BAD_REQUEST)?;
-        head.version = Version::HTTP_11;
+    }
+    head.version = Version::HTTP_11;
+    let own = head.headers.get(header::HOST);
+    if own.is_none_or(|own| own.as_bytes() != host.as_bytes()) {
         head.headers.insert(header::HOST, HeaderValue::from_str(host).map_err(|_| StatusCode::BAD_REQUEST)?);
     }
     Ok(())

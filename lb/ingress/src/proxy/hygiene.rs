@@ -3,8 +3,6 @@
 //! hyper has parsed the head: obs-fold, NUL, bare LF in chunk lines and wrong lengths never come here. What it leaves to
 //! a proxy is here: one Host, a target that agrees with it, one framing, hop-by-hop fields, who the client is.
 
-use std::net::IpAddr;
-
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, StatusCode, Uri, Version};
 
@@ -139,6 +137,9 @@ const KEPT: [&str; 3] = ["content-length", "host", "authorization"];
 
 /// Takes every hop-by-hop field away; returns the protocol that Upgrade asked for, when Connection says so.
 pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) -> Option<HeaderValue> {
+    if !headers.keys().any(|name| HOP_BY_HOP.contains(&name.as_str())) {
+        return None;
+    }
     let named: Vec<HeaderName> = headers
         .get_all(header::CONNECTION)
         .iter()
@@ -164,32 +165,51 @@ pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) -> Option<HeaderValue> {
     upgrade
 }
 
+const X_REAL_IP: HeaderName = HeaderName::from_static("x-real-ip");
+const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+const X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
+const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+const X_FORWARDED_SCHEME: HeaderName = HeaderName::from_static("x-forwarded-scheme");
+const X_SCHEME: HeaderName = HeaderName::from_static("x-scheme");
+const X_ORIGINAL_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-original-forwarded-for");
+const PROXY: HeaderName = HeaderName::from_static("proxy");
+
 /// Tells the backend who asked and how. What the request said of it goes no further than `client` has believed it.
 pub(super) fn forwarded(headers: &mut HeaderMap, client: &Client, admitted: &Admitted) {
-    for name in ["forwarded", "x-original-forwarded-for", "proxy"] {
+    for name in [header::FORWARDED, X_ORIGINAL_FORWARDED_FOR, PROXY] {
         headers.remove(name);
     }
-    let mut set = |name: &'static str, value: &str| {
-        if let Ok(value) = HeaderValue::from_str(value) {
+    let authority = written(headers.get(header::HOST), &admitted.authority);
+    let mut set = |name: HeaderName, value: Option<HeaderValue>| {
+        if let Some(value) = value {
             headers.insert(name, value);
         }
     };
     match &client.chain {
         Chain::None => {}
-        Chain::ForwardedFor(list) => set("x-original-forwarded-for", list),
+        Chain::ForwardedFor(list) => set(X_ORIGINAL_FORWARDED_FOR, HeaderValue::from_str(list).ok()),
         // RFC 7239 4: each proxy adds an element for the one whom it was asked by.
-        Chain::Forwarded(list, IpAddr::V4(by)) => set("forwarded", &format!("{list}, for={by}")),
-        Chain::Forwarded(list, IpAddr::V6(by)) => set("forwarded", &format!("{list}, for=\"[{by}]\"")),
+        Chain::Forwarded(list, by) => {
+            let by = if by.is_ipv4() { by.to_string() } else { format!("\"[{by}]\"") };
+            set(header::FORWARDED, HeaderValue::from_str(&format!("{list}, for={by}")).ok());
+        }
     }
-    let address = client.address.to_string();
-    set("x-real-ip", &address);
-    set("x-forwarded-for", &address);
-    set("x-forwarded-host", &admitted.authority);
-    set("x-forwarded-port", &client.port.to_string());
+    let address = HeaderValue::from_str(&client.address.to_string()).ok();
+    set(X_REAL_IP, address.clone());
+    set(X_FORWARDED_FOR, address);
+    set(X_FORWARDED_HOST, authority);
+    set(X_FORWARDED_PORT, Some(client.port.into()));
     let scheme = HeaderValue::from_static(if client.https { "https" } else { "http" });
-    for name in ["x-forwarded-proto", "x-forwarded-scheme", "x-scheme"] {
-        headers.insert(name, scheme.clone());
+    for name in [X_FORWARDED_PROTO, X_FORWARDED_SCHEME, X_SCHEME] {
+        set(name, Some(scheme.clone()));
     }
+}
+
+/// The text as a field's value: the one that is there, where it says so already.
+pub(super) fn written(there: Option<&HeaderValue>, text: &str) -> Option<HeaderValue> {
+    let same = there.filter(|there| there.as_bytes() == text.as_bytes()).cloned();
+    same.or_else(|| HeaderValue::from_str(text).ok())
 }
 
 /// Whether a request may be sent twice (RFC 9110 9.2.2).

@@ -43,6 +43,8 @@ mod variables;
 #[cfg(test)]
 mod fuzz;
 #[cfg(test)]
+mod raw_answers;
+#[cfg(test)]
 mod tests;
 
 use std::path::Path;

@@ -96,7 +96,7 @@ impl Pool {
         same_family.copied().filter(|_| !to.ip().is_loopback())
     }
 
-    /// One that is idle, and whether it was; otherwise a new one.
+    /// One that is idle, and whether it was; otherwise a new one. For what may not be repeated an idle one is looked at twice.
     ///
     /// # Errors
     /// Nobody answers there, in time.
@@ -105,12 +105,13 @@ impl Pool {
         address: SocketAddr,
         speech: &Speech,
         patience: Duration,
+        may_repeat: bool,
     ) -> Result<(Connection, bool), UpstreamError> {
         if speech.http2 {
             if let Some(sender) = self.share(address, speech) {
                 return Ok((Connection::Shared(sender), true));
             }
-        } else if let Some(connection) = self.take(address, speech) {
+        } else if let Some(connection) = self.take(address, speech, may_repeat) {
             return Ok((Connection::One(connection), true));
         }
         match tokio::time::timeout(patience, self.connect(address, speech)).await {
@@ -161,11 +162,12 @@ impl Pool {
         Ok(stream)
     }
 
-    fn take(&self, address: SocketAddr, speech: &Speech) -> Option<Box<Http1>> {
+    fn take(&self, address: SocketAddr, speech: &Speech, may_repeat: bool) -> Option<Box<Http1>> {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         let list = idle.get_mut(&Key::new(address, speech))?;
         let mut connections = std::iter::from_fn(|| list.pop()).map(|idle| idle.connection);
-        connections.find_map(|mut connection| connection.is_quiet().then_some(connection))
+        let is_good = |one: &mut Box<Http1>| one.is_quiet() && (may_repeat || one.is_open());
+        connections.find_map(|mut connection| is_good(&mut connection).then_some(connection))
     }
 
     fn share(&self, address: SocketAddr, speech: &Speech) -> Option<http2::SendRequest<Body>> {

@@ -74,7 +74,7 @@ fn serve_one(name: &str, mut stream: &StdStream) -> Option<()> {
     stream.write_all(answer.as_bytes()).ok()
 }
 
-fn head_of(mut stream: &StdStream) -> Option<String> {
+pub(super) fn head_of(mut stream: &StdStream) -> Option<String> {
     let (mut head, mut byte) = (Vec::new(), [0; 1]);
     while !head.ends_with(b"\r\n\r\n") {
         if stream.read(&mut byte).ok()? == 0 {
@@ -150,7 +150,7 @@ impl Rig {
         Self::raw_at(self.plain, bytes)
     }
 
-    fn raw_at(address: SocketAddr, bytes: &[u8]) -> String {
+    pub(super) fn raw_at(address: SocketAddr, bytes: &[u8]) -> String {
         let mut stream = StdStream::connect(address).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
         // A proxy that refuses early may close before all is written.
