@@ -7,7 +7,6 @@ use std::time::Instant;
 
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Request, Response, StatusCode, Version};
-use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use jiff::Timestamp;
 use rustls::pki_types::CertificateDer;
@@ -73,9 +72,8 @@ struct Via {
 }
 
 /// Never fails: what goes wrong has its status.
-pub(super) async fn answer(worker: &Worker, peer: &Peer, request: Request<Incoming>) -> Response<Body> {
+pub(super) async fn answer(worker: &Worker, peer: &Peer, request: Request<Arriving>) -> Response<Body> {
     let version = request.version();
-    let request = Arriving::of(request);
     let compiled = worker.proxy.compiled.load_full();
     let client = front::client(&compiled.front, peer, request.headers());
     let mut record = record(worker, &compiled, &client, &request);

@@ -9,11 +9,14 @@ use std::mem::MaybeUninit;
 use bytes::{Buf as _, Bytes, BytesMut};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
-use http::{Method, StatusCode};
+use http::{Method, Request, StatusCode, Uri};
+use jiff::Timestamp;
 
 /// Of an answer's head, and of its trailer.
 pub(super) const MAX_HEAD_BYTES: usize = 64 * 1024;
 const MAX_FIELDS: usize = 100;
+/// Of a request's head that is looked at here.
+const MAX_SHORT_HEAD_BYTES: usize = 8 * 1024;
 /// Of the line before a chunk, and of all that stands in them beside the sizes.
 const MAX_LINE_BYTES: usize = 4 * 1024;
 const MAX_EXTENSION_BYTES: usize = 16 * 1024;
@@ -98,20 +101,12 @@ pub(super) fn head(buffer: &mut BytesMut, asked: &Method) -> Result<Option<Head>
     };
     let status = parsed.code.and_then(|code| StatusCode::from_u16(code).ok()).ok_or(Malformed::Field)?;
     let is_1_1 = parsed.version == Some(1);
-    let start = buffer.as_ptr().addr();
-    let mut places = [(0, 0, 0, 0); MAX_FIELDS];
-    let count = parsed.headers.len();
-    for (field, place) in parsed.headers.iter().zip(&mut places) {
-        let (name, value) = (field.name.as_bytes(), field.value);
-        *place = (name.as_ptr().addr() - start, name.len(), value.as_ptr().addr() - start, value.len());
-    }
+    let places = Places::of(buffer, parsed.headers);
     let text = buffer.split_to(length).freeze();
     let mut said = Said::default();
-    let mut fields = HeaderMap::with_capacity(count);
-    for (name, name_length, value, value_length) in places.into_iter().take(count) {
-        let name = HeaderName::from_bytes(&text[name..name + name_length]).map_err(|_| Malformed::Field)?;
-        // An empty value has no place.
-        let value = if value_length == 0 { Bytes::new() } else { text.slice(value..value + value_length) };
+    let mut fields = HeaderMap::with_capacity(places.count);
+    for field in places.fields(&text) {
+        let (name, value) = field?;
         if said.hears(&name, &value)? {
             fields.append(name, HeaderValue::from_maybe_shared(value).map_err(|_| Malformed::Field)?);
         }
@@ -122,6 +117,37 @@ pub(super) fn head(buffer: &mut BytesMut, asked: &Method) -> Result<Option<Head>
     }
     let lasts = framing != Framing::Close && !said.close && (is_1_1 || said.keep_alive);
     Ok(Some(Head { status, fields, framing, lasts }))
+}
+
+/// Where fields stand in a head, so that their values can be shared with it.
+struct Places {
+    /// Name and value: where they begin, and their lengths.
+    at: [(usize, usize, usize, usize); MAX_FIELDS],
+    count: usize,
+}
+
+impl Places {
+    fn of(text: &[u8], fields: &[httparse::Header<'_>]) -> Self {
+        let mut at = [(0, 0, 0, 0); MAX_FIELDS];
+        for (field, place) in fields.iter().zip(&mut at) {
+            let (name, value) = (field.name.as_bytes(), field.value);
+            *place = (place_in(text, name), name.len(), place_in(text, value), value.len());
+        }
+        Self { at, count: fields.len() }
+    }
+
+    fn fields(&self, text: &Bytes) -> impl Iterator<Item = Result<(HeaderName, Bytes), Malformed>> {
+        self.at.iter().take(self.count).map(|(name, name_length, value, value_length)| {
+            let name = text.get(*name..name + name_length).unwrap_or_default();
+            let name = HeaderName::from_bytes(name).map_err(|_| Malformed::Field)?;
+            Ok((name, text.slice(*value..value + value_length)))
+        })
+    }
+}
+
+/// Where a part of the text begins; what is empty stands nowhere.
+fn place_in(text: &[u8], part: &[u8]) -> usize {
+    if part.is_empty() { 0 } else { part.as_ptr().addr() - text.as_ptr().addr() }
 }
 
 /// What the fields of an answer say of its framing.
@@ -345,6 +371,138 @@ fn may_trail(name: &HeaderName) -> bool {
         header::UPGRADE,
     ];
     !NOT.contains(name)
+}
+
+/// What a client has sent.
+pub(super) enum Asked {
+    /// A request without a body, and whether another may follow.
+    Plain(Box<Parts>, bool),
+    /// Its head is not whole.
+    More,
+    /// Something else: it stands in the buffer as it came.
+    Other,
+}
+
+/// Takes a request off the buffer that can be understood in one way only: HTTP/1.1, a path, one Host, and no field that speaks of a body
+/// or of the connection but `Connection: close` and `keep-alive`.
+pub(super) fn request(buffer: &mut BytesMut) -> Asked {
+    if buffer.is_empty() {
+        return Asked::More;
+    }
+    let mut room = [const { MaybeUninit::uninit() }; MAX_FIELDS];
+    let mut parsed = httparse::Request::new(&mut []);
+    let length = match parsed.parse_with_uninit_headers(buffer, &mut room) {
+        Ok(httparse::Status::Complete(length)) => length,
+        Ok(httparse::Status::Partial) if buffer.len() < MAX_SHORT_HEAD_BYTES => return Asked::More,
+        _ => return Asked::Other,
+    };
+    let (Some(method), Some(target), Some(1)) = (parsed.method, parsed.path, parsed.version) else {
+        return Asked::Other;
+    };
+    let Some(lasts) =
+        plain(parsed.headers).filter(|_| target.starts_with('/') && buffer.starts_with(method.as_bytes()))
+    else {
+        return Asked::Other;
+    };
+    let Ok(method) = Method::from_bytes(method.as_bytes()) else { return Asked::Other };
+    let (target, target_length) = (place_in(buffer, target.as_bytes()), target.len());
+    let places = Places::of(buffer, parsed.headers);
+    let text = buffer.split_to(length).freeze();
+    let fields = || -> Result<HeaderMap, Malformed> {
+        let mut fields = HeaderMap::with_capacity(places.count);
+        for field in places.fields(&text) {
+            let (name, value) = field?;
+            fields.append(name, HeaderValue::from_maybe_shared(value).map_err(|_| Malformed::Field)?);
+        }
+        Ok(fields)
+    };
+    match (Uri::from_maybe_shared(text.slice(target..target + target_length)), fields()) {
+        (Ok(uri), Ok(fields)) => {
+            let (mut head, ()) = Request::new(()).into_parts();
+            (head.method, head.uri, head.headers) = (method, uri, fields);
+            Asked::Plain(Box::new(head), lasts)
+        }
+        _ => {
+            *buffer = [&text[..], buffer].concat().as_slice().into();
+            Asked::Other
+        }
+    }
+}
+
+/// Whether the connection lasts, of a request that has one Host and nothing unusual.
+fn plain(fields: &[httparse::Header<'_>]) -> Option<bool> {
+    let (mut hosts, mut connection) = (0, None);
+    for field in fields {
+        let is = |name: &str| field.name.eq_ignore_ascii_case(name);
+        if is("host") {
+            hosts += 1;
+        } else if is("connection") {
+            let value = field.value;
+            let close = value.eq_ignore_ascii_case(b"close");
+            let known = close || value.eq_ignore_ascii_case(b"keep-alive");
+            connection = Some(!close).filter(|_| known && connection.is_none());
+            connection?;
+        } else if is("content-length") && field.value != b"0" || UNUSUAL.iter().any(|name| is(name)) {
+            return None;
+        }
+    }
+    (hosts == 1).then_some(connection.unwrap_or(true))
+}
+
+const UNUSUAL: [&str; 8] = [
+    "transfer-encoding",
+    "te",
+    "trailer",
+    "upgrade",
+    "expect",
+    "keep-alive",
+    "proxy-connection",
+    "http2-settings",
+];
+
+/// Writes an answer's head for HTTP/1.1; `body` is its length where that is known, and whether one is to be sent at all.
+pub(super) fn write_answer(
+    into: &mut Vec<u8>,
+    head: &http::response::Parts,
+    (sent, length): (bool, Option<u64>),
+    lasts: bool,
+) -> Frames {
+    let reason = head.status.canonical_reason().unwrap_or("<none>");
+    for part in ["HTTP/1.1 ", head.status.as_str(), " ", reason, "\r\n"] {
+        into.extend_from_slice(part.as_bytes());
+    }
+    let (mut said, mut dated) = (None, false);
+    for (name, value) in &head.headers {
+        if *name == header::CONTENT_LENGTH {
+            said = number(value.as_bytes());
+        } else if *name != header::TRANSFER_ENCODING && *name != header::CONNECTION {
+            dated |= *name == header::DATE;
+            for part in [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"] {
+                into.extend_from_slice(part);
+            }
+        }
+    }
+    if !dated {
+        let _ = write!(into, "date: {}\r\n", Timestamp::now().strftime("%a, %d %b %Y %H:%M:%S GMT"));
+    }
+    if !lasts {
+        into.extend_from_slice(b"connection: close\r\n");
+    }
+    let length = said.or(length);
+    match length {
+        _ if head.status == StatusCode::NO_CONTENT => {}
+        Some(length) => {
+            let _ = write!(into, "content-length: {length}\r\n");
+        }
+        None if sent => into.extend_from_slice(b"transfer-encoding: chunked\r\n"),
+        None => {}
+    }
+    into.extend_from_slice(b"\r\n");
+    match length {
+        _ if !sent => Frames::Length(0),
+        Some(length) => Frames::Length(length),
+        None => Frames::Chunked(Vec::new()),
+    }
 }
 
 /// How a request's body is framed.

@@ -28,7 +28,9 @@ use super::upload::Deadline;
 /// Of one read: the first, and the longest for bodies that fill it.
 const READ_BYTES: usize = 8 * 1024;
 const MAX_READ_BYTES: usize = 128 * 1024;
-/// A piece of a request's body that is sent from where it is; smaller ones are gathered.
+/// Of the room for heads that a connection keeps.
+const KEPT_BYTES: usize = 2 * 1024;
+/// A piece of a body that is sent from where it is; smaller ones are gathered.
 const LARGE_PIECE: usize = 8 * 1024;
 /// Interim answers (1xx) before the one that counts.
 const MAX_INTERIM: usize = 16;
@@ -36,7 +38,7 @@ const MAX_INTERIM: usize = 16;
 /// Why there is no answer, or no whole one.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ExchangeError {
-    #[error("the backend's connection")]
+    #[error("the connection")]
     Io(#[from] io::Error),
     #[error("the backend closed its connection before its answer was whole")]
     Cut,
@@ -48,9 +50,9 @@ pub(super) enum ExchangeError {
     Interim,
     #[error("the backend changes to a protocol that nobody asked for")]
     Upgrade,
-    #[error("the request's body does not have its length")]
+    #[error("a body does not have its length")]
     Length,
-    #[error("the request's body")]
+    #[error("a body")]
     Body(#[source] Box<BodyError>),
     #[error("the backend said nothing for too long")]
     Timeout,
@@ -128,10 +130,10 @@ pub(super) struct Http1 {
 
 /// A timer that outlives what it is set for: it is only touched where it would ring too late, and asked again when it rang too early.
 #[derive(Default)]
-struct Clock(Option<Pin<Box<Sleep>>>);
+pub(super) struct Clock(Option<Pin<Box<Sleep>>>);
 
 impl Clock {
-    fn poll(&mut self, context: &mut Context<'_>, due: Instant) -> Poll<()> {
+    pub(super) fn poll(&mut self, context: &mut Context<'_>, due: Instant) -> Poll<()> {
         let due = due.into();
         let timer = self.0.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(due)));
         if timer.deadline() > due {
@@ -274,8 +276,8 @@ impl Http1 {
     }
 }
 
-/// What is still to be sent of a request.
-struct Sending {
+/// What is still to be sent of a request, or of an answer.
+pub(super) struct Sending {
     body: Body,
     frames: Frames,
     /// To be sent: these bytes from `sent` on, then `piece`, then `after`.
@@ -290,9 +292,10 @@ struct Sending {
 }
 
 impl Sending {
-    fn new(body: Body, frames: Frames, bytes: Vec<u8>) -> Self {
+    /// `bytes` is the head.
+    pub(super) fn new(body: Body, frames: Frames, bytes: Vec<u8>) -> Self {
         let (sent, piece, after) = (0, Bytes::new(), Vec::new());
-        let ended = body.is_empty();
+        let ended = body.is_empty() && frames == Frames::Length(0);
         Self { body, frames, bytes, sent, piece, after, begun: false, ended, broken: false }
     }
 
@@ -309,14 +312,15 @@ impl Sending {
         (!self.begun && self.body.is_empty()).then_some(self.body)
     }
 
-    fn into_room(mut self) -> Vec<u8> {
+    /// The room that heads are written in, for the next.
+    pub(super) fn into_room(mut self) -> Vec<u8> {
         self.bytes.clear();
-        self.bytes.shrink_to(READ_BYTES);
+        self.bytes.shrink_to(KEPT_BYTES);
         self.bytes
     }
 
     /// Sends until all is out.
-    fn poll<S: AsyncWrite + Unpin>(
+    pub(super) fn poll<S: AsyncWrite + Unpin>(
         &mut self,
         context: &mut Context<'_>,
         stream: &mut S,

@@ -34,6 +34,7 @@ mod pool;
 pub mod process;
 mod proxy_protocol;
 mod select;
+mod short;
 mod stats;
 mod tickets;
 mod tls;
