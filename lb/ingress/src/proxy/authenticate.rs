@@ -84,7 +84,7 @@ async fn sub_request(question: &Question<'_>) -> Option<Response<()>> {
         read_timeout: READ,
         upload: Upload::default(),
     };
-    let answered = forward(&plan, head, Body::Empty).await.ok()?;
+    let answered = forward(&plan, &head, Body::Empty).await.ok()?;
     let (head, mut body) = answered.response.into_parts();
     drop(body.whole());
     answered.held.end(&mut body);

@@ -73,7 +73,7 @@ enum Failed {
 
 /// # Errors
 /// 502, 503 or 504 where no endpoint gives an answer; another where the client does not send its body.
-pub(super) async fn forward(plan: &Plan<'_>, head: Parts, body: Body) -> Result<Answered, StatusCode> {
+pub(super) async fn forward(plan: &Plan<'_>, head: &Parts, body: Body) -> Result<Answered, StatusCode> {
     let endpoints = endpoints(&plan.upstream.places, plan.standing).await?;
     let repeatable = body.is_empty();
     let may_repeat = repeatable
@@ -101,7 +101,7 @@ pub(super) async fn forward(plan: &Plan<'_>, head: Parts, body: Body) -> Result<
             }
         };
         let Some(ready) = body.take().or_else(|| repeatable.then_some(Body::Empty)) else { break };
-        match attempt(plan, connection, endpoint.clone(), (&head, ready)).await {
+        match attempt(plan, connection, endpoint.clone(), (head, ready)).await {
             Ok(answered) => {
                 let asks = plan.retry.on.contains(&RetryOn::Status(answered.response.status().as_u16()));
                 let others = tried.len() + 1 < endpoints.len();
@@ -168,7 +168,7 @@ pub(super) async fn endpoints(
         Places::Endpoints(endpoints) => Ok(endpoints.clone()),
         Places::None => Err(StatusCode::SERVICE_UNAVAILABLE),
         Places::Name(name, port) => {
-            let resolved = tokio::net::lookup_host((name.as_str(), *port)).await;
+            let resolved = Box::pin(tokio::net::lookup_host((name.as_str(), *port))).await;
             let resolved = resolved.map_err(|_| StatusCode::BAD_GATEWAY)?;
             Ok(resolved.map(|address| standing.endpoints.one(address)).collect())
         }

@@ -14,7 +14,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::codec::{self, Chunks, Framing};
-use super::tests::{Rig, client_hello, passing, served, simple_table, status};
+use super::tests::{Rig, backend, client_hello, passing, served, simple_table, status};
 
 /// Whole requests as the backend understood them: path and body.
 type Understood = Arc<Mutex<Vec<(String, Vec<u8>)>>>;
@@ -333,6 +333,111 @@ fn a_chunked_answer_ends_where_rfc_9112_says_wherever_it_is_cut() {
         for cut in 1..text.len() {
             prop_assert_eq!(decoded(&text, [cut]), expected.clone(), "cut at {}: {:?}", cut, shown);
         }
+    });
+}
+
+/// A request's head, usual and unusual, and what follows it.
+fn heads() -> impl Strategy<Value = String> {
+    let lines = prop::sample::select(vec![
+        "GET / HTTP/1.1",
+        "GET / HTTP/1.1",
+        "GET /x?y=1 HTTP/1.1",
+        "HEAD /x HTTP/1.1",
+        "POST / HTTP/1.1",
+        "FOO /x HTTP/1.1",
+        "OPTIONS * HTTP/1.1",
+        "GET http://a.com/x HTTP/1.1",
+        "GET x HTTP/1.1",
+        "GET  / HTTP/1.1",
+        "get / HTTP/1.1",
+        "GET /a#b HTTP/1.1",
+        "GET /\u{e9} HTTP/1.1",
+        "GET /a%zz HTTP/1.1",
+        "GET /a b HTTP/1.1",
+        "GET /\0 HTTP/1.1",
+        "GET / HTTP/1.0",
+        "GET / HTTP/1.2",
+        "GET / HTTP/1.1 ",
+        "GET /",
+        "\r\nGET / HTTP/1.1",
+        " GET / HTTP/1.1",
+    ]);
+    let fields = prop::sample::select(vec![
+        "Host: a.com",
+        "HOST: a.com:80",
+        "Host: b.com",
+        "Host:",
+        "Host: a.com, a.com",
+        "Connection: close",
+        "Connection: Keep-Alive",
+        "Connection: x-a, close",
+        "Connection: host",
+        "Content-Length: 0",
+        "Content-Length: 00",
+        "Content-Length: 2",
+        "Content-Length:",
+        "Transfer-Encoding: chunked",
+        "TE: trailers",
+        "Expect: 100-continue",
+        "Keep-Alive: 5",
+        "X-A: 1",
+        "X-A:",
+        "X-A:  a\tb  ",
+        "X-A: \u{e9}",
+        "X-A: a\0b",
+        "X-A : 1",
+        "X A: 1",
+        " X-A: 1",
+        ": 1",
+        "X-A",
+        "X-Forwarded-For: 6.6.6.6",
+        "Cookie: a=1; b=2",
+    ]);
+    let after = prop::sample::select(vec!["", "", "0\r\n\r\n", "hi", "\r\n", "\0"]);
+    (
+        lines,
+        prop::option::weighted(0.8, Just("Host: a.com")),
+        prop::collection::vec((fields, ends()), 0..4),
+        ends(),
+        after,
+    )
+        .prop_map(|(line, host, fields, end, after)| {
+            let host = host.map(|host| format!("{host}\r\n")).unwrap_or_default();
+            let fields: String = fields.iter().map(|(field, end)| format!("{field}{end}")).collect();
+            format!("{line}\r\n{host}{fields}{end}{after}")
+        })
+}
+
+fn ends() -> impl Strategy<Value = &'static str> {
+    prop::sample::select(vec!["\r\n", "\r\n", "\r\n", "\n"])
+}
+
+/// What comes back after the answer to a first request, without the time.
+fn after_first(at: SocketAddr, first: &str, rest: &str) -> Vec<String> {
+    let answers = Rig::raw_at(at, format!("{first}{rest}").as_bytes());
+    let (head, body) = answers.split_once("\r\n\r\n").unwrap();
+    let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")).unwrap();
+    let rest = body.get(length.parse().unwrap()..).unwrap();
+    let mut lines: Vec<String> =
+        rest.lines().filter(|line| !line.starts_with("date: ")).map(str::to_owned).collect();
+    // Fields may have another order.
+    lines.sort();
+    lines
+}
+
+/// A connection that begins with something unusual is hyper's from then on.
+#[test]
+fn the_short_path_answers_whatever_comes_as_hyper_does() {
+    // It answers with the head that it got.
+    let rig = Rig::start(&simple_table(&json!({}), backend("web")));
+    let config = ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() };
+    let last = "GET /last HTTP/1.1\r\nHost: a.com\r\nConnection: close\r\n\r\n";
+    proptest!(config, |(head in heads())| {
+        let rest = format!("{head}{last}");
+        let ask = |field: &str| {
+            after_first(rig.plain, &format!("GET / HTTP/1.1\r\nHost: a.com\r\n{field}\r\n"), &rest)
+        };
+        prop_assert_eq!(ask(""), ask("Keep-Alive: 5\r\n"), "{:?}", head);
     });
 }
 

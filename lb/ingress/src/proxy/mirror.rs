@@ -89,7 +89,7 @@ pub(super) fn start(
 
 /// An answer without a body leaves its connection for the next copy.
 async fn sent(plan: &Plan<'_>, head: Parts, body: Body) -> Result<(), http::StatusCode> {
-    let mut answered = forward(plan, head, body).await?;
+    let mut answered = forward(plan, &head, body).await?;
     answered.held.end(answered.response.body_mut());
     Ok(())
 }

@@ -18,8 +18,8 @@ use tokio_rustls::TlsConnector;
 use super::body::Body;
 use super::exchange::{Http1, Stream};
 
-/// Idle connections that a thread keeps to one endpoint (ingress-nginx: `upstream-keepalive-connections`).
-const MAX_IDLE: usize = 320;
+/// Idle connections that a thread keeps to one endpoint: as many as clients of HTTP/2 ask on at once ask again in a moment.
+const MAX_IDLE: usize = 512;
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum UpstreamError {
@@ -114,7 +114,7 @@ impl Pool {
         } else if let Some(connection) = self.take(address, speech, may_repeat) {
             return Ok((Connection::One(connection), true));
         }
-        match tokio::time::timeout(patience, self.connect(address, speech)).await {
+        match Box::pin(tokio::time::timeout(patience, self.connect(address, speech))).await {
             Ok(connected) => {
                 let connection = connected?;
                 if let Connection::Shared(sender) = &connection {
@@ -185,9 +185,6 @@ impl Pool {
     pub(super) fn keep(&self, address: SocketAddr, speech: &Speech, connection: Box<Http1>) {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         let list = idle.entry(Key::new(address, speech)).or_default();
-        if list.len() >= MAX_IDLE {
-            list.retain_mut(|idle| idle.connection.is_quiet());
-        }
         if list.len() < MAX_IDLE {
             list.push(Idle { connection, _speech: speech.clone() });
         }

@@ -19,7 +19,7 @@ use crate::plan::tests::snapshot;
 
 /// Answers each request with its name, the request line and the fields it got; `/sleep` never answers, `/second` takes one; an Upgrade is
 /// accepted and echoes.
-fn backend(name: &'static str) -> SocketAddr {
+pub(super) fn backend(name: &'static str) -> SocketAddr {
     let listener = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let address = listener.local_addr().unwrap();
     std::thread::spawn(move || {
