@@ -21,7 +21,7 @@ use super::body::Body;
 use super::compiled::{Compiled, CompiledRoute, Found, Upstream};
 use super::forward::{self, Answered, Plan, address, forward};
 use super::front::{self, Client};
-use super::hygiene::{self, Admitted};
+use super::hygiene::{self, Admitted, Told};
 use super::limits::{self, Counted};
 use super::listen::Patience;
 use super::log::{self, Line, Record};
@@ -357,7 +357,13 @@ async fn backend(taken: &Taken<'_>, asked: &mut Asked, counted: Option<Counted>)
     let incoming = std::mem::replace(incoming, Arriving::none());
     let has_body = !http_body::Body::is_end_stream(&incoming);
     let upload = if has_body { Upload::new() } else { Upload::default() };
-    let upgrade = prepare(taken, &mut head.headers).filter(|_| from_client);
+    let prefix = settings.x_forwarded_prefix.as_deref();
+    let upgrade = prepare(&mut head.headers, prefix).filter(|_| from_client);
+    let told = Told { client: &taken.client, admitted: &taken.admitted, prefix };
+    let for_others = settings.mirror.is_some() || taken.route.fallback.is_some();
+    if for_others {
+        told.put(&mut head.headers);
+    }
     let copy = settings.mirror.as_ref().and_then(|mirror| {
         mirror::start(taken.worker, mirror, &variables(taken, head), (&head.headers, has_body))
     });
@@ -383,7 +389,8 @@ async fn backend(taken: &Taken<'_>, asked: &mut Asked, counted: Option<Counted>)
     // For the page of an error, where somebody gives it.
     let for_page = taken.route.fallback.as_ref().map(|_| head.headers.clone());
     let agent = settings.affinity.as_ref().and_then(|_| head.headers.get(header::USER_AGENT).cloned());
-    let plan = plan(taken, upstream, choice, upload.clone());
+    let mut plan = plan(taken, upstream, choice, upload.clone());
+    plan.told = Some(told).filter(|_| !for_others);
     let answered = forward(&plan, head, body).await;
     if let Some(fault) = upload.fault() {
         return faulty(fault, from_client);
@@ -442,6 +449,7 @@ fn plan<'a>(taken: &'a Taken<'_>, upstream: &'a Upstream, choice: Choice<'a>, up
         send_timeout: settings.send_timeout,
         read_timeout: settings.read_timeout,
         upload,
+        told: None,
     }
 }
 
@@ -461,15 +469,10 @@ fn path_of(taken: &Taken<'_>, uri: &Uri) -> String {
 }
 
 /// Makes the client's fields those of the proxy's own request; returns the protocol of an upgrade.
-fn prepare(taken: &Taken<'_>, headers: &mut HeaderMap) -> Option<HeaderValue> {
+fn prepare(headers: &mut HeaderMap, prefix: Option<&str>) -> Option<HeaderValue> {
     let upgrade = hygiene::strip_hop_by_hop(headers);
     headers.remove(header::EXPECT);
-    hygiene::forwarded(headers, &taken.client, &taken.admitted);
-    if let Some(prefix) = &taken.route.route.settings.x_forwarded_prefix
-        && let Ok(prefix) = HeaderValue::from_str(prefix)
-    {
-        headers.insert("x-forwarded-prefix", prefix);
-    }
+    hygiene::untold(headers, prefix);
     upgrade
 }
 

@@ -83,6 +83,7 @@ async fn sub_request(question: &Question<'_>) -> Option<Response<()>> {
         send_timeout: READ,
         read_timeout: READ,
         upload: Upload::default(),
+        told: None,
     };
     let answered = forward(&plan, &head, Body::Empty).await.ok()?;
     let (head, mut body) = answered.response.into_parts();
@@ -120,7 +121,8 @@ fn fields(question: &Question<'_>) -> Option<HeaderMap> {
     for name in [header::CONTENT_LENGTH, header::EXPECT, header::HOST] {
         headers.remove(name);
     }
-    hygiene::forwarded(&mut headers, request.client, request.admitted);
+    hygiene::untold(&mut headers, None);
+    hygiene::Told { client: request.client, admitted: request.admitted, prefix: None }.put(&mut headers);
     headers.remove("x-forwarded-port");
     let original = format!("{}://{}{}", request.scheme(), request.admitted.authority, target(request.uri));
     let redirect = auth

@@ -12,6 +12,8 @@ use http::request::Parts;
 use http::{Method, Request, StatusCode, Uri};
 use jiff::Timestamp;
 
+use super::hygiene::Told;
+
 /// Of an answer's head, and of its trailer.
 pub(super) const MAX_HEAD_BYTES: usize = 64 * 1024;
 const MAX_FIELDS: usize = 100;
@@ -180,10 +182,15 @@ impl Said {
             return Ok(false);
         }
         if *name == header::CONNECTION {
+            let mut names_fields = false;
             for option in value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii) {
-                self.close |= option.eq_ignore_ascii_case(b"close");
-                self.keep_alive |= option.eq_ignore_ascii_case(b"keep-alive");
+                let (close, keep) =
+                    (option.eq_ignore_ascii_case(b"close"), option.eq_ignore_ascii_case(b"keep-alive"));
+                self.close |= close;
+                self.keep_alive |= keep;
+                names_fields |= !close && !keep;
             }
+            return Ok(names_fields);
         }
         Ok(true)
     }
@@ -412,6 +419,10 @@ pub(super) fn request(buffer: &mut BytesMut) -> Asked {
         let mut fields = HeaderMap::with_capacity(places.count);
         for field in places.fields(&text) {
             let (name, value) = field?;
+            // It is for this connection only, and understood.
+            if name == header::CONNECTION {
+                continue;
+            }
             fields.append(name, HeaderValue::from_maybe_shared(value).map_err(|_| Malformed::Field)?);
         }
         Ok(fields)
@@ -521,6 +532,7 @@ pub(super) enum Frames {
 pub(super) fn write_head(
     into: &mut Vec<u8>,
     head: &Parts,
+    told: Option<Told<'_>>,
     body: Option<Option<u64>>,
 ) -> Result<Frames, Malformed> {
     let target = head.uri.path_and_query().map_or("/", |target| target.as_str());
@@ -536,6 +548,9 @@ pub(super) fn write_head(
                 into.extend_from_slice(part);
             }
         }
+    }
+    if let Some(told) = told {
+        told.write(into);
     }
     let frames = match body {
         None => Frames::Length(0),

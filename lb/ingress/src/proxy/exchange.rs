@@ -23,6 +23,7 @@ use tokio_rustls::client::TlsStream;
 
 use super::body::{Body, BodyError};
 use super::codec::{self, Frames, Framing, Malformed, Piece};
+use super::hygiene::Told;
 use super::upload::Deadline;
 
 /// Of one read: the first, and the longest for bodies that fill it.
@@ -207,12 +208,14 @@ impl Http1 {
     pub(super) async fn ask(
         mut self: Box<Self>,
         head: &Parts,
+        told: Option<Told<'_>>,
         body: Body,
         deadline: &Deadline,
     ) -> Result<Response<Answer>, (ExchangeError, Option<Body>)> {
         let mut write = std::mem::take(&mut self.write);
         let known = if body.is_empty() { None } else { Some(body.size_hint().exact()) };
-        let frames = codec::write_head(&mut write, head, known).map_err(|error| (error.into(), None))?;
+        let frames =
+            codec::write_head(&mut write, head, told, known).map_err(|error| (error.into(), None))?;
         let mut sending = Sending::new(body, frames, write);
         let mut interim = 0;
         let answered = std::future::poll_fn(|context| {

@@ -13,7 +13,7 @@ use super::balance::{Choice, Endpoint, Loaded, choose};
 use super::body::Body;
 use super::compiled::{Places, Standing, Upstream};
 use super::exchange::{Answer, ExchangeError};
-use super::hygiene;
+use super::hygiene::{self, Told};
 use super::limits::Counted;
 use super::pool::{Connection, Pool, Speech, UpstreamError};
 use super::upload::{Deadline, Upload};
@@ -34,6 +34,8 @@ pub(super) struct Plan<'a> {
     pub(super) send_timeout: Duration,
     pub(super) read_timeout: Duration,
     pub(super) upload: Upload,
+    /// What is to be said of the client and does not stand among the fields of the request.
+    pub(super) told: Option<Told<'a>>,
 }
 
 /// The answer and the endpoint that gave it.
@@ -186,7 +188,7 @@ async fn attempt(
     let deadline = Deadline { upload: plan.upload.clone(), begun: Instant::now(), send, read };
     let response = match connection {
         Connection::One(connection) => {
-            connection.ask(head, body, &deadline).await.map_err(|(error, whole)| {
+            connection.ask(head, plan.told, body, &deadline).await.map_err(|(error, whole)| {
                 tracing::debug!(
                     endpoint = %endpoint.address,
                     error = weft_netstack::reconcile::chain(&error),
@@ -201,7 +203,10 @@ async fn attempt(
             })?
         }
         Connection::Shared(sender) => {
-            let request = Request::from_parts(head.clone(), body);
+            let mut request = Request::from_parts(head.clone(), body);
+            if let Some(told) = plan.told {
+                told.put(request.headers_mut());
+            }
             Box::pin(ask_http_2(sender, request, &deadline)).await?
         }
     };

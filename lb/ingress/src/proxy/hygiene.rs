@@ -3,6 +3,8 @@
 //! hyper has parsed the head: obs-fold, NUL, bare LF in chunk lines and wrong lengths never come here. What it leaves to
 //! a proxy is here: one Host, a target that agrees with it, one framing, hop-by-hop fields, who the client is.
 
+use std::net::IpAddr;
+
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, StatusCode, Uri, Version};
 
@@ -171,45 +173,93 @@ const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host")
 const X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
 const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const X_FORWARDED_SCHEME: HeaderName = HeaderName::from_static("x-forwarded-scheme");
+const X_FORWARDED_PREFIX: HeaderName = HeaderName::from_static("x-forwarded-prefix");
 const X_SCHEME: HeaderName = HeaderName::from_static("x-scheme");
 const X_ORIGINAL_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-original-forwarded-for");
-const PROXY: HeaderName = HeaderName::from_static("proxy");
 
-/// Tells the backend who asked and how. What the request said of it goes no further than `client` has believed it.
-pub(super) fn forwarded(headers: &mut HeaderMap, client: &Client, admitted: &Admitted) {
-    for name in [header::FORWARDED, X_ORIGINAL_FORWARDED_FOR, PROXY] {
-        headers.remove(name);
-    }
-    let authority = written(headers.get(header::HOST), &admitted.authority);
-    let mut set = |name: HeaderName, value: Option<HeaderValue>| {
-        if let Some(value) = value {
-            headers.insert(name, value);
+/// What a backend is told of who asked and how.
+#[derive(Clone, Copy)]
+pub(super) struct Told<'a> {
+    pub(super) client: &'a Client,
+    pub(super) admitted: &'a Admitted,
+    /// `x-forwarded-prefix`, where the route says so.
+    pub(super) prefix: Option<&'a str>,
+}
+
+impl Told<'_> {
+    fn each(&self, mut tell: impl FnMut(HeaderName, &str)) {
+        let Self { client, admitted, prefix } = self;
+        match &client.chain {
+            Chain::None => {}
+            Chain::ForwardedFor(list) => tell(X_ORIGINAL_FORWARDED_FOR, list),
+            // RFC 7239 4: each proxy adds an element for the one whom it was asked by.
+            Chain::Forwarded(list, IpAddr::V4(by)) => tell(header::FORWARDED, &format!("{list}, for={by}")),
+            Chain::Forwarded(list, IpAddr::V6(by)) => {
+                tell(header::FORWARDED, &format!("{list}, for=\"[{by}]\""));
+            }
         }
-    };
-    match &client.chain {
-        Chain::None => {}
-        Chain::ForwardedFor(list) => set(X_ORIGINAL_FORWARDED_FOR, HeaderValue::from_str(list).ok()),
-        // RFC 7239 4: each proxy adds an element for the one whom it was asked by.
-        Chain::Forwarded(list, by) => {
-            let by = if by.is_ipv4() { by.to_string() } else { format!("\"[{by}]\"") };
-            set(header::FORWARDED, HeaderValue::from_str(&format!("{list}, for={by}")).ok());
+        let address = client.address.to_string();
+        tell(X_REAL_IP, &address);
+        tell(X_FORWARDED_FOR, &address);
+        tell(X_FORWARDED_HOST, &admitted.authority);
+        match client.port {
+            80 => tell(X_FORWARDED_PORT, "80"),
+            443 => tell(X_FORWARDED_PORT, "443"),
+            port => tell(X_FORWARDED_PORT, &port.to_string()),
+        }
+        let scheme = if client.https { "https" } else { "http" };
+        for name in [X_FORWARDED_PROTO, X_FORWARDED_SCHEME, X_SCHEME] {
+            tell(name, scheme);
+        }
+        if let Some(prefix) = prefix {
+            tell(X_FORWARDED_PREFIX, prefix);
         }
     }
-    let address = HeaderValue::from_str(&client.address.to_string()).ok();
-    set(X_REAL_IP, address.clone());
-    set(X_FORWARDED_FOR, address);
-    set(X_FORWARDED_HOST, authority);
-    set(X_FORWARDED_PORT, Some(client.port.into()));
-    let scheme = HeaderValue::from_static(if client.https { "https" } else { "http" });
-    for name in [X_FORWARDED_PROTO, X_FORWARDED_SCHEME, X_SCHEME] {
-        set(name, Some(scheme.clone()));
+
+    /// Among the fields of a request, from which [`untold`] has taken what it said itself.
+    pub(super) fn put(&self, headers: &mut HeaderMap) {
+        self.each(|name, text| {
+            if let Ok(value) = HeaderValue::from_str(text) {
+                headers.insert(name, value);
+            }
+        });
+    }
+
+    /// The same as bytes of a head of HTTP/1.1.
+    pub(super) fn write(&self, into: &mut Vec<u8>) {
+        self.each(|name, text| {
+            // As `HeaderValue::from_str` has it.
+            if text.bytes().all(|byte| matches!(byte, b'\t' | b' '..=b'~')) {
+                for part in [name.as_str(), ": ", text, "\r\n"] {
+                    into.extend_from_slice(part.as_bytes());
+                }
+            }
+        });
     }
 }
 
-/// The text as a field's value: the one that is there, where it says so already.
-pub(super) fn written(there: Option<&HeaderValue>, text: &str) -> Option<HeaderValue> {
-    let same = there.filter(|there| there.as_bytes() == text.as_bytes()).cloned();
-    same.or_else(|| HeaderValue::from_str(text).ok())
+/// What a request says of its client goes no further than [`Client`] has believed it.
+pub(super) fn untold(headers: &mut HeaderMap, prefix: Option<&str>) {
+    const OWN: [&str; 10] = [
+        "forwarded",
+        "proxy",
+        "x-forwarded-for",
+        "x-forwarded-host",
+        "x-forwarded-port",
+        "x-forwarded-proto",
+        "x-forwarded-scheme",
+        "x-original-forwarded-for",
+        "x-real-ip",
+        "x-scheme",
+    ];
+    if headers.keys().any(|name| OWN.contains(&name.as_str())) {
+        for name in OWN {
+            headers.remove(name);
+        }
+    }
+    if prefix.is_some() {
+        headers.remove(X_FORWARDED_PREFIX);
+    }
 }
 
 /// Whether a request may be sent twice (RFC 9110 9.2.2).
@@ -283,15 +333,27 @@ mod tests {
         let admitted = Admitted { host: "a".into(), authority: "a:80".into(), path: "/".into() };
         let address = "10.0.0.9".parse().unwrap();
         let mut client = Client { address, https: true, port: 443, host: None, chain: Chain::None };
-        forwarded(&mut headers, &client, &admitted);
+        let tell = |headers: &mut HeaderMap, client: &Client| {
+            let told = Told { client, admitted: &admitted, prefix: Some("/p") };
+            untold(headers, told.prefix);
+            let mut written = Vec::new();
+            told.write(&mut written);
+            told.put(headers);
+            let lines: Vec<String> = headers
+                .iter()
+                .map(|(name, value)| format!("{name}: {}\r\n", value.to_str().unwrap()))
+                .collect();
+            assert_eq!(lines.concat().into_bytes(), written, "both ways say the same");
+        };
+        tell(&mut headers, &client);
         assert_eq!(headers.get("x-forwarded-for").unwrap(), "10.0.0.9");
         assert_eq!(headers.get("x-forwarded-proto").unwrap(), "https");
         assert!(headers.get("forwarded").is_none() && headers.get("proxy").is_none());
         client.chain = Chain::ForwardedFor("1.2.3.4, 10.0.0.9".into());
-        forwarded(&mut headers, &client, &admitted);
+        tell(&mut headers, &client);
         assert_eq!(headers.get("x-original-forwarded-for").unwrap(), "1.2.3.4, 10.0.0.9");
         client.chain = Chain::Forwarded("for=1.2.3.4".into(), "fd00::1".parse().unwrap());
-        forwarded(&mut headers, &client, &admitted);
+        tell(&mut headers, &client);
         assert_eq!(headers.get("forwarded").unwrap(), "for=1.2.3.4, for=\"[fd00::1]\"");
         assert!(headers.get("x-original-forwarded-for").is_none());
     }

@@ -79,6 +79,7 @@ pub(super) fn start(
             send_timeout: READ,
             read_timeout: READ,
             upload: Upload::default(),
+            told: None,
         };
         if let Err(status) = sent(&plan, head, body).await {
             tracing::debug!(%status, %url, "mirror");
