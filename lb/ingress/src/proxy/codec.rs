@@ -106,7 +106,7 @@ pub(super) fn head(buffer: &mut BytesMut, asked: &Method) -> Result<Option<Head>
     let places = Places::of(buffer, parsed.headers);
     let text = buffer.split_to(length).freeze();
     let mut said = Said::default();
-    let mut fields = HeaderMap::with_capacity(places.count);
+    let mut fields = HeaderMap::with_capacity(places.0.len());
     for field in places.fields(&text) {
         let (name, value) = field?;
         if said.hears(&name, &value)? {
@@ -121,25 +121,20 @@ pub(super) fn head(buffer: &mut BytesMut, asked: &Method) -> Result<Option<Head>
     Ok(Some(Head { status, fields, framing, lasts }))
 }
 
-/// Where fields stand in a head, so that their values can be shared with it.
-struct Places {
-    /// Name and value: where they begin, and their lengths.
-    at: [(usize, usize, usize, usize); MAX_FIELDS],
-    count: usize,
-}
+/// Where fields stand in a head, so that their values can be shared with it: where name and value begin, and their lengths.
+struct Places(Vec<[usize; 4]>);
 
 impl Places {
     fn of(text: &[u8], fields: &[httparse::Header<'_>]) -> Self {
-        let mut at = [(0, 0, 0, 0); MAX_FIELDS];
-        for (field, place) in fields.iter().zip(&mut at) {
+        let place = |field: &httparse::Header<'_>| {
             let (name, value) = (field.name.as_bytes(), field.value);
-            *place = (place_in(text, name), name.len(), place_in(text, value), value.len());
-        }
-        Self { at, count: fields.len() }
+            [place_in(text, name), name.len(), place_in(text, value), value.len()]
+        };
+        Self(fields.iter().map(place).collect())
     }
 
     fn fields(&self, text: &Bytes) -> impl Iterator<Item = Result<(HeaderName, Bytes), Malformed>> {
-        self.at.iter().take(self.count).map(|(name, name_length, value, value_length)| {
+        self.0.iter().map(|[name, name_length, value, value_length]| {
             let name = text.get(*name..name + name_length).unwrap_or_default();
             let name = HeaderName::from_bytes(name).map_err(|_| Malformed::Field)?;
             Ok((name, text.slice(*value..value + value_length)))
@@ -416,7 +411,7 @@ pub(super) fn request(buffer: &mut BytesMut) -> Asked {
     let places = Places::of(buffer, parsed.headers);
     let text = buffer.split_to(length).freeze();
     let fields = || -> Result<HeaderMap, Malformed> {
-        let mut fields = HeaderMap::with_capacity(places.count);
+        let mut fields = HeaderMap::with_capacity(places.0.len());
         for field in places.fields(&text) {
             let (name, value) = field?;
             // It is for this connection only, and understood.

@@ -368,8 +368,11 @@ impl Sending {
         self.piece.advance(piece);
         if self.is_out() {
             self.bytes.clear();
-            std::mem::swap(&mut self.bytes, &mut self.after);
             self.sent = length - head - piece;
+            // Swapped only where something is there: the room for heads is to stay.
+            if !self.after.is_empty() {
+                std::mem::swap(&mut self.bytes, &mut self.after);
+            }
         }
     }
 

@@ -241,6 +241,7 @@ fn ambiguous() -> Vec<Case> {
 fn broken() -> Vec<Case> {
     let damaged = |name, body: &str| case(name, chunked(body), Seen::Broken, false);
     let cut = |name, body: &str| closing(name, chunked(body), Seen::Broken);
+    let extended = format!("1;{}\r\nx\r\n", "x".repeat(3_000));
     let many: String = (0..101).map(|number| format!("X-{number}: 1\r\n")).collect();
     vec![
         closing("too few bytes", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhi", Seen::Broken),
@@ -262,12 +263,12 @@ fn broken() -> Vec<Case> {
         damaged("a line feed in an extension", "2;a\nb\r\nhi\r\n0\r\n\r\n"),
         damaged("a carriage return in an extension", "2;a\rb\r\nhi\r\n0\r\n\r\n"),
         damaged("more data than its size", "2\r\nhi!\r\n0\r\n\r\n"),
-        damaged("a line without end", &format!("2;{}", "x".repeat(5_000))),
-        damaged("extensions without end", &format!("1;{}\r\nx\r\n", "x".repeat(3_000)).repeat(6)),
+        damaged("an endless line", &format!("2;{}\r\nhi\r\n0\r\n\r\n", "x".repeat(5_000))),
+        damaged("endless extensions", &format!("{}0\r\n\r\n", extended.repeat(6))),
         damaged("a trailer that is none", "2\r\nhi\r\n0\r\nX Sum\r\n\r\n"),
         damaged("a trailer with line feeds alone", "2\r\nhi\r\n0\r\nX: 1\nY: 2\r\n\r\n"),
         damaged("too many fields in the trailer", &format!("2\r\nhi\r\n0\r\n{many}\r\n")),
-        damaged("a trailer of 70 kB", &format!("2\r\nhi\r\n0\r\nX: {}", "x".repeat(70_000))),
+        damaged("a trailer of 70 kB", &format!("2\r\nhi\r\n0\r\nX: {}\r\n\r\n", "x".repeat(70_000))),
     ]
 }
 
