@@ -271,10 +271,11 @@ impl Chunks {
                     None => return Ok(Piece::More),
                 },
                 At::Size => {
-                    let Some(end) = buffer.iter().position(|byte| *byte == b'\n') else {
-                        let endless = buffer.len() > MAX_LINE_BYTES;
-                        return if endless { Err(Malformed::Chunk) } else { Ok(Piece::More) };
-                    };
+                    let end = buffer.iter().position(|byte| *byte == b'\n');
+                    if end.unwrap_or(buffer.len()) > MAX_LINE_BYTES {
+                        return Err(Malformed::Chunk);
+                    }
+                    let Some(end) = end else { return Ok(Piece::More) };
                     let line = buffer.split_to(end + 1);
                     let (size, beside) = size(&line).ok_or(Malformed::Chunk)?;
                     self.extension_bytes += beside;
@@ -329,9 +330,11 @@ fn trailer(buffer: &mut BytesMut) -> Result<Option<HeaderMap>, Malformed> {
         buffer.advance(2);
         return Ok(Some(HeaderMap::new()));
     }
-    let Some(end) = buffer.windows(4).position(|bytes| bytes == b"\r\n\r\n") else {
-        return if buffer.len() > MAX_HEAD_BYTES { Err(Malformed::TooLong) } else { Ok(None) };
-    };
+    let end = buffer.windows(4).position(|bytes| bytes == b"\r\n\r\n");
+    if end.unwrap_or(buffer.len()) > MAX_HEAD_BYTES {
+        return Err(Malformed::TooLong);
+    }
+    let Some(end) = end else { return Ok(None) };
     let text = buffer.split_to(end + 4);
     // httparse would take a line feed alone for a line's end.
     let bare = |at: usize| at.checked_sub(1).and_then(|before| text.get(before)) != Some(&b'\r');

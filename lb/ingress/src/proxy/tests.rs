@@ -1696,3 +1696,58 @@ async fn a_drain_loses_nothing_of_a_large_answer_that_is_read_slowly() {
     }
     assert_eq!(got, LENGTH);
 }
+
+/// Requests that come in one piece, some for the short path and some for hyper, are answered in their order.
+#[test]
+fn pipelined_requests_are_answered_one_after_the_other_whichever_path_they_take() {
+    let rig = simple(&json!({}), ("Prefix", "/"));
+    let usual = |path: &str| format!("GET {path} HTTP/1.1\r\nHost: a.com\r\n\r\n");
+    let upload = "POST /3 HTTP/1.1\r\nHost: a.com\r\nContent-Length: 3\r\n\r\nabc";
+    let last = "GET /5 HTTP/1.1\r\nHost: a.com\r\nConnection: close\r\n\r\n";
+    let short = format!("{}{}{}{}{last}", usual("/1"), usual("/2"), usual("/3"), usual("/4"));
+    let mixed = format!("{}{}{upload}{}{last}", usual("/1"), usual("/2"), usual("/4"));
+    for (text, third) in [(&short, "GET /3"), (&mixed, "POST /3")] {
+        let answers = rig.raw(text.as_bytes());
+        let asked: Vec<&str> = answers.lines().filter_map(|line| line.strip_suffix(" HTTP/1.1")).collect();
+        assert_eq!(asked, ["GET /1", "GET /2", third, "GET /4", "GET /5"], "{answers}");
+        assert_eq!(answers.matches("HTTP/1.1 200 OK\r\n").count(), 5, "{answers}");
+    }
+}
+
+#[test]
+fn a_client_that_leaves_ends_its_request_before_the_answer_and_within_it() {
+    let (address, _) = recorder();
+    for web in [address, endless()] {
+        let rig = upload_rig(&json!({}), web);
+        let endpoint = rig.proxy.standing.endpoints.one(web);
+        let load = |wanted: usize| {
+            (0..200).any(|_| {
+                std::thread::sleep(Duration::from_millis(10));
+                endpoint.load.load(std::sync::atomic::Ordering::Relaxed) == wanted
+            })
+        };
+        let mut stream = StdStream::connect(rig.plain_6).unwrap();
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: a.com\r\n\r\n").unwrap();
+        assert!(load(1), "it is asked");
+        drop(stream);
+        assert!(load(0), "nobody waits for it any more");
+    }
+}
+
+/// Begins an answer that it never ends.
+fn endless() -> SocketAddr {
+    let listener = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        let open: Vec<_> = listener
+            .incoming()
+            .flatten()
+            .inspect(|mut stream| {
+                head_of(stream).unwrap();
+                stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc").unwrap();
+            })
+            .collect();
+        drop(open);
+    });
+    address
+}
