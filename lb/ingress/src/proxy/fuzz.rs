@@ -403,6 +403,13 @@ fn heads() -> impl Strategy<Value = String> {
     )
         .prop_map(|(line, host, fields, end, after)| {
             let host = host.map(|host| format!("{host}\r\n")).unwrap_or_default();
+            let has = |start: &str| fields.iter().any(|(field, _)| field.starts_with(start));
+            // A body that is damaged is refused by whoever meets the damage first.
+            let after = match (has("Transfer-Encoding"), has("Content-Length: 2")) {
+                (true, _) => "0\r\n\r\n",
+                (false, true) => "hi",
+                _ => after,
+            };
             let fields: String = fields.iter().map(|(field, end)| format!("{field}{end}")).collect();
             format!("{line}\r\n{host}{fields}{end}{after}")
         })
