@@ -1,6 +1,5 @@
 //! What becomes of one request: refused, redirected, asked who it is, forwarded; in the order of nginx's phases.
 
-use std::borrow::Cow;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -347,10 +346,8 @@ async fn backend(taken: &Taken<'_>, asked: &mut Asked, counted: Option<Counted>)
     let Asked { head, body: incoming } = asked;
     let settings = &taken.route.route.settings;
     let hash = settings.hash_by.as_ref().map(|text| variables(taken, head).expand(text));
-    let host = match &settings.upstream_vhost {
-        Some(host) => Cow::Owned(variables(taken, head).expand(host)),
-        None => Cow::Borrowed(taken.admitted.authority.as_str()),
-    };
+    let vhost = settings.upstream_vhost.as_ref().map(|host| variables(taken, head).expand(host));
+    let host = vhost.as_deref().unwrap_or(&taken.admitted.authority);
     let path = path_of(taken, &head.uri);
     let from_client = head.version == Version::HTTP_11;
     let client = head.extensions.remove::<OnUpgrade>();
@@ -379,7 +376,7 @@ async fn backend(taken: &Taken<'_>, asked: &mut Asked, counted: Option<Counted>)
         (None, Some(key)) => Choice::Hash(key),
         (None, None) => Choice::LeastOfTwo,
     };
-    if let Err(status) = address(head, &upstream.speech, &path, &host) {
+    if let Err(status) = address(head, &upstream.speech, &path, host) {
         return plain(status);
     }
     if let Some(protocol) = &upgrade {
@@ -420,10 +417,10 @@ async fn backend(taken: &Taken<'_>, asked: &mut Asked, counted: Option<Counted>)
                 .map(|affinity| cookie(affinity, &answered.endpoint, taken.client.https, agent.as_ref()));
             returned(taken, answered, counted, set)
         }
-        Err(status) => match Box::pin(error_page(taken, for_page, status, &path)).await {
-            Some(page) => page,
-            None => plain(status),
-        },
+        Err(status) => {
+            let page = Box::pin(error_page(taken, for_page, status, &path)).await;
+            page.unwrap_or_else(|| plain(status))
+        }
     }
 }
 

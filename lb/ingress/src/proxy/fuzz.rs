@@ -98,8 +98,11 @@ fn judged(version: &str, fields: &[(&str, &str)], rest: &[u8]) -> Allowed {
     }
 }
 
-/// 7.1: the body and what follows it. Whether it is so by every letter: spaces after a size may be forgiven.
-fn unchunked(mut rest: &[u8]) -> (Option<(Vec<u8>, &[u8])>, bool) {
+/// A body and what follows it.
+type Unchunked<'a> = (Vec<u8>, &'a [u8]);
+
+/// 7.1. Whether it is so by every letter: spaces after a size may be forgiven.
+fn unchunked(mut rest: &[u8]) -> (Option<Unchunked<'_>>, bool) {
     let (mut body, mut strict) = (Vec::new(), true);
     loop {
         let Some(end) = rest.windows(2).position(|pair| pair == b"\r\n") else { return (None, strict) };

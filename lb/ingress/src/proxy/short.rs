@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use bytes::{Buf as _, BytesMut};
 use http::header::{self, HeaderValue};
+use http::request::Parts;
 use http::{Method, Request, Response, StatusCode};
 use http_body::Body as _;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf};
@@ -36,7 +37,7 @@ pub(super) struct Rest<S> {
 
 /// What a client did.
 enum Heard {
-    Request(Request<Arriving>, bool),
+    Plain(Box<Parts>, bool),
     Other,
     Slow,
     Gone,
@@ -57,12 +58,7 @@ where
         let heard = std::future::poll_fn(|context| {
             loop {
                 match codec::request(&mut rest.read) {
-                    Asked::Plain(head, lasts) => {
-                        return Poll::Ready(Heard::Request(
-                            Request::from_parts(*head, Arriving::none()),
-                            lasts,
-                        ));
-                    }
+                    Asked::Plain(head, lasts) => return Poll::Ready(Heard::Plain(head, lasts)),
                     Asked::Other => return Poll::Ready(Heard::Other),
                     Asked::More => {}
                 }
@@ -78,8 +74,8 @@ where
                 }
             }
         });
-        let (request, lasts) = match heard.await {
-            Heard::Request(request, lasts) => (request, lasts),
+        let (head, lasts) = match heard.await {
+            Heard::Plain(head, lasts) => (head, lasts),
             Heard::Other => return Some(rest),
             Heard::Slow => {
                 worker.proxy.standing.stats.refuse(Refused::Slow);
@@ -87,7 +83,8 @@ where
             }
             Heard::Gone => break,
         };
-        let is_head = request.method() == Method::HEAD;
+        let is_head = head.method == Method::HEAD;
+        let request = Request::from_parts(*head, Arriving::none());
         answering.set(Some(answer(worker, peer, request)));
         let answered = std::future::poll_fn(|context| {
             if let Some(answering) = answering.as_mut().as_pin_mut()
