@@ -431,9 +431,9 @@ fn an_answer_that_nobody_reads_yet_does_not_hold_the_upload_back() {
 #[test]
 fn a_backend_that_refuses_an_upload_and_closes_is_heard() {
     let (address, _) = backend(V6, |_, _, stream| {
+        // By then the upload waits; what is not read of it makes the kernel send a reset right behind the answer.
+        std::thread::sleep(Duration::from_millis(100));
         say(stream, "HTTP/1.1 403 Forbidden\r\nContent-Length: 2\r\nConnection: close\r\n\r\nno");
-        // What is not read makes the kernel send a reset, after the answer.
-        std::thread::sleep(Duration::from_millis(50));
         false
     });
     let rig = Rig::start(&simple_table(&json!({"proxy-body-size": "0"}), address));
