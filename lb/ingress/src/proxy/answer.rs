@@ -5,11 +5,13 @@ use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
-use http::{Request, Response, StatusCode, Version};
-use hyper::body::Incoming;
+use http::request::Parts;
+use http::{Request, Response, StatusCode, Uri, Version};
+use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use jiff::Timestamp;
 use rustls::pki_types::CertificateDer;
+use tokio::io::AsyncWriteExt as _;
 
 use super::access;
 use super::arriving::Arriving;
@@ -18,7 +20,7 @@ use super::body::Body;
 use super::compiled::{Compiled, CompiledRoute, Found, Upstream};
 use super::forward::{self, Answered, Plan, address, forward};
 use super::front::{self, Client};
-use super::hygiene::{self, Admitted};
+use super::hygiene::{self, Admitted, Told};
 use super::limits::{self, Counted};
 use super::listen::Patience;
 use super::log::{self, Line, Record};
@@ -70,15 +72,22 @@ struct Via {
     canary: bool,
 }
 
+/// A request as it came.
+struct Asked {
+    head: Parts,
+    body: Arriving,
+}
+
 /// Never fails: what goes wrong has its status.
-pub(super) async fn answer(worker: &Worker, peer: &Peer, request: Request<Incoming>) -> Response<Body> {
-    let version = request.version();
-    let request = Arriving::of(request);
+pub(super) async fn answer(worker: &Worker, peer: &Peer, request: Request<Arriving>) -> Response<Body> {
+    let (head, body) = request.into_parts();
+    let version = head.version;
+    let mut asked = Asked { head, body };
     let compiled = worker.proxy.compiled.load_full();
-    let client = front::client(&compiled.front, peer, request.headers());
-    let mut record = record(worker, &compiled, &client, &request);
-    let mut response = match admit(worker, &request) {
-        Ok(admitted) => by_route(worker, peer, request, (&compiled, admitted, client), &mut record).await,
+    let client = front::client(&compiled.front, peer, &asked.head.headers);
+    let mut record = record(worker, &compiled, &client, &asked.head);
+    let mut response = match admit(worker, &asked.head) {
+        Ok(admitted) => by_route(worker, peer, &mut asked, (&compiled, admitted, client), &mut record).await,
         Err(status) => {
             let mut response = plain(status);
             // Whoever sends this may see the next message begin elsewhere (RFC 9112 6.3); HTTP/2 has no such field.
@@ -93,29 +102,29 @@ pub(super) async fn answer(worker: &Worker, peer: &Peer, request: Request<Incomi
     response
 }
 
-fn admit(worker: &Worker, request: &Request<Arriving>) -> Result<Admitted, StatusCode> {
-    let admitted = hygiene::admit(request.method(), request.uri(), request.version(), request.headers());
+fn admit(worker: &Worker, head: &Parts) -> Result<Admitted, StatusCode> {
+    let admitted = hygiene::admit(&head.method, &head.uri, head.version, &head.headers);
     admitted.map_err(|refusal| {
         worker.proxy.standing.stats.refuse(refusal.counted());
         refusal.status()
     })
 }
 
-fn record(worker: &Worker, compiled: &Compiled, client: &Client, request: &Request<Arriving>) -> Record {
+fn record(worker: &Worker, compiled: &Compiled, client: &Client, head: &Parts) -> Record {
     let text = |name: HeaderName| {
-        request.headers().get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned())
+        head.headers.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned())
     };
     let line = || {
         Box::new(Line {
             time: Timestamp::now().strftime("%Y-%m-%dT%H:%M:%S.%3fZ").to_string(),
             client: client.address,
-            method: request.method().to_string(),
-            host: request.uri().authority().map_or_else(
+            method: head.method.to_string(),
+            host: head.uri.authority().map_or_else(
                 || text(header::HOST).unwrap_or_default(),
                 |authority| authority.as_str().to_owned(),
             ),
-            target: target(request.uri()).to_owned(),
-            protocol: log::protocol(request.version()),
+            target: target(&head.uri).to_owned(),
+            protocol: log::protocol(head.version),
             https: client.https,
             referer: text(header::REFERER),
             user_agent: text(header::USER_AGENT),
@@ -127,11 +136,11 @@ fn record(worker: &Worker, compiled: &Compiled, client: &Client, request: &Reque
         route: None,
         line: log.map(|log| (line(), log.clone())),
         started: Instant::now(),
-        method: request.method().clone(),
+        method: head.method.clone(),
         status: StatusCode::OK,
         canary: false,
         endpoint: None,
-        received_bytes: content_length(request.headers()).unwrap_or(0),
+        received_bytes: content_length(&head.headers).unwrap_or(0),
         sent_bytes: 0,
     }
 }
@@ -140,7 +149,7 @@ fn record(worker: &Worker, compiled: &Compiled, client: &Client, request: &Reque
 async fn by_route(
     worker: &Worker,
     peer: &Peer,
-    request: Request<Arriving>,
+    asked: &mut Asked,
     (compiled, mut admitted, mut client): (&Compiled, Admitted, Client),
     record: &mut Record,
 ) -> Response<Body> {
@@ -154,7 +163,7 @@ async fn by_route(
         }
         Some(Found::OtherName(other)) => {
             let scheme = if client.https { "https" } else { "http" };
-            return redirect(308, &format!("{scheme}://{other}{}", target(request.uri())));
+            return redirect(308, &format!("{scheme}://{other}{}", target(&asked.head.uri)));
         }
         Some(Found::Route(route)) => route.clone(),
     };
@@ -163,21 +172,21 @@ async fn by_route(
         record.line = None;
     }
     let taken = Taken { worker, peer, route, admitted, client, via: OnceLock::new() };
-    let response = taken_answer(&taken, request).await;
+    let response = taken_answer(&taken, asked).await;
     if let Some(via) = taken.via.get() {
         (record.endpoint, record.canary) = (Some(via.endpoint), via.canary);
     }
     response
 }
 
-async fn taken_answer(taken: &Taken<'_>, request: Request<Arriving>) -> Response<Body> {
+async fn taken_answer(taken: &Taken<'_>, asked: &mut Asked) -> Response<Body> {
     let origin =
-        request.headers().get(header::ORIGIN).and_then(|origin| origin.to_str().ok()).map(str::to_owned);
+        asked.head.headers.get(header::ORIGIN).and_then(|origin| origin.to_str().ok()).map(str::to_owned);
     let settings = &taken.route.route.settings;
-    let preflight = access::is_preflight(request.method(), settings.cors.as_ref());
-    let mut response = match early(taken, &request, preflight) {
+    let preflight = access::is_preflight(&asked.head.method, settings.cors.as_ref());
+    let mut response = match early(taken, &asked.head, preflight) {
         Some(response) => response,
-        None => late(taken, request).await,
+        None => late(taken, asked).await,
     };
     if let Some(cors) = &settings.cors {
         access::put(response.headers_mut(), access::cors_fields(cors, origin.as_deref(), preflight));
@@ -196,7 +205,7 @@ async fn taken_answer(taken: &Taken<'_>, request: Request<Arriving>) -> Response
 }
 
 /// nginx's rewrite phase: what is answered without asking who it is.
-fn early(taken: &Taken<'_>, request: &Request<Arriving>, preflight: bool) -> Option<Response<Body>> {
+fn early(taken: &Taken<'_>, head: &Parts, preflight: bool) -> Option<Response<Body>> {
     let (route, settings) = (&taken.route.route, &taken.route.route.settings);
     if taken.route.closed.is_some() {
         return Some(plain(StatusCode::SERVICE_UNAVAILABLE));
@@ -204,14 +213,14 @@ fn early(taken: &Taken<'_>, request: &Request<Arriving>, preflight: bool) -> Opt
     if route.to_https && !taken.client.https {
         let host = hygiene::bare_host(&taken.admitted.authority);
         let host = bracketed(host.as_ref().unwrap_or(&taken.admitted.host));
-        return Some(redirect(308, &format!("https://{host}{}", target(request.uri()))));
+        return Some(redirect(308, &format!("https://{host}{}", target(&head.uri))));
     }
     if let Some(root) = settings.app_root.as_ref().filter(|_| taken.admitted.path == "/") {
         let scheme = if taken.client.https { "https" } else { "http" };
         return Some(redirect(302, &format!("{scheme}://{}{root}", taken.admitted.authority)));
     }
     match &route.action {
-        Action::Redirect(to) => Some(redirect(to.code, &variables(taken, request).expand(&to.url))),
+        Action::Redirect(to) => Some(redirect(to.code, &variables(taken, head).expand(&to.url))),
         Action::Refuse { status, .. } => {
             Some(plain(StatusCode::from_u16(*status).unwrap_or(StatusCode::SERVICE_UNAVAILABLE)))
         }
@@ -223,54 +232,55 @@ fn bracketed(host: &str) -> String {
     if host.contains(':') { format!("[{host}]") } else { host.to_owned() }
 }
 
-fn variables<'a, B>(taken: &'a Taken<'_>, request: &'a Request<B>) -> variables::Request<'a> {
+fn variables<'a>(taken: &'a Taken<'_>, head: &'a Parts) -> variables::Request<'a> {
     variables::Request {
-        method: request.method(),
-        uri: request.uri(),
-        headers: request.headers(),
+        method: &head.method,
+        uri: &head.uri,
+        headers: &head.headers,
         admitted: &taken.admitted,
         client: &taken.client,
     }
 }
 
 /// Limits, access, then the backend.
-async fn late(taken: &Taken<'_>, mut request: Request<Arriving>) -> Response<Body> {
+async fn late(taken: &Taken<'_>, asked: &mut Asked) -> Response<Body> {
+    let head = &mut asked.head;
     let settings = &taken.route.route.settings;
     let client = taken.client.address;
-    let Ok(counted) = limits::admit(&taken.route.clients, &settings.limits, client, Instant::now()) else {
+    let Ok(counted) = limits::admit(&taken.route.clients, &settings.limits, client) else {
         return plain(StatusCode::SERVICE_UNAVAILABLE);
     };
     let verified = access::client_certificate(&taken.route, taken.peer);
     let verified = match verified
-        .and_then(|verified| access::admit(&taken.route, client, request.headers()).map(|()| verified))
+        .and_then(|verified| access::admit(&taken.route, client, &head.headers).map(|()| verified))
     {
         Ok(verified) => verified,
         Err(denial) => return denied(&denial),
     };
-    let too_long = |limit: u64| content_length(request.headers()).is_some_and(|length| length > limit);
+    let too_long = |limit: u64| content_length(&head.headers).is_some_and(|length| length > limit);
     if settings.body_limit_bytes.is_some_and(too_long) {
         return plain(StatusCode::PAYLOAD_TOO_LARGE);
     }
     let mut cookies = Vec::new();
     if let Some(auth) = &settings.forward_auth {
-        let asked = authenticate::Question {
+        let question = authenticate::Question {
             worker: taken.worker,
             auth,
             fields: &taken.route.route.materials.auth_headers,
-            request: &variables(taken, &request),
+            request: &variables(taken, head),
         };
-        match authenticate::ask(&asked).await {
+        match Box::pin(authenticate::ask(&question)).await {
             authenticate::Verdict::Pass(pass) => {
                 for (name, value) in pass.fields {
-                    request.headers_mut().insert(name, value);
+                    head.headers.insert(name, value);
                 }
                 cookies = pass.cookies;
             }
             authenticate::Verdict::Answer(response) => return response,
         }
     }
-    client_fields(taken, request.headers_mut(), verified);
-    let mut response = backend(taken, request, counted).await;
+    client_fields(taken, &mut head.headers, verified);
+    let mut response = backend(taken, asked, counted).await;
     let passes = settings.forward_auth.as_ref().is_some_and(|auth| auth.always_set_cookie)
         || authenticate::passes_cookies(response.status());
     for cookie in cookies.into_iter().filter(|_| passes) {
@@ -296,8 +306,11 @@ fn denied(denial: &access::Denial) -> Response<Body> {
 
 /// `ssl-client-*`, which a client cannot write itself.
 fn client_fields(taken: &Taken<'_>, headers: &mut HeaderMap, verified: Option<&'static str>) {
-    for name in ["ssl-client-verify", "ssl-client-cert", "ssl-client-subject-dn", "ssl-client-issuer-dn"] {
-        headers.remove(name);
+    let own = ["ssl-client-verify", "ssl-client-cert", "ssl-client-subject-dn", "ssl-client-issuer-dn"];
+    if headers.keys().any(|name| own.contains(&name.as_str())) {
+        for name in own {
+            headers.remove(name);
+        }
     }
     let Some(verified) = verified else { return };
     headers.insert("ssl-client-verify", HeaderValue::from_static(verified));
@@ -329,33 +342,27 @@ fn pem(certificate: &CertificateDer<'_>) -> String {
 }
 
 /// To the backend; where it has no endpoint, or an answer of `custom-http-errors`, to the fallback.
-async fn backend(
-    taken: &Taken<'_>,
-    mut request: Request<Arriving>,
-    counted: Option<Counted>,
-) -> Response<Body> {
+async fn backend(taken: &Taken<'_>, asked: &mut Asked, counted: Option<Counted>) -> Response<Body> {
+    let Asked { head, body: incoming } = asked;
     let settings = &taken.route.route.settings;
-    let hash = settings.hash_by.as_ref().map(|text| variables(taken, &request).expand(text));
-    let host = match &settings.upstream_vhost {
-        Some(host) => variables(taken, &request).expand(host),
-        None => taken.admitted.authority.clone(),
-    };
-    let path = path_of(taken, &request);
-    let from_client = request.version() == Version::HTTP_11;
-    let client = from_client.then(|| hyper::upgrade::on(&mut request));
-    let upload = Arc::new(Upload::default());
-    let (mut head, incoming) = request.into_parts();
-    let upgrade = prepare(taken, &mut head.headers).filter(|_| from_client);
+    let hash = settings.hash_by.as_ref().map(|text| variables(taken, head).expand(text));
+    let vhost = settings.upstream_vhost.as_ref().map(|host| variables(taken, head).expand(host));
+    let host = vhost.as_deref().unwrap_or(&taken.admitted.authority);
+    let path = path_of(taken, &head.uri);
+    let from_client = head.version == Version::HTTP_11;
+    let client = head.extensions.remove::<OnUpgrade>();
+    let incoming = std::mem::replace(incoming, Arriving::none());
+    let has_body = !http_body::Body::is_end_stream(&incoming);
+    let upload = if has_body { Upload::new() } else { Upload::default() };
+    let prefix = settings.x_forwarded_prefix.as_deref();
+    let upgrade = prepare(&mut head.headers, prefix).filter(|_| from_client);
+    let told = Told { client: &taken.client, admitted: &taken.admitted, prefix };
+    let for_others = settings.mirror.is_some() || taken.route.fallback.is_some();
+    if for_others {
+        told.put(&mut head.headers);
+    }
     let copy = settings.mirror.as_ref().and_then(|mirror| {
-        let request = variables::Request {
-            method: &head.method,
-            uri: &head.uri,
-            headers: &head.headers,
-            admitted: &taken.admitted,
-            client: &taken.client,
-        };
-        let has_body = !http_body::Body::is_end_stream(&incoming);
-        mirror::start(taken.worker, mirror, &request, (&head.headers, has_body))
+        mirror::start(taken.worker, mirror, &variables(taken, head), (&head.headers, has_body))
     });
     let body =
         Body::request(incoming, settings.body_limit_bytes, taken.peer.patience.body, upload.clone(), copy);
@@ -363,13 +370,13 @@ async fn backend(
         return plain(StatusCode::SERVICE_UNAVAILABLE);
     };
     let canary = taken.route.canary.as_ref().is_some_and(|(_, canary)| std::ptr::eq(canary, upstream));
-    let (upstream, held) = (upstream.clone(), held.map(str::to_owned));
+    let held = held.map(str::to_owned);
     let choice = match (&held, &hash) {
         (Some(token), _) => Choice::Sticky(token),
         (None, Some(key)) => Choice::Hash(key),
         (None, None) => Choice::LeastOfTwo,
     };
-    if let Err(status) = address(&mut head, &upstream.speech, &path, &host) {
+    if let Err(status) = address(head, &upstream.speech, &path, host) {
         return plain(status);
     }
     if let Some(protocol) = &upgrade {
@@ -377,9 +384,10 @@ async fn backend(
         head.headers.insert(header::UPGRADE, protocol.clone());
     }
     // For the page of an error, where somebody gives it.
-    let asked = taken.route.fallback.as_ref().map(|_| head.headers.clone());
+    let for_page = taken.route.fallback.as_ref().map(|_| head.headers.clone());
     let agent = settings.affinity.as_ref().and_then(|_| head.headers.get(header::USER_AGENT).cloned());
-    let plan = plan(taken, &upstream, choice, upload.clone());
+    let mut plan = plan(taken, upstream, choice, upload.clone());
+    plan.told = Some(told).filter(|_| !for_others);
     let answered = forward(&plan, head, body).await;
     if let Some(fault) = upload.fault() {
         return faulty(fault, from_client);
@@ -395,7 +403,7 @@ async fn backend(
                 };
             }
             if settings.custom_http_errors.contains(&status.as_u16())
-                && let Some(page) = error_page(taken, asked, status, &path).await
+                && let Some(page) = Box::pin(error_page(taken, for_page, status, &path)).await
             {
                 return page;
             }
@@ -403,16 +411,16 @@ async fn backend(
                 None => true,
                 Some(token) if token == answered.endpoint.token() => false,
                 // Its endpoint is there and failed: the client comes back to it, unless it is told to move.
-                Some(token) => affinity.change_on_failure || !holds(&upstream, token),
+                Some(token) => affinity.change_on_failure || !holds(upstream, token),
             });
             let set = sticky
                 .map(|affinity| cookie(affinity, &answered.endpoint, taken.client.https, agent.as_ref()));
             returned(taken, answered, counted, set)
         }
-        Err(status) => match error_page(taken, asked, status, &path).await {
-            Some(page) => page,
-            None => plain(status),
-        },
+        Err(status) => {
+            let page = Box::pin(error_page(taken, for_page, status, &path)).await;
+            page.unwrap_or_else(|| plain(status))
+        }
     }
 }
 
@@ -426,12 +434,7 @@ fn faulty(fault: Fault, http_1: bool) -> Response<Body> {
     response
 }
 
-fn plan<'a>(
-    taken: &'a Taken<'_>,
-    upstream: &'a Upstream,
-    choice: Choice<'a>,
-    upload: Arc<Upload>,
-) -> Plan<'a> {
+fn plan<'a>(taken: &'a Taken<'_>, upstream: &'a Upstream, choice: Choice<'a>, upload: Upload) -> Plan<'a> {
     let settings = &taken.route.route.settings;
     Plan {
         pool: &taken.worker.pool,
@@ -443,16 +446,17 @@ fn plan<'a>(
         send_timeout: settings.send_timeout,
         read_timeout: settings.read_timeout,
         upload,
+        told: None,
     }
 }
 
 /// Path and query that the backend gets.
-fn path_of<B>(taken: &Taken<'_>, request: &Request<B>) -> String {
+fn path_of(taken: &Taken<'_>, uri: &Uri) -> String {
     match taken.route.rewritten(&taken.admitted.path) {
-        None => target(request.uri()).to_owned(),
+        None => target(uri).to_owned(),
         Some(rewritten) => {
             let path = as_path(&rewritten);
-            match request.uri().query() {
+            match uri.query() {
                 Some(query) if path.contains('?') => format!("{path}&{query}"),
                 Some(query) => format!("{path}?{query}"),
                 None => path,
@@ -462,15 +466,10 @@ fn path_of<B>(taken: &Taken<'_>, request: &Request<B>) -> String {
 }
 
 /// Makes the client's fields those of the proxy's own request; returns the protocol of an upgrade.
-fn prepare(taken: &Taken<'_>, headers: &mut HeaderMap) -> Option<HeaderValue> {
+fn prepare(headers: &mut HeaderMap, prefix: Option<&str>) -> Option<HeaderValue> {
     let upgrade = hygiene::strip_hop_by_hop(headers);
     headers.remove(header::EXPECT);
-    hygiene::forwarded(headers, &taken.client, &taken.admitted);
-    if let Some(prefix) = &taken.route.route.settings.x_forwarded_prefix
-        && let Ok(prefix) = HeaderValue::from_str(prefix)
-    {
-        headers.insert("x-forwarded-prefix", prefix);
-    }
+    hygiene::untold(headers, prefix);
     upgrade
 }
 
@@ -500,8 +499,8 @@ async fn error_page(
     let (mut head, ()) = Request::new(()).into_parts();
     head.headers = headers;
     address(&mut head, &fallback.speech, "/", &taken.admitted.authority).ok()?;
-    let plan = plan(taken, fallback, Choice::LeastOfTwo, Arc::default());
-    let answered = forward(&plan, head, Body::Empty).await.ok()?;
+    let plan = plan(taken, fallback, Choice::LeastOfTwo, Upload::default());
+    let answered = forward(&plan, &head, Body::Empty).await.ok()?;
     Some(returned(taken, answered, None, None))
 }
 
@@ -523,7 +522,7 @@ fn returned(
     }
     let mut held = answered.held;
     held.counted = counted;
-    Response::from_parts(head, Body::answer(incoming, settings.read_timeout, settings.pace, Box::new(held)))
+    Response::from_parts(head, Body::answer(incoming, settings.read_timeout, settings.pace, held))
 }
 
 /// `proxy-redirect-*`, `proxy-cookie-domain`, `proxy-cookie-path`.
@@ -575,13 +574,12 @@ fn rewritten_cookie(settings: &Settings, text: &str) -> String {
 /// Both sides agreed on another protocol: bytes go to and fro until one side ends.
 fn tunnel(
     answered: Answered,
-    client: hyper::upgrade::OnUpgrade,
+    client: OnUpgrade,
     counted: (Option<Counted>, Option<Arc<()>>),
 ) -> Response<Body> {
-    let forward::Answered { mut response, held, .. } = answered;
-    let backend = hyper::upgrade::on(&mut response);
-    let (mut head, _) = response.into_parts();
-    head.extensions.clear();
+    let forward::Answered { response, held, .. } = answered;
+    let (mut head, backend) = response.into_parts();
+    let Some((mut backend, already)) = backend.upgraded() else { return plain(StatusCode::BAD_GATEWAY) };
     let protocol = head.headers.get(header::UPGRADE).cloned();
     hygiene::strip_hop_by_hop(&mut head.headers);
     head.headers.remove(header::CONTENT_LENGTH);
@@ -591,9 +589,14 @@ fn tunnel(
     }
     tokio::spawn(async move {
         let _counted = (held, counted);
-        let (Ok(client), Ok(backend)) = tokio::join!(client, backend) else { return };
-        let (mut client, mut backend) = (TokioIo::new(client), TokioIo::new(backend));
-        if let Err(error) = tokio::io::copy_bidirectional(&mut client, &mut backend).await {
+        let Ok(client) = client.await else { return };
+        let mut client = TokioIo::new(client);
+        let tunnelled = async {
+            client.write_all(&already).await?;
+            client.flush().await?;
+            tokio::io::copy_bidirectional(&mut client, &mut backend).await
+        };
+        if let Err(error) = tunnelled.await {
             tracing::debug!(%error, "tunnel");
         }
     });

@@ -27,6 +27,11 @@ impl Arriving {
         request.map(|inner| Self { inner: Some(inner), lingers })
     }
 
+    /// Of a request that has none.
+    pub(super) fn none() -> Self {
+        Self { inner: None, lingers: false }
+    }
+
     /// Nothing more is expected of the client.
     pub(super) fn leave(&mut self) {
         self.lingers = false;

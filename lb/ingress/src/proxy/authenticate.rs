@@ -13,12 +13,13 @@ use rustls::pki_types::ServerName;
 use super::Worker;
 use super::answer::{plain, redirect};
 use super::balance::Choice;
-use super::body::{Body, Held};
+use super::body::Body;
 use super::compiled::{Places, Upstream};
 use super::forward::{Plan, address, forward};
 use super::hygiene;
 use super::pool::{Speech, Tls};
 use super::tls;
+use super::upload::Upload;
 use super::variables::{Request, escaped, target};
 use crate::annotations::{ForwardAuth, Retry, RetryOn};
 
@@ -81,13 +82,13 @@ async fn sub_request(question: &Question<'_>) -> Option<Response<()>> {
         connect_timeout: CONNECT,
         send_timeout: READ,
         read_timeout: READ,
-        upload: Arc::default(),
+        upload: Upload::default(),
+        told: None,
     };
-    let mut answered = forward(&plan, head, Body::Empty).await.ok()?;
-    let (head, body) = answered.response.into_parts();
-    if http_body::Body::is_end_stream(&body) {
-        answered.held.complete();
-    }
+    let answered = forward(&plan, &head, Body::Empty).await.ok()?;
+    let (head, mut body) = answered.response.into_parts();
+    drop(body.whole());
+    answered.held.end(&mut body);
     Some(Response::from_parts(head, ()))
 }
 
@@ -120,7 +121,8 @@ fn fields(question: &Question<'_>) -> Option<HeaderMap> {
     for name in [header::CONTENT_LENGTH, header::EXPECT, header::HOST] {
         headers.remove(name);
     }
-    hygiene::forwarded(&mut headers, request.client, request.admitted);
+    hygiene::untold(&mut headers, None);
+    hygiene::Told { client: request.client, admitted: request.admitted, prefix: None }.put(&mut headers);
     headers.remove("x-forwarded-port");
     let original = format!("{}://{}{}", request.scheme(), request.admitted.authority, target(request.uri));
     let redirect = auth

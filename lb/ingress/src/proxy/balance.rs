@@ -41,7 +41,8 @@ impl Endpoint {
     }
 
     fn is_ejected(&self) -> bool {
-        self.ejected_until.load(Ordering::Relaxed) > self.now()
+        let until = self.ejected_until.load(Ordering::Relaxed);
+        until > 0 && until > self.now()
     }
 
     pub(super) fn succeeded(&self) {
@@ -124,6 +125,13 @@ pub(super) fn choose(
     choice: &Choice<'_>,
     tried: &[SocketAddr],
 ) -> Option<Arc<Endpoint>> {
+    // As nearly always: nobody is left out.
+    if let (Choice::LeastOfTwo, []) = (choice, tried) {
+        let (first, second) = two(endpoints)?;
+        if !first.is_ejected() && !second.is_ejected() {
+            return Some(less_loaded(first, second).clone());
+        }
+    }
     let untried = || endpoints.iter().filter(|one| !tried.contains(&one.address));
     if let Choice::Sticky(token) = choice
         && let Some(held) = untried().find(|one| one.token() == *token)
@@ -137,18 +145,24 @@ pub(super) fn choose(
     if let Choice::Hash(key) = choice {
         return able.into_iter().max_by_key(|one| weight(key, one.address)).cloned();
     }
-    match able.as_slice() {
-        [] => None,
-        [one] => Some((*one).clone()),
-        several => {
-            let first = rand::random_range(0..several.len());
-            let second = (first + 1 + rand::random_range(0..several.len() - 1)) % several.len();
-            let load =
-                |index: usize| several.get(index).map_or(usize::MAX, |one| one.load.load(Ordering::Relaxed));
-            let less = if load(second) < load(first) { second } else { first };
-            several.get(less).map(|one| (*one).clone())
-        }
+    let (first, second) = two(&able)?;
+    Some(less_loaded(first, second).clone())
+}
+
+/// Two at random; of one, that one twice.
+fn two<T>(of: &[T]) -> Option<(&T, &T)> {
+    if let [one] = of {
+        return Some((one, one));
     }
+    let others = of.len().checked_sub(1).filter(|others| *others > 0)?;
+    let first = rand::random_range(0..of.len());
+    let second = (first + 1 + rand::random_range(0..others)) % of.len();
+    Some((of.get(first)?, of.get(second)?))
+}
+
+fn less_loaded<'a>(first: &'a Arc<Endpoint>, second: &'a Arc<Endpoint>) -> &'a Arc<Endpoint> {
+    let load = |one: &Endpoint| one.load.load(Ordering::Relaxed);
+    if load(second) < load(first) { second } else { first }
 }
 
 /// Rendezvous hashing: an endpoint that comes or goes moves only its own share.

@@ -1,17 +1,17 @@
 //! Bodies as they pass through: streamed, counted against a limit, and cut when the other side says nothing for too long.
 
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
-use hyper::body::Incoming;
 use tokio::sync::mpsc;
 use tokio::time::Sleep;
 
 use super::arriving::Arriving;
+use super::exchange::{Answer, ExchangeError};
+use super::forward::Release;
 use super::log::Record;
 use super::upload::{Fault, Turn, Upload};
 use crate::annotations::Pace;
@@ -26,6 +26,8 @@ pub(super) enum BodyError {
     GivenUp,
     #[error(transparent)]
     Broken(#[from] hyper::Error),
+    #[error(transparent)]
+    Backend(#[from] ExchangeError),
 }
 
 /// A body on its way to a backend or to a client.
@@ -53,16 +55,17 @@ pub(super) struct Limited {
     left: u64,
     patience: Duration,
     timer: Option<Pin<Box<Sleep>>>,
-    upload: Arc<Upload>,
+    upload: Upload,
     copy: Option<mpsc::Sender<Piece>>,
 }
 
 /// An answer's body: no longer than `patience` between two reads. What `held` keeps lives as long as the body is read.
 pub(super) struct Timed {
-    inner: Incoming,
+    inner: Answer,
+    over: bool,
     patience: Duration,
     timer: Option<Pin<Box<Sleep>>>,
-    held: Box<dyn Held>,
+    held: Release,
     record: Option<Record>,
     paced: Option<Paced>,
 }
@@ -89,11 +92,6 @@ impl Paced {
     }
 }
 
-/// Whoever wants to know that an answer was read to its end.
-pub(super) trait Held: Send {
-    fn complete(&mut self);
-}
-
 impl Body {
     pub(super) fn text(text: impl Into<Bytes>) -> Self {
         Self::Text(Some(text.into()))
@@ -104,29 +102,29 @@ impl Body {
         inner: Arriving,
         limit_bytes: Option<u64>,
         patience: Duration,
-        upload: Arc<Upload>,
+        upload: Upload,
         copy: Option<mpsc::Sender<Piece>>,
     ) -> Self {
         if inner.is_end_stream() {
             return Self::Empty;
         }
-        upload.turn(Turn::Backend);
         let left = limit_bytes.unwrap_or(u64::MAX);
         Self::Request(Box::new(Limited { inner, left, patience, timer: None, upload, copy }))
     }
 
-    pub(super) fn answer(
-        inner: Incoming,
-        patience: Duration,
-        pace: Option<Pace>,
-        mut held: Box<dyn Held>,
-    ) -> Self {
-        if inner.is_end_stream() {
-            held.complete();
+    pub(super) fn answer(mut inner: Answer, patience: Duration, pace: Option<Pace>, held: Release) -> Self {
+        if inner.is_over() {
+            held.end(&mut inner);
             return Self::Empty;
         }
+        if pace.is_none()
+            && let Some(whole) = inner.whole()
+        {
+            held.end(&mut inner);
+            return Self::Text(Some(whole));
+        }
         let paced = pace.map(|pace| Paced { pace, begun: Instant::now(), sent_bytes: 0, timer: None });
-        Self::Answer(Box::new(Timed { inner, patience, timer: None, held, record: None, paced }))
+        Self::Answer(Box::new(Timed { inner, over: false, patience, timer: None, held, record: None, paced }))
     }
 
     /// The record ends with the last byte of the answer.
@@ -209,25 +207,27 @@ impl Timed {
         if let Some(paced) = &mut self.paced {
             ready!(paced.poll(context));
         }
-        match Pin::new(&mut self.inner).poll_frame(context) {
-            Poll::Ready(Some(Ok(frame))) => {
-                self.timer = None;
-                if let (Some(paced), Some(data)) = (&mut self.paced, frame.data_ref()) {
-                    paced.sent_bytes += data.len() as u64;
-                }
-                if let (Some(record), Some(data)) = (&mut self.record, frame.data_ref()) {
-                    record.sent_bytes += data.len() as u64;
-                }
-                if self.inner.is_end_stream() {
-                    self.held.complete();
-                }
-                Poll::Ready(Some(Ok(frame)))
+        let polled = self.inner.poll(context, self.patience);
+        if let Poll::Ready(Some(Ok(frame))) = &polled {
+            self.timer = None;
+            let length = frame.data_ref().map_or(0, |data| data.len() as u64);
+            if let Some(paced) = &mut self.paced {
+                paced.sent_bytes += length;
             }
-            Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(error.into()))),
-            Poll::Ready(None) => {
-                self.held.complete();
-                Poll::Ready(None)
+            if let Some(record) = &mut self.record {
+                record.sent_bytes += length;
             }
+        }
+        match &polled {
+            Poll::Ready(Some(Ok(_))) if !self.inner.is_over() => polled,
+            Poll::Ready(Some(Ok(_)) | None) => {
+                self.over = true;
+                self.held.end(&mut self.inner);
+                polled
+            }
+            Poll::Ready(Some(Err(_))) => polled,
+            // Over HTTP/1.1 the connection itself keeps the time.
+            Poll::Pending if matches!(self.inner, Answer::One(_)) => polled,
             Poll::Pending => {
                 let patience = self.patience;
                 let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(patience)));
@@ -261,7 +261,7 @@ impl HttpBody for Body {
             Self::Empty => true,
             Self::Text(text) => text.is_none(),
             Self::Request(limited) => limited.inner.is_end_stream(),
-            Self::Answer(timed) => timed.inner.is_end_stream(),
+            Self::Answer(timed) => timed.over,
             Self::Copy(_) => false,
         }
     }

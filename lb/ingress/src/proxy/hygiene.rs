@@ -139,6 +139,9 @@ const KEPT: [&str; 3] = ["content-length", "host", "authorization"];
 
 /// Takes every hop-by-hop field away; returns the protocol that Upgrade asked for, when Connection says so.
 pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) -> Option<HeaderValue> {
+    if !headers.keys().any(|name| HOP_BY_HOP.contains(&name.as_str())) {
+        return None;
+    }
     let named: Vec<HeaderName> = headers
         .get_all(header::CONNECTION)
         .iter()
@@ -164,31 +167,98 @@ pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) -> Option<HeaderValue> {
     upgrade
 }
 
-/// Tells the backend who asked and how. What the request said of it goes no further than `client` has believed it.
-pub(super) fn forwarded(headers: &mut HeaderMap, client: &Client, admitted: &Admitted) {
-    for name in ["forwarded", "x-original-forwarded-for", "proxy"] {
-        headers.remove(name);
-    }
-    let mut set = |name: &'static str, value: &str| {
-        if let Ok(value) = HeaderValue::from_str(value) {
-            headers.insert(name, value);
+const X_REAL_IP: HeaderName = HeaderName::from_static("x-real-ip");
+const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+const X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
+const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+const X_FORWARDED_SCHEME: HeaderName = HeaderName::from_static("x-forwarded-scheme");
+const X_FORWARDED_PREFIX: HeaderName = HeaderName::from_static("x-forwarded-prefix");
+const X_SCHEME: HeaderName = HeaderName::from_static("x-scheme");
+const X_ORIGINAL_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-original-forwarded-for");
+
+/// What a backend is told of who asked and how.
+#[derive(Clone, Copy)]
+pub(super) struct Told<'a> {
+    pub(super) client: &'a Client,
+    pub(super) admitted: &'a Admitted,
+    /// `x-forwarded-prefix`, where the route says so.
+    pub(super) prefix: Option<&'a str>,
+}
+
+impl Told<'_> {
+    fn each(&self, mut tell: impl FnMut(HeaderName, &str)) {
+        let Self { client, admitted, prefix } = self;
+        match &client.chain {
+            Chain::None => {}
+            Chain::ForwardedFor(list) => tell(X_ORIGINAL_FORWARDED_FOR, list),
+            // RFC 7239 4: each proxy adds an element for the one whom it was asked by.
+            Chain::Forwarded(list, IpAddr::V4(by)) => tell(header::FORWARDED, &format!("{list}, for={by}")),
+            Chain::Forwarded(list, IpAddr::V6(by)) => {
+                tell(header::FORWARDED, &format!("{list}, for=\"[{by}]\""));
+            }
         }
-    };
-    match &client.chain {
-        Chain::None => {}
-        Chain::ForwardedFor(list) => set("x-original-forwarded-for", list),
-        // RFC 7239 4: each proxy adds an element for the one whom it was asked by.
-        Chain::Forwarded(list, IpAddr::V4(by)) => set("forwarded", &format!("{list}, for={by}")),
-        Chain::Forwarded(list, IpAddr::V6(by)) => set("forwarded", &format!("{list}, for=\"[{by}]\"")),
+        let address = client.address.to_string();
+        tell(X_REAL_IP, &address);
+        tell(X_FORWARDED_FOR, &address);
+        tell(X_FORWARDED_HOST, &admitted.authority);
+        match client.port {
+            80 => tell(X_FORWARDED_PORT, "80"),
+            443 => tell(X_FORWARDED_PORT, "443"),
+            port => tell(X_FORWARDED_PORT, &port.to_string()),
+        }
+        let scheme = if client.https { "https" } else { "http" };
+        for name in [X_FORWARDED_PROTO, X_FORWARDED_SCHEME, X_SCHEME] {
+            tell(name, scheme);
+        }
+        if let Some(prefix) = prefix {
+            tell(X_FORWARDED_PREFIX, prefix);
+        }
     }
-    let address = client.address.to_string();
-    set("x-real-ip", &address);
-    set("x-forwarded-for", &address);
-    set("x-forwarded-host", &admitted.authority);
-    set("x-forwarded-port", &client.port.to_string());
-    let scheme = HeaderValue::from_static(if client.https { "https" } else { "http" });
-    for name in ["x-forwarded-proto", "x-forwarded-scheme", "x-scheme"] {
-        headers.insert(name, scheme.clone());
+
+    /// Among the fields of a request, from which [`untold`] has taken what it said itself.
+    pub(super) fn put(&self, headers: &mut HeaderMap) {
+        self.each(|name, text| {
+            if let Ok(value) = HeaderValue::from_str(text) {
+                headers.insert(name, value);
+            }
+        });
+    }
+
+    /// The same as bytes of a head of HTTP/1.1.
+    pub(super) fn write(&self, into: &mut Vec<u8>) {
+        self.each(|name, text| {
+            // As `HeaderValue::from_str` has it.
+            if text.bytes().all(|byte| matches!(byte, b'\t' | b' '..=b'~')) {
+                for part in [name.as_str(), ": ", text, "\r\n"] {
+                    into.extend_from_slice(part.as_bytes());
+                }
+            }
+        });
+    }
+}
+
+/// What a request says of its client goes no further than [`Client`] has believed it.
+pub(super) fn untold(headers: &mut HeaderMap, prefix: Option<&str>) {
+    const OWN: [&str; 10] = [
+        "forwarded",
+        "proxy",
+        "x-forwarded-for",
+        "x-forwarded-host",
+        "x-forwarded-port",
+        "x-forwarded-proto",
+        "x-forwarded-scheme",
+        "x-original-forwarded-for",
+        "x-real-ip",
+        "x-scheme",
+    ];
+    if headers.keys().any(|name| OWN.contains(&name.as_str())) {
+        for name in OWN {
+            headers.remove(name);
+        }
+    }
+    if prefix.is_some() {
+        headers.remove(X_FORWARDED_PREFIX);
     }
 }
 
@@ -263,15 +333,27 @@ mod tests {
         let admitted = Admitted { host: "a".into(), authority: "a:80".into(), path: "/".into() };
         let address = "10.0.0.9".parse().unwrap();
         let mut client = Client { address, https: true, port: 443, host: None, chain: Chain::None };
-        forwarded(&mut headers, &client, &admitted);
+        let tell = |headers: &mut HeaderMap, client: &Client| {
+            let told = Told { client, admitted: &admitted, prefix: Some("/p") };
+            untold(headers, told.prefix);
+            let mut written = Vec::new();
+            told.write(&mut written);
+            told.put(headers);
+            let lines: Vec<String> = headers
+                .iter()
+                .map(|(name, value)| format!("{name}: {}\r\n", value.to_str().unwrap()))
+                .collect();
+            assert_eq!(lines.concat().into_bytes(), written, "both ways say the same");
+        };
+        tell(&mut headers, &client);
         assert_eq!(headers.get("x-forwarded-for").unwrap(), "10.0.0.9");
         assert_eq!(headers.get("x-forwarded-proto").unwrap(), "https");
         assert!(headers.get("forwarded").is_none() && headers.get("proxy").is_none());
         client.chain = Chain::ForwardedFor("1.2.3.4, 10.0.0.9".into());
-        forwarded(&mut headers, &client, &admitted);
+        tell(&mut headers, &client);
         assert_eq!(headers.get("x-original-forwarded-for").unwrap(), "1.2.3.4, 10.0.0.9");
         client.chain = Chain::Forwarded("for=1.2.3.4".into(), "fd00::1".parse().unwrap());
-        forwarded(&mut headers, &client, &admitted);
+        tell(&mut headers, &client);
         assert_eq!(headers.get("forwarded").unwrap(), "for=1.2.3.4, for=\"[fd00::1]\"");
         assert!(headers.get("x-original-forwarded-for").is_none());
     }

@@ -63,7 +63,6 @@ pub(super) fn admit(
     clients: &Arc<Clients>,
     limits: &Limits,
     client: IpAddr,
-    now: Instant,
 ) -> Result<Option<Counted>, &'static str> {
     let limited = limits.connections.is_some()
         || limits.requests_per_minute.is_some()
@@ -71,6 +70,15 @@ pub(super) fn admit(
     if !limited || limits.exempt.iter().any(|range| range.contains(&client)) {
         return Ok(None);
     }
+    admit_at(clients, limits, client, Instant::now()).map(Some)
+}
+
+fn admit_at(
+    clients: &Arc<Clients>,
+    limits: &Limits,
+    client: IpAddr,
+    now: Instant,
+) -> Result<Counted, &'static str> {
     let mut table = clients.0.lock().unwrap_or_else(PoisonError::into_inner);
     if table.len() >= MAX_CLIENTS && !table.contains_key(&client) {
         table.retain(|_, known| known.connections > 0);
@@ -92,7 +100,7 @@ pub(super) fn admit(
     }
     known.connections += 1;
     drop(table);
-    Ok(Some(Counted { clients: clients.clone(), client }))
+    Ok(Counted { clients: clients.clone(), client })
 }
 
 #[cfg(test)]
@@ -115,20 +123,21 @@ mod tests {
     fn a_burst_of_five_times_the_rate_passes_and_then_the_rate() {
         let (clients, now) = (Arc::new(Clients::default()), Instant::now());
         let limits = Limits { requests_per_second: Some(10), ..limits() };
-        let ask = |client: &str, at| admit(&clients, &limits, client.parse().unwrap(), at).is_ok();
+        let ask = |client: &str, at| admit_at(&clients, &limits, client.parse().unwrap(), at).is_ok();
         let passed = (0..100).filter(|_| ask("192.0.2.1", now)).count();
         assert_eq!(passed, 51, "one and a burst of 10 x 5");
         let later = (0..100).filter(|_| ask("192.0.2.1", now + Duration::from_secs(1))).count();
         assert_eq!(later, 10);
         assert!(ask("2001:db8::1", now), "each client has its own");
-        assert!((0..100).all(|_| ask("10.1.1.1", now)), "exempt");
+        let exempt = || admit(&clients, &limits, "10.1.1.1".parse().unwrap());
+        assert!((0..100).all(|_| exempt().is_ok_and(|counted| counted.is_none())), "exempt");
     }
 
     #[test]
     fn connections_count_while_they_last() {
-        let (clients, now) = (Arc::new(Clients::default()), Instant::now());
+        let clients = Arc::new(Clients::default());
         let limits = Limits { connections: Some(2), ..limits() };
-        let ask = || admit(&clients, &limits, "192.0.2.1".parse().unwrap(), now);
+        let ask = || admit(&clients, &limits, "192.0.2.1".parse().unwrap());
         let (first, second) = (ask().unwrap(), ask().unwrap());
         assert_eq!(ask().err(), Some("limit-connections"));
         drop(first);

@@ -24,10 +24,12 @@ use weft_model::constants::{INGRESS_HTTP_PORT, INGRESS_HTTPS_PORT};
 
 use super::Worker;
 use super::answer::{Peer, answer};
+use super::arriving::Arriving;
 use super::compiled::Passed;
 use super::linger::Lingering;
 use super::passthrough::{Passing, pass};
 use super::proxy_protocol::{self, HeaderError, Origin};
+use super::short;
 use super::stats::{Refused, Stats};
 use crate::certificate;
 
@@ -156,14 +158,20 @@ pub async fn serve(worker: Arc<Worker>, listener: TcpListener, https: bool, mut 
 
 /// The end of one connection: a phase beyond the one that it began in.
 #[derive(Clone)]
-struct Until {
+pub(super) struct Until {
     phase: watch::Receiver<Phase>,
     begun: Phase,
 }
 
 impl Until {
-    fn has_come(&self) -> bool {
+    pub(super) fn has_come(&self) -> bool {
         *self.phase.borrow() > self.begun
+    }
+
+    /// A kept connection on which nothing is asked ends then.
+    pub(super) async fn quiet(self) {
+        self.come().await;
+        tokio::time::sleep(QUIET).await;
     }
 
     async fn come(mut self) {
@@ -318,6 +326,17 @@ async fn http_1<S>(worker: Arc<Worker>, stream: S, peer: Peer, until: Until)
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
 {
+    if let Some(rest) = short::serve(&worker, stream, &peer, &until).await {
+        // In a box: a connection of usual requests has no room for it.
+        Box::pin(http_1_whole(worker, rest, peer, until)).await;
+    }
+}
+
+/// All of HTTP/1.1, as hyper has it.
+async fn http_1_whole<S>(worker: Arc<Worker>, stream: S, peer: Peer, until: Until)
+where
+    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+{
     let (patience, stats) = (peer.patience, worker.proxy.standing.stats.clone());
     let peer = Arc::new(peer);
     let end = until.clone();
@@ -325,7 +344,7 @@ where
         let (worker, peer, end) = (worker.clone(), peer.clone(), end.clone());
         async move {
             // In a box: hyper keeps room for what this returns as long as the connection lasts, idle or not.
-            let mut response = Box::pin(answer(&worker, &peer, request)).await;
+            let mut response = Box::pin(answer(&worker, &peer, Arriving::of(request))).await;
             if end.has_come() && response.status() != StatusCode::SWITCHING_PROTOCOLS {
                 response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
@@ -339,11 +358,7 @@ where
         .max_headers(MAX_FIELDS)
         .serve_connection(TokioIo::new(stream), service)
         .with_upgrades();
-    let quiet = async {
-        until.come().await;
-        tokio::time::sleep(QUIET).await;
-    };
-    let ended = until_idle(connection, |connection| connection.graceful_shutdown(), quiet).await;
+    let ended = until_idle(connection, |connection| connection.graceful_shutdown(), until.quiet()).await;
     tell(&stats, ended);
 }
 
@@ -354,7 +369,8 @@ async fn http_2(worker: Arc<Worker>, stream: TlsStream<TcpStream>, peer: Peer, u
     let service = service_fn(move |request| {
         let (worker, peer) = (worker.clone(), peer.clone());
         async move {
-            let mut response = answer(&worker, &peer, request).await;
+            // In a box: hyper moves the whole of it more than once.
+            let mut response = Box::pin(answer(&worker, &peer, Arriving::of(request))).await;
             *response.version_mut() = http::Version::HTTP_2;
             Ok::<_, std::convert::Infallible>(response)
         }

@@ -2,12 +2,11 @@
 //! is slower than the request itself is given up.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::time::Duration;
 
 use http::header::{self, HeaderMap, HeaderValue};
 use http::request::Parts;
-use http::{Method, Request, Uri};
+use http::{Request, Uri};
 use tokio::sync::mpsc;
 
 use super::Worker;
@@ -15,6 +14,7 @@ use super::authenticate;
 use super::balance::Choice;
 use super::body::{Body, Piece};
 use super::forward::{Plan, address, forward};
+use super::upload::Upload;
 use super::variables::{self, target};
 use crate::annotations::{Mirror, Retry};
 
@@ -78,7 +78,8 @@ pub(super) fn start(
             connect_timeout: CONNECT,
             send_timeout: READ,
             read_timeout: READ,
-            upload: Arc::default(),
+            upload: Upload::default(),
+            told: None,
         };
         if let Err(status) = sent(&plan, head, body).await {
             tracing::debug!(%status, %url, "mirror");
@@ -89,11 +90,7 @@ pub(super) fn start(
 
 /// An answer without a body leaves its connection for the next copy.
 async fn sent(plan: &Plan<'_>, head: Parts, body: Body) -> Result<(), http::StatusCode> {
-    use super::body::Held as _;
-    let is_head = head.method == Method::HEAD;
-    let mut answered = forward(plan, head, body).await?;
-    if is_head || http_body::Body::is_end_stream(answered.response.body()) {
-        answered.held.complete();
-    }
+    let mut answered = forward(plan, &head, body).await?;
+    answered.held.end(answered.response.body_mut());
     Ok(())
 }

@@ -16,7 +16,9 @@ mod arriving;
 mod authenticate;
 mod balance;
 mod body;
+mod codec;
 mod compiled;
+mod exchange;
 mod forward;
 mod front;
 mod handover;
@@ -32,6 +34,7 @@ mod pool;
 pub mod process;
 mod proxy_protocol;
 mod select;
+mod short;
 mod stats;
 mod tickets;
 mod tls;
@@ -40,6 +43,8 @@ mod variables;
 
 #[cfg(test)]
 mod fuzz;
+#[cfg(test)]
+mod raw_answers;
 #[cfg(test)]
 mod tests;
 

@@ -7,9 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use http::{Request, Response};
-use hyper::body::Incoming;
-use hyper::client::conn::{http1, http2};
+use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use nix::sys::socket::{setsockopt, sockopt::IpBindAddressNoPort};
 use rustls::ClientConfig;
@@ -18,9 +16,10 @@ use tokio::net::{TcpSocket, TcpStream};
 use tokio_rustls::TlsConnector;
 
 use super::body::Body;
+use super::exchange::{Http1, Stream};
 
-/// Idle connections that a thread keeps to one endpoint (ingress-nginx: `upstream-keepalive-connections`).
-const MAX_IDLE: usize = 320;
+/// Idle connections that a thread keeps to one endpoint: as many as clients of HTTP/2 ask on at once ask again in a moment.
+const MAX_IDLE: usize = 512;
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum UpstreamError {
@@ -74,33 +73,15 @@ pub(super) struct Pool {
 }
 
 struct Idle {
-    sender: http1::SendRequest<Body>,
+    connection: Box<Http1>,
     /// Keeps the identity in the key from being given to another configuration.
     _speech: Speech,
 }
 
 /// A connection that takes one request.
 pub(super) enum Connection {
-    One(http1::SendRequest<Body>),
+    One(Box<Http1>),
     Shared(http2::SendRequest<Body>),
-}
-
-impl Connection {
-    /// # Errors
-    /// The failure, and the request when nothing of it was sent.
-    pub(super) async fn send(
-        &mut self,
-        request: Request<Body>,
-    ) -> Result<Response<Incoming>, (hyper::Error, Option<Request<Body>>)> {
-        let sent = match self {
-            Self::One(sender) => sender.try_send_request(request).await,
-            Self::Shared(sender) => sender.try_send_request(request).await,
-        };
-        sent.map_err(|mut failed| {
-            let message = failed.take_message();
-            (failed.into_error(), message)
-        })
-    }
 }
 
 impl Pool {
@@ -115,7 +96,7 @@ impl Pool {
         same_family.copied().filter(|_| !to.ip().is_loopback())
     }
 
-    /// One that is idle, and whether it was; otherwise a new one.
+    /// One that is idle, and whether it was; otherwise a new one. For what may not be repeated an idle one is looked at twice.
     ///
     /// # Errors
     /// Nobody answers there, in time.
@@ -124,19 +105,16 @@ impl Pool {
         address: SocketAddr,
         speech: &Speech,
         patience: Duration,
+        may_repeat: bool,
     ) -> Result<(Connection, bool), UpstreamError> {
         if speech.http2 {
             if let Some(sender) = self.share(address, speech) {
                 return Ok((Connection::Shared(sender), true));
             }
-        } else {
-            while let Some(mut sender) = self.take(address, speech) {
-                if sender.ready().await.is_ok() {
-                    return Ok((Connection::One(sender), true));
-                }
-            }
+        } else if let Some(connection) = self.take(address, speech, may_repeat) {
+            return Ok((Connection::One(connection), true));
         }
-        match tokio::time::timeout(patience, self.connect(address, speech)).await {
+        match Box::pin(tokio::time::timeout(patience, self.connect(address, speech))).await {
             Ok(connected) => {
                 let connection = connected?;
                 if let Connection::Shared(sender) = &connection {
@@ -151,15 +129,24 @@ impl Pool {
 
     async fn connect(&self, address: SocketAddr, speech: &Speech) -> Result<Connection, UpstreamError> {
         let stream = self.dial(address).await.map_err(UpstreamError::Connect)?;
-        match &speech.tls {
-            None => handshake(stream, speech.http2).await,
+        let stream = match &speech.tls {
+            None => Stream::Plain(stream),
             Some(tls) => {
                 let connector = TlsConnector::from(tls.config.clone());
-                let stream =
-                    connector.connect(tls.name.clone(), stream).await.map_err(UpstreamError::Connect)?;
-                handshake(stream, speech.http2).await
+                let stream = connector.connect(tls.name.clone(), stream).await;
+                Stream::Tls(Box::new(stream.map_err(UpstreamError::Connect)?))
             }
+        };
+        if !speech.http2 {
+            return Ok(Connection::One(Box::new(Http1::new(stream))));
         }
+        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .handshake(TokioIo::new(stream))
+            .await
+            .map_err(UpstreamError::Handshake)?;
+        tokio::spawn(connection);
+        Ok(Connection::Shared(sender))
     }
 
     /// A connection of nobody's kind yet.
@@ -175,10 +162,12 @@ impl Pool {
         Ok(stream)
     }
 
-    fn take(&self, address: SocketAddr, speech: &Speech) -> Option<http1::SendRequest<Body>> {
+    fn take(&self, address: SocketAddr, speech: &Speech, may_repeat: bool) -> Option<Box<Http1>> {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         let list = idle.get_mut(&Key::new(address, speech))?;
-        std::iter::from_fn(|| list.pop()).map(|idle| idle.sender).find(|sender| !sender.is_closed())
+        let mut connections = std::iter::from_fn(|| list.pop()).map(|idle| idle.connection);
+        let is_good = |one: &mut Box<Http1>| one.is_quiet() && (may_repeat || one.is_open());
+        connections.find_map(|mut connection| is_good(&mut connection).then_some(connection))
     }
 
     fn share(&self, address: SocketAddr, speech: &Speech) -> Option<http2::SendRequest<Body>> {
@@ -193,50 +182,26 @@ impl Pool {
     }
 
     /// Takes a connection back whose answer was read whole.
-    pub(super) fn keep(&self, address: SocketAddr, speech: &Speech, connection: Connection) {
-        let Connection::One(sender) = connection else { return };
-        if sender.is_closed() {
-            return;
-        }
+    pub(super) fn keep(&self, address: SocketAddr, speech: &Speech, connection: Box<Http1>) {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         let list = idle.entry(Key::new(address, speech)).or_default();
-        if list.len() >= MAX_IDLE {
-            list.retain(|idle| !idle.sender.is_closed());
-        }
         if list.len() < MAX_IDLE {
-            list.push(Idle { sender, _speech: speech.clone() });
+            list.push(Idle { connection, _speech: speech.clone() });
         }
     }
 
-    /// Closes what is kept to endpoints that no route has any more.
+    /// Closes what is kept to endpoints that no route has any more, and what the other side closed.
     pub(super) fn tidy(&self, is_used: impl Fn(SocketAddr) -> bool) {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         idle.retain(|key, list| {
-            list.retain(|idle| !idle.sender.is_closed());
+            list.retain_mut(|idle| {
+                idle.connection.rest();
+                idle.connection.is_quiet()
+            });
             !list.is_empty() && is_used(key.address)
         });
         drop(idle);
         let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
         shared.retain(|key, (sender, _)| !sender.is_closed() && is_used(key.address));
     }
-}
-
-async fn handshake<S>(stream: S, http2: bool) -> Result<Connection, UpstreamError>
-where
-    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
-{
-    let stream = TokioIo::new(stream);
-    if http2 {
-        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
-            .timer(TokioTimer::new())
-            .handshake(stream)
-            .await
-            .map_err(UpstreamError::Handshake)?;
-        tokio::spawn(connection);
-        return Ok(Connection::Shared(sender));
-    }
-    let (sender, connection) =
-        http1::Builder::new().handshake(stream).await.map_err(UpstreamError::Handshake)?;
-    tokio::spawn(connection.with_upgrades());
-    Ok(Connection::One(sender))
 }

@@ -9,10 +9,10 @@ use super::variables::cookie_of;
 use crate::annotations::{Affinity, SameSite};
 
 /// The backend, and the value of the affinity cookie when the client has one.
-pub(super) fn select<'a>(
-    route: &'a CompiledRoute,
-    headers: &'a HeaderMap,
-) -> Option<(&'a Upstream, Option<&'a str>)> {
+pub(super) fn select<'r, 'h>(
+    route: &'r CompiledRoute,
+    headers: &'h HeaderMap,
+) -> Option<(&'r Upstream, Option<&'h str>)> {
     let main = route.upstream.as_ref()?;
     let affinity = route.route.settings.affinity.as_ref();
     let cookie = affinity.and_then(|affinity| cookie_of(headers, &affinity.cookie.name));

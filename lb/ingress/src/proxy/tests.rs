@@ -19,7 +19,7 @@ use crate::plan::tests::snapshot;
 
 /// Answers each request with its name, the request line and the fields it got; `/sleep` never answers, `/second` takes one; an Upgrade is
 /// accepted and echoes.
-fn backend(name: &'static str) -> SocketAddr {
+pub(super) fn backend(name: &'static str) -> SocketAddr {
     let listener = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let address = listener.local_addr().unwrap();
     std::thread::spawn(move || {
@@ -74,7 +74,7 @@ fn serve_one(name: &str, mut stream: &StdStream) -> Option<()> {
     stream.write_all(answer.as_bytes()).ok()
 }
 
-fn head_of(mut stream: &StdStream) -> Option<String> {
+pub(super) fn head_of(mut stream: &StdStream) -> Option<String> {
     let (mut head, mut byte) = (Vec::new(), [0; 1]);
     while !head.ends_with(b"\r\n\r\n") {
         if stream.read(&mut byte).ok()? == 0 {
@@ -150,7 +150,7 @@ impl Rig {
         Self::raw_at(self.plain, bytes)
     }
 
-    fn raw_at(address: SocketAddr, bytes: &[u8]) -> String {
+    pub(super) fn raw_at(address: SocketAddr, bytes: &[u8]) -> String {
         let mut stream = StdStream::connect(address).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
         // A proxy that refuses early may close before all is written.
@@ -1695,4 +1695,59 @@ async fn a_drain_loses_nothing_of_a_large_answer_that_is_read_slowly() {
         }
     }
     assert_eq!(got, LENGTH);
+}
+
+/// Requests that come in one piece, some for the short path and some for hyper, are answered in their order.
+#[test]
+fn pipelined_requests_are_answered_one_after_the_other_whichever_path_they_take() {
+    let rig = simple(&json!({}), ("Prefix", "/"));
+    let usual = |path: &str| format!("GET {path} HTTP/1.1\r\nHost: a.com\r\n\r\n");
+    let upload = "POST /3 HTTP/1.1\r\nHost: a.com\r\nContent-Length: 3\r\n\r\nabc";
+    let last = "GET /5 HTTP/1.1\r\nHost: a.com\r\nConnection: close\r\n\r\n";
+    let short = format!("{}{}{}{}{last}", usual("/1"), usual("/2"), usual("/3"), usual("/4"));
+    let mixed = format!("{}{}{upload}{}{last}", usual("/1"), usual("/2"), usual("/4"));
+    for (text, third) in [(&short, "GET /3"), (&mixed, "POST /3")] {
+        let answers = rig.raw(text.as_bytes());
+        let asked: Vec<&str> = answers.lines().filter_map(|line| line.strip_suffix(" HTTP/1.1")).collect();
+        assert_eq!(asked, ["GET /1", "GET /2", third, "GET /4", "GET /5"], "{answers}");
+        assert_eq!(answers.matches("HTTP/1.1 200 OK\r\n").count(), 5, "{answers}");
+    }
+}
+
+#[test]
+fn a_client_that_leaves_ends_its_request_before_the_answer_and_within_it() {
+    let (address, _) = recorder();
+    for web in [address, endless()] {
+        let rig = upload_rig(&json!({}), web);
+        let endpoint = rig.proxy.standing.endpoints.one(web);
+        let load = |wanted: usize| {
+            (0..200).any(|_| {
+                std::thread::sleep(Duration::from_millis(10));
+                endpoint.load.load(std::sync::atomic::Ordering::Relaxed) == wanted
+            })
+        };
+        let mut stream = StdStream::connect(rig.plain_6).unwrap();
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: a.com\r\n\r\n").unwrap();
+        assert!(load(1), "it is asked");
+        drop(stream);
+        assert!(load(0), "nobody waits for it any more");
+    }
+}
+
+/// Begins an answer that it never ends.
+fn endless() -> SocketAddr {
+    let listener = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        let open: Vec<_> = listener
+            .incoming()
+            .flatten()
+            .inspect(|mut stream| {
+                head_of(stream).unwrap();
+                stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc").unwrap();
+            })
+            .collect();
+        drop(open);
+    });
+    address
 }

@@ -1,7 +1,7 @@
 //! How far a request's body is on its way: whose turn it is, since when, and what the client did wrong with it. Told by the body as it
 //! passes, asked by whoever waits for the answer.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use http::StatusCode;
@@ -39,7 +39,8 @@ impl Fault {
 }
 
 /// The default is that of a request without a body.
-pub(super) struct Upload(Mutex<Progress>);
+#[derive(Clone, Default)]
+pub(super) struct Upload(Option<Arc<Mutex<Progress>>>);
 
 struct Progress {
     turn: Turn,
@@ -48,48 +49,65 @@ struct Progress {
     answered: bool,
 }
 
-impl Default for Upload {
-    fn default() -> Self {
-        Self(Mutex::new(Progress { turn: Turn::Over, since: Instant::now(), fault: None, answered: false }))
-    }
-}
-
 impl Upload {
-    fn lock(&self) -> MutexGuard<'_, Progress> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Of a body of which nothing was taken yet.
+    pub(super) fn new() -> Self {
+        let (turn, since) = (Turn::Backend, Instant::now());
+        Self(Some(Arc::new(Mutex::new(Progress { turn, since, fault: None, answered: false }))))
+    }
+
+    fn lock(&self) -> Option<MutexGuard<'_, Progress>> {
+        self.0.as_ref().map(|progress| progress.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     pub(super) fn turn(&self, turn: Turn) {
-        let mut progress = self.lock();
-        (progress.turn, progress.since) = (turn, Instant::now());
+        if let Some(mut progress) = self.lock() {
+            (progress.turn, progress.since) = (turn, Instant::now());
+        }
     }
 
     pub(super) fn fail(&self, fault: Fault) {
-        self.lock().fault = Some(fault);
+        if let Some(mut progress) = self.lock() {
+            progress.fault = Some(fault);
+        }
     }
 
     /// The answer has begun: both sides may go on talking as slowly as they like (streams of gRPC).
     pub(super) fn answered(&self) {
-        self.lock().answered = true;
+        if let Some(mut progress) = self.lock() {
+            progress.answered = true;
+        }
     }
 
     pub(super) fn is_answered(&self) -> bool {
-        self.lock().answered
+        self.lock().is_some_and(|progress| progress.answered)
     }
 
     pub(super) fn fault(&self) -> Option<Fault> {
-        self.lock().fault
+        self.lock()?.fault
     }
+}
 
-    /// Until when a backend that was asked at `begun` has time: `send` to take the next piece, `read` to answer. For the client
-    /// somebody else waits, so that is only when to look again.
-    pub(super) fn due(&self, begun: Instant, send: Duration, read: Duration) -> Instant {
-        let progress = self.lock();
-        let since = progress.since.max(begun);
+/// Until when a backend has time.
+#[derive(Clone)]
+pub(super) struct Deadline {
+    pub(super) upload: Upload,
+    /// When it was asked.
+    pub(super) begun: Instant,
+    /// To take the next piece, and to answer.
+    pub(super) send: Duration,
+    pub(super) read: Duration,
+}
+
+impl Deadline {
+    /// For the client somebody else waits, so that is only when to look again.
+    pub(super) fn at(&self) -> Instant {
+        let Some(progress) = self.upload.lock() else { return self.begun + self.read };
+        let since = progress.since.max(self.begun);
         match progress.turn {
-            Turn::Backend => since + send,
-            Turn::Over => since + read,
-            Turn::Client => Instant::now() + send.min(read),
+            Turn::Backend => since + self.send,
+            Turn::Over => since + self.read,
+            Turn::Client => Instant::now() + self.send.min(self.read),
         }
     }
 }
@@ -101,14 +119,17 @@ mod tests {
     #[test]
     fn a_backend_has_time_to_take_a_piece_and_to_answer_and_none_while_the_client_is_awaited() {
         let (send, read) = (Duration::from_secs(3), Duration::from_secs(60));
-        let upload = Upload::default();
+        let due = |upload: &Upload, begun, read| Deadline { upload: upload.clone(), begun, send, read }.at();
         let later = Instant::now() + Duration::from_secs(5);
-        assert_eq!(upload.due(later, send, read), later + read);
+        assert_eq!(due(&Upload::default(), later, read), later + read);
+        let upload = Upload::new();
+        assert_eq!(due(&upload, later, read), later + send);
+        upload.turn(Turn::Over);
+        assert_eq!(due(&upload, later, read), later + read);
         upload.turn(Turn::Backend);
-        assert_eq!(upload.due(later, send, read), later + send);
-        assert!(upload.due(Instant::now(), send, read) > Instant::now() + Duration::from_secs(2));
+        assert!(due(&upload, Instant::now(), read) > Instant::now() + Duration::from_secs(2));
         upload.turn(Turn::Client);
         std::thread::sleep(Duration::from_millis(20));
-        assert!(upload.due(Instant::now(), Duration::from_millis(10), read) > Instant::now());
+        assert!(due(&upload, Instant::now(), Duration::from_millis(10)) > Instant::now());
     }
 }

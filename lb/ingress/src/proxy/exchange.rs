@@ -1,0 +1,594 @@
+//! One request to a backend over HTTP/1.1 and its answer, within the request's own task: the head and what is ready of the body go out
+//! in one piece, and the answer is listened for meanwhile. A connection takes another request when its answer was read to an end that
+//! [`codec`] is sure of, the request went out whole, and not a byte followed.
+
+use std::io::{self, IoSlice};
+use std::os::fd::AsRawFd as _;
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll, Waker, ready};
+use std::time::{Duration, Instant};
+
+use bytes::{Buf as _, Bytes, BytesMut};
+use http::header;
+use http::request::Parts;
+use http::{Response, StatusCode};
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use hyper::body::Incoming;
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf, ReadHalf, WriteHalf};
+use tokio::net::TcpStream;
+use tokio::time::Sleep;
+use tokio_rustls::client::TlsStream;
+
+use super::body::{Body, BodyError};
+use super::codec::{self, Frames, Framing, Malformed, Piece};
+use super::hygiene::Told;
+use super::upload::Deadline;
+
+/// Of one read: the first, and the longest for bodies that fill it.
+const READ_BYTES: usize = 8 * 1024;
+const MAX_READ_BYTES: usize = 128 * 1024;
+/// Of the room for heads that a connection keeps.
+const KEPT_BYTES: usize = 2 * 1024;
+/// A piece of a body that is sent from where it is; smaller ones are gathered.
+const LARGE_PIECE: usize = 8 * 1024;
+/// Interim answers (1xx) before the one that counts.
+const MAX_INTERIM: usize = 16;
+
+/// Why there is no answer, or no whole one.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ExchangeError {
+    #[error("the connection")]
+    Io(#[from] io::Error),
+    #[error("the backend closed its connection before its answer was whole")]
+    Cut,
+    #[error("the backend closed its connection without an answer")]
+    Silent,
+    #[error("the backend's answer")]
+    Malformed(#[from] Malformed),
+    #[error("more than {MAX_INTERIM} interim answers")]
+    Interim,
+    #[error("the backend changes to a protocol that nobody asked for")]
+    Upgrade,
+    #[error("a body does not have its length")]
+    Length,
+    #[error("a body")]
+    Body(#[source] Box<BodyError>),
+    #[error("the backend said nothing for too long")]
+    Timeout,
+}
+
+pub(super) enum Stream {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+    /// Somebody else sends the rest of a request.
+    Half(ReadHalf<Stream>),
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        into: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_read(context, into),
+            Self::Tls(stream) => Pin::new(stream).poll_read(context, into),
+            Self::Half(stream) => Pin::new(stream).poll_read(context, into),
+        }
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_write(context, bytes),
+            Self::Tls(stream) => Pin::new(stream).poll_write(context, bytes),
+            Self::Half(_) => Poll::Ready(Err(io::ErrorKind::BrokenPipe.into())),
+        }
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        pieces: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_write_vectored(context, pieces),
+            Self::Tls(stream) => Pin::new(stream).poll_write_vectored(context, pieces),
+            Self::Half(_) => Poll::Ready(Err(io::ErrorKind::BrokenPipe.into())),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_flush(context),
+            Self::Tls(stream) => Pin::new(stream).poll_flush(context),
+            Self::Half(_) => Poll::Ready(Ok(())),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_shutdown(context),
+            Self::Tls(stream) => Pin::new(stream).poll_shutdown(context),
+            Self::Half(_) => Poll::Ready(Ok(())),
+        }
+    }
+}
+
+/// A connection to a backend that speaks HTTP/1.1.
+pub(super) struct Http1 {
+    stream: Stream,
+    /// Read and not taken yet.
+    read: BytesMut,
+    read_bytes: usize,
+    /// The room in which heads are written.
+    write: Vec<u8>,
+    clock: Clock,
+}
+
+/// A timer that outlives what it is set for: it is only touched where it would ring too late, and asked again when it rang too early.
+#[derive(Default)]
+pub(super) struct Clock(Option<Pin<Box<Sleep>>>);
+
+impl Clock {
+    pub(super) fn poll(&mut self, context: &mut Context<'_>, due: Instant) -> Poll<()> {
+        let due = due.into();
+        let timer = self.0.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(due)));
+        if timer.deadline() > due {
+            timer.as_mut().reset(due);
+        }
+        while timer.as_mut().poll(context).is_ready() {
+            if timer.deadline() >= due {
+                return Poll::Ready(());
+            }
+            timer.as_mut().reset(due);
+        }
+        Poll::Pending
+    }
+}
+
+impl Http1 {
+    pub(super) fn new(stream: Stream) -> Self {
+        Self {
+            stream,
+            read: BytesMut::new(),
+            read_bytes: READ_BYTES,
+            write: Vec::new(),
+            clock: Clock::default(),
+        }
+    }
+
+    /// Whether a kept connection can take a request: the other side has neither closed it nor said anything since.
+    pub(super) fn is_quiet(&mut self) -> bool {
+        let mut byte = [0; 1];
+        let mut context = Context::from_waker(Waker::noop());
+        Pin::new(&mut self.stream).poll_read(&mut context, &mut ReadBuf::new(&mut byte)).is_pending()
+    }
+
+    /// The same, asked of the kernel: what it knows comes to the runtime a moment later.
+    pub(super) fn is_open(&self) -> bool {
+        let (stream, is_plain) = match &self.stream {
+            Stream::Plain(stream) => (stream, true),
+            Stream::Tls(stream) => (stream.get_ref().0, false),
+            Stream::Half(_) => return false,
+        };
+        match recv(stream.as_raw_fd(), &mut [0; 1], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) {
+            // Tickets of a TLS session come late.
+            Ok(length) => length > 0 && !is_plain,
+            Err(error) => error == Errno::EAGAIN,
+        }
+    }
+
+    /// Gives away what the next request has to make anew.
+    pub(super) fn rest(&mut self) {
+        self.read = BytesMut::new();
+        self.write = Vec::new();
+    }
+
+    fn poll_fill(&mut self, context: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let wanted = self.read_bytes;
+        if self.read.capacity() - self.read.len() < wanted / 4 {
+            self.read.reserve(wanted);
+        }
+        let room = self.read.capacity() - self.read.len();
+        let length = ready!(pin!(self.stream.read_buf(&mut self.read)).poll(context))?;
+        if length == room {
+            self.read_bytes = (wanted * 2).min(MAX_READ_BYTES);
+        }
+        Poll::Ready(Ok(length))
+    }
+
+    /// The answer to this request, which has begun when this returns.
+    ///
+    /// # Errors
+    /// There is none, with the body where nothing was sent.
+    pub(super) async fn ask(
+        mut self: Box<Self>,
+        head: &Parts,
+        told: Option<Told<'_>>,
+        body: Body,
+        deadline: &Deadline,
+    ) -> Result<Response<Answer>, (ExchangeError, Option<Body>)> {
+        let mut write = std::mem::take(&mut self.write);
+        let known = if body.is_empty() { None } else { Some(body.size_hint().exact()) };
+        let frames =
+            codec::write_head(&mut write, head, told, known).map_err(|error| (error.into(), None))?;
+        let mut sending = Sending::new(body, frames, write);
+        let mut interim = 0;
+        let answered = std::future::poll_fn(|context| {
+            if let Poll::Ready(Err(error)) = sending.poll(context, &mut self.stream) {
+                // A backend that closed early may have said why.
+                if !sending.begun || !matches!(error, ExchangeError::Io(_)) {
+                    return Poll::Ready(Err(error));
+                }
+            }
+            loop {
+                match self.poll_fill(context) {
+                    Poll::Ready(Ok(1..)) => {}
+                    Poll::Ready(Ok(0) | Err(_)) if interim == 0 && self.read.is_empty() => {
+                        return Poll::Ready(Err(ExchangeError::Silent));
+                    }
+                    Poll::Ready(Ok(0)) => return Poll::Ready(Err(ExchangeError::Cut)),
+                    Poll::Ready(Err(error)) => return Poll::Ready(Err(error.into())),
+                    Poll::Pending => {
+                        ready!(self.clock.poll(context, deadline.at()));
+                        if deadline.at() <= Instant::now() {
+                            return Poll::Ready(Err(ExchangeError::Timeout));
+                        }
+                        continue;
+                    }
+                }
+                while let Some(head) = codec::head(&mut self.read, &head.method)? {
+                    if !head.status.is_informational() || head.status == StatusCode::SWITCHING_PROTOCOLS {
+                        return Poll::Ready(Ok(head));
+                    }
+                    interim += 1;
+                    if interim > MAX_INTERIM {
+                        return Poll::Ready(Err(ExchangeError::Interim));
+                    }
+                }
+            }
+        });
+        let mut answer = match answered.await {
+            Ok(answer) => answer,
+            Err(error) => return Err((error, sending.unsent())),
+        };
+        let upgraded = answer.status == StatusCode::SWITCHING_PROTOCOLS;
+        if upgraded && (!head.headers.contains_key(header::UPGRADE) || !sending.is_done()) {
+            return Err((ExchangeError::Upgrade, None));
+        }
+        answer.lasts &= sending.is_done() && !upgraded;
+        if sending.is_done() {
+            self.write = sending.into_room();
+        } else if !sending.broken {
+            let (reading, writing) = tokio::io::split(self.stream);
+            tokio::spawn(sending.finish(writing, deadline.clone()));
+            self.stream = Stream::Half(reading);
+        }
+        let mut response = Response::new(Answer::One(Reading {
+            connection: Some(self),
+            framing: answer.framing,
+            lasts: answer.lasts,
+            waiting_since: None,
+        }));
+        (*response.status_mut(), *response.headers_mut()) = (answer.status, answer.fields);
+        Ok(response)
+    }
+}
+
+/// What is still to be sent of a request, or of an answer.
+pub(super) struct Sending {
+    body: Body,
+    frames: Frames,
+    /// To be sent: these bytes from `sent` on, then `piece`, then `after`.
+    bytes: Vec<u8>,
+    sent: usize,
+    piece: Bytes,
+    after: Vec<u8>,
+    begun: bool,
+    /// The end of the body is among what is to be sent.
+    ended: bool,
+    broken: bool,
+}
+
+impl Sending {
+    /// `bytes` is the head.
+    pub(super) fn new(body: Body, frames: Frames, bytes: Vec<u8>) -> Self {
+        let (sent, piece, after) = (0, Bytes::new(), Vec::new());
+        let ended = body.is_empty() && frames == Frames::Length(0);
+        Self { body, frames, bytes, sent, piece, after, begun: false, ended, broken: false }
+    }
+
+    fn is_done(&self) -> bool {
+        self.ended && self.is_out()
+    }
+
+    fn is_out(&self) -> bool {
+        self.sent == self.bytes.len() && self.piece.is_empty()
+    }
+
+    /// The body, when it and the head are whole still.
+    fn unsent(self) -> Option<Body> {
+        (!self.begun && self.body.is_empty()).then_some(self.body)
+    }
+
+    /// The room that heads are written in, for the next.
+    pub(super) fn into_room(mut self) -> Vec<u8> {
+        self.bytes.clear();
+        self.bytes.shrink_to(KEPT_BYTES);
+        self.bytes
+    }
+
+    /// Sends until all is out.
+    pub(super) fn poll<S: AsyncWrite + Unpin>(
+        &mut self,
+        context: &mut Context<'_>,
+        stream: &mut S,
+    ) -> Poll<Result<(), ExchangeError>> {
+        if self.broken {
+            return Poll::Ready(Err(io::Error::from(io::ErrorKind::BrokenPipe).into()));
+        }
+        let polled = self.poll_out(context, stream);
+        self.broken = matches!(polled, Poll::Ready(Err(_)));
+        polled
+    }
+
+    fn poll_out<S: AsyncWrite + Unpin>(
+        &mut self,
+        context: &mut Context<'_>,
+        stream: &mut S,
+    ) -> Poll<Result<(), ExchangeError>> {
+        loop {
+            self.gather(context)?;
+            if self.is_out() {
+                let flushed = Pin::new(&mut *stream).poll_flush(context)?;
+                return if self.ended { flushed.map(Ok) } else { Poll::Pending };
+            }
+            let left = self.bytes.get(self.sent..).unwrap_or_default();
+            let slices = [left, &self.piece, &self.after].map(IoSlice::new);
+            let length = match self.piece.is_empty() {
+                true => ready!(Pin::new(&mut *stream).poll_write(context, left))?,
+                false => ready!(Pin::new(&mut *stream).poll_write_vectored(context, &slices))?,
+            };
+            if length == 0 {
+                return Poll::Ready(Err(io::Error::from(io::ErrorKind::WriteZero).into()));
+            }
+            self.begun = true;
+            self.advance(length);
+        }
+    }
+
+    fn advance(&mut self, length: usize) {
+        let head = length.min(self.bytes.len() - self.sent);
+        self.sent += head;
+        let piece = (length - head).min(self.piece.len());
+        self.piece.advance(piece);
+        if self.is_out() {
+            self.bytes.clear();
+            self.sent = length - head - piece;
+            // Swapped only where something is there: the room for heads is to stay.
+            if !self.after.is_empty() {
+                std::mem::swap(&mut self.bytes, &mut self.after);
+            }
+        }
+    }
+
+    /// Takes from the body what is ready, until it is enough for a write.
+    fn gather(&mut self, context: &mut Context<'_>) -> Result<(), ExchangeError> {
+        while !self.ended && self.piece.is_empty() && self.bytes.len() - self.sent < 2 * LARGE_PIECE {
+            let frame = match Pin::new(&mut self.body).poll_frame(context) {
+                Poll::Pending => return Ok(()),
+                Poll::Ready(None) => return self.end(&header::HeaderMap::new()),
+                Poll::Ready(Some(frame)) => frame.map_err(|error| ExchangeError::Body(Box::new(error)))?,
+            };
+            match frame.into_data() {
+                Ok(data) => self.put(data)?,
+                Err(frame) => {
+                    let trailer = frame.into_trailers().unwrap_or_default();
+                    return self.end(&trailer);
+                }
+            }
+            if self.body.is_end_stream() {
+                return self.end(&header::HeaderMap::new());
+            }
+        }
+        Ok(())
+    }
+
+    fn put(&mut self, data: Bytes) -> Result<(), ExchangeError> {
+        // A chunk without bytes would be the last.
+        if data.is_empty() {
+            return Ok(());
+        }
+        match &mut self.frames {
+            Frames::Length(left) => {
+                *left = left.checked_sub(data.len() as u64).ok_or(ExchangeError::Length)?;
+            }
+            Frames::Chunked(_) => codec::write_size(&mut self.bytes, data.len()),
+        }
+        let large = data.len() >= LARGE_PIECE;
+        if large {
+            self.piece = data;
+        } else {
+            self.bytes.extend_from_slice(&data);
+        }
+        if matches!(self.frames, Frames::Chunked(_)) {
+            self.last().extend_from_slice(b"\r\n");
+        }
+        Ok(())
+    }
+
+    fn last(&mut self) -> &mut Vec<u8> {
+        if self.piece.is_empty() { &mut self.bytes } else { &mut self.after }
+    }
+
+    fn end(&mut self, trailer: &header::HeaderMap) -> Result<(), ExchangeError> {
+        self.ended = true;
+        match std::mem::replace(&mut self.frames, Frames::Length(0)) {
+            Frames::Length(0) => Ok(()),
+            Frames::Length(_) => Err(ExchangeError::Length),
+            Frames::Chunked(announced) => {
+                codec::write_end(self.last(), &announced, trailer);
+                Ok(())
+            }
+        }
+    }
+
+    /// Sends the rest beside an answer that has begun.
+    async fn finish(mut self, mut stream: WriteHalf<Stream>, deadline: Deadline) {
+        let mut clock = Clock::default();
+        let sent = std::future::poll_fn(|context| {
+            if let Poll::Ready(sent) = self.poll(context, &mut stream) {
+                return Poll::Ready(sent);
+            }
+            while clock.poll(context, deadline.at()).is_ready() {
+                if deadline.at() <= Instant::now() {
+                    return Poll::Ready(Err(ExchangeError::Timeout));
+                }
+            }
+            Poll::Pending
+        });
+        if let Err(error) = sent.await {
+            tracing::debug!(error = weft_netstack::reconcile::chain(&error), "the rest of a request");
+            // A request that ends too early must not look like one that is on its way.
+            let _ = stream.shutdown().await;
+        }
+    }
+}
+
+/// An answer's body as it comes from a backend.
+pub(super) enum Answer {
+    One(Reading),
+    /// Over HTTP/2.
+    Shared(Incoming),
+}
+
+/// An answer that is being read.
+pub(super) struct Reading {
+    /// `None` once it was read.
+    connection: Option<Box<Http1>>,
+    framing: Framing,
+    lasts: bool,
+    waiting_since: Option<Instant>,
+}
+
+type Polled = Poll<Option<Result<Frame<Bytes>, BodyError>>>;
+
+impl Reading {
+    fn poll(&mut self, context: &mut Context<'_>, patience: Duration) -> Polled {
+        loop {
+            let Some(connection) = &mut self.connection else { return Poll::Ready(None) };
+            let piece = self.framing.next(&mut connection.read).map_err(ExchangeError::from);
+            match piece {
+                Ok(Piece::Data(data)) => return Poll::Ready(Some(Ok(Frame::data(data)))),
+                Ok(Piece::Trailer(fields)) => return Poll::Ready(Some(Ok(Frame::trailers(fields)))),
+                Ok(Piece::End) => return Poll::Ready(None),
+                Ok(Piece::More) => {}
+                Err(error) => return self.broken(error),
+            }
+            match connection.poll_fill(context) {
+                Poll::Ready(Ok(1..)) => self.waiting_since = None,
+                Poll::Ready(Ok(0)) if self.framing == Framing::Close => {
+                    self.connection = None;
+                    return Poll::Ready(None);
+                }
+                Poll::Ready(Ok(0)) => return self.broken(ExchangeError::Cut),
+                Poll::Ready(Err(error)) => return self.broken(error.into()),
+                Poll::Pending => {
+                    let since = *self.waiting_since.get_or_insert_with(Instant::now);
+                    ready!(connection.clock.poll(context, since + patience));
+                    self.connection = None;
+                    return Poll::Ready(Some(Err(BodyError::Timeout(patience))));
+                }
+            }
+        }
+    }
+
+    fn broken(&mut self, error: ExchangeError) -> Polled {
+        self.connection = None;
+        Poll::Ready(Some(Err(error.into())))
+    }
+
+    fn is_over(&mut self) -> bool {
+        self.connection.as_mut().is_none_or(|connection| self.framing.is_over(&mut connection.read))
+    }
+}
+
+impl Answer {
+    /// The next of it; waits for no longer than `patience`.
+    pub(super) fn poll(&mut self, context: &mut Context<'_>, patience: Duration) -> Polled {
+        match self {
+            Self::One(reading) => reading.poll(context, patience),
+            Self::Shared(incoming) => {
+                Pin::new(incoming).poll_frame(context).map(|frame| frame.map(|frame| Ok(frame?)))
+            }
+        }
+    }
+
+    /// Whether all of it was taken.
+    pub(super) fn is_over(&mut self) -> bool {
+        match self {
+            Self::One(reading) => reading.is_over(),
+            Self::Shared(incoming) => incoming.is_end_stream(),
+        }
+    }
+
+    pub(super) fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::One(Reading { connection: None, .. }) => SizeHint::with_exact(0),
+            Self::One(reading) => reading.framing.left().map_or_else(SizeHint::new, SizeHint::with_exact),
+            Self::Shared(incoming) => incoming.size_hint(),
+        }
+    }
+
+    /// The whole body, where it has come with the head.
+    pub(super) fn whole(&mut self) -> Option<Bytes> {
+        let Self::One(Reading { connection: Some(connection), framing: Framing::Length(left), .. }) = self
+        else {
+            return None;
+        };
+        let length = usize::try_from(*left).ok().filter(|length| *length <= connection.read.len())?;
+        *left = 0;
+        Some(connection.read.split_to(length).freeze())
+    }
+
+    /// The connection of an answer that was read, when it can take another request.
+    pub(super) fn release(&mut self) -> Option<Box<Http1>> {
+        let over = self.is_over();
+        let Self::One(reading) = self else { return None };
+        let lasts = reading.lasts && over;
+        reading.connection.take_if(|_| over).filter(|connection| lasts && connection.read.is_empty())
+    }
+
+    /// The stream of an answer that changes the protocol, and what was read of it.
+    pub(super) fn upgraded(self) -> Option<(Stream, Bytes)> {
+        match self {
+            Self::One(reading) => {
+                let connection = *reading.connection?;
+                Some((connection.stream, connection.read.freeze()))
+            }
+            Self::Shared(_) => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_kernel_knows_of_a_closed_connection_before_the_runtime_does() {
+        let listener = std::net::TcpListener::bind((std::net::Ipv6Addr::LOCALHOST, 0)).unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let mut connection = Http1::new(Stream::Plain(stream));
+        assert!(connection.is_quiet() && connection.is_open());
+        drop(listener.accept().unwrap());
+        assert!(connection.is_quiet(), "nobody has asked the kernel yet");
+        assert!(!connection.is_open());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert!(!connection.is_quiet());
+    }
+}
