@@ -2,6 +2,7 @@
 //! in one piece, and the answer is listened for meanwhile. A connection takes another request when its answer was read to an end that
 //! [`codec`] is sure of, the request went out whole, and not a byte followed.
 
+use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::os::fd::AsRawFd as _;
 use std::pin::{Pin, pin};
@@ -33,6 +34,9 @@ const MAX_READ_BYTES: usize = 128 * 1024;
 const KEPT_BYTES: usize = 2 * 1024;
 /// A piece of a body that is sent from where it is; smaller ones are gathered.
 const LARGE_PIECE: usize = 8 * 1024;
+/// Of a body that is taken before it goes out in one write, and the pieces of one write.
+const MAX_WAITING: usize = 256 * 1024;
+const MAX_SLICES: usize = 16;
 /// Interim answers (1xx) before the one that counts.
 const MAX_INTERIM: usize = 16;
 
@@ -283,11 +287,12 @@ impl Http1 {
 pub(super) struct Sending {
     body: Body,
     frames: Frames,
-    /// To be sent: these bytes from `sent` on, then `piece`, then `after`.
+    /// To be sent: these bytes from `sent` on, then the pieces.
     bytes: Vec<u8>,
     sent: usize,
-    piece: Bytes,
-    after: Vec<u8>,
+    pieces: VecDeque<Bytes>,
+    /// Bytes of all pieces.
+    waiting: usize,
     begun: bool,
     /// The end of the body is among what is to be sent.
     ended: bool,
@@ -297,9 +302,9 @@ pub(super) struct Sending {
 impl Sending {
     /// `bytes` is the head.
     pub(super) fn new(body: Body, frames: Frames, bytes: Vec<u8>) -> Self {
-        let (sent, piece, after) = (0, Bytes::new(), Vec::new());
         let ended = body.is_empty() && frames == Frames::Length(0);
-        Self { body, frames, bytes, sent, piece, after, begun: false, ended, broken: false }
+        let pieces = VecDeque::new();
+        Self { body, frames, bytes, sent: 0, pieces, waiting: 0, begun: false, ended, broken: false }
     }
 
     fn is_done(&self) -> bool {
@@ -307,7 +312,7 @@ impl Sending {
     }
 
     fn is_out(&self) -> bool {
-        self.sent == self.bytes.len() && self.piece.is_empty()
+        self.sent == self.bytes.len() && self.pieces.is_empty()
     }
 
     /// The body, when it and the head are whole still.
@@ -348,10 +353,17 @@ impl Sending {
                 return if self.ended { flushed.map(Ok) } else { Poll::Pending };
             }
             let left = self.bytes.get(self.sent..).unwrap_or_default();
-            let slices = [left, &self.piece, &self.after].map(IoSlice::new);
-            let length = match self.piece.is_empty() {
-                true => ready!(Pin::new(&mut *stream).poll_write(context, left))?,
-                false => ready!(Pin::new(&mut *stream).poll_write_vectored(context, &slices))?,
+            let length = if self.pieces.is_empty() {
+                ready!(Pin::new(&mut *stream).poll_write(context, left))?
+            } else {
+                let mut slices = [IoSlice::new(&[]); MAX_SLICES];
+                let parts = std::iter::once(left).chain(self.pieces.iter().map(|piece| &**piece));
+                let mut count = 0;
+                for (slice, part) in slices.iter_mut().zip(parts) {
+                    (*slice, count) = (IoSlice::new(part), count + 1);
+                }
+                let slices = slices.get(..count).unwrap_or_default();
+                ready!(Pin::new(&mut *stream).poll_write_vectored(context, slices))?
             };
             if length == 0 {
                 return Poll::Ready(Err(io::Error::from(io::ErrorKind::WriteZero).into()));
@@ -364,21 +376,25 @@ impl Sending {
     fn advance(&mut self, length: usize) {
         let head = length.min(self.bytes.len() - self.sent);
         self.sent += head;
-        let piece = (length - head).min(self.piece.len());
-        self.piece.advance(piece);
-        if self.is_out() {
+        if self.sent == self.bytes.len() {
             self.bytes.clear();
-            self.sent = length - head - piece;
-            // Swapped only where something is there: the room for heads is to stay.
-            if !self.after.is_empty() {
-                std::mem::swap(&mut self.bytes, &mut self.after);
+            self.sent = 0;
+        }
+        let mut left = length - head;
+        self.waiting -= left;
+        while let Some(piece) = self.pieces.front_mut().filter(|_| left > 0) {
+            let taken = left.min(piece.len());
+            piece.advance(taken);
+            left -= taken;
+            if piece.is_empty() {
+                self.pieces.pop_front();
             }
         }
     }
 
     /// Takes from the body what is ready, until it is enough for a write.
     fn gather(&mut self, context: &mut Context<'_>) -> Result<(), ExchangeError> {
-        while !self.ended && self.piece.is_empty() && self.bytes.len() - self.sent < 2 * LARGE_PIECE {
+        while !self.ended && self.bytes.len() + self.waiting < MAX_WAITING {
             let frame = match Pin::new(&mut self.body).poll_frame(context) {
                 Poll::Pending => return Ok(()),
                 Poll::Ready(None) => return self.end(&header::HeaderMap::new()),
@@ -407,22 +423,26 @@ impl Sending {
             Frames::Length(left) => {
                 *left = left.checked_sub(data.len() as u64).ok_or(ExchangeError::Length)?;
             }
-            Frames::Chunked(_) => codec::write_size(&mut self.bytes, data.len()),
+            Frames::Chunked(_) => {
+                let mut size = Vec::with_capacity(20);
+                codec::write_size(&mut size, data.len());
+                self.add(size.into());
+                self.add(data);
+                self.add(Bytes::from_static(b"\r\n"));
+                return Ok(());
+            }
         }
-        let large = data.len() >= LARGE_PIECE;
-        if large {
-            self.piece = data;
-        } else {
-            self.bytes.extend_from_slice(&data);
-        }
-        if matches!(self.frames, Frames::Chunked(_)) {
-            self.last().extend_from_slice(b"\r\n");
-        }
+        self.add(data);
         Ok(())
     }
 
-    fn last(&mut self) -> &mut Vec<u8> {
-        if self.piece.is_empty() { &mut self.bytes } else { &mut self.after }
+    fn add(&mut self, data: Bytes) {
+        if self.pieces.is_empty() && data.len() < LARGE_PIECE {
+            self.bytes.extend_from_slice(&data);
+        } else {
+            self.waiting += data.len();
+            self.pieces.push_back(data);
+        }
     }
 
     fn end(&mut self, trailer: &header::HeaderMap) -> Result<(), ExchangeError> {
@@ -431,7 +451,9 @@ impl Sending {
             Frames::Length(0) => Ok(()),
             Frames::Length(_) => Err(ExchangeError::Length),
             Frames::Chunked(announced) => {
-                codec::write_end(self.last(), &announced, trailer);
+                let mut end = Vec::new();
+                codec::write_end(&mut end, &announced, trailer);
+                self.add(end.into());
                 Ok(())
             }
         }
@@ -590,5 +612,39 @@ mod tests {
         assert!(!connection.is_open());
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert!(!connection.is_quiet());
+    }
+
+    /// Small and large pieces, to somebody who takes little at a time.
+    #[tokio::test]
+    async fn a_body_goes_out_as_it_came_in_either_framing() {
+        let lengths = [3, 9_000, 1, 8_191, 8_192, 70_000, 5, 300_000, 0, 2];
+        let pieces: Vec<Bytes> =
+            lengths.iter().map(|length| vec![b'a' + (length % 7) as u8; *length].into()).collect();
+        let whole = pieces.concat();
+        for frames in [Frames::Length(whole.len() as u64), Frames::Chunked(Vec::new())] {
+            let mut framing = match &frames {
+                Frames::Length(length) => Framing::Length(*length),
+                Frames::Chunked(_) => Framing::Chunked(codec::Chunks::default()),
+            };
+            let (sender, receiver) = tokio::sync::mpsc::channel(64);
+            for piece in pieces.iter().cloned().map(Some).chain([None]) {
+                sender.send(piece).await.unwrap();
+            }
+            let mut sending = Sending::new(Body::Copy(receiver), frames, b"head".to_vec());
+            let (mut to, mut from) = tokio::io::duplex(1_000);
+            let sent = async {
+                std::future::poll_fn(|context| sending.poll(context, &mut to)).await.unwrap();
+                drop(to);
+            };
+            let mut got = Vec::new();
+            let ((), read) = tokio::join!(sent, from.read_to_end(&mut got));
+            read.unwrap();
+            let (mut buffer, mut body) = (BytesMut::from(got.strip_prefix(b"head").unwrap()), Vec::new());
+            while let Piece::Data(data) = framing.next(&mut buffer).unwrap() {
+                body.extend_from_slice(&data);
+            }
+            assert!(framing.is_over(&mut buffer) && buffer.is_empty());
+            assert!(body == whole);
+        }
     }
 }
