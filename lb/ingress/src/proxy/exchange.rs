@@ -394,7 +394,9 @@ impl Sending {
 
     /// Takes from the body what is ready, until it is enough for a write.
     fn gather(&mut self, context: &mut Context<'_>) -> Result<(), ExchangeError> {
-        while !self.ended && self.bytes.len() + self.waiting < MAX_WAITING {
+        let is_enough =
+            |it: &Self| it.pieces.len() >= MAX_SLICES || it.bytes.len() + it.waiting >= MAX_WAITING;
+        while !self.ended && !is_enough(self) {
             let frame = match Pin::new(&mut self.body).poll_frame(context) {
                 Poll::Pending => return Ok(()),
                 Poll::Ready(None) => return self.end(&header::HeaderMap::new()),
