@@ -228,11 +228,20 @@ fn body() -> impl Strategy<Value = &'static str> {
 
 const SECOND: &str = "GET /second HTTP/1.1\r\nHost: a.com\r\nConnection: close\r\n\r\n";
 
+/// So many cases, unless PROPTEST_CASES says how many.
+fn config(cases: u32) -> ProptestConfig {
+    let of_environment = ProptestConfig { failure_persistence: None, ..ProptestConfig::default() };
+    match std::env::var_os("PROPTEST_CASES") {
+        Some(_) => of_environment,
+        None => ProptestConfig { cases, ..of_environment },
+    }
+}
+
 #[test]
 fn a_framing_means_to_the_backend_what_rfc_9112_says_or_is_refused() {
     let (address, understood) = listening();
     let rig = Rig::start(&simple_table(&json!({}), address));
-    let config = ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() };
+    let config = config(400);
     let case = (
         prop::sample::select(vec!["1.1", "1.1", "1.1", "1.0"]),
         prop::collection::vec(field(), 0..3),
@@ -326,7 +335,7 @@ fn decoded(text: &[u8], lengths: impl IntoIterator<Item = usize>) -> Option<(Vec
 
 #[test]
 fn a_chunked_answer_ends_where_rfc_9112_says_wherever_it_is_cut() {
-    let config = ProptestConfig { cases: 4000, failure_persistence: None, ..ProptestConfig::default() };
+    let config = config(4000);
     proptest!(config, |(text in chunks(), lengths in prop::collection::vec(1..12_usize, 0..12))| {
         let expected = unchunked(&text).0.map(|(body, after)| (body, after.to_vec()));
         let shown = String::from_utf8_lossy(&text);
@@ -440,7 +449,7 @@ fn after_first(at: SocketAddr, first: &str, rest: &str) -> Vec<String> {
 fn the_short_path_answers_whatever_comes_as_hyper_does() {
     // It answers with the head that it got.
     let rig = Rig::start(&simple_table(&json!({}), backend("web")));
-    let config = ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() };
+    let config = config(300);
     let last = "GET /last HTTP/1.1\r\nHost: a.com\r\nConnection: close\r\n\r\n";
     proptest!(config, |(head in heads())| {
         let rest = format!("{head}{last}");
@@ -466,7 +475,7 @@ fn a_damaged_hello_reaches_a_backend_as_it_is_or_not_at_all() {
         }
     });
     let hello = client_hello("pass.com");
-    let config = ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() };
+    let config = config(300);
     let damage = prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4);
     proptest!(config, |(damage in damage, cut in prop::option::of(any::<prop::sample::Index>()))| {
         let mut sent = hello.clone();
