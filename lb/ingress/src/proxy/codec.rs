@@ -440,7 +440,7 @@ pub(super) fn request(buffer: &mut BytesMut) -> Asked {
 
 /// Whether the connection lasts, of a request that has one Host and nothing unusual.
 fn plain(fields: &[httparse::Header<'_>]) -> Option<bool> {
-    let (mut hosts, mut connection) = (0, None);
+    let (mut hosts, mut lengths, mut connection) = (0, 0, None);
     for field in fields {
         let is = |name: &str| field.name.eq_ignore_ascii_case(name);
         if is("host") {
@@ -451,11 +451,13 @@ fn plain(fields: &[httparse::Header<'_>]) -> Option<bool> {
             let known = close || value.eq_ignore_ascii_case(b"keep-alive");
             connection = Some(!close).filter(|_| known && connection.is_none());
             connection?;
-        } else if is("content-length") && field.value != b"0" || UNUSUAL.iter().any(|name| is(name)) {
+        } else if is("content-length") && field.value == b"0" {
+            lengths += 1;
+        } else if is("content-length") || UNUSUAL.iter().any(|name| is(name)) {
             return None;
         }
     }
-    (hosts == 1).then_some(connection.unwrap_or(true))
+    (hosts == 1 && lengths <= 1).then_some(connection.unwrap_or(true))
 }
 
 const UNUSUAL: [&str; 8] = [
