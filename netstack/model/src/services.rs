@@ -7,7 +7,7 @@ use smallvec::SmallVec;
 
 use crate::ids::{ServiceKey, SliceKey};
 use crate::objects::{EndpointSlice, Service};
-use crate::snapshot::{Objects, Snapshot, changes};
+use crate::snapshot::{Objects, Snapshot, changes, fill};
 
 /// What a planner saw last.
 #[derive(Debug, Default)]
@@ -43,9 +43,8 @@ impl FollowedServices {
         }
         dirty.sort();
         dirty.dedup();
-        // Built anew, since one that grew in the order of its keys is half empty.
         if dirty.len() > self.by_service.len() / 2 {
-            self.by_service = std::mem::take(&mut self.by_service).into_iter().collect();
+            fill(&mut self.by_service);
         }
         dirty
     }

@@ -92,6 +92,11 @@ impl Snapshot {
     }
 }
 
+/// Builds a map anew that has grown much: one that grew in the order of its keys is half empty.
+pub fn fill<K: Ord, V>(map: &mut BTreeMap<K, V>) {
+    *map = std::mem::take(map).into_iter().collect();
+}
+
 /// A key whose value is not the same: `(key, old, new)`.
 pub type Change<'a, K, V> = (&'a K, Option<&'a Arc<V>>, Option<&'a Arc<V>>);
 

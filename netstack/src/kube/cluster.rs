@@ -13,7 +13,7 @@ use weft_model::balancer::{AddressPool, L2Advertisement};
 use weft_model::ingress::{self, Answer, Ingress, IngressClass, IngressConfig, Reference, Referred};
 use weft_model::objects::{ConfigMap, EndpointSlice, Namespace, Node, Pod, Service, ServiceCidr};
 use weft_model::policy::NetworkPolicy;
-use weft_model::snapshot::{Attachments, Objects};
+use weft_model::snapshot::{Attachments, Objects, fill};
 use weft_model::{
     ClusterConfig, Generation, NamespacedName, NodeFacts, NodeName, ObjectRef, PodKey, PolicyKey, Problem,
     Reason, ServiceKey, Snapshot,
@@ -298,7 +298,7 @@ impl<K: ObjectKey, V: Eq> Collection<K, V> {
     }
 
     fn end_list(&mut self) -> Changed {
-        let Some(listing) = self.listing.take() else {
+        let Some(mut listing) = self.listing.take() else {
             return Changed::default();
         };
         let changed = Changed {
@@ -307,8 +307,8 @@ impl<K: ObjectKey, V: Eq> Collection<K, V> {
             first_list: !std::mem::replace(&mut self.listed, true),
         };
         if changed.values {
-            // Built anew, since one that grew in the order of its keys is half empty.
-            self.values = Arc::new(listing.values.into_iter().collect());
+            fill(&mut listing.values);
+            self.values = Arc::new(listing.values);
         }
         self.problems = listing.problems;
         changed

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use smallvec::SmallVec;
+use weft_model::snapshot::fill;
 use weft_model::{ObjectRef, Problem, Reason, ServiceKey};
 
 use super::service::Claim;
@@ -81,9 +82,9 @@ impl Claims {
         }
     }
 
-    /// Built anew, since what grew in the order of its keys is half empty.
-    pub(super) fn pack(&mut self) {
-        self.claimants = std::mem::take(&mut self.claimants).into_iter().collect();
+    /// After much has changed.
+    pub(super) fn fill(&mut self) {
+        fill(&mut self.claimants);
     }
 
     /// The Service that has what `key` claims.

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use weft_model::objects::Protocol;
 use weft_model::ruleset::{Datum, ElementData, Elements, Table};
 use weft_model::services::FollowedServices;
+use weft_model::snapshot::fill;
 use weft_model::{ObjectRef, Planned, Problem, Reason, ServiceKey, Snapshot};
 
 use super::affinity::{AffinityTargets, Sticky};
@@ -203,7 +204,7 @@ impl Planner for ProxyPlanner {
             self.emit(&key, plan);
         }
         if much {
-            self.pack();
+            self.fill();
         }
         Planned::new(self.plan.clone(), self.all_problems(snapshot))
     }
@@ -304,12 +305,12 @@ impl ProxyPlanner {
         (known.created, known.claims) = (plan.created, claims);
     }
 
-    /// Builds what has a place for each Service anew, since what grew in the order of its keys is half empty.
-    fn pack(&mut self) {
-        self.known = std::mem::take(&mut self.known).into_iter().collect();
-        self.claims.pack();
+    /// What has a place for each Service, after much has changed.
+    fn fill(&mut self) {
+        fill(&mut self.known);
+        self.claims.fill();
         for set in Arc::make_mut(&mut self.plan.table).sets.values_mut() {
-            set.groups = std::mem::take(&mut set.groups).into_iter().collect();
+            fill(&mut set.groups);
         }
     }
 

@@ -471,6 +471,13 @@ const UNUSUAL: [&str; 8] = [
     "http2-settings",
 ];
 
+/// Writes one field line; the value is one that a field can have.
+fn write_field(into: &mut Vec<u8>, name: &HeaderName, value: &[u8]) {
+    for part in [name.as_str().as_bytes(), b": ", value, b"\r\n"] {
+        into.extend_from_slice(part);
+    }
+}
+
 /// Writes an answer's head for HTTP/1.1; `body` is its length where that is known, and whether one is to be sent at all.
 pub(super) fn write_answer(
     into: &mut Vec<u8>,
@@ -488,9 +495,7 @@ pub(super) fn write_answer(
             said = number(value.as_bytes());
         } else if *name != header::TRANSFER_ENCODING && *name != header::CONNECTION {
             dated |= *name == header::DATE;
-            for part in [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"] {
-                into.extend_from_slice(part);
-            }
+            write_field(into, name, value.as_bytes());
         }
     }
     if !dated {
@@ -544,9 +549,7 @@ pub(super) fn write_head(
         if *name == header::CONTENT_LENGTH {
             said = Some(number(value.as_bytes()).ok_or(Malformed::Length)?);
         } else if *name != header::TRANSFER_ENCODING {
-            for part in [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"] {
-                into.extend_from_slice(part);
-            }
+            write_field(into, name, value.as_bytes());
         }
     }
     if let Some(told) = told {
@@ -586,9 +589,7 @@ pub(super) fn write_size(into: &mut Vec<u8>, size: usize) {
 pub(super) fn write_end(into: &mut Vec<u8>, announced: &[HeaderName], trailer: &HeaderMap) {
     into.extend_from_slice(b"0\r\n");
     for (name, value) in trailer.iter().filter(|(name, _)| announced.contains(name)) {
-        for part in [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"] {
-            into.extend_from_slice(part);
-        }
+        write_field(into, name, value.as_bytes());
     }
     into.extend_from_slice(b"\r\n");
 }

@@ -108,7 +108,7 @@ impl Elements {
     /// Returns what the key had before.
     pub fn insert(&mut self, key: &(impl AsKey + ?Sized), data: ElementData) -> Option<ElementData> {
         let key = key.bytes();
-        assert!(self.is_empty() || key.len() == self.key_bytes(), "keys of one set are of one type");
+        self.check(&key);
         match self.place(&key) {
             Ok(place) => Some(std::mem::replace(&mut self.data[place], data)),
             Err(place) => {
@@ -130,13 +130,22 @@ impl Elements {
     }
 
     pub fn retain(&mut self, mut keep: impl FnMut(Key<'_>, &ElementData) -> bool) {
-        let kept = self.iter().filter(|(key, data)| keep(*key, data));
         let mut left = Self::new();
-        for (key, data) in kept {
-            left.keys.extend_from_slice(key.0);
-            left.data.push(data.clone());
+        for (key, data) in self.iter().filter(|(key, data)| keep(*key, data)) {
+            left.push(key, data.clone());
         }
         *self = left;
+    }
+
+    /// Behind all others.
+    fn push(&mut self, key: Key<'_>, data: ElementData) {
+        self.check(key.0);
+        self.keys.extend_from_slice(key.0);
+        self.data.push(data);
+    }
+
+    fn check(&self, key: &[u8]) {
+        assert!(self.is_empty() || key.len() == self.key_bytes(), "keys of one set are of one type");
     }
 
     /// Gives back the room for further elements.
@@ -254,8 +263,8 @@ impl FromIterator<(Vec<Datum>, ElementData)> for Elements {
         all.sort_by(|(a, _), (b, _)| a.cmp(b));
         all.dedup_by(|(later, _), (first, _)| later == first);
         let mut elements = Self::new();
-        for (key, data) in &all {
-            elements.insert(&Key(key), data.clone());
+        for (key, data) in all {
+            elements.push(Key(&key), data);
         }
         elements.shrunk()
     }

@@ -26,7 +26,7 @@ pub(crate) mod tests;
 pub(crate) mod uapi;
 pub(crate) mod wire;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -209,7 +209,7 @@ impl NftTable {
                 }
                 Err(Failure::Stale) => {}
                 Err(Failure::Refused { errno: Errno::EEXIST, .. }) if declaration.data != SetData::None => {
-                    let present: Elements = self.elements(set)?.into_iter().collect();
+                    let present = self.read(set)?;
                     removed = added.iter().filter(|(key, _)| present.contains_key(key)).copied().collect();
                 }
                 Err(Failure::Refused { error, .. } | Failure::Broken(error)) => return Err(error),
@@ -224,7 +224,7 @@ impl NftTable {
             Err(NftError::NoSet { .. }) => return Ok(()),
             other => other?,
         };
-        let mut keys: BTreeSet<Vec<Datum>> = keys.iter().cloned().collect();
+        let mut keys: Elements = keys.iter().map(|key| (key.clone(), ElementData::None)).collect();
         for _ in 0..ATTEMPTS {
             if keys.is_empty() {
                 return Ok(());
@@ -232,8 +232,7 @@ impl NftTable {
             let turn = self.turn()?;
             let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
             let generation = self.generation()?;
-            let all: Elements = keys.iter().map(|key| (key.clone(), ElementData::None)).collect();
-            let elements = all.iter().collect();
+            let elements = keys.iter().collect();
             match self.commit(&[Op::DeleteElements { name: set, set: &declaration, elements }], generation) {
                 Ok(()) => {
                     self.remember(set, &declaration, |shadow| remove_elements(shadow, &keys));
@@ -242,12 +241,11 @@ impl NftTable {
                 Err(Failure::Stale) => {}
                 Err(Failure::Refused { errno: Errno::ENOENT, .. }) => {
                     self.shadow = None;
-                    let present = match self.elements(set) {
+                    let present = match self.read(set) {
                         Err(NftError::NoSet { .. }) => return Ok(()),
                         other => other?,
                     };
-                    let present: BTreeSet<Vec<Datum>> = present.into_iter().map(|(key, _)| key).collect();
-                    keys.retain(|key| present.contains(key));
+                    keys.retain(|key, _| present.contains_key(&key));
                 }
                 Err(Failure::Refused { error, .. } | Failure::Broken(error)) => return Err(error),
             }
@@ -257,15 +255,18 @@ impl NftTable {
 
     /// The elements of one set as the kernel has them now, sorted by key; [`NftError::NoSet`] without it.
     pub fn elements(&mut self, set: &str) -> Result<Vec<(Vec<Datum>, ElementData)>, NftError> {
+        Ok(self.read(set)?.into_iter().collect())
+    }
+
+    fn read(&mut self, set: &str) -> Result<Elements, NftError> {
         let declaration = self.declaration(set)?;
         let table = self.name;
         let raw = raw_elements(self.socket()?, table, set).map_err(|errno| match errno {
             Errno::ENOENT => NftError::NoSet { table: table.to_owned(), set: set.to_owned() },
             errno => exchange(table, "read the elements of a set", errno),
         })?;
-        let elements = element::read_elements(&declaration, raw)
-            .ok_or_else(|| NftError::Unreadable { table: table.to_owned(), set: set.to_owned() })?;
-        Ok(elements.into_iter().collect())
+        element::read_elements(&declaration, raw)
+            .ok_or_else(|| NftError::Unreadable { table: table.to_owned(), set: set.to_owned() })
     }
 
     /// Deletes a whole table; an absent one is no error. True when it was there.
@@ -457,11 +458,11 @@ fn insert_elements(set: &mut Set, elements: &[(Vec<Datum>, ElementData)]) {
     }
 }
 
-fn remove_elements(set: &mut Set, keys: &BTreeSet<Vec<Datum>>) {
+fn remove_elements(set: &mut Set, keys: &Elements) {
     for group in set.groups.values_mut() {
-        for key in keys {
-            if group.contains_key(key) {
-                Arc::make_mut(group).remove(key);
+        for key in keys.keys() {
+            if group.contains_key(&key) {
+                Arc::make_mut(group).remove(&key);
             }
         }
     }

@@ -151,10 +151,8 @@ fn observe_sets(
             set.timeout_millis = Some(wanted);
         }
         // Elements are compared only where the declaration is right; else the set is built again.
-        if set.timeout_millis.is_some() || wanted.is_none_or(|wanted| !wanted.same_declaration(set)) {
-            continue;
-        }
-        let Some(wanted) = wanted.map(Wanted::of) else { continue };
+        let comparable = wanted.filter(|wanted| set.timeout_millis.is_none() && wanted.same_declaration(set));
+        let Some(wanted) = comparable.map(Wanted::of) else { continue };
         let found = socket.dump(
             nft(GETSETELEM),
             NFPROTO_INET,

@@ -26,24 +26,15 @@ use super::wire::{Attributes, HEADER_BYTES, Message, Writer, messages, ne32};
 const RECEIVE_BUFFER_BYTES: usize = 4 << 20;
 /// The kernel fills datagrams of a dump up to 32 KiB, or the size of our buffer.
 const DATAGRAM_BYTES: usize = 64 << 10;
+/// Dumps are answered at once; a socket that stays silent this long never answers.
+const SILENCE_SECONDS: i64 = 10;
+/// A dump that others' changes interrupt is begun again this many times.
+const DUMP_ATTEMPTS: usize = 16;
 
 thread_local! {
     /// One for all sockets of a thread: there are many more of those.
     static DATAGRAM: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
-
-/// What looks at datagrams may itself wait for others: those come into a buffer of their own.
-fn with_buffer<T>(receive: impl FnOnce(&mut [u8]) -> T) -> T {
-    let mut datagram = DATAGRAM.take();
-    datagram.resize(DATAGRAM_BYTES, 0);
-    let received = receive(&mut datagram);
-    DATAGRAM.set(datagram);
-    received
-}
-/// Dumps are answered at once; a socket that stays silent this long never answers.
-const SILENCE_SECONDS: i64 = 10;
-/// A dump that others' changes interrupt is begun again this many times.
-const DUMP_ATTEMPTS: usize = 16;
 
 pub(crate) struct NetfilterSocket {
     fd: OwnedFd,
@@ -272,6 +263,15 @@ impl NetfilterSocket {
         }
         Ok(refusals)
     }
+}
+
+/// What looks at datagrams may itself wait for others: those come into a buffer of their own.
+fn with_buffer<T>(receive: impl FnOnce(&mut [u8]) -> T) -> T {
+    let mut datagram = DATAGRAM.take();
+    datagram.resize(DATAGRAM_BYTES, 0);
+    let received = receive(&mut datagram);
+    DATAGRAM.set(datagram);
+    received
 }
 
 /// Whether a dump shows one moment.

@@ -1,5 +1,6 @@
 //! Connections through the rules, over loopback of the namespace and through two of them.
 
+use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
