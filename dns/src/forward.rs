@@ -314,7 +314,8 @@ impl Shared {
 
     /// Asks, throws away what is not about the question, keeps the rest.
     async fn ask_upstreams(&self, key: &CacheKey, question: &Outside) -> Landed {
-        let upstreams = lock(&self.upstreams).for_name(&question.name, Instant::now());
+        let begun = Instant::now();
+        let upstreams = lock(&self.upstreams).for_name(&question.name, begun);
         if upstreams.is_empty() {
             return Err(Arc::new(ForwardError::NoNameserver));
         }
@@ -336,14 +337,14 @@ impl Shared {
                 let packet = Packet::new(message, &question.name).ok_or(ForwardError::TooLarge)?;
                 let packet = Arc::new(packet);
                 if failed {
-                    self.note_failure(key, question, now);
+                    self.note_failure(key, question, begun, now);
                 } else {
                     self.write_cache().keep(key.clone(), packet.clone(), lifetime, now);
                 }
                 Ok(packet)
             }
             Err(error) => {
-                self.note_failure(key, question, now);
+                self.note_failure(key, question, begun, now);
                 Err(Arc::new(error))
             }
         }
@@ -367,14 +368,14 @@ impl Shared {
         message
     }
 
-    fn note_failure(&self, key: &CacheKey, question: &Outside, now: Instant) {
+    fn note_failure(&self, key: &CacheKey, question: &Outside, asked: Instant, now: Instant) {
         let failure = || {
             let mut message = Message::new(0, MessageType::Response, OpCode::Query);
             message.metadata.response_code = ResponseCode::ServFail;
             message.add_query(Query::query(question.name.clone(), question.record_type));
             Packet::new(message, &question.name)
         };
-        self.write_cache().note_failure(key.clone(), failure, now);
+        self.write_cache().note_failure(key.clone(), failure, asked, now);
     }
 
     /// Every server once, then once more, each beside those that have not answered yet; the first helpful and whole answer wins. A

@@ -16,8 +16,11 @@ use super::packet::{Age, Packet};
 const CAPACITY_BYTES: usize = 8 << 20;
 /// What an entry takes beside its packet and its key, about.
 const ENTRY_BYTES: usize = 160;
-/// A failure is remembered this long (RFC 9520 section 3.2: at least one second, at most five minutes).
+/// A failure is remembered this long from when upstreams were asked, so that one that took its time does not outlast
+/// what it is about.
 pub(crate) const FAILURE_TTL: Duration = Duration::from_secs(5);
+/// But at least this long from when it was known (RFC 9520 section 3.2: at least one second, at most five minutes).
+const MIN_FAILURE_TTL: Duration = Duration::from_secs(1);
 /// "A suggested maximum stale timer is between 1 and 3 days" (RFC 8767 section 5).
 const STALE: Duration = Duration::from_secs(86_400);
 /// An answer asked for this often is fetched anew before it ends.
@@ -91,7 +94,7 @@ struct Kept {
     hits: AtomicU32,
     /// Somebody is fetching it anew.
     refreshing: AtomicBool,
-    /// When fetching it anew failed last.
+    /// When it was asked for anew in vain last.
     failed_at: Option<Instant>,
 }
 
@@ -164,20 +167,22 @@ impl Cache {
         self.insert(key, packet, lifetime_seconds, true, now);
     }
 
-    /// No upstream answered. An answer from before stays as it is and may be given meanwhile; without one the failure
-    /// itself is kept for a while.
+    /// No upstream answered what was asked at `asked`. An answer from before stays as it is and may be given meanwhile;
+    /// without one the failure itself is kept for a while.
     pub(crate) fn note_failure(
         &mut self,
         key: CacheKey,
         failure: impl FnOnce() -> Option<Packet>,
+        asked: Instant,
         now: Instant,
     ) {
+        let since = now.checked_sub(FAILURE_TTL - MIN_FAILURE_TTL).map_or(asked, |least| asked.max(least));
         if let Some(kept) = self.answers.get_mut(&key).filter(|kept| kept.may_be_stale) {
-            kept.failed_at = Some(now);
+            kept.failed_at = Some(since);
             kept.refreshing.store(false, Ordering::Relaxed);
         } else if let Some(packet) = failure() {
             let seconds = u32::try_from(FAILURE_TTL.as_secs()).unwrap_or(u32::MAX);
-            self.insert(key, Arc::new(packet), seconds, false, now);
+            self.insert(key, Arc::new(packet), seconds, false, since);
         }
     }
 

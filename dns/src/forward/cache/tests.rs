@@ -57,7 +57,7 @@ fn an_answer_whose_time_is_over_is_stale_for_a_day() {
     let (mut cache, now) = (Cache::default(), Instant::now());
     cache.keep(key("example.org").to_key(), packet(60), 60, now);
     assert!(matches!(cache.look_up(&key("example.org"), now + after(61)), Lookup::Stale { retry: true, .. }));
-    cache.note_failure(key("example.org").to_key(), || None, now + after(61));
+    cache.note_failure(key("example.org").to_key(), || None, now + after(61), now + after(61));
     assert!(matches!(
         cache.look_up(&key("example.org"), now + after(63)),
         Lookup::Stale { retry: false, .. }
@@ -70,12 +70,26 @@ fn an_answer_whose_time_is_over_is_stale_for_a_day() {
 fn a_failure_is_remembered_for_five_seconds_and_never_stale() {
     let (mut cache, now) = (Cache::default(), Instant::now());
     let failure = || Packet::new(answer(0), &name("example.org."));
-    cache.note_failure(key("example.org").to_key(), failure, now);
+    cache.note_failure(key("example.org").to_key(), failure, now, now);
     assert!(matches!(
         cache.look_up(&key("example.org"), now + after(4)),
         Lookup::Fresh { refresh: false, .. }
     ));
     assert!(matches!(cache.look_up(&key("example.org"), now + after(5)), Lookup::Missing));
+}
+
+/// From its question on; but RFC 9520 section 3.2: "Resolvers MUST cache resolution failures for at least 1 second."
+#[test]
+fn a_failure_that_took_its_time_is_remembered_the_shorter_but_a_second() {
+    let remembered = |took, until| {
+        let (mut cache, now) = (Cache::default(), Instant::now());
+        let failure = || Packet::new(answer(0), &name("example.org."));
+        cache.note_failure(key("example.org").to_key(), failure, now, now + took);
+        matches!(cache.look_up(&key("example.org"), now + until), Lookup::Fresh { .. })
+    };
+    assert!(remembered(after(2), after(4)) && !remembered(after(2), after(5)));
+    let took = Duration::from_millis(4500);
+    assert!(remembered(took, took + Duration::from_millis(990)) && !remembered(took, took + after(1)));
 }
 
 #[test]
