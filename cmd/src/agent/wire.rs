@@ -68,7 +68,7 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     tasks.start("facts", follow_facts);
 
     let (durable, initial) = reading.await.context("read the last good snapshot")?;
-    let (attachments_tx, attachments) = watch::channel(cni::attachments(&leases.leases()?));
+    let (attachments_tx, attachments) = watch::channel(cni::attachments(&*leases.leases()?));
     let (introduced_tx, introduced) = watch::channel(Introduced::default());
     let (observed_tx, observed) = watch::channel(observed_before(initial.as_ref()));
     let here = Here { facts: facts_rx.clone(), observed, attachments: attachments.clone(), introduced };

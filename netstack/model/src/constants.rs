@@ -28,6 +28,8 @@ pub const PATH_PORT: u16 = 9472;
 pub const POD_LINK_PREFIX: &str = "weftp";
 /// IFB devices through which a pod's packets are led when its sending rate is limited: this prefix and the digits of its link.
 pub const SHAPER_LINK_PREFIX: &str = "weftb";
+/// Group of links whose pods have ended, which are about to be deleted. 'weft'; groups of people and tools are small numbers.
+pub const ENDED_LINK_GROUP: u32 = u32::from_be_bytes(*b"weft");
 /// Link-local gateway of every pod: never routed, so it cannot collide with a podCIDR.
 pub const POD_GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 pub const POD_GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);

@@ -48,7 +48,8 @@ pub struct AddressUse {
 impl Cni {
     pub fn account(&self) -> Result<Account, StoreError> {
         let cidrs = self.own_cidrs();
-        Ok(account(&cidrs, &self.store.leases()?, Boottime::now()))
+        let leases = self.store.leases()?;
+        Ok(account(&cidrs, &leases, Boottime::now()))
     }
 
     /// What `address` is, a sentence a line.

@@ -3,17 +3,18 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use futures::TryFutureExt as _;
+use tokio::try_join;
 use weft_model::PodKey;
 use weft_model::constants::POD_GATEWAY_MAC;
 use weft_model::objects::Bandwidth;
 
-use super::attachment::{AttachError, Attachment, gateway, make_pod_side, pod_mac};
+use super::attachment::{AttachError, Attachment, PodSide, gateway, pod_mac};
 use super::node::NodeView;
 use super::wire::{AddResult, CniError, CniRequest, Code};
 use super::{Caller, Cni, bandwidth, hostport, ipam, locked};
 use crate::kernel::conntrack::delete_udp_flows;
-use crate::kernel::link::{LinkError, Links};
-use crate::kernel::netns::{Netns, Rtnetlink};
+use crate::kernel::link::LinkError;
 use crate::reconcile::chain;
 use crate::store::{Boottime, HostPort, Lease, LeaseRecords};
 
@@ -40,16 +41,9 @@ impl Cni {
         let _held = self.locks.one(&attachment.link).await;
         caller.must_wait()?;
         let node = self.node_for_add()?;
-        let netns = Netns::open(&request.netns).map_err(AttachError::from)?;
-        let pod = netns.connect().map_err(AttachError::from)?;
-        refuse_taken_name(&pod, &attachment, &request.netns).await?;
+        let pod = self.pod_side(&attachment, request).await?;
         let given = self.reserve(&attachment, request, &asked, &node)?;
-        let addresses: Vec<IpAddr> = given.keys().copied().collect();
-        let attached = match self.verdicts_are_in_place(&addresses).await {
-            Ok(()) => self.attach(&attachment, &netns, &pod, &given, &node).await.map_err(CniError::from),
-            Err(refused) => Err(refused),
-        };
-        match attached {
+        match self.attach(&attachment, &pod, &given, &node).await {
             Ok(addresses) => Ok(result(&attachment, &request.netns, &addresses, &node)),
             Err(error) => {
                 self.undo(&attachment, &given).await;
@@ -93,30 +87,74 @@ impl Cni {
         };
         let given: LeaseRecords = given.into_iter().map(|address| (address, lease(address))).collect();
         changes.extend(given.iter().map(|(address, lease)| (*address, Some(lease.clone()))));
+        // The Store changes its own copy then, instead of making another.
+        drop(leases);
         self.store.write_leases(&changes).map_err(failed)?;
         *cursors = moved;
         self.tell_attachments(&cursors);
         Ok(given)
     }
 
+    /// The specification: ADD must fail when the interface exists already. That of a pod that has just ended goes first.
+    async fn pod_side(&self, attachment: &Attachment, request: &CniRequest) -> Result<PodSide, CniError> {
+        let open = || PodSide::open(&request.netns, &attachment.ifname).map_err(AttachError::from);
+        let mut pod = open()?;
+        if pod.has_interface {
+            self.sweep().await.map_err(AttachError::from)?;
+            pod = open()?;
+        }
+        match pod.has_interface {
+            false => Ok(pod),
+            true => Err(CniError::new(
+                Code::InvalidEnvironment,
+                format!("CNI_IFNAME {} exists already in {}", attachment.ifname, request.netns),
+            )),
+        }
+    }
+
+    /// The links are made while the pod's verdicts are on their way to the kernel; nothing passes before these are there.
     async fn attach(
         &self,
         attachment: &Attachment,
-        netns: &Netns,
-        pod: &Rtnetlink,
+        pod: &PodSide,
         given: &LeaseRecords,
         node: &NodeView,
-    ) -> Result<Vec<IpAddr>, AttachError> {
-        let addresses = &node.in_order(given);
-        self.make_pair(attachment, netns, node.mtu_bytes).await?;
-        self.ensure_host_side(&attachment.link, given, node).await?;
-        self.limit_new(&attachment.link, given).await?;
-        make_pod_side(netns, &pod.handle, &attachment.ifname, addresses).await?;
-        self.links().wait_until_running(&attachment.link).await?;
-        Links::new(pod.handle.clone()).wait_until_running(&attachment.ifname).await?;
+    ) -> Result<Vec<IpAddr>, CniError> {
+        let addresses = node.in_order(given);
+        let (index, ()) = try_join!(
+            self.link_up(attachment, pod, given, &addresses, node).err_into(),
+            self.verdicts_are_in_place(&addresses),
+        )?;
+        self.ensure_host_routes(index, given, node).await?;
         self.admit(&attachment.link, given)?;
         self.take_over_flows(&attachment.link, given).await;
-        Ok(addresses.clone())
+        Ok(addresses)
+    }
+
+    /// Both ends of the link, up. Returns the index of the host's.
+    async fn link_up(
+        &self,
+        attachment: &Attachment,
+        pod: &PodSide,
+        given: &LeaseRecords,
+        addresses: &[IpAddr],
+        node: &NodeView,
+    ) -> Result<u32, AttachError> {
+        let Attachment { link, ifname, .. } = attachment;
+        let make = || self.make_pair(attachment, &pod.netns, node.mtu_bytes);
+        match make().await {
+            // The attachment has just ended.
+            Err(error) if error.errno() == Some(libc::EEXIST) => {
+                self.sweep().await?;
+                make().await?;
+            }
+            made => made?,
+        }
+        let (index, ()) = try_join!(self.ensure_host_side(link, given), pod.make(ifname, addresses))?;
+        self.limit_new(link, given).await?;
+        let (host_links, pod_links) = (self.links(), pod.links());
+        try_join!(host_links.wait_until_running(link), pod_links.wait_until_running(ifname))?;
+        Ok(index)
     }
 
     /// Pods without limits, nearly all, cost nothing here.
@@ -136,7 +174,8 @@ impl Cni {
         let mut rules = locked(&self.rules);
         let Err(refused) = rules.admit(given) else { return Ok(()) };
         tracing::warn!(link, error = %chain(&refused), "make table weft-cni anew");
-        rules.ensure(&self.store.leases()?)?;
+        let leases = self.store.leases()?;
+        rules.ensure(&leases)?;
         Ok(())
     }
 
@@ -155,29 +194,22 @@ impl Cni {
         }
     }
 
-    /// An address that no packet ever bore needs no rest.
+    /// An address that no packet ever bore needs no rest: the next may have it as soon as the link is gone.
     async fn undo(&self, attachment: &Attachment, given: &LeaseRecords) {
-        self.remove_from_kernel(&attachment.link, given).await.unwrap_or_else(|error| {
-            tracing::warn!(link = attachment.link, error = %error, "undo a failed ADD");
-        });
+        let removed = async {
+            self.end_links(&attachment.link).await?;
+            self.sweep().await
+        };
+        if let Err(error) = removed.await {
+            tracing::warn!(link = attachment.link, error = %chain(&error), "undo a failed ADD");
+        }
+        self.forget_rules_and_flows(given);
         let one_at_a_time = locked(&self.ipam);
         let changes = given.keys().map(|address| (*address, None)).collect();
         if let Err(error) = self.store.write_leases(&changes) {
             tracing::warn!(link = attachment.link, error = %chain(&error), "undo the lease of a failed ADD");
         }
         self.tell_attachments(&one_at_a_time);
-    }
-}
-
-/// The specification: ADD must fail when the interface exists already.
-async fn refuse_taken_name(pod: &Rtnetlink, attachment: &Attachment, netns: &str) -> Result<(), CniError> {
-    let found = Links::new(pod.handle.clone()).find(&attachment.ifname).await.map_err(AttachError::from)?;
-    match found {
-        None => Ok(()),
-        Some(_) => Err(CniError::new(
-            Code::InvalidEnvironment,
-            format!("CNI_IFNAME {} exists already in {netns}", attachment.ifname),
-        )),
     }
 }
 

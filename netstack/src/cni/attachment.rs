@@ -1,17 +1,26 @@
 //! One pod's connection to this node: its names, and what stands on the host's side of it.
 
+use std::fs::File;
 use std::io;
 use std::net::IpAddr;
+use std::os::fd::AsRawFd as _;
+use std::path::PathBuf;
 
+use futures::TryFutureExt as _;
+use futures::future::try_join_all;
 use ipnet::IpNet;
+use nix::net::if_::if_nametoindex;
 use sha2::{Digest as _, Sha256};
-use weft_model::constants::{POD_GATEWAY_MAC, POD_GATEWAY_V4, POD_GATEWAY_V6, POD_LINK_PREFIX};
+use tokio::try_join;
+use weft_model::constants::{
+    ENDED_LINK_GROUP, POD_GATEWAY_MAC, POD_GATEWAY_V4, POD_GATEWAY_V6, POD_LINK_PREFIX,
+};
 
 use super::Cni;
 use super::node::NodeView;
 use super::wire::{CniError, CniRequest, Code};
 use crate::kernel::link::{Link, LinkAddress, LinkError, Links, VethPair};
-use crate::kernel::netns::{Netns, NetnsError};
+use crate::kernel::netns::{Netns, NetnsError, Rtnetlink};
 use crate::kernel::nft::NftError;
 use crate::kernel::route::{LinkRoute, RouteError, ensure_link_route, link_routes};
 use crate::kernel::shaper::ShaperError;
@@ -124,17 +133,100 @@ const HOST_IPV6: [(&str, &str); 7] = [
 ];
 /// For clients on the node that call a hostPort at 127.0.0.1: lets the kernel send from there to the pod, and take the answer.
 const HOST_PORT_IPV4: [(&str, &str); 1] = [("route_localnet", "1")];
+const SYSCTLS: [&str; 2] = ["/proc/sys/net/ipv4/conf", "/proc/sys/net/ipv6/conf"];
+/// In every namespace.
+const LOOPBACK_INDEX: u32 = 1;
 const POD_IPV6: [(&str, &str); 3] = [("disable_ipv6", "0"), ("accept_ra", "0"), ("accept_dad", "0")];
 
-/// Writes per-link sysctls of the calling thread's namespace.
-fn set_sysctls(family: &str, link: &str, settings: &[(&str, &'static str)]) -> Result<(), AttachError> {
-    for (setting, value) in settings {
-        let name = format!("net/{family}/conf/{link}/{setting}");
-        if let Err(source) = sysctl::ensure(&name, value) {
-            return Err(AttachError::Sysctl { name, value, source });
-        }
+/// Per-link sysctls of one family in one network namespace.
+struct LinkSysctls {
+    folder: PathBuf,
+    ipv6: bool,
+}
+
+impl LinkSysctls {
+    /// Of the node.
+    fn of_host(ipv6: bool) -> Self {
+        Self { folder: SYSCTLS[usize::from(ipv6)].into(), ipv6 }
     }
-    Ok(())
+
+    fn set(&self, link: &str, settings: &[(&str, &'static str)]) -> Result<(), AttachError> {
+        for (setting, value) in settings {
+            let path = self.folder.join(link).join(setting);
+            if let Err(source) = sysctl::ensure_at(&path, value) {
+                let family = if self.ipv6 { "ipv6" } else { "ipv4" };
+                let name = format!("net/{family}/conf/{link}/{setting}");
+                return Err(AttachError::Sysctl { name, value, source });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The pod's namespace as ADD needs it: entered once, by a thread that ends.
+pub(super) struct PodSide {
+    pub(super) netns: Netns,
+    rtnetlink: Rtnetlink,
+    /// Of IPv6, the folder; what is opened through it is the pod's, whoever opens it. `None` where the kernel has no IPv6.
+    sysctls: Option<File>,
+    /// The interface was there already.
+    pub(super) has_interface: bool,
+}
+
+impl PodSide {
+    /// Within a tokio runtime. Errors: the namespace is gone or cannot be entered.
+    pub(super) fn open(path: &str, ifname: &str) -> Result<Self, NetnsError> {
+        let netns = Netns::open(path)?;
+        let runtime = tokio::runtime::Handle::current();
+        let (rtnetlink, sysctls, has_interface) = netns.run(|| {
+            let _inside = runtime.enter();
+            (Rtnetlink::connect(), File::open(SYSCTLS[1]), if_nametoindex(ifname).is_ok())
+        })?;
+        let path = || netns.path().to_owned();
+        let rtnetlink = rtnetlink.map_err(|source| NetnsError::Socket { path: path(), source })?;
+        let sysctls = match sysctls {
+            Ok(folder) => Some(folder),
+            Err(absent) if absent.kind() == io::ErrorKind::NotFound => None,
+            Err(source) => return Err(NetnsError::Sysctls { path: path(), source }),
+        };
+        Ok(Self { netns, rtnetlink, sysctls, has_interface })
+    }
+
+    /// Everything inside: addresses, gateways as permanent neighbours, default routes.
+    pub(super) async fn make(&self, ifname: &str, addresses: &[IpAddr]) -> Result<(), AttachError> {
+        let links = self.links();
+        let index = links.index(ifname).await?;
+        if let Some(folder) = &self.sysctls
+            && addresses.iter().any(IpAddr::is_ipv6)
+        {
+            let folder = format!("/proc/self/fd/{}", folder.as_raw_fd()).into();
+            LinkSysctls { folder, ipv6: true }.set(ifname, &POD_IPV6)?;
+        }
+        let addressed =
+            addresses.iter().map(|address| links.ensure_address(ifname, index, IpNet::from(*address)));
+        let reached = addresses.iter().map(|address| async {
+            let gateway = gateway(*address);
+            let neighbour = links.ensure_neighbour(ifname, index, gateway, POD_GATEWAY_MAC);
+            let routes = pod_routes(index, gateway);
+            let routed =
+                try_join_all(routes.iter().map(|route| ensure_link_route(&self.rtnetlink.handle, route)));
+            try_join!(neighbour.err_into(), routed.err_into())
+        });
+        // The kernel gets them one after another, in this order, without waiting for each answer.
+        let linked = async {
+            try_join!(
+                links.set_up("lo", LOOPBACK_INDEX),
+                try_join_all(addressed),
+                links.set_up(ifname, index)
+            )
+        };
+        try_join!(linked.err_into::<AttachError>(), try_join_all(reached))?;
+        Ok(())
+    }
+
+    pub(super) fn links(&self) -> Links {
+        Links::new(self.rtnetlink.handle.clone())
+    }
 }
 
 impl Cni {
@@ -142,10 +234,12 @@ impl Cni {
         Links::new(self.netlink.handle.clone())
     }
 
-    /// Sorted by name.
+    /// Those of pods that have not ended, sorted by name.
     pub(super) async fn pod_links(&self) -> Result<Vec<Link>, LinkError> {
         let lists = self.lists.lock().await;
-        Links::new(lists.handle.clone()).list_by_prefix(POD_LINK_PREFIX).await
+        let mut links = Links::new(lists.handle.clone()).list_by_prefix(POD_LINK_PREFIX).await?;
+        links.retain(|link| link.group != ENDED_LINK_GROUP);
+        Ok(links)
     }
 
     /// Of the node, on all links.
@@ -165,7 +259,7 @@ impl Cni {
         attachment: &Attachment,
         netns: &Netns,
         mtu_bytes: u32,
-    ) -> Result<(), AttachError> {
+    ) -> Result<(), LinkError> {
         let pair = VethPair {
             name: &attachment.link,
             mac: POD_GATEWAY_MAC,
@@ -174,32 +268,44 @@ impl Cni {
             peer_netns: netns,
             mtu_bytes,
         };
-        Ok(self.links().add_veth(&pair).await?)
+        self.links().add_veth(&pair).await
     }
 
-    /// Everything on the host's side of an existing link; does nothing that is done already.
+    /// The host's side of an existing link but for its routes: nothing is led to the pod yet. Does nothing that is done
+    /// already. Returns the link's index.
     pub(super) async fn ensure_host_side(
         &self,
         link: &str,
         leases: &LeaseRecords,
-        node: &NodeView,
-    ) -> Result<(), AttachError> {
+    ) -> Result<u32, AttachError> {
         let links = self.links();
         let index = links.index(link).await?;
-        set_sysctls("ipv4", link, &HOST_IPV4)?;
+        LinkSysctls::of_host(false).set(link, &HOST_IPV4)?;
         if leases.values().any(|lease| !lease.host_ports.is_empty()) {
-            set_sysctls("ipv4", link, &HOST_PORT_IPV4)?;
+            LinkSysctls::of_host(false).set(link, &HOST_PORT_IPV4)?;
         }
-        if leases.keys().any(IpAddr::is_ipv6) {
-            set_sysctls("ipv6", link, &HOST_IPV6)?;
-            let gateway = IpNet::new_assert(POD_GATEWAY_V6.into(), 64);
-            links.ensure_address(link, index, gateway).await?;
+        let mac = pod_mac(link);
+        let neighbours = leases.keys().map(|address| links.ensure_neighbour(link, index, *address, mac));
+        let has_ipv6 = leases.keys().any(IpAddr::is_ipv6);
+        if has_ipv6 {
+            LinkSysctls::of_host(true).set(link, &HOST_IPV6)?;
         }
-        links.set_up(link, index).await?;
-        for address in leases.keys() {
-            links.ensure_neighbour(link, index, *address, pod_mac(link)).await?;
-            ensure_link_route(&self.netlink.handle, &host_route(index, *address, node)).await?;
-        }
+        let gateway = has_ipv6.then(|| IpNet::new_assert(POD_GATEWAY_V6.into(), 64));
+        let addressed = gateway.into_iter().map(|gateway| links.ensure_address(link, index, gateway));
+        try_join!(try_join_all(addressed), links.set_up(link, index), try_join_all(neighbours))?;
+        Ok(index)
+    }
+
+    /// From now on the node leads packets to the pod.
+    pub(super) async fn ensure_host_routes(
+        &self,
+        index: u32,
+        leases: &LeaseRecords,
+        node: &NodeView,
+    ) -> Result<(), AttachError> {
+        let routes: Vec<_> = leases.keys().map(|address| host_route(index, *address, node)).collect();
+        let put = routes.iter().map(|route| ensure_link_route(&self.netlink.handle, route));
+        try_join_all(put).await?;
         Ok(())
     }
 }
@@ -212,33 +318,6 @@ pub(super) fn host_route(link_index: u32, address: IpAddr, node: &NodeView) -> L
         gateway: None,
         source: node.source_for(address),
     }
-}
-
-/// Everything inside the pod: addresses, gateways as permanent neighbours, default routes.
-pub(super) async fn make_pod_side(
-    netns: &Netns,
-    handle: &rtnetlink::Handle,
-    ifname: &str,
-    addresses: &[IpAddr],
-) -> Result<(), AttachError> {
-    let links = Links::new(handle.clone());
-    let index = links.index(ifname).await?;
-    if addresses.iter().any(IpAddr::is_ipv6) {
-        netns.run(|| set_sysctls("ipv6", ifname, &POD_IPV6))??;
-    }
-    links.set_up("lo", links.index("lo").await?).await?;
-    for address in addresses {
-        links.ensure_address(ifname, index, IpNet::from(*address)).await?;
-    }
-    links.set_up(ifname, index).await?;
-    for address in addresses {
-        let gateway = gateway(*address);
-        links.ensure_neighbour(ifname, index, gateway, POD_GATEWAY_MAC).await?;
-        for route in pod_routes(index, gateway) {
-            ensure_link_route(handle, &route).await?;
-        }
-    }
-    Ok(())
 }
 
 /// IPv4 needs the gateway itself on the link first; IPv6 has `fe80::/64` there.

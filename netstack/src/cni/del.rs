@@ -1,17 +1,25 @@
 //! DEL and GC: idempotent in every order; nothing about the container needs to exist any more.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::sync::Arc;
+
+use tokio::try_join;
+use weft_model::constants::ENDED_LINK_GROUP;
 
 use super::attachment::Attachment;
 use super::bandwidth::ifb_of;
 use super::wire::{CniError, CniRequest, Code, valid_attachments};
 use super::{Caller, Cni, hostport, locked};
 use crate::kernel::conntrack::delete_udp_flows;
+use crate::kernel::link::{LinkError, Links};
+use crate::kernel::netns::Rtnetlink;
 use crate::reconcile::chain;
 use crate::store::{Boottime, LeaseRecords};
 
 impl Cni {
-    /// Removes whatever is left of an attachment; absent things are no error. Deleting the host end deletes the pod's.
+    /// Removes whatever is left of an attachment; absent things are no error. The links themselves may go a moment later: what
+    /// is left of them passes nothing, and an ADD that needs the place waits for it.
     pub async fn del(&self, request: &CniRequest, caller: &Caller) -> Result<(), CniError> {
         let attachment = Attachment::of(request)?;
         self.detach(&attachment.link, caller).await
@@ -39,24 +47,70 @@ impl Cni {
     }
 
     fn links_with_leases(&self) -> Result<BTreeSet<String>, CniError> {
-        let live = self.live_leases()?;
-        Ok(live.into_values().map(|lease| lease.link).collect())
+        let leases = self.leases()?;
+        let live = leases.values().filter(|lease| lease.released.is_none());
+        Ok(live.map(|lease| lease.link.clone()).collect())
     }
 
-    pub(super) fn live_leases(&self) -> Result<LeaseRecords, CniError> {
-        let mut leases = self.store.leases().map_err(|error| CniError::new(Code::Store, chain(&error)))?;
-        leases.retain(|_, lease| lease.released.is_none());
-        Ok(leases)
+    fn leases(&self) -> Result<Arc<LeaseRecords>, CniError> {
+        self.store.leases().map_err(|error| CniError::new(Code::Store, chain(&error)))
+    }
+
+    /// The live ones of a link.
+    pub(super) fn leases_of(&self, link: &str) -> Result<LeaseRecords, CniError> {
+        let leases = self.leases()?;
+        let of_link = leases.iter().filter(|(_, lease)| lease.link == link && lease.released.is_none());
+        Ok(of_link.map(|(address, lease)| (*address, lease.clone())).collect())
     }
 
     async fn detach(&self, link: &str, caller: &Caller) -> Result<(), CniError> {
         let _held = self.locks.one(link).await;
         caller.must_wait()?;
-        let mut leases = self.live_leases()?;
-        leases.retain(|_, lease| lease.link == link);
-        self.remove_from_kernel(link, &leases).await?;
+        let leases = self.leases_of(link)?;
+        let ended = self.end_links(link).await.map_err(|error| kernel(&error))?;
+        self.forget_rules_and_flows(&leases);
         self.release(leases);
+        if ended {
+            self.sweep_later();
+        }
         Ok(())
+    }
+
+    /// Marks the link and its IFB device: nothing else knows them any more. True when there was one.
+    pub(super) async fn end_links(&self, link: &str) -> Result<bool, LinkError> {
+        let (links, shaper) = (self.links(), ifb_of(link));
+        let marked =
+            try_join!(links.set_group(link, ENDED_LINK_GROUP), links.set_group(&shaper, ENDED_LINK_GROUP));
+        marked.map(|(link, shaper)| link || shaper)
+    }
+
+    /// Deletes the links that are marked, all at once; those that are marked meanwhile with the next call. The kernel holds its
+    /// caller for its grace periods, tens of milliseconds, so the caller is a thread that has nothing else to do.
+    pub(super) fn sweep(&self) -> impl Future<Output = Result<(), LinkError>> + use<> {
+        let one_at_a_time = self.sweeping.clone();
+        async move {
+            let _alone = one_at_a_time.lock().await;
+            let failed =
+                |source| LinkError { operation: "delete", link: "links that ended".to_owned(), source };
+            let swept = tokio::task::spawn_blocking(move || {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
+                runtime.map_err(failed)?.block_on(async {
+                    let netlink = Rtnetlink::connect().map_err(failed)?;
+                    Links::new(netlink.handle.clone()).delete_group(ENDED_LINK_GROUP).await.map(drop)
+                })
+            });
+            swept.await.unwrap_or_else(|error| Err(failed(io::Error::other(error))))
+        }
+    }
+
+    /// What fails now is tried again by [`Cni::reconcile`].
+    fn sweep_later(&self) {
+        let sweep = self.sweep();
+        tokio::spawn(async move {
+            if let Err(error) = sweep.await {
+                tracing::warn!(error = %chain(&error), "delete the links of pods that have ended");
+            }
+        });
     }
 
     /// A release that cannot be written is repaired by the next [`Cni::reconcile`], since the link is gone. It must not
@@ -75,14 +129,6 @@ impl Cni {
             tracing::warn!(error = %chain(&error), "release leases");
         }
         self.tell_attachments(&one_at_a_time);
-    }
-
-    /// The link first: an element without its link lets nobody in.
-    pub(super) async fn remove_from_kernel(&self, link: &str, leases: &LeaseRecords) -> Result<(), CniError> {
-        self.links().delete(link).await.map_err(|error| kernel(&error))?;
-        self.links().delete(&ifb_of(link)).await.map_err(|error| kernel(&error))?;
-        self.forget_rules_and_flows(leases);
-        Ok(())
     }
 
     /// What the kernel leads to pods that have ended: the rules first, since they make flows, and all before their leases are
@@ -105,6 +151,6 @@ fn forget_flows(ended: &LeaseRecords) {
     }
 }
 
-fn kernel(error: &crate::kernel::link::LinkError) -> CniError {
+fn kernel(error: &LinkError) -> CniError {
     CniError::new(Code::Kernel, chain(error))
 }

@@ -3,8 +3,8 @@
 //! ```text
 //!  container runtime --exec--> `weft cni` --HTTP over /run/weft/agent.sock--> server --> Cni
 //!  Cni::add    lease in the Store (flushed) -> told as attachment, until the pod's verdicts are in the kernel
-//!              -> veth, addresses, routes, rate limits -> nft elements -> answer
-//!  Cni::del    link -> nft elements -> lease released (quarantine)
+//!              and meanwhile veth, addresses, rate limits -> routes -> nft elements -> answer
+//!  Cni::del    link marked as ended -> nft elements -> lease released (quarantine) -> answer -> links deleted
 //!  Cni::reconcile  leases <-> links of the kernel, before the first request
 //!  Loop(plan, apply)  the same whenever this Node changes and at every drift check
 //! ```
@@ -85,6 +85,7 @@ pub struct Cni {
     /// For lists of the kernel's objects: a netlink socket makes one at a time and refuses others meanwhile (EBUSY).
     lists: tokio::sync::Mutex<Rtnetlink>,
     locks: AttachmentLocks,
+    sweeping: Arc<tokio::sync::Mutex<()>>,
     /// One allocation at a time: from reading the leases to the flushed new one.
     ipam: Mutex<ipam::Cursors>,
     rules: Mutex<PodRules>,
@@ -103,6 +104,7 @@ impl Cni {
             netlink: Rtnetlink::connect()?,
             lists: tokio::sync::Mutex::new(Rtnetlink::connect()?),
             locks: AttachmentLocks::default(),
+            sweeping: Arc::default(),
             ipam: Mutex::default(),
             rules: Mutex::new(PodRules::new()),
             attachments: inputs.attachments,

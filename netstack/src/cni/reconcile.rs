@@ -11,6 +11,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use weft_model::objects::Bandwidth;
@@ -47,6 +48,8 @@ impl Cni {
     pub async fn reconcile(&self) -> Reconciled {
         let _nothing_else = self.locks.everything().await;
         let mut done = Reconciled::default();
+        // Of an agent that was killed before.
+        done.failed.extend(self.sweep().await.err().map(|error| chain(&error)));
         match self.observe().await {
             Err(error) => done.failed.push(error),
             Ok((mut leases, links, routes)) => {
@@ -67,7 +70,7 @@ impl Cni {
 
     /// All leases, every pod link, every route of ours.
     async fn observe(&self) -> Result<(LeaseRecords, Vec<Link>, Vec<LinkRoute>), String> {
-        let leases = self.store.leases().map_err(|error| chain(&error))?;
+        let leases = Arc::unwrap_or_clone(self.store.leases().map_err(|error| chain(&error))?);
         let links = self.pod_links().await.map_err(|error| chain(&error))?;
         let routes = self.host_routes().await.map_err(|error| chain(&error))?;
         Ok((leases, links, routes))
@@ -145,7 +148,11 @@ impl Cni {
             if link.is_some_and(|link| is_complete(link, &leases, routes, &node)) {
                 continue;
             }
-            match self.ensure_host_side(&name, &leases, &node).await {
+            let complete = async {
+                let index = self.ensure_host_side(&name, &leases).await?;
+                self.ensure_host_routes(index, &leases, &node).await
+            };
+            match complete.await {
                 Ok(()) => done.completed.push(name),
                 Err(error) => done.failed.push(chain(&error)),
             }

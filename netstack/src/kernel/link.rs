@@ -44,6 +44,18 @@ impl LinkError {
     }
 }
 
+/// False where the kernel knows no such link.
+fn there(
+    operation: &'static str,
+    link: &str,
+    outcome: Result<(), rtnetlink::Error>,
+) -> Result<bool, LinkError> {
+    match outcome.map_err(|error| LinkError::new(operation, link, error)) {
+        Err(missing) if missing.errno() == Some(libc::ENODEV) => Ok(false),
+        other => other.map(|()| true),
+    }
+}
+
 /// The kernel's own error where there is one.
 pub fn cause(error: rtnetlink::Error) -> io::Error {
     match error {
@@ -64,6 +76,8 @@ pub struct Link {
     /// Operational state UP (RFC 2863): it carries packets.
     pub running: bool,
     pub loopback: bool,
+    /// Zero unless somebody set it.
+    pub group: u32,
 }
 
 /// A veth pair to be made: `name` here, `peer_name` in `peer_netns`. Both ends are down.
@@ -176,16 +190,24 @@ impl Links {
         set.map_err(|error| LinkError::new("set the MTU of", name, error))
     }
 
+    /// True when it is there.
+    pub async fn set_group(&self, name: &str, group: u32) -> Result<bool, LinkError> {
+        let mut message = LinkMessageBuilder::<LinkUnspec>::new().name(name).build();
+        message.attributes.push(LinkAttribute::Group(group));
+        there("set the group of", name, self.handle.link().set(message).execute().await)
+    }
+
+    /// All links of the group at once: the kernel waits for its grace periods once, not for each. True when there was one.
+    pub async fn delete_group(&self, group: u32) -> Result<bool, LinkError> {
+        let mut request = self.handle.link().del(0);
+        request.message_mut().attributes.push(LinkAttribute::Group(group));
+        there("delete links of group", &group.to_string(), request.execute().await)
+    }
+
     /// True when it was there.
     pub async fn delete(&self, name: &str) -> Result<bool, LinkError> {
         let Some(link) = self.find(name).await? else { return Ok(false) };
-        match self.handle.link().del(link.index).execute().await {
-            Ok(()) => Ok(true),
-            Err(error) => match LinkError::new("delete link", name, error) {
-                missing if missing.errno() == Some(libc::ENODEV) => Ok(false),
-                other => Err(other),
-            },
-        }
+        there("delete link", name, self.handle.link().del(link.index).execute().await)
     }
 
     /// Adds or keeps an address. IPv6 without duplicate-address detection, so that it is usable at once.
@@ -247,12 +269,14 @@ fn lower(message: &LinkMessage) -> Option<Link> {
         up: message.header.flags.contains(LinkFlags::Up),
         running: message.attributes.contains(&LinkAttribute::OperState(State::Up)),
         loopback: message.header.flags.contains(LinkFlags::Loopback),
+        group: 0,
     };
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name.clone_from(name),
             LinkAttribute::Address(mac) => link.mac.clone_from(mac),
             LinkAttribute::Mtu(mtu) => link.mtu_bytes = *mtu,
+            LinkAttribute::Group(group) => link.group = *group,
             _ => {}
         }
     }

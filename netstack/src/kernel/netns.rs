@@ -29,6 +29,8 @@ pub enum NetnsError {
     Panicked { path: PathBuf },
     #[error("open an rtnetlink socket in network namespace {path}")]
     Socket { path: PathBuf, source: io::Error },
+    #[error("open the sysctls of network namespace {path}")]
+    Sysctls { path: PathBuf, source: io::Error },
 }
 
 /// A network namespace, alive as long as this value.

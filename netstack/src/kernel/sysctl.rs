@@ -19,12 +19,17 @@ pub fn read(name: &str) -> io::Result<String> {
 
 /// Writes `value` to `/proc/sys/NAME` when it differs; returns the old value when it changed.
 pub fn ensure(name: &str, value: &str) -> io::Result<Option<String>> {
-    let old = read(name)?;
-    if old == value {
+    ensure_at(Path::new(&format!("/proc/sys/{name}")), value)
+}
+
+/// As [`ensure`], of the file at `path`.
+pub fn ensure_at(path: &Path, value: &str) -> io::Result<Option<String>> {
+    let old = std::fs::read_to_string(path)?;
+    if old.trim() == value {
         return Ok(None);
     }
-    std::fs::write(format!("/proc/sys/{name}"), value)?;
-    Ok(Some(old))
+    std::fs::write(path, value)?;
+    Ok(Some(old.trim().to_owned()))
 }
 
 /// Settings of the host that were changed, so that clean-up can put them back. Several owners share the file.

@@ -181,6 +181,7 @@ fn listed_without(kind: Kind, event: Listed) -> Vec<Listed> {
 async fn run(mut assembler: Assembler, mut connection: Connection) -> Result<(), String> {
     let mut events = watches(&connection.access);
     let mut publish_at = None;
+    let mut published_at = Instant::now();
     assembler.publish();
     loop {
         tokio::select! {
@@ -204,7 +205,9 @@ async fn run(mut assembler: Assembler, mut connection: Connection) -> Result<(),
             }
             changed = assembler.here.attachments.changed() => {
                 changed.map_err(|_| "the attachments ended".to_owned())?;
-                publish_at.get_or_insert_with(|| Instant::now() + BURST);
+                // The ADD of a pod waits for it, and is alone as a rule.
+                let at = published_at + BURST;
+                publish_at = Some(publish_at.map_or(at, |publish_at: Instant| publish_at.min(at)));
             }
             changed = assembler.here.introduced.changed() => {
                 changed.map_err(|_| "the introductions ended".to_owned())?;
@@ -219,6 +222,7 @@ async fn run(mut assembler: Assembler, mut connection: Connection) -> Result<(),
             }
             () = sleep_until(publish_at) => {
                 publish_at = None;
+                published_at = Instant::now();
                 assembler.publish();
             }
             answer = &mut connection.probe => connection.probed(answer),

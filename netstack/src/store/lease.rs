@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
@@ -60,7 +61,17 @@ pub type LeaseRecords = BTreeMap<IpAddr, Lease>;
 
 impl Store {
     /// Records that cannot be read are skipped and logged: the kernel shows them too.
-    pub fn leases(&self) -> Result<LeaseRecords, StoreError> {
+    pub fn leases(&self) -> Result<Arc<LeaseRecords>, StoreError> {
+        let mut known = lock(&self.known_leases);
+        if let Some(leases) = &*known {
+            return Ok(leases.clone());
+        }
+        let leases = Arc::new(self.read_leases()?);
+        *known = Some(leases.clone());
+        Ok(leases)
+    }
+
+    fn read_leases(&self) -> Result<LeaseRecords, StoreError> {
         let mut records = LeaseRecords::new();
         for record in self.leases.iter() {
             let (key, value) = record.map_err(self.error("read leases"))?;
@@ -76,9 +87,9 @@ impl Store {
 
     /// Whose address it is: the pod of its live lease, from ADD to DEL. `None` also for what cannot be read.
     pub fn pod_of(&self, address: IpAddr) -> Option<PodKey> {
-        let record = self.leases.get(address.to_string()).ok()??;
-        let lease: Lease = serde_json::from_slice(&record).ok()?;
-        lease.pod.filter(|_| lease.released.is_none())
+        let leases = self.leases().ok()?;
+        let lease = leases.get(&address).filter(|lease| lease.released.is_none())?;
+        lease.pod.clone()
     }
 
     /// Writes and deletes (`None`) records as one change, and waits until it is on the medium.
@@ -99,10 +110,29 @@ impl Store {
                 ),
             }
         }
+        let mut known = lock(&self.known_leases);
+        let before = known.take();
         self.leases.apply_batch(batch).map_err(self.error("write leases"))?;
         self.db.flush().map_err(self.error("flush leases"))?;
+        *known = before.map(|mut leases| {
+            change(Arc::make_mut(&mut leases), changes);
+            leases
+        });
         Ok(())
     }
+}
+
+fn change(leases: &mut LeaseRecords, changes: &BTreeMap<IpAddr, Option<Lease>>) {
+    for (address, lease) in changes {
+        match lease {
+            None => leases.remove(address),
+            Some(lease) => leases.insert(*address, lease.clone()),
+        };
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn address(key: &[u8]) -> Option<IpAddr> {

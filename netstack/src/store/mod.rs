@@ -21,6 +21,7 @@ mod tests;
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 pub use lease::{Boottime, HostPort, Lease, LeaseRecords};
 use nix::sys::statvfs::{FsFlags, statvfs};
@@ -58,6 +59,8 @@ pub struct Store {
     path: PathBuf,
     db: sled::Db,
     leases: sled::Tree,
+    /// What `leases` holds, once it was read and while no write of it failed: nobody else writes there.
+    known_leases: Mutex<Option<Arc<LeaseRecords>>>,
     snapshot: sled::Tree,
 }
 

@@ -9,6 +9,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use super::{CACHE_BYTES, Store, StoreError};
@@ -106,7 +107,7 @@ fn attempt(path: &Path, look: Look) -> Result<Store, Failure> {
                 record?;
             }
         }
-        Ok(Store { path: path.to_owned(), db, leases, snapshot })
+        Ok(Store { path: path.to_owned(), db, leases, known_leases: Mutex::default(), snapshot })
     });
     match catch_unwind(opening) {
         Ok(Ok(store)) => Ok(store),

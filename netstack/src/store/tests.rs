@@ -127,6 +127,32 @@ fn fill_with_garbage(path: &Path) {
 }
 
 #[test]
+fn what_is_known_of_the_leases_is_what_is_on_the_medium() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store");
+    let store = Store::open(&path).unwrap().store;
+    let mut seen = Vec::new();
+    for (text, given) in [
+        ("10.244.1.2", Some(lease("a"))),
+        ("fd00::2", Some(lease("b"))),
+        ("10.244.1.2", Some(Lease { released: Some(Boottime(7)), ..lease("a") })),
+        ("fd00::2", None),
+    ] {
+        seen.push(store.leases().unwrap());
+        store.write_leases(&BTreeMap::from([(address(text), given)])).unwrap();
+    }
+    let last = store.leases().unwrap();
+    assert_eq!(
+        seen.iter().map(|leases| leases.len()).collect::<Vec<_>>(),
+        [0, 1, 2, 2],
+        "who read before keeps it"
+    );
+    assert_eq!(last.values().map(|lease| lease.released).collect::<Vec<_>>(), [Some(Boottime(7))]);
+    drop(store);
+    assert_eq!(Store::open(&path).unwrap().store.leases().unwrap(), last);
+}
+
+#[test]
 fn leases_survive_a_restart() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("store");
@@ -138,7 +164,7 @@ fn leases_survive_a_restart() {
     write(&opened.store, "10.244.1.3", None);
     drop(opened);
     let leases = Store::open(&path).unwrap().store.leases().unwrap();
-    assert_eq!(leases, [(address("10.244.1.2"), lease("a")), (address("fd00::2"), lease("a"))].into());
+    assert_eq!(*leases, [(address("10.244.1.2"), lease("a")), (address("fd00::2"), lease("a"))].into());
 }
 
 #[test]
@@ -167,7 +193,7 @@ fn a_lease_is_in_the_files_when_the_write_returns() {
     crate::kernel::testing::run(&["cp", "-r", path.to_str().unwrap(), left.to_str().unwrap()]);
     let after = Store::open(&left).unwrap();
     assert_eq!(after.set_aside, None);
-    assert_eq!(after.store.leases().unwrap(), [(address("10.244.1.2"), lease("a"))].into());
+    assert_eq!(*after.store.leases().unwrap(), [(address("10.244.1.2"), lease("a"))].into());
 }
 
 #[test]
@@ -182,7 +208,7 @@ fn a_store_full_of_garbage_is_set_aside_and_begun_anew() {
         let opened = Store::open(&path).unwrap();
         assert_eq!(opened.set_aside, Some(folder.path().join(format!("store.damaged-{round}"))));
         assert!(opened.set_aside.unwrap().join("conf").exists());
-        assert_eq!(opened.store.leases().unwrap(), LeaseRecords::new());
+        assert_eq!(*opened.store.leases().unwrap(), LeaseRecords::new());
         write(&opened.store, "10.244.1.9", Some(lease("c")));
     }
 }

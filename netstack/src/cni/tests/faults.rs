@@ -91,6 +91,32 @@ fn del_succeeds_in_every_order_and_frees_the_address() {
 }
 
 #[test]
+fn an_ended_pod_passes_nothing_while_its_link_is_there_and_who_comes_in_its_place_waits() {
+    if !needs_root() {
+        return;
+    }
+    let rig = Rig::new();
+    let pod = NamedNetns::new("pod");
+    rig.node.block_on(async {
+        let agent = rig.start().await;
+        let pings = || ["192.0.2.1", "2001:db8::1"].map(|to| pod.exec(&["ping", "-c1", "-W1", to]).0);
+        agent.add("a", &pod).await;
+        // Another container in the same namespace, then the same one.
+        for (ended, next) in [("a", "b"), ("b", "b")] {
+            assert_eq!(pings(), [true, true]);
+            let sweeping = agent.cni.sweeping.lock().await;
+            agent.call("DEL", ended, &pod.path(), Value::Null).await.unwrap();
+            assert_eq!((agent.live().len(), pod_links(&rig.node), pings()), (0, 1, [false, false]));
+            let mut adding = std::pin::pin!(agent.add(next, &pod));
+            assert!(tokio::time::timeout(Duration::from_millis(200), &mut adding).await.is_err());
+            drop(sweeping);
+            assert_eq!((adding.await.len(), pod_links(&rig.node)), (2, 1));
+        }
+        assert_eq!(pings(), [true, true]);
+    });
+}
+
+#[test]
 fn a_missing_namespace_is_error_3() {
     if !needs_root() {
         return;

@@ -50,6 +50,29 @@ fn a_restart_changes_nothing() {
 }
 
 #[test]
+fn a_link_that_had_ended_when_the_agent_was_killed_is_deleted_and_no_pod_again() {
+    if !needs_root() {
+        return;
+    }
+    let rig = Rig::new();
+    let (a, b) = (NamedNetns::new("pod"), NamedNetns::new("pod"));
+    rig.node.block_on(async {
+        let agent = rig.start().await;
+        agent.add("a", &a).await;
+        let of_b = agent.add("b", &b).await;
+        agent.kill().await;
+        let group = weft_model::constants::ENDED_LINK_GROUP.to_string();
+        rig.node.must(&["ip", "link", "set", &link_of("a"), "group", &group]);
+        // Its routes would bring it back: they are all that is left of who had it.
+        fill_with_garbage(&rig.store_path());
+        let agent = rig.start().await;
+        assert_eq!(agent.live().keys().copied().collect::<Vec<IpAddr>>(), of_b);
+        assert_eq!(pod_links(&rig.node), 1);
+        rig.node.must(&["ping", "-c1", "-W2", &of_b[1].to_string()]);
+    });
+}
+
+#[test]
 fn leases_lost_with_the_store_are_rebuilt_from_the_kernel() {
     if !needs_root() {
         return;

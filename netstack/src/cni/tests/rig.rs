@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use nix::net::if_::if_nametoindex;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use weft_model::node_facts::{NodeFacts, WireguardBackend};
@@ -13,6 +14,7 @@ use weft_model::objects::Node;
 use weft_model::snapshot::Attachments;
 use weft_model::{ClusterConfig, Generation, NodeName, Report, Snapshot};
 
+use crate::cni::bandwidth::ifb_of;
 use crate::cni::{Attachment, Caller, Cni, Inputs, plugin, server};
 use crate::kernel::testing::NamedNetns;
 use crate::policy::{PolicyApplier, PolicyPlanner};
@@ -212,12 +214,19 @@ impl Agent {
         addresses(&self.call("ADD", id, &pod.path(), Value::Null).await.unwrap())
     }
 
+    /// The links go a moment after the answer.
     pub(super) async fn del(&self, id: &str, netns: &str) {
         self.call("DEL", id, netns, Value::Null).await.unwrap();
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let link = link_of(id);
+        while [link.as_str(), &ifb_of(&link)].iter().any(|name| if_nametoindex(*name).is_ok()) {
+            assert!(Instant::now() < deadline, "{link} of {id} stays");
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
     }
 
     pub(super) fn live(&self) -> LeaseRecords {
-        let mut leases = self.store.leases().unwrap();
+        let mut leases = LeaseRecords::clone(&self.store.leases().unwrap());
         leases.retain(|_, lease| lease.released.is_none());
         leases
     }

@@ -10,13 +10,15 @@ use std::time::Instant;
 
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
+use weft_model::constants::POD_LINK_PREFIX;
 
-use super::rig::{Rig, ip, private_names};
+use super::rig::{Peer, Rig, ip, private_names, until};
 use super::row::{Better, Row, median, percentile};
 
 const ROUNDS: usize = 40;
 const PARALLEL: usize = 250;
 const PEER: &str = "chain";
+pub(crate) const PLUGINS: Peer = Peer { script: "build-cni-plugins.sh", args: &[] };
 
 pub(crate) fn measure(weft: &Path) -> anyhow::Result<Vec<Row>> {
     private_names()?;
@@ -34,6 +36,8 @@ pub(crate) fn measure(weft: &Path) -> anyhow::Result<Vec<Row>> {
                 adds[i].push(chain.add(&pod)?);
                 dels[i].push(chain.del(&pod)?);
                 pod.end()?;
+                // Weft's links go after DEL has answered: that is not to fall into the other's time.
+                until("the end of the pod's links", no_pod_link)?;
             }
         }
         let beside = |name: &str, figures: &[Vec<f64>; 2], percent: f64, target: f64| {
@@ -42,7 +46,6 @@ pub(crate) fn measure(weft: &Path) -> anyhow::Result<Vec<Row>> {
         };
         rows.push(beside("ADD", &adds, 50.0, 0.1));
         rows.push(beside("ADD", &adds, 99.0, 0.1));
-        // Unregistering a link waits for the kernel's grace periods, tens of milliseconds, whoever asks.
         rows.push(beside("DEL", &dels, 50.0, 0.1));
     }
     let [weft, peer] = [in_parallel(&ours, "w")?, in_parallel(&theirs, "p")?];
@@ -55,6 +58,11 @@ pub(crate) fn measure(weft: &Path) -> anyhow::Result<Vec<Row>> {
         0.1,
     ));
     Ok(rows)
+}
+
+fn no_pod_link() -> bool {
+    let links = std::fs::read_to_string("/proc/net/dev").unwrap_or_default();
+    !links.contains(POD_LINK_PREFIX)
 }
 
 /// Milliseconds of each ADD.
@@ -111,8 +119,6 @@ impl Chain {
 
     /// Dual stack, as flannel writes it; duplicate-address detection off, as every CNI of this kind has it.
     fn of_reference(rig: &Rig) -> anyhow::Result<Self> {
-        let output = Command::new("tests/tools/build-cni-plugins.sh").stderr(Stdio::inherit()).output()?;
-        ensure!(output.status.success(), "the reference plugins could not be built");
         let ranges = json!([[{"subnet": "10.99.0.0/16"}], [{"subnet": "fd00:10:99::/64"}]]);
         let data = rig.folder.path().join("host-local");
         let plugins = vec![
@@ -123,7 +129,7 @@ impl Chain {
             json!({"type": "portmap", "capabilities": {"portMappings": true}}),
             json!({"type": "bandwidth", "capabilities": {"bandwidth": true}}),
         ];
-        Ok(Self { folder: String::from_utf8(output.stdout)?.trim().into(), plugins })
+        Ok(Self { folder: PLUGINS.path()?, plugins })
     }
 
     pub(crate) fn add(&self, pod: &Pod) -> anyhow::Result<f64> {

@@ -14,7 +14,7 @@ mod names;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd as _, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,9 +28,10 @@ use nix::sys::socket::{
 use nix::unistd::Pid;
 
 use super::proxy::{SERVICES, make_services};
-use super::rig::{Rig, cpu_seconds_by_mode, resident_mib, until, until_within};
+use super::rig::{Peer, Rig, cpu_seconds_by_mode, resident_mib, until, until_within};
 use super::row::{Better, Row, median, percentile};
 
+pub(crate) const COREDNS: Peer = Peer { script: "build-coredns.sh", args: &[] };
 const ROUNDS: usize = 3;
 const SECONDS: u64 = 3;
 const CLIENTS: usize = 4;
@@ -52,7 +53,7 @@ const PER_SECOND_AT_A_KILL: f64 = 1000.0;
 const PATIENCE: Duration = Duration::from_secs(1);
 
 pub(crate) fn measure(weft: &Path) -> anyhow::Result<Vec<Row>> {
-    let peer = peer_binary()?;
+    let peer = COREDNS.path()?;
     let mut rig = Rig::start(weft)?;
     rig.runtime.block_on(make_services(&rig.client))?;
     let resolv_conf = rig.folder.path().join("resolv.conf");
@@ -481,12 +482,6 @@ fn pin_all(pid: u32) -> anyhow::Result<()> {
         sched_setaffinity(Pid::from_raw(thread), &core)?;
     }
     Ok(())
-}
-
-fn peer_binary() -> anyhow::Result<PathBuf> {
-    let output = Command::new("tests/tools/build-coredns.sh").stderr(Stdio::inherit()).output()?;
-    ensure!(output.status.success(), "CoreDNS could not be built");
-    Ok(String::from_utf8(output.stdout)?.trim().into())
 }
 
 /// Its default Corefile of a cluster, less what does not answer questions; one core, as it is told to have.

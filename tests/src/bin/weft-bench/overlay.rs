@@ -16,6 +16,8 @@ use super::rig::{cpu_seconds, ip, private_names, resident_mib, until};
 use super::row::{Better, Row, median};
 use tunnels::{End, Kind, Programs};
 
+pub(crate) use tunnels::{BORINGTUN, WIREGUARD_GO};
+
 const ROUNDS: usize = 3;
 const SECONDS: &str = "3";
 

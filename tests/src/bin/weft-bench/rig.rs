@@ -257,6 +257,21 @@ async fn make_node(client: &kube::Client) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A program to measure beside. The project's script makes it outside the work tree, once, and prints where it is.
+pub(crate) struct Peer {
+    pub(crate) script: &'static str,
+    pub(crate) args: &'static [&'static str],
+}
+
+impl Peer {
+    pub(crate) fn path(&self) -> anyhow::Result<PathBuf> {
+        let script = Path::new("tests/tools").join(self.script);
+        let output = Command::new(&script).args(self.args).stderr(Stdio::inherit()).output()?;
+        ensure!(output.status.success(), "{} failed", script.display());
+        Ok(String::from_utf8(output.stdout)?.trim().into())
+    }
+}
+
 /// A mount namespace of our own still shares the folder of named namespaces; a private tmpfs keeps the names ours.
 pub(crate) fn private_names() -> anyhow::Result<()> {
     std::fs::create_dir_all("/run/netns")?;

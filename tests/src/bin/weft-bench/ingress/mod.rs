@@ -19,6 +19,7 @@ use std::path::Path;
 use anyhow::bail;
 
 use super::row::Row;
+pub(crate) use peers::TRAEFIK;
 
 /// Of the proxy that is measured, and of whatever loads it and answers it.
 const PROXY_CORE: &str = "0";

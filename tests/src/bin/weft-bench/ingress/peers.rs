@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 use std::net::{SocketAddr, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -13,10 +13,12 @@ use nix::unistd::Pid;
 use weft_ingress::apply::RoutesApplier;
 use weft_netstack::reconcile::{Applier as _, Trust};
 
-use super::super::rig::{cpu_seconds, until_within};
+use super::super::rig::{Peer, cpu_seconds, until_within};
 use super::backend::{self, nginx};
 use super::table::{self, BACKEND, PROXY, SIX, Shape};
 use super::{PROXY_CORE, load};
+
+pub(crate) const TRAEFIK: Peer = Peer { script: "build-traefik.sh", args: &[] };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -284,10 +286,4 @@ fn written(ground: &Ground, name: &str, text: &str) -> anyhow::Result<PathBuf> {
     let path = ground.folder.join(name);
     std::fs::write(&path, text)?;
     Ok(path)
-}
-
-pub(super) fn traefik_binary() -> anyhow::Result<PathBuf> {
-    let output = Command::new("tests/tools/build-traefik.sh").stderr(Stdio::inherit()).output()?;
-    ensure!(output.status.success(), "Traefik could not be built");
-    Ok(Path::new(String::from_utf8(output.stdout)?.trim()).to_owned())
 }

@@ -12,7 +12,7 @@ use super::super::rig::ip;
 use super::super::row::{Better, Row, median, percentile};
 use super::backend::{BIG_BYTES, Backend};
 use super::load::{h2load, idle, latencies};
-use super::peers::{Ground, Kind, PEERS, Proxy, traefik_binary};
+use super::peers::{Ground, Kind, PEERS, Proxy, TRAEFIK};
 use super::table::{BACKEND, PROXY, SIX, Shape, host};
 
 const ROUNDS: usize = 5;
@@ -39,8 +39,7 @@ pub(crate) fn measure(weft: &Path) -> anyhow::Result<Vec<Row>> {
     let folder = tempfile::tempdir()?;
     // The users of the proxies have to come through.
     std::fs::set_permissions(folder.path(), PermissionsExt::from_mode(0o755))?;
-    let ground =
-        Ground { weft: weft.to_owned(), traefik: traefik_binary()?, folder: folder.path().to_owned() };
+    let ground = Ground { weft: weft.to_owned(), traefik: TRAEFIK.path()?, folder: folder.path().to_owned() };
     ground.make_certificate()?;
     let _backend = Backend::start(folder.path())?;
     let mut rows = few(&ground)?;

@@ -12,7 +12,10 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 use x25519_dalek::{PublicKey, StaticSecret};
 
-use crate::rig::{ip, until};
+use crate::rig::{Peer, ip, until};
+
+pub(crate) const WIREGUARD_GO: Peer = Peer { script: "build-wireguard-go.sh", args: &[] };
+pub(crate) const BORINGTUN: Peer = Peer { script: "build-boringtun.sh", args: &[] };
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -116,8 +119,7 @@ pub(super) struct Programs {
 
 impl Programs {
     pub(super) fn new(weft: &Path) -> anyhow::Result<Self> {
-        let [wireguard_go, boringtun] = ["build-wireguard-go.sh", "build-boringtun.sh"].map(built);
-        Ok(Self { weft: weft.to_owned(), wireguard_go: wireguard_go?, boringtun: boringtun? })
+        Ok(Self { weft: weft.to_owned(), wireguard_go: WIREGUARD_GO.path()?, boringtun: BORINGTUN.path()? })
     }
 
     pub(super) fn start(&self, kind: Kind, end: &End, others: &[&End]) -> anyhow::Result<Child> {
@@ -141,13 +143,6 @@ impl Programs {
         until("weft0", || ip(&format!("-n {} link show weft0", end.netns)).is_ok())?;
         Ok(child)
     }
-}
-
-/// By the project's script, kept outside the work tree.
-fn built(script: &str) -> anyhow::Result<PathBuf> {
-    let output = Command::new(Path::new("tests/tools").join(script)).stderr(Stdio::inherit()).output()?;
-    ensure!(output.status.success(), "tests/tools/{script} failed");
-    Ok(String::from_utf8(output.stdout)?.trim().into())
 }
 
 /// With the control protocol that others share (wireguard.com/xplatform).

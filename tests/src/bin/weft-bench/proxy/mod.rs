@@ -23,6 +23,7 @@ use anyhow::{Context as _, ensure};
 use super::rig::{Rig, private_names, resident_mib, until_within};
 use super::row::{Better, Row, median, table};
 use load::{PROBE_IP, make, make_probe, move_probe};
+pub(crate) use peer::KUBE_PROXY;
 use peer::{KubeProxy, Mode};
 use pods::{Answerer, Asker, PORT, now_micros};
 
@@ -48,7 +49,7 @@ pub(crate) async fn make_services(client: &kube::Client) -> anyhow::Result<()> {
 
 pub(crate) fn measure(weft: &Path) -> anyhow::Result<Vec<Row>> {
     private_names()?;
-    let kube_proxy = peer::binary()?;
+    let kube_proxy = KUBE_PROXY.path()?.join("kube-proxy");
     let mut rig = Rig::start(weft)?;
     rig.start_agent()?;
     rig.await_ready()?;

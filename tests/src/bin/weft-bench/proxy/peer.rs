@@ -5,7 +5,10 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context as _, ensure};
 
-use crate::rig::{CIDRS, NODE, Rig};
+use crate::rig::{CIDRS, NODE, Peer, Rig};
+
+/// Of the version that the cluster tier runs; the folder that it is in.
+pub(crate) const KUBE_PROXY: Peer = Peer { script: "build-kubernetes.sh", args: &["", "kube-proxy"] };
 
 /// Where it tells its metrics.
 pub(super) const METRICS: &str = "127.0.0.1:10249";
@@ -94,14 +97,4 @@ impl KubeProxy {
         ensure!(cleaned.success(), "kube-proxy --cleanup: {cleaned}");
         Ok(())
     }
-}
-
-/// Of the version that the cluster tier runs.
-pub(super) fn binary() -> anyhow::Result<PathBuf> {
-    let output = Command::new("tests/tools/build-kubernetes.sh")
-        .args(["", "kube-proxy"])
-        .stderr(Stdio::inherit())
-        .output()?;
-    ensure!(output.status.success(), "kube-proxy could not be built");
-    Ok(PathBuf::from(String::from_utf8(output.stdout)?.trim()).join("kube-proxy"))
 }
