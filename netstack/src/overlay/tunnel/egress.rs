@@ -104,9 +104,7 @@ impl Train {
             reservation
         });
         if let Some(reservation) = reservation {
-            for (counter, datagram) in (reservation.first..).zip(self.bytes.chunks_mut(self.segment)) {
-                reservation.session.seal(counter, datagram);
-            }
+            reservation.session.seal(reservation.first, self.bytes.chunks_mut(self.segment));
             device.send(reservation.endpoint, &self.bytes, self.segment);
         }
         self.bytes.clear();

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -59,9 +60,8 @@ pub(super) fn run(device: &Device, ipv6: bool) -> io::Result<()> {
 struct Run {
     peer: Arc<PeerEntry>,
     session: Arc<Session>,
-    /// Counter, and the packet with its padding.
-    packets: Vec<(u64, std::ops::Range<usize>)>,
-    bytes: u64,
+    /// Counter and place; first of the datagram, once it is opened of the packet with its padding.
+    packets: Vec<(u64, Range<usize>)>,
 }
 
 /// One train on its way through the sessions.
@@ -85,11 +85,8 @@ impl Opening<'_> {
                     self.finish(run.take(), index, bytes);
                     run = self.begin(receiver);
                 }
-                if let Some(run) = &mut run
-                    && run.session.open(counter, &mut bytes[start..end])
-                {
-                    run.packets.push((counter, start + DATA_HEADER_LEN..end - TAG_LEN));
-                    run.bytes += (end - start) as u64;
+                if let Some(run) = &mut run {
+                    run.packets.push((counter, start..end));
                 }
             } else {
                 handshake(self.device, self.table, &bytes[start..end], self.from, self.now);
@@ -102,12 +99,15 @@ impl Opening<'_> {
     fn begin(&self, receiver: u32) -> Option<Run> {
         let peer = self.table.peer(slot_of(receiver))?.clone();
         let session = peer.lock().session(receiver, self.now.monotonic)?;
-        Some(Run { peer, session, packets: Vec::new(), bytes: 0 })
+        Some(Run { peer, session, packets: Vec::new() })
     }
 
-    /// Marks what was opened, tells the peer, and passes on the packets whose source the peer may use.
-    fn finish(&mut self, run: Option<Run>, index: usize, bytes: &[u8]) {
-        let Some(Run { peer, session, mut packets, bytes: received }) = run else { return };
+    /// Opens, marks what was authentic, tells the peer, and passes on the packets whose source the peer may use.
+    fn finish(&mut self, run: Option<Run>, index: usize, bytes: &mut [u8]) {
+        let Some(Run { peer, session, mut packets }) = run else { return };
+        session.open(&mut packets, bytes);
+        let received =
+            packets.iter().map(|(_, place)| (DATA_HEADER_LEN + place.len() + TAG_LEN) as u64).sum();
         let mut fresh = Vec::with_capacity(packets.len());
         session.accept(packets.iter().map(|(counter, _)| *counter), |is_fresh| fresh.push(is_fresh));
         let mut verdicts = fresh.into_iter();

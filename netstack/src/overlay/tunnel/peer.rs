@@ -490,7 +490,7 @@ impl Peer {
     fn send_keepalive(&mut self, now: Now, out: &mut Outbox) {
         if let Some(reservation) = self.reserve(1, false, now, out) {
             let mut datagram = vec![0; DATA_HEADER_LEN + TAG_LEN];
-            reservation.session.seal(reservation.first, &mut datagram);
+            reservation.session.seal(reservation.first, std::iter::once(datagram.as_mut_slice()));
             self.push(datagram, out);
         }
     }
@@ -505,7 +505,7 @@ impl Peer {
             let padded = packet.len().next_multiple_of(16);
             let mut datagram = vec![0; DATA_HEADER_LEN + padded + TAG_LEN];
             datagram[DATA_HEADER_LEN..DATA_HEADER_LEN + packet.len()].copy_from_slice(&packet);
-            reservation.session.seal(reservation.first, &mut datagram);
+            reservation.session.seal(reservation.first, std::iter::once(datagram.as_mut_slice()));
             self.push(datagram, out);
         }
     }

@@ -1,11 +1,11 @@
 //! One session: a pair of transport keys with their counters. Sealing and opening need no lock.
 
+use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
-
+use super::aead::{Key, Packet};
 use super::message::{DATA_HEADER_LEN, TAG_LEN, write_data_header};
 use super::noise::TransportKeys;
 use super::replay::ReplayWindow;
@@ -24,8 +24,8 @@ pub(super) struct Session {
     pub(super) initiator: bool,
     /// Only for the process after this one: the ciphers do not show theirs.
     keys: TransportKeys,
-    send: LessSafeKey,
-    receive: LessSafeKey,
+    send: Key,
+    receive: Key,
     next_counter: AtomicU64,
     replay: Mutex<ReplayWindow>,
 }
@@ -44,8 +44,8 @@ impl Session {
             created: now,
             initiator,
             keys: keys.clone(),
-            send: aead_key(&keys.send),
-            receive: aead_key(&keys.receive),
+            send: Key::new(&keys.send),
+            receive: Key::new(&keys.receive),
             next_counter: AtomicU64::new(0),
             replay: Mutex::default(),
         }
@@ -79,23 +79,31 @@ impl Session {
             .ok()
     }
 
-    /// Seals `datagram` in place: header room, padded packet, tag room.
-    pub(super) fn seal(&self, counter: u64, datagram: &mut [u8]) {
-        write_data_header(datagram, self.remote_index, counter);
-        let tag_at = datagram.len() - TAG_LEN;
-        let (packet, tag_room) = datagram[DATA_HEADER_LEN..].split_at_mut(tag_at - DATA_HEADER_LEN);
-        // ring fails only beyond 256 GiB of plaintext.
-        let tag = self
-            .send
-            .seal_in_place_separate_tag(nonce(counter), Aad::empty(), packet)
-            .expect("a datagram is shorter than the cipher's limit");
-        tag_room.copy_from_slice(tag.as_ref());
+    /// Seals datagrams in place, each header room, padded packet, tag room, from the counter `first` on.
+    pub(super) fn seal<'a>(&self, first: u64, datagrams: impl Iterator<Item = &'a mut [u8]>) {
+        self.send.seal((first..).zip(datagrams).map(|(counter, datagram)| {
+            write_data_header(datagram, self.remote_index, counter);
+            Packet { counter, bytes: &mut datagram[DATA_HEADER_LEN..] }
+        }));
     }
 
-    /// Opens `datagram` in place; the packet is what follows the header. False when it is not authentic.
-    pub(super) fn open(&self, counter: u64, datagram: &mut [u8]) -> bool {
-        let sealed = &mut datagram[DATA_HEADER_LEN..];
-        self.receive.open_in_place(nonce(counter), Aad::empty(), sealed).is_ok()
+    /// Opens datagrams in place, each a counter and where it stands in `bytes`, one behind another. Those that are not
+    /// authentic are taken out; of the others the place of the packet is left.
+    pub(super) fn open(&self, datagrams: &mut Vec<(u64, Range<usize>)>, bytes: &mut [u8]) {
+        let (mut rest, mut taken) = (bytes, 0);
+        let packets = datagrams.iter().map(|(counter, place)| {
+            let (datagram, behind) =
+                std::mem::take(&mut rest)[place.start - taken..].split_at_mut(place.len());
+            (rest, taken) = (behind, place.end);
+            Packet { counter: *counter, bytes: &mut datagram[DATA_HEADER_LEN..] }
+        });
+        let mut verdicts = Vec::with_capacity(datagrams.len());
+        self.receive.open(packets, |authentic| verdicts.push(authentic));
+        let mut verdicts = verdicts.into_iter();
+        datagrams.retain(|_| verdicts.next() == Some(true));
+        for (_, place) in datagrams {
+            *place = place.start + DATA_HEADER_LEN..place.end - TAG_LEN;
+        }
     }
 
     /// Marks authenticated counters as received; those seen before, too old or beyond the limit are refused.
@@ -105,17 +113,6 @@ impl Session {
             verdict(counter < REJECT_AFTER_MESSAGES && replay.accept(counter));
         }
     }
-}
-
-fn aead_key(key: &[u8; 32]) -> LessSafeKey {
-    LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, key).expect("32 bytes are a ChaCha20 key"))
-}
-
-/// Four zero bytes and the counter, little endian (whitepaper, section 5.4.6).
-fn nonce(counter: u64) -> Nonce {
-    let mut bytes = [0; 12];
-    bytes[4..].copy_from_slice(&counter.to_le_bytes());
-    Nonce::assume_unique_for_key(bytes)
 }
 
 #[cfg(test)]
@@ -134,11 +131,16 @@ mod tests {
         let (alice, bob) = pair();
         let mut datagram = vec![0; 16 + 32 + 16];
         datagram[16..48].fill(9);
-        alice.seal(alice.reserve(1).unwrap(), &mut datagram);
+        alice.seal(alice.reserve(1).unwrap(), std::iter::once(datagram.as_mut_slice()));
         let mut tampered = datagram.clone();
         tampered[20] ^= 1;
-        assert!(!bob.open(0, &mut tampered));
-        assert!(bob.open(0, &mut datagram));
+        let open = |datagram: &mut [u8]| {
+            let mut datagrams = vec![(0, 0..64)];
+            bob.open(&mut datagrams, datagram);
+            datagrams
+        };
+        assert_eq!(open(&mut tampered), []);
+        assert_eq!(open(&mut datagram), [(0, 16..48)]);
         assert_eq!(datagram[16..48], [9; 32]);
         let mut verdicts = Vec::new();
         bob.accept([0, 0].into_iter(), |fresh| verdicts.push(fresh));

@@ -90,8 +90,10 @@ impl World {
             }
             Message::Data { receiver, counter } => {
                 let Some(session) = side.peer.session(receiver, now.monotonic) else { return out };
-                if session.open(counter, &mut datagram) {
-                    let packet = datagram[DATA_HEADER_LEN..datagram.len() - TAG_LEN].to_vec();
+                let mut opened = vec![(counter, 0..datagram.len())];
+                session.open(&mut opened, &mut datagram);
+                if let Some((_, place)) = opened.pop() {
+                    let packet = datagram[place].to_vec();
                     let bytes = datagram.len() as u64;
                     side.peer.note_received(&session, bytes, !packet.is_empty(), source, now, &mut out);
                     if !packet.is_empty() {
@@ -113,7 +115,7 @@ impl World {
             Some(reservation) => {
                 let mut datagram = vec![0; DATA_HEADER_LEN + 32 + TAG_LEN];
                 datagram[DATA_HEADER_LEN..DATA_HEADER_LEN + 32].copy_from_slice(&packet);
-                reservation.session.seal(reservation.first, &mut datagram);
+                reservation.session.seal(reservation.first, std::iter::once(datagram.as_mut_slice()));
                 out.push((reservation.endpoint, datagram));
             }
             None => self.sides[from].peer.enqueue(packet, now, &mut out),
