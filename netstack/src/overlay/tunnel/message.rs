@@ -2,13 +2,13 @@
 //!
 //! Source: WireGuard whitepaper, sections 5.4.2 to 5.4.7. All integers are little endian.
 
+pub(super) use crate::kernel::aead::TAG_LEN;
+
 pub(super) const INITIATION_LEN: usize = 148;
 pub(super) const RESPONSE_LEN: usize = 92;
 pub(super) const COOKIE_REPLY_LEN: usize = 64;
 /// Type, receiver index and counter before the sealed packet.
 pub(super) const DATA_HEADER_LEN: usize = 16;
-/// Poly1305 tag after the sealed packet.
-pub(super) const TAG_LEN: usize = 16;
 /// mac1 and mac2 at the end of both handshake messages.
 pub(super) const MACS_LEN: usize = 32;
 

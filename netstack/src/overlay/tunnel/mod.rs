@@ -11,7 +11,6 @@
 //! back, and after an orderly end the sessions go on (handover.rs); else the peers are greeted at once.
 //! No async here: threads run packets to completion. Source of the protocol: the WireGuard whitepaper.
 
-mod aead;
 mod allowed_ips;
 mod checksum;
 mod coalesce;

@@ -5,10 +5,10 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::aead::{Key, Packet};
 use super::message::{DATA_HEADER_LEN, TAG_LEN, write_data_header};
 use super::noise::TransportKeys;
 use super::replay::ReplayWindow;
+use crate::kernel::aead::{Key, Packet};
 
 /// WireGuard whitepaper, section 6.1.
 pub(super) const REJECT_AFTER_TIME: Duration = Duration::from_secs(180);

@@ -1,4 +1,5 @@
-//! The cipher of data messages, ChaCha20-Poly1305 (RFC 8439), of many packets at once.
+//! The cipher of the tunnel's data messages, ChaCha20-Poly1305 (RFC 8439), of many packets at once. Here and not in `tunnel` because
+//! of `unsafe`.
 //!
 //! ```text
 //!  packets of one session --by sixteen--> lanes (AVX-512, where the processor has it and it pays) or ring (one by one)
@@ -10,26 +11,26 @@ mod lanes;
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 use smallvec::SmallVec;
 
-use super::message::TAG_LEN;
-
+/// Poly1305 tag behind the text.
+pub const TAG_LEN: usize = 16;
 /// As many packets as lanes.
 const BATCH: usize = 16;
 
 /// A packet under way through the cipher.
-pub(super) struct Packet<'a> {
-    pub(super) counter: u64,
+pub struct Packet<'a> {
+    pub counter: u64,
     /// Its text and behind that [`TAG_LEN`] bytes, the tag or room for it.
-    pub(super) bytes: &'a mut [u8],
+    pub bytes: &'a mut [u8],
 }
 
-pub(super) struct Key {
+pub struct Key {
     ring: LessSafeKey,
     #[cfg(target_arch = "x86_64")]
     lanes: Option<lanes::Key>,
 }
 
 impl Key {
-    pub(super) fn new(key: &[u8; 32]) -> Self {
+    pub fn new(key: &[u8; 32]) -> Self {
         let ring = UnboundKey::new(&CHACHA20_POLY1305, key).expect("32 bytes are a ChaCha20 key");
         Self {
             ring: LessSafeKey::new(ring),
@@ -39,7 +40,7 @@ impl Key {
     }
 
     /// Seals each in place. No two may have the same counter, ever.
-    pub(super) fn seal<'a>(&self, packets: impl Iterator<Item = Packet<'a>>) {
+    pub fn seal<'a>(&self, packets: impl Iterator<Item = Packet<'a>>) {
         in_batches(packets, |batch| {
             #[cfg(target_arch = "x86_64")]
             if let Some(lanes) = self.lanes.as_ref().filter(|_| lanes::pays(batch)) {
@@ -58,7 +59,7 @@ impl Key {
     }
 
     /// Opens each in place and says, in their order, which are authentic; those that are not hold nothing of meaning then.
-    pub(super) fn open<'a>(&self, packets: impl Iterator<Item = Packet<'a>>, mut verdict: impl FnMut(bool)) {
+    pub fn open<'a>(&self, packets: impl Iterator<Item = Packet<'a>>, mut verdict: impl FnMut(bool)) {
         in_batches(packets, |batch| {
             #[cfg(target_arch = "x86_64")]
             if let Some(lanes) = self.lanes.as_ref().filter(|_| lanes::pays(batch)) {
