@@ -9,7 +9,7 @@ mod tunnels;
 use std::path::Path;
 use std::process::{Child, Stdio};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use serde_json::Value;
 
 use super::rig::{cpu_seconds, ip, private_names, resident_mib, until};
@@ -38,8 +38,11 @@ pub(crate) fn measure(weft: &Path) -> anyhow::Result<Vec<Row>> {
         for ((kind, theirs), target) in peers.iter().zip(targets) {
             let peer = (kind.name(), of(theirs, pick));
             rows.push(match target {
-                Some(target) => Row::beside(name, unit, of(&ours.1, pick), peer, better, target),
-                None => Row::bounded(name, unit, of(&ours.1, pick), peer, better, None),
+                Target::Ratio(target) => Row::beside(name, unit, of(&ours.1, pick), peer, better, target),
+                Target::Own(target) => {
+                    Row::bounded(name, unit, of(&ours.1, pick), peer, better, Some(target))
+                }
+                Target::None => Row::bounded(name, unit, of(&ours.1, pick), peer, better, None),
             });
         }
     }
@@ -49,28 +52,60 @@ pub(crate) fn measure(weft: &Path) -> anyhow::Result<Vec<Row>> {
 
 struct Round {
     gigabits: f64,
+    gigabits_of_four: f64,
     cpu_seconds_per_gib: f64,
     resident_mib: f64,
     /// With every packet of the underlay on its own.
     gigabits_unsegmented: f64,
     small_kpps: f64,
+    /// Of a tunnel that does nothing else.
+    round_trip_millis: f64,
 }
 
-type Figure = (&'static str, &'static str, fn(&Round) -> f64, Better, [Option<f64>; 2]);
+#[derive(Clone, Copy)]
+enum Target {
+    /// Of the ratio to the peer.
+    Ratio(f64),
+    /// Of Weft's own figure.
+    Own(f64),
+    None,
+}
 
-/// Targets of the ratio: to wireguard-go, to boringtun.
-const FIGURES: [Figure; 5] = [
-    ("TCP, one stream", "Gbit/s", |r| r.gigabits, Better::Higher, [Some(1.5), None]),
-    ("CPU of both tunnels per GiB", "s", |r| r.cpu_seconds_per_gib, Better::Lower, [Some(0.5), None]),
-    ("resident memory per end", "MiB", |r| r.resident_mib, Better::Lower, [Some(0.1), None]),
+/// Targets beside wireguard-go and beside boringtun.
+type Figure = (&'static str, &'static str, fn(&Round) -> f64, Better, [Target; 2]);
+
+const FIGURES: [Figure; 7] = [
+    ("TCP, one stream", "Gbit/s", |r| r.gigabits, Better::Higher, [Target::Ratio(1.8), Target::None]),
+    (
+        "TCP, four streams",
+        "Gbit/s",
+        |r| r.gigabits_of_four,
+        Better::Higher,
+        [Target::Ratio(1.8), Target::None],
+    ),
+    (
+        "CPU of both tunnels per GiB",
+        "s",
+        |r| r.cpu_seconds_per_gib,
+        Better::Lower,
+        [Target::Ratio(0.5), Target::None],
+    ),
+    ("resident memory per end", "MiB", |r| r.resident_mib, Better::Lower, [Target::Own(20.0), Target::None]),
     (
         "TCP, underlay without segmentation",
         "Gbit/s",
         |r| r.gigabits_unsegmented,
         Better::Higher,
-        [Some(1.5), None],
+        [Target::Ratio(1.8), Target::None],
     ),
-    ("UDP of 64 bytes, delivered", "kpps", |r| r.small_kpps, Better::Higher, [Some(3.0), None]),
+    (
+        "UDP of 64 bytes, delivered",
+        "kpps",
+        |r| r.small_kpps,
+        Better::Higher,
+        [Target::Ratio(3.0), Target::None],
+    ),
+    ("round trip, idle", "ms", |r| r.round_trip_millis, Better::Lower, [Target::Ratio(1.0), Target::None]),
 ];
 
 fn underlay() -> anyhow::Result<()> {
@@ -105,10 +140,12 @@ fn traffic(ends: &[End; 2], tunnels: &[Child; 2]) -> anyhow::Result<Round> {
         ping.is_ok_and(|output| output.status.success())
     })?;
     let cpu = || -> f64 { tunnels.iter().map(|tunnel| cpu_seconds(tunnel.id())).sum() };
+    let round_trip_millis = idle_round_trip(ends)?;
     let before = cpu();
     let tcp = iperf(ends, &[])?;
     let used = cpu() - before;
     let resident_mib = resident_mib(tunnels[0].id())?;
+    let four = iperf(ends, &["-P", "4"])?;
     let udp = iperf(ends, &["-u", "-b", "0", "-l", "64"])?;
     segments(1)?;
     let alone = iperf(ends, &[]);
@@ -121,11 +158,23 @@ fn traffic(ends: &[End; 2], tunnels: &[Child; 2]) -> anyhow::Result<Round> {
     let delivered = number(&udp, "/end/sum/packets")? - number(&udp, "/end/sum/lost_packets")?;
     Ok(Round {
         gigabits: gigabits(&tcp)?,
+        gigabits_of_four: gigabits(&four)?,
         cpu_seconds_per_gib: used / (number(&tcp, "/end/sum_received/bytes")? / 1024f64.powi(3)),
         resident_mib,
         gigabits_unsegmented: gigabits(&alone?)?,
         small_kpps: delivered / number(&udp, "/end/sum/seconds")? / 1e3,
+        round_trip_millis,
     })
+}
+
+/// The median of some, in milliseconds.
+fn idle_round_trip(ends: &[End; 2]) -> anyhow::Result<f64> {
+    let ping = ends[0].command("ping").args(["-c", "40", "-i", "0.02", &ends[1].inner()]).output()?;
+    let text = String::from_utf8(ping.stdout)?;
+    let millis = |line: &str| line.split_once("time=")?.1.split(' ').next()?.parse().ok();
+    let all: Vec<f64> = text.lines().filter_map(millis).collect();
+    ensure!(!all.is_empty(), "no ping came back");
+    Ok(median(all))
 }
 
 /// How many segments the underlay's links take at once; what is more is cut before.
