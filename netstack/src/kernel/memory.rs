@@ -13,25 +13,24 @@ pub fn use_small_pages() {
     let _ = set_thp_disable(true);
 }
 
-/// How often a thread looks through its heap.
-const LOOK: Duration = Duration::from_secs(1);
+/// How often a thread gives back what it has freed.
+const PAUSE: Duration = Duration::from_secs(1);
 
 thread_local! {
-    static LOOKED: Cell<Option<Instant>> = const { Cell::new(None) };
+    static GAVE_BACK: Cell<Option<Instant>> = const { Cell::new(None) };
 }
 
-/// For a thread that has nothing to do at the moment: what it has freed goes back, which it does by itself only after thousands of
-/// further allocations.
-pub fn tidy_up() {
-    if LOOKED.get().is_none_or(|at| at.elapsed() > LOOK) {
-        // SAFETY: as in `give_memory_back`.
-        unsafe { libmimalloc_sys::mi_collect(false) };
-        LOOKED.set(Some(Instant::now()));
+/// For a thread that has nothing to do at the moment: each keeps what it has freed for itself, until thousands of further
+/// allocations.
+pub fn give_memory_back_now_and_then() {
+    if GAVE_BACK.get().is_none_or(|at| at.elapsed() > PAUSE) {
+        give_memory_back();
+        GAVE_BACK.set(Some(Instant::now()));
     }
 }
 
-/// What is free goes back to the kernel at once, wherever it lies. After work that needed much for a moment; it takes some
-/// milliseconds.
+/// What is free goes back to the kernel at once, wherever it lies; of other threads what they have given up. After work that needed
+/// much for a moment; it takes some milliseconds.
 pub fn give_memory_back() {
     // SAFETY: mi_collect takes a flag and touches what is free only.
     unsafe { libmimalloc_sys::mi_collect(true) };
