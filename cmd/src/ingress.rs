@@ -21,6 +21,7 @@ use weft_ingress::plan::table::RouteTable;
 use weft_ingress::proxy::{Handover, process};
 use weft_model::Snapshot;
 use weft_model::constants::{INGRESS_HTTP_PORT, INGRESS_HTTPS_PORT, INGRESS_USER};
+use weft_netstack::kernel::memory::use_small_pages;
 use weft_netstack::reconcile::Planner as _;
 
 use crate::kept::Kept;
@@ -98,6 +99,7 @@ pub(crate) fn run(args: &IngressArgs) -> anyhow::Result<()> {
 
 fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     args.log.start()?;
+    use_small_pages();
     let control = process::bind(&args.run_dir)?;
     let kept = Kept::from_environment();
     let handover = Handover::new(kept.tcp, kept.store);

@@ -34,3 +34,13 @@ pub use notice::{Notice, Severity};
 pub use problem::{ObjectRef, Planned, Problem, Reason};
 pub use report::{Health, Report};
 pub use snapshot::Snapshot;
+
+/// Without room for more, for what stays. `shrink_to_fit` leaves up to half of it free: an allocator moves nothing for less.
+pub fn exact<T>(items: Vec<T>) -> Vec<T> {
+    if items.len() == items.capacity() {
+        return items;
+    }
+    let mut exact = Vec::with_capacity(items.len());
+    exact.extend(items);
+    exact
+}

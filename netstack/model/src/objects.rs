@@ -15,9 +15,7 @@ use crate::node_facts::LinkSubnets;
 
 /// Without room for more: a big cluster has very many of these.
 fn exact<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Vec<T>, D::Error> {
-    let mut items = Vec::deserialize(deserializer)?;
-    items.shrink_to_fit();
-    Ok(items)
+    Ok(crate::exact(Vec::deserialize(deserializer)?))
 }
 
 pub type Labels = BTreeMap<String, String>;

@@ -308,6 +308,9 @@ pub struct Set {
     pub timeout_millis: Option<u64>,
     /// Rules add elements as packets come (`flags dynamic`), at most this many; always with a timeout.
     pub dynamic_size: Option<u32>,
+    /// How many elements the kernel keeps room for from the beginning; it refuses more. `None`: it makes room as they come, which
+    /// takes it three times as long. Only for sets that no rule adds to; see [`Set::room_for`].
+    pub room: Option<u32>,
     /// Elements by the object they come from (`default/echo`); one key stands in one group only.
     pub groups: BTreeMap<Arc<str>, Arc<Elements>>,
 }
@@ -341,7 +344,22 @@ pub enum ElementData {
 
 impl Set {
     pub fn new(key: Vec<KeyType>, data: SetData) -> Self {
-        Self { key, data, interval: false, timeout_millis: None, dynamic_size: None, groups: BTreeMap::new() }
+        Self {
+            key,
+            data,
+            interval: false,
+            timeout_millis: None,
+            dynamic_size: None,
+            room: None,
+            groups: BTreeMap::new(),
+        }
+    }
+
+    /// A power of two with as much free as `count` elements take, so that a set is seldom made anew.
+    pub fn room_for(count: usize) -> u32 {
+        const LEAST: usize = 256;
+        let room = count.saturating_mul(2).max(LEAST).next_power_of_two();
+        u32::try_from(room).unwrap_or(u32::MAX)
     }
 
     /// Every element of every group, in key order within a group.

@@ -7,7 +7,7 @@ use smallvec::SmallVec;
 
 use crate::ids::{ServiceKey, SliceKey};
 use crate::objects::{EndpointSlice, Service};
-use crate::snapshot::{Objects, Snapshot, changes, fill};
+use crate::snapshot::{Loose, Objects, Snapshot, changes, fill};
 
 /// What a planner saw last.
 #[derive(Debug, Default)]
@@ -16,6 +16,7 @@ pub struct FollowedServices {
     slices: Objects<SliceKey, EndpointSlice>,
     /// In the order of their keys.
     by_service: BTreeMap<ServiceKey, SmallVec<[Arc<EndpointSlice>; 1]>>,
+    loose: Loose,
 }
 
 impl FollowedServices {
@@ -43,7 +44,7 @@ impl FollowedServices {
         }
         dirty.sort();
         dirty.dedup();
-        if dirty.len() > self.by_service.len() / 2 {
+        if self.loose.is_much(dirty.len(), self.by_service.len()) {
             fill(&mut self.by_service);
         }
         dirty

@@ -97,6 +97,22 @@ pub fn fill<K: Ord, V>(map: &mut BTreeMap<K, V>) {
     *map = std::mem::take(map).into_iter().collect();
 }
 
+/// What came to a map since it was [filled](fill).
+#[derive(Debug, Default)]
+pub struct Loose(usize);
+
+impl Loose {
+    /// `count` more of the `all` that there are now; true when the map is to be filled.
+    pub fn is_much(&mut self, count: usize, all: usize) -> bool {
+        self.0 += count;
+        let much = self.0 > all / 2;
+        if much {
+            self.0 = 0;
+        }
+        much
+    }
+}
+
 /// A key whose value is not the same: `(key, old, new)`.
 pub type Change<'a, K, V> = (&'a K, Option<&'a Arc<V>>, Option<&'a Arc<V>>);
 

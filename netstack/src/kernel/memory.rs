@@ -1,26 +1,37 @@
-//! The allocator of the C library, told to be frugal.
+//! The memory of a process, told to be frugal. The allocator is mimalloc (decision record 15).
 #![allow(unsafe_code)]
 
-/// One heap for all threads. Each further one keeps what its busiest moment took, such as the first list of a big cluster; threads that
-/// wait for each other now and then cost the agent nothing that can be measured. To be called before there are threads.
-#[cfg(target_env = "gnu")]
-pub fn share_one_heap() {
-    // SAFETY: mallopt(3) takes two numbers and reads no memory of ours. A refusal leaves more heaps, which is no error.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+use std::cell::Cell;
+use std::time::{Duration, Instant};
+
+use nix::sys::prctl::set_thp_disable;
+
+/// Pages of 4 KiB only, where the host would give larger ones: of 2 MiB all stays as long as some of it is in use. For processes
+/// that stay; those that they start have it from them.
+pub fn use_small_pages() {
+    // A kernel without huge pages has nothing to switch off.
+    let _ = set_thp_disable(true);
 }
 
-/// Other C libraries have one.
-#[cfg(not(target_env = "gnu"))]
-pub fn share_one_heap() {}
+/// How often a thread gives back what it has freed.
+const PAUSE: Duration = Duration::from_secs(1);
 
-/// What is free goes back to the kernel, wherever it lies: the allocator does so at the end of its heap only. After work that needed
+thread_local! {
+    static GAVE_BACK: Cell<Option<Instant>> = const { Cell::new(None) };
+}
+
+/// For a thread that has nothing to do at the moment: each keeps what it has freed for itself, until thousands of further
+/// allocations.
+pub fn give_memory_back_now_and_then() {
+    if GAVE_BACK.get().is_none_or(|at| at.elapsed() > PAUSE) {
+        give_memory_back();
+        GAVE_BACK.set(Some(Instant::now()));
+    }
+}
+
+/// What is free goes back to the kernel at once, wherever it lies; of other threads what they have given up. After work that needed
 /// much for a moment; it takes some milliseconds.
-#[cfg(target_env = "gnu")]
 pub fn give_memory_back() {
-    // SAFETY: malloc_trim(3) takes a number and touches what is free only.
-    unsafe { libc::malloc_trim(0) };
+    // SAFETY: mi_collect takes a flag and touches what is free only.
+    unsafe { libmimalloc_sys::mi_collect(true) };
 }
-
-/// Others do so themselves, or do not.
-#[cfg(not(target_env = "gnu"))]
-pub fn give_memory_back() {}

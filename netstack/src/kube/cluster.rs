@@ -13,7 +13,7 @@ use weft_model::balancer::{AddressPool, L2Advertisement};
 use weft_model::ingress::{self, Answer, Ingress, IngressClass, IngressConfig, Reference, Referred};
 use weft_model::objects::{ConfigMap, EndpointSlice, Namespace, Node, Pod, Service, ServiceCidr};
 use weft_model::policy::NetworkPolicy;
-use weft_model::snapshot::{Attachments, Objects, fill};
+use weft_model::snapshot::{Attachments, Loose, Objects, fill};
 use weft_model::{
     ClusterConfig, Generation, NamespacedName, NodeFacts, NodeName, ObjectRef, PodKey, PolicyKey, Problem,
     Reason, ServiceKey, Snapshot,
@@ -238,6 +238,7 @@ struct Changed {
 struct Collection<K, V> {
     values: Objects<K, V>,
     problems: BTreeMap<K, Vec<Problem>>,
+    loose: Loose,
     listed: bool,
     /// The list that is being received.
     listing: Option<Listing<K, V>>,
@@ -251,7 +252,8 @@ struct Listing<K, V> {
 
 impl<K, V> Default for Collection<K, V> {
     fn default() -> Self {
-        Self { values: Objects::default(), problems: BTreeMap::new(), listed: false, listing: None }
+        let (values, problems, loose) = (Objects::default(), BTreeMap::new(), Loose::default());
+        Self { values, problems, loose, listed: false, listing: None }
     }
 }
 
@@ -326,10 +328,13 @@ impl<K: ObjectKey, V: Eq> Collection<K, V> {
         if values_changed {
             // Copies the map once after it was published, then edits the copy in place.
             let values = Arc::make_mut(&mut self.values);
-            match value {
+            let known = match value {
                 Some(value) => values.insert(key, Arc::new(value)),
                 None => values.remove(&key),
             };
+            if known.is_none() && self.loose.is_much(1, values.len()) {
+                fill(values);
+            }
         }
         Changed { values: values_changed, problems: problems_changed, first_list: false }
     }

@@ -316,9 +316,7 @@ pub fn endpoint_slice(document: &Value) -> Lowered<EndpointSlice> {
 
 /// Without room for more: what is lowered stays as it is.
 fn exact<T>(items: impl Iterator<Item = T>) -> Vec<T> {
-    let mut items: Vec<T> = items.collect();
-    items.shrink_to_fit();
-    items
+    weft_model::exact(items.collect())
 }
 
 /// A port without a number (the Service's target has none) is no port to send to.

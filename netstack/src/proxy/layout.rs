@@ -141,7 +141,15 @@ impl SetName {
         format!("{prefix}{stem}{}", version(ipv6))
     }
 
+    /// Without elements.
     fn set(self, ipv6: bool) -> Set {
+        let set = self.declaration(ipv6);
+        // The rules add to one with a timeout.
+        let room = set.timeout_millis.is_none().then(|| Set::room_for(0));
+        Set { room, ..set }
+    }
+
+    fn declaration(self, ipv6: bool) -> Set {
         let address = address(ipv6);
         let endpoint = if ipv6 { SetData::Ipv6AddressAndPort } else { SetData::Ipv4AddressAndPort };
         let with_index = |scope: Scope| [scope.key_types(ipv6), vec![KeyType::Index]].concat();
@@ -193,6 +201,7 @@ pub(super) fn skeleton(site: &Site) -> Table {
                 .map(|ip| (vec![Datum::Ip(*ip)], ElementData::None))
                 .collect();
             if let Some(set) = table.sets.get_mut(&name.of(ipv6)).filter(|_| !elements.is_empty()) {
+                set.room = Some(Set::room_for(elements.len()));
                 set.groups.insert(group.into(), Arc::new(elements));
             }
         }
@@ -208,6 +217,14 @@ pub(super) fn skeleton(site: &Site) -> Table {
         (REJECT.to_owned(), Chain { base: None, rules: vec![Rule::new(vec![Statement::Reject])] }),
     ]);
     table
+}
+
+/// How many elements stand in which sets.
+pub(super) fn filled(table: &Table) -> impl Iterator<Item = ((SetName, bool), usize)> {
+    let names = SetName::all().into_iter().flat_map(|name| [(name, false), (name, true)]);
+    let count =
+        |(name, ipv6): (SetName, bool)| table.sets.get(&name.of(ipv6)).map(|set| set.elements().count());
+    names.filter_map(move |name| Some((name, count(name)?))).filter(|(_, count)| *count > 0)
 }
 
 fn nat(hook: Hook, priority: i32, rules: Vec<Rule>) -> Chain {

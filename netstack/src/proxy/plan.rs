@@ -10,9 +10,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use weft_model::objects::Protocol;
-use weft_model::ruleset::{Datum, ElementData, Elements, Table};
+use weft_model::ruleset::{Datum, ElementData, Elements, Set, Table};
 use weft_model::services::FollowedServices;
-use weft_model::snapshot::fill;
+use weft_model::snapshot::{Loose, fill};
 use weft_model::{ObjectRef, Planned, Problem, Reason, ServiceKey, Snapshot};
 
 use super::affinity::{AffinityTargets, Sticky};
@@ -58,6 +58,8 @@ pub struct ProxyPlanner {
     claims: Claims,
     shared: Users<Shared>,
     hairpins: Users<IpAddr>,
+    counts: Counts,
+    loose: Loose,
     problems: BTreeMap<ServiceKey, Vec<Problem>>,
     plan: ProxyPlan,
 }
@@ -67,6 +69,15 @@ struct Common {
     site: Site,
     view: View,
     own_node: bool,
+}
+
+/// How many elements each set has.
+type Counts = BTreeMap<(SetName, bool), usize>;
+
+/// The table, and how much is in its sets.
+struct Filling<'a> {
+    table: &'a mut Table,
+    counts: &'a mut Counts,
 }
 
 /// What one Service last claimed, and what it put into the plan, to be taken out again.
@@ -117,7 +128,7 @@ impl Known {
     /// Puts into the table what the Service emits now, in place of what it had there.
     fn replace_elements(
         &mut self,
-        table: &mut Table,
+        filling: &mut Filling<'_>,
         (shared, pods): (&mut Users<Shared>, &mut Users<IpAddr>),
         emission: Emission,
         hairpins: BTreeSet<IpAddr>,
@@ -129,6 +140,7 @@ impl Known {
             hairpins,
         };
         let old = self.rare.take().unwrap_or_default();
+        let table = &mut *filling.table;
         table.chains.extend(emission.own_chains);
         table.sets.extend(emission.own_sets);
         for chain in old.own_chains.difference(&rare.own_chains) {
@@ -138,31 +150,31 @@ impl Known {
             table.sets.remove(set);
         }
         for (set, ipv6) in self.sets.iter().filter(|set| sets.binary_search(set).is_err()) {
-            set_group(table, *set, *ipv6, &self.group, None);
+            filling.set_group(*set, *ipv6, &self.group, None);
         }
         for ((set, ipv6), elements) in emission.sets {
-            set_group(table, set, ipv6, &self.group, Some(elements));
+            filling.set_group(set, ipv6, &self.group, Some(elements));
         }
         // What is new is counted before what is gone, so that nothing shared is removed and made again.
         for chain in &emission.shared {
             if shared.begin(*chain) {
-                table.chains.insert(chain.chain_name(), chain.chain());
+                filling.table.chains.insert(chain.chain_name(), chain.chain());
             }
         }
         for chain in &self.shared {
             if shared.end(chain) {
-                table.chains.remove(&chain.chain_name());
+                filling.table.chains.remove(&chain.chain_name());
             }
         }
         for pod in &rare.hairpins {
             if pods.begin(*pod) {
                 let pair = Elements::from([(vec![Datum::Ip(*pod), Datum::Ip(*pod)], ElementData::None)]);
-                set_group(table, SetName::Hairpin, pod.is_ipv6(), &pod.to_string().into(), Some(pair));
+                filling.set_group(SetName::Hairpin, pod.is_ipv6(), &pod.to_string().into(), Some(pair));
             }
         }
         for pod in &old.hairpins {
             if pods.end(pod) {
-                set_group(table, SetName::Hairpin, pod.is_ipv6(), &pod.to_string().into(), None);
+                filling.set_group(SetName::Hairpin, pod.is_ipv6(), &pod.to_string().into(), None);
             }
         }
         (self.sets, self.shared) = (sets, emission.shared.into());
@@ -195,7 +207,7 @@ impl Planner for ProxyPlanner {
             fresh.push((key, plan));
         }
         others.retain(|key| fresh.binary_search_by(|(known, _)| known.cmp(key)).is_err());
-        let much = fresh.len() > self.known.len() / 2;
+        let count = fresh.len();
         for (key, plan) in fresh {
             self.emit(&key, plan);
         }
@@ -203,7 +215,7 @@ impl Planner for ProxyPlanner {
             let plan = self.plan_of(&key);
             self.emit(&key, plan);
         }
-        if much {
+        if self.loose.is_much(count, self.known.len()) {
             self.fill();
         }
         Planned::new(self.plan.clone(), self.all_problems(snapshot))
@@ -263,6 +275,7 @@ fn node_port_ips(snapshot: &Snapshot) -> Vec<IpAddr> {
 impl ProxyPlanner {
     fn empty(common: Common) -> Self {
         let table = Arc::new(layout::skeleton(&common.site));
+        let counts = layout::filled(&table).collect();
         let udp = UdpTargets {
             node_ips: common.site.node_ips.clone(),
             service_cidrs: common.site.service_cidrs.clone(),
@@ -281,7 +294,7 @@ impl ProxyPlanner {
             health: Arc::new(health),
             without_local: Arc::default(),
         };
-        Self { common: Some(common), plan, ..Self::default() }
+        Self { common: Some(common), counts, plan, ..Self::default() }
     }
 
     fn plan_of(&self, key: &ServiceKey) -> Option<ServicePlan> {
@@ -349,7 +362,8 @@ impl ProxyPlanner {
         let has_beside = beside != Beside::default();
         let had_beside = std::mem::replace(&mut known.beside, has_beside);
         let table = Arc::make_mut(&mut self.plan.table);
-        known.replace_elements(table, (&mut self.shared, &mut self.hairpins), emission, hairpins);
+        let mut filling = Filling { table, counts: &mut self.counts };
+        known.replace_elements(&mut filling, (&mut self.shared, &mut self.hairpins), emission, hairpins);
         if has_beside || had_beside {
             self.replace_beside(key, beside);
         }
@@ -466,20 +480,27 @@ impl WithoutLocal {
     }
 }
 
-/// Replaces one group; equal elements keep their `Arc`.
-fn set_group(table: &mut Table, set: SetName, ipv6: bool, group: &Arc<str>, elements: Option<Elements>) {
-    let Some(set) = table.sets.get_mut(&set.of(ipv6)) else {
-        return;
-    };
-    match elements {
-        None => {
-            set.groups.remove(group);
-        }
-        Some(elements) => match set.groups.entry(group.clone()) {
-            Entry::Occupied(known) if **known.get() == elements => {}
-            Entry::Occupied(mut known) => drop(known.insert(Arc::new(elements.shrunk()))),
-            Entry::Vacant(place) => drop(place.insert(Arc::new(elements.shrunk()))),
-        },
+impl Filling<'_> {
+    /// Replaces one group; equal elements keep their `Arc`. The set's room follows.
+    fn set_group(&mut self, name: SetName, ipv6: bool, group: &Arc<str>, elements: Option<Elements>) {
+        let Some(set) = self.table.sets.get_mut(&name.of(ipv6)) else {
+            return;
+        };
+        let new = elements.as_ref().map_or(0, Elements::len);
+        let old = match elements {
+            None => set.groups.remove(group),
+            Some(elements) => match set.groups.entry(group.clone()) {
+                Entry::Occupied(known) if **known.get() == elements => return,
+                Entry::Occupied(mut known) => Some(known.insert(Arc::new(elements.shrunk()))),
+                Entry::Vacant(place) => {
+                    place.insert(Arc::new(elements.shrunk()));
+                    None
+                }
+            },
+        };
+        let count = self.counts.entry((name, ipv6)).or_default();
+        *count = (*count + new).saturating_sub(old.map_or(0, |old| old.len()));
+        set.room = set.room.map(|_| Set::room_for(*count));
     }
 }
 

@@ -92,6 +92,14 @@ impl Store {
         Ok(())
     }
 
+    /// What sled has replaced it keeps for readers that may still look at it, until some time later the store is used again:
+    /// the records of a whole cluster, and a buffer of 512 KiB for each of that many bytes written. Now nobody looks.
+    fn close(self) {
+        const EPOCHS: usize = 256;
+        drop(self);
+        (0..EPOCHS).for_each(|_| crossbeam_epoch::pin().flush());
+    }
+
     fn error(&self, operation: &'static str) -> impl FnOnce(sled::Error) -> StoreError + use<> {
         let path = self.path.clone();
         move |source| StoreError::Operation { operation, path, source }

@@ -91,6 +91,7 @@ impl LastGood {
         let read = store
             .load_snapshot()
             .unwrap_or_else(|error| SnapshotRead { unreadable: Some(chain(&error)), ..Default::default() });
+        store.close();
         let saved = read.snapshot.clone().filter(|_| !read.in_one_piece);
         Ok(Found { last_good: Self { path, saved: Mutex::new(saved) }, read, set_aside })
     }
@@ -105,7 +106,9 @@ impl LastGood {
         let Opened { store, set_aside } = open(&self.path, Look::AtNothing)?;
         // Put back when all is written: a write that failed may have written.
         let before = saved.take().filter(|_| set_aside.is_none());
-        store.save_snapshot(before.as_ref(), snapshot)?;
+        let written = store.save_snapshot(before.as_ref(), snapshot);
+        store.close();
+        written?;
         *saved = Some(snapshot.clone());
         Ok(())
     }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use weft_model::node_facts::{NodeFacts, WireguardBackend};
 use weft_model::objects::{Node, Protocol, Service, ServiceKind, ServicePort, TrafficPolicy};
@@ -194,6 +195,21 @@ fn a_lease_is_in_the_files_when_the_write_returns() {
     let after = Store::open(&left).unwrap();
     assert_eq!(after.set_aside, None);
     assert_eq!(*after.store.leases().unwrap(), [(address("10.244.1.2"), lease("a"))].into());
+}
+
+#[test]
+fn a_store_that_is_closed_leaves_nothing_for_later() {
+    let folder = tempfile::tempdir().unwrap();
+    let is_gone_at_once = |_| {
+        let store = Store::open(folder.path().join("store")).unwrap().store;
+        let gone = Arc::new(AtomicBool::new(false));
+        let replaced = gone.clone();
+        crossbeam_epoch::pin().defer(move || replaced.store(true, Ordering::SeqCst));
+        store.close();
+        gone.load(Ordering::SeqCst)
+    };
+    // Other tests of this process may be looking at stores of theirs.
+    assert!((0..50).any(is_gone_at_once));
 }
 
 #[test]

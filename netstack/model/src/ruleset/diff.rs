@@ -310,13 +310,23 @@ impl Set {
         Self { groups: BTreeMap::new(), key: self.key.clone(), ..*self }
     }
 
-    /// Equal in all but the elements.
+    /// Equal in all but the elements; `other` is what is planned. Room need only be enough.
     pub fn same_declaration(&self, other: &Self) -> bool {
         self.key == other.key
             && self.data == other.data
             && self.interval == other.interval
             && self.timeout_millis == other.timeout_millis
             && self.dynamic_size == other.dynamic_size
+            && self.has_room_of(other)
+    }
+
+    /// What `other` holds fits in, without wasting much: half of its room is free. A set that grows as it has to stays as it is.
+    fn has_room_of(&self, other: &Self) -> bool {
+        match (self.room, other.room) {
+            (None, _) => true,
+            (Some(_), None) => false,
+            (Some(room), Some(other)) => (other / 2..=other.saturating_mul(8)).contains(&room),
+        }
     }
 }
 

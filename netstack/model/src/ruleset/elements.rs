@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::{Datum, Element, ElementData};
+use crate::exact;
 use crate::objects::Protocol;
 
 /// Data by key, in the order of the keys, which all have fields of the same types.
@@ -150,10 +151,8 @@ impl Elements {
 
     /// Gives back the room for further elements.
     #[must_use]
-    pub fn shrunk(mut self) -> Self {
-        self.keys.shrink_to_fit();
-        self.data.shrink_to_fit();
-        self
+    pub fn shrunk(self) -> Self {
+        Self { keys: exact(self.keys), data: exact(self.data) }
     }
 
     fn key_bytes(&self) -> usize {

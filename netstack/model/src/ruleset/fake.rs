@@ -1,5 +1,5 @@
 //! A kernel table in memory that refuses what the kernel refuses: what is there already (EEXIST), what is not there
-//! (ENOENT), what is still in use (EBUSY). A transaction is carried out as a whole or not at all.
+//! (ENOENT), what is still in use (EBUSY), more than there is room for (ENFILE). A transaction is carried out as a whole or not at all.
 
 use super::{ElementData, Op, Set, Statement, Table, Verdict};
 
@@ -8,6 +8,7 @@ pub(super) enum Errno {
     Exists,
     NoEntry,
     Busy,
+    Full,
     /// Asked for by the test.
     Injected,
 }
@@ -86,10 +87,13 @@ fn carry_out(table: &mut Table, op: &Op<'_>) -> Result<(), Errno> {
                 let known = verdict_target(data).is_none_or(|chain| table.chains.contains_key(chain));
                 ensure(known, Errno::NoEntry)?;
             }
-            let group = elements_of(table.sets.get_mut(*name).ok_or(Errno::NoEntry)?);
+            let set = table.sets.get_mut(*name).ok_or(Errno::NoEntry)?;
+            let room = set.room;
+            let group = elements_of(set);
             for (key, data) in elements {
                 ensure(group.insert(key, (*data).clone()).is_none(), Errno::Exists)?;
             }
+            ensure(room.is_none_or(|room| group.len() <= room as usize), Errno::Full)?;
         }
     }
     Ok(())

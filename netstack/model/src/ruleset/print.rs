@@ -80,7 +80,7 @@ impl Display for Set {
             (self.dynamic_size.is_some(), "dynamic"),
             (self.timeout_millis.is_some(), "timeout"),
         ];
-        if let Some(size) = self.dynamic_size {
+        if let Some(size) = self.dynamic_size.or(self.room) {
             writeln!(f, "size {size}")?;
         }
         let flags: Vec<_> = flags.iter().filter(|(on, _)| *on).map(|(_, name)| *name).collect();

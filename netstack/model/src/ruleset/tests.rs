@@ -265,6 +265,46 @@ fn a_set_of_another_type_is_rebuilt_with_the_chains_that_use_it() {
     );
 }
 
+/// Looked up by a chain, with room as a planner gives it.
+fn set_with_room(count: u16) -> Table {
+    let ports: Vec<u16> = (0..count).collect();
+    let mut table = port_set(&[("a", &ports)]);
+    table.sets.get_mut("ports").unwrap().room = Some(Set::room_for(ports.len()));
+    let lookup = Statement::Lookup { key: vec![Field::DestinationPort], negated: false, set: "ports".into() };
+    table.chains.insert("input".into(), Chain { base: None, rules: vec![Rule::new(vec![lookup])] });
+    table
+}
+
+#[test]
+fn a_set_is_made_anew_when_it_is_too_small_or_much_too_large_and_not_before() {
+    let mut kernel = FakeKernel::default();
+    let mut shadow = Table::default();
+    let mut rooms = Vec::new();
+    for count in [0, 200, 256, 257, 256, 1000, 1025, 900, 5000, 0] {
+        let table = set_with_room(count);
+        let before = kernel.table.clone();
+        let found = difference(before.as_ref(), &table);
+        assert_eq!(kernel.commit(&found.ops), Ok(()), "{count}");
+        let found: Vec<_> =
+            found.regrouped.iter().map(|(set, group)| ((*set).into(), (*group).into())).collect();
+        shadow.catch_up(&table, &found);
+        let room = kernel.table.as_ref().unwrap().sets["ports"].room;
+        assert_eq!(shadow.sets["ports"].room, room, "{count}");
+        assert_eq!(diff(Some(&shadow), &table), [], "{count}");
+        rooms.push(room.unwrap());
+    }
+    assert_eq!(rooms, [256, 256, 256, 1024, 1024, 1024, 4096, 4096, 16384, 256]);
+}
+
+#[test]
+fn a_set_that_grows_as_it_has_to_stays_as_it_is() {
+    let table = set_with_room(5000);
+    let mut older = table.clone();
+    older.sets.get_mut("ports").unwrap().room = None;
+    assert_eq!(diff(Some(&older), &table), []);
+    assert!(!diff(Some(&table), &older).is_empty());
+}
+
 #[test]
 fn a_table_prints_as_nft_writes_it() {
     let mut table = port_set(&[("b", &[3]), ("a", &[443, 7])]);

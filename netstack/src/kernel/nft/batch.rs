@@ -268,7 +268,7 @@ fn write_declaration(writer: &mut Writer, set: &Set, id: usize) {
         writer.be32(NFTA_SET_DATA_TYPE, number);
         writer.be32(NFTA_SET_DATA_LEN, u32::try_from(bytes).unwrap_or(0));
     }
-    if let Some(size) = set.dynamic_size {
+    if let Some(size) = set.dynamic_size.or(set.room) {
         writer.nest(NFTA_SET_DESC, |writer| writer.be32(NFTA_SET_DESC_SIZE, size));
     }
     // Any number that no other set of the transaction has.

@@ -35,6 +35,7 @@ use nix::errno::Errno;
 use weft_model::ruleset::{
     Datum, Difference, Element, ElementData, Elements, Op, Set, SetData, Table, difference,
 };
+use weft_model::snapshot::{Loose, fill};
 
 use crate::reconcile::Trust;
 
@@ -124,6 +125,7 @@ pub struct NftTable {
 struct Shadow {
     table: Table,
     generation: u32,
+    loose: Loose,
 }
 
 /// Why a batch was not carried out.
@@ -323,7 +325,7 @@ impl NftTable {
                 .map_err(|errno| Failure::Broken(exchange(name, "read the table", errno)))?;
             if let Some(observed) = observed {
                 dormant = observed.dormant;
-                self.shadow = Some(Shadow { table: observed.table, generation });
+                self.shadow = Some(Shadow { table: observed.table, generation, loose: Loose::default() });
             }
         }
         // Taken out, and put back only when it is known to be right.
@@ -338,10 +340,14 @@ impl NftTable {
         let changed = ops.iter().map(ToString::to_string).collect();
         let regrouped: Vec<_> =
             regrouped.iter().map(|(set, group)| ((*set).to_owned(), (*group).to_owned())).collect();
-        let mut table = shadow.map_or_else(Table::default, |shadow| shadow.table);
+        let (mut table, mut loose) =
+            shadow.map_or_else(Default::default, |shadow| (shadow.table, shadow.loose));
         table.catch_up(desired, &regrouped);
+        if loose.is_much(regrouped.len(), table.sets.values().map(|set| set.groups.len()).sum()) {
+            table.sets.values_mut().for_each(|set| fill(&mut set.groups));
+        }
         let generation = self.last_generation(generation);
-        self.shadow = Some(Shadow { table, generation });
+        self.shadow = Some(Shadow { table, generation, loose });
         Ok(changed)
     }
 

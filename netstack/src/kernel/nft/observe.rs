@@ -151,7 +151,7 @@ fn observe_sets(
             set.timeout_millis = Some(wanted);
         }
         // Elements are compared only where the declaration is right; else the set is built again.
-        let comparable = wanted.filter(|wanted| set.timeout_millis.is_none() && wanted.same_declaration(set));
+        let comparable = wanted.filter(|wanted| set.timeout_millis.is_none() && set.same_declaration(wanted));
         let Some(wanted) = comparable.map(Wanted::of) else { continue };
         let found = socket.dump(
             nft(GETSETELEM),
@@ -216,9 +216,12 @@ fn read_declaration(attributes: Attributes<'_>, flags: u32) -> Option<Set> {
         // Without a default the elements carry their own: no set of a plan does that.
         set.timeout_millis = Some(attributes.find(NFTA_SET_TIMEOUT).and_then(|t| t.be64()).unwrap_or(0));
     }
+    let size = attributes.find(NFTA_SET_DESC).and_then(|desc| desc.nested().find(NFTA_SET_DESC_SIZE));
+    let size = size.and_then(|size| size.be32());
     if flags & NFT_SET_EVAL != 0 {
-        let size = attributes.find(NFTA_SET_DESC).and_then(|desc| desc.nested().find(NFTA_SET_DESC_SIZE));
-        set.dynamic_size = Some(size.and_then(|size| size.be32()).unwrap_or(0));
+        set.dynamic_size = Some(size.unwrap_or(0));
+    } else {
+        set.room = size;
     }
     Some(set)
 }

@@ -368,3 +368,23 @@ fn node_ports_answer_on_the_addresses_of_the_flag() {
     Arc::make_mut(&mut snapshot.config).proxy.node_port_ranges = vec!["0.0.0.0/0".parse().unwrap()];
     assert_eq!(node_ips(&snapshot), ["192.0.2.1", "198.18.0.1", "203.0.113.1"]);
 }
+
+#[test]
+fn a_set_has_room_for_twice_what_it_holds_however_that_came() {
+    let of = |count: u8| {
+        let names: Vec<String> = (1..=count).map(|number| format!("s{number}")).collect();
+        let services =
+            names.iter().enumerate().map(|(n, name)| service(name, &format!("10.96.0.{}", n + 1), None));
+        let slices = names.iter().map(|name| slice(name, &["10.245.0.1", "10.245.0.2", "10.245.0.3"]));
+        cluster(services.collect(), slices.collect())
+    };
+    let mut planner = ProxyPlanner::default();
+    for (count, frontends, endpoints) in [(10, 256, 256), (129, 512, 1024), (200, 512, 2048), (0, 256, 256)] {
+        let plan = planner.plan(&of(count)).plan;
+        let names = [SetName::Frontends(Scope::Vip), SetName::Endpoints(Scope::Vip)];
+        let rooms = names.map(|name| set(&plan, name).room);
+        assert_eq!(rooms, [Some(frontends), Some(endpoints)], "{count}");
+        assert_eq!(plan.table, ProxyPlanner::default().plan(&of(count)).plan.table, "{count}");
+    }
+    assert_eq!(set(&planner.plan(&of(1)).plan, SetName::Affinity).room, None, "the rules add to it");
+}

@@ -127,3 +127,35 @@ fn every_shape_of_a_table_becomes_every_other_in_one_transaction() {
         settles(&mut owner, &shapes[shapes.len() - 1]);
     });
 }
+
+#[test]
+fn a_set_with_room_becomes_larger_and_smaller_below_rules_that_use_it() {
+    in_namespace(|| {
+        let with = |first: u16, count: u16| {
+            let elements: Vec<_> = (first..first + count).map(|port| (tcp(port), to("b"))).collect();
+            let mut map = set(vec![KeyType::L4Protocol, KeyType::Port], SetData::Verdict, &elements);
+            map.room = Some(Set::room_for(elements.len()));
+            let vmap = Statement::VerdictMap { key: KEY.to_vec(), map: "m".into() };
+            let input = chain(base(ChainKind::Filter, Hook::Input, -5), &[vmap]);
+            shape(&[("a", input), ("b", chain(None, &[]))], &[("m", map)])
+        };
+        let mut owner = NftTable::new("weft-shape");
+        let steps = [
+            ((1, 3), 256),
+            ((1, 256), 256),
+            // Full, and all of it goes for as much again.
+            ((1000, 256), 256),
+            ((1, 300), 1024),
+            ((1, 1024), 1024),
+            ((1, 1025), 4096),
+            ((1, 200), 4096),
+            ((1, 0), 256),
+        ];
+        for ((first, count), room) in steps {
+            owner.apply(&with(first, count), Trust::Shadow).unwrap();
+            shows(&format!("size {room}"));
+            assert_eq!(owner.elements("m").unwrap().len(), usize::from(count));
+            settles(&mut NftTable::new("weft-shape"), &with(first, count));
+        }
+    });
+}

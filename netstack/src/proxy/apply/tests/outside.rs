@@ -125,7 +125,7 @@ fn source_ranges_are_about_the_client_s_own_address_at_the_load_balancer_s_addre
         assert_eq!(pods, [[false, true, false]; 2]);
         let node = reach(rig, &["192.0.2.1/32", "2001:db8::1/128"]);
         assert_eq!(node, [[false, false, true]; 2]);
-        run("ip addr add 198.18.0.1/32 dev eth0; ip addr add 2001:db8:1::1/128 dev eth0");
+        run("ip addr add 198.18.0.1/32 dev eth0; ip addr add 2001:db8:1::1/128 dev eth0 nodad");
         for (other, [balanced, _]) in ["198.18.0.1", "2001:db8:1::1"].into_iter().zip(ADDRESSES) {
             let socket = UdpSocket::bind(at(other, 0)).unwrap();
             socket.set_read_timeout(Some(WAIT)).unwrap();
