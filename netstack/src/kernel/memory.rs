@@ -1,4 +1,4 @@
-//! The memory of a process, told to be frugal. The allocator is mimalloc (decision record 15).
+//! The memory of a process, told to be frugal. The allocator is mimalloc (decision record 16).
 #![allow(unsafe_code)]
 
 use std::cell::Cell;
