@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde_json::json;
-use weft_tests::node::{Node, holds_within, inside};
+use weft_tests::node::{Node, holds_within, inside, until};
 
 const LEASES: &str = "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases";
 const NAME: &str = "weft-status-writer";
@@ -34,6 +34,9 @@ fn an_agent_waits_for_a_holder_that_renews_and_takes_over_from_a_silent_one() {
         assert!(holds_within(Duration::from_secs(20), || holder(&node) == "n1"), "{}", node.agent_log());
         let lease = node.api().read(LEASES, NAME);
         assert_eq!(lease["spec"]["leaseTransitions"], 8);
-        assert!(node.status()["parts"]["writer"].as_str().is_some_and(|text| text.contains("(this node)")));
+        // The agent knows it from the answer to its own writing.
+        until("its own word", || {
+            node.status()["parts"]["writer"].as_str().is_some_and(|text| text.contains("(this node)"))
+        });
     });
 }
