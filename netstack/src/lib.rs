@@ -21,3 +21,8 @@ pub mod policy;
 pub mod proxy;
 pub mod reconcile;
 pub mod store;
+
+/// For what a panic elsewhere leaves whole enough.
+fn locked<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}

@@ -177,17 +177,12 @@ impl PodSide {
     /// Within a tokio runtime. Errors: the namespace is gone or cannot be entered.
     pub(super) fn open(path: &str, ifname: &str) -> Result<Self, NetnsError> {
         let netns = Netns::open(path)?;
-        let runtime = tokio::runtime::Handle::current();
-        let (rtnetlink, sysctls, has_interface) = netns.run(|| {
-            let _inside = runtime.enter();
-            (Rtnetlink::connect(), File::open(SYSCTLS[1]), if_nametoindex(ifname).is_ok())
-        })?;
-        let path = || netns.path().to_owned();
-        let rtnetlink = rtnetlink.map_err(|source| NetnsError::Socket { path: path(), source })?;
+        let (rtnetlink, (sysctls, has_interface)) =
+            netns.connect_and(|| (File::open(SYSCTLS[1]), if_nametoindex(ifname).is_ok()))?;
         let sysctls = match sysctls {
             Ok(folder) => Some(folder),
             Err(absent) if absent.kind() == io::ErrorKind::NotFound => None,
-            Err(source) => return Err(NetnsError::Sysctls { path: path(), source }),
+            Err(source) => return Err(NetnsError::Sysctls { path: netns.path().to_owned(), source }),
         };
         Ok(Self { netns, rtnetlink, sysctls, has_interface })
     }

@@ -40,13 +40,14 @@ mod tests;
 pub mod wire;
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use tokio::sync::watch;
 use weft_model::snapshot::Attachments;
 use weft_model::{Report, Snapshot};
 
 use crate::kernel::netns::Rtnetlink;
+use crate::locked;
 use crate::store::Store;
 use lock::AttachmentLocks;
 use rules::PodRules;
@@ -111,8 +112,4 @@ impl Cni {
             verdicts: inputs.verdicts,
         })
     }
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

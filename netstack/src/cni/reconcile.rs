@@ -2,6 +2,7 @@
 //! damaged Store. Idempotent; no operation runs meanwhile.
 //!
 //! ```text
+//!  link of a pod that ended    -> deleted (the agent died between DEL's answer and this)
 //!  lease without link          -> released (the pod is gone)
 //!  link without lease, routed  -> lease rebuilt from its host routes
 //!  link without lease or route -> deleted (an ADD that died early; its pod was never told an address)

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
@@ -10,6 +10,7 @@ use weft_model::PodKey;
 use weft_model::objects::{Bandwidth, Protocol};
 
 use super::{Store, StoreError};
+use crate::locked;
 
 /// Seconds since boot, sleep included: as boot-scoped as the leases, and no clock step can move it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -62,7 +63,7 @@ pub type LeaseRecords = BTreeMap<IpAddr, Lease>;
 impl Store {
     /// Records that cannot be read are skipped and logged: the kernel shows them too.
     pub fn leases(&self) -> Result<Arc<LeaseRecords>, StoreError> {
-        let mut known = lock(&self.known_leases);
+        let mut known = locked(&self.known_leases);
         if let Some(leases) = &*known {
             return Ok(leases.clone());
         }
@@ -110,7 +111,7 @@ impl Store {
                 ),
             }
         }
-        let mut known = lock(&self.known_leases);
+        let mut known = locked(&self.known_leases);
         let before = known.take();
         self.leases.apply_batch(batch).map_err(self.error("write leases"))?;
         self.db.flush().map_err(self.error("flush leases"))?;
@@ -129,10 +130,6 @@ fn change(leases: &mut LeaseRecords, changes: &BTreeMap<IpAddr, Option<Lease>>) 
             Some(lease) => leases.insert(*address, lease.clone()),
         };
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn address(key: &[u8]) -> Option<IpAddr> {
