@@ -101,12 +101,21 @@ impl<'a> Binder<'a> {
     }
 }
 
+/// `absent` where the field is not there or null.
+fn count(value: &Value, field: &str, absent: usize) -> anyhow::Result<usize> {
+    if value.is_null() {
+        return Ok(absent);
+    }
+    let count = value.as_u64().and_then(|count| usize::try_from(count).ok());
+    count.with_context(|| format!("{field} is {value}: give a whole number, 0 or more"))
+}
+
 /// Expands one document. Kinds that make pods later or from outside (CronJob) are refused by name.
 pub(super) fn expand(document: Value, binder: &mut Binder<'_>) -> anyhow::Result<Item> {
     let kind = document["kind"].as_str().unwrap_or_default().to_owned();
     let name = document["metadata"]["name"].as_str().unwrap_or_default().to_owned();
     let spec = &document["spec"];
-    let count = |field: &str| usize::try_from(spec[field].as_u64().unwrap_or(1)).unwrap_or(1);
+    let count = |field: &str| count(&spec[field], &format!("spec.{field}"), 1);
     let item = match kind.as_str() {
         "Pod" => {
             let mut pod = document;
@@ -117,15 +126,14 @@ pub(super) fn expand(document: Value, binder: &mut Binder<'_>) -> anyhow::Result
         }
         "Deployment" | "ReplicaSet" | "ReplicationController" => numbered(
             &document,
-            &(1..=count("replicas")).map(|i| format!("{name}-{i}")).collect::<Vec<_>>(),
+            &(1..=count("replicas")?).map(|i| format!("{name}-{i}")).collect::<Vec<_>>(),
             binder,
         ),
         "Job" => {
-            let total =
-                spec["completions"].as_u64().map_or_else(|| count("parallelism"), |_| count("completions"));
+            let total = count(if spec["completions"].is_null() { "parallelism" } else { "completions" })?;
             numbered(&document, &(1..=total).map(|i| format!("{name}-{i}")).collect::<Vec<_>>(), binder)
         }
-        "StatefulSet" => stateful(&document, &name, count("replicas"), binder),
+        "StatefulSet" => stateful(&document, &name, count("replicas")?, binder),
         "DaemonSet" => one_each(&document, &name, binder),
         "CronJob" => bail!("the lab does not run CronJobs"),
         _ => return Ok(Item::Object(document)),
@@ -175,7 +183,7 @@ fn stateful(
     replicas: usize,
     binder: &mut Binder<'_>,
 ) -> anyhow::Result<Vec<Value>> {
-    let start = usize::try_from(document["spec"]["ordinals"]["start"].as_u64().unwrap_or(0)).unwrap_or(0);
+    let start = count(&document["spec"]["ordinals"]["start"], "spec.ordinals.start", 0)?;
     (start..start + replicas)
         .map(|ordinal| {
             let pod_name = format!("{name}-{ordinal}");
@@ -274,6 +282,31 @@ mod tests {
         let expected = [("web-1", "node1"), ("web-2", "node2"), ("web-3", "node3"), ("web-4", "node1")];
         assert_eq!(names_and_nodes(&pods), expected);
         assert_eq!(pods[0]["metadata"]["labels"], json!({ "app": "web", OWNER_LABEL: "deployment.web" }));
+    }
+
+    #[test]
+    fn a_count_that_is_no_number_is_refused_by_its_field() {
+        for (kind, spec, said) in [
+            (
+                "Deployment",
+                "{replicas: twelve}",
+                "spec.replicas is \"twelve\": give a whole number, 0 or more",
+            ),
+            ("StatefulSet", "{replicas: -1}", "spec.replicas is -1: give a whole number, 0 or more"),
+            (
+                "StatefulSet",
+                "{ordinals: {start: 1.5}}",
+                "spec.ordinals.start is 1.5: give a whole number, 0 or more",
+            ),
+            ("Job", "{completions: [2]}", "spec.completions is [2]: give a whole number, 0 or more"),
+        ] {
+            let document =
+                parse(&format!("{{apiVersion: v1, kind: {kind}, metadata: {{name: a}}, spec: {spec}}}"));
+            let nodes = nodes();
+            let expanded = expand(document.unwrap().remove(0), &mut Binder::new(&nodes));
+            let refused = expanded.err().map(|error| error.root_cause().to_string());
+            assert_eq!(refused.as_deref(), Some(said), "{kind}");
+        }
     }
 
     #[test]
