@@ -101,10 +101,10 @@ impl NodeFacts {
         LinkSubnets(self.uplinks.iter().flat_map(of_link).collect())
     }
 
-    /// Whether the host has this address now; yes where nothing is known of its links.
+    /// Whether the host has this address now.
     pub fn has(&self, address: IpAddr) -> bool {
         let mut of_uplinks = self.uplinks.iter().flat_map(|uplink| &uplink.addresses);
-        self.uplinks.is_empty() || self.loopback.contains(&address) || of_uplinks.any(|own| *own == address)
+        self.loopback.contains(&address) || of_uplinks.any(|own| *own == address)
     }
 
     /// MTU of the smallest uplink that carries one of `addresses`, else of the smallest uplink, else 1500.

@@ -86,10 +86,10 @@ impl Planner for PodLinksPlanner {
 
 #[cfg(test)]
 mod tests {
-    use weft_model::node_facts::Uplink;
+    use weft_model::node_facts::{NodeFacts, Uplink};
 
     use super::*;
-    use crate::cni::tests::rig::snapshot;
+    use crate::cni::tests::rig::{snapshot, uplink};
 
     fn pod(name: &str, ip: &str) -> Pod {
         Pod {
@@ -112,17 +112,15 @@ mod tests {
         let mut snapshot = snapshot(&["10.42.1.0/24", "fd42:0:0:1::/64"]);
         let named: Vec<IpAddr> = snapshot.own_node().unwrap().primary_ips().collect();
         assert_eq!((plan(&snapshot).plan.sources, named.len()), (named.clone(), 2));
-        let facts = Arc::make_mut(&mut snapshot.facts);
-        let uplink = |addresses: &[IpAddr]| Uplink {
-            name: "eth0".to_owned(),
-            index: 2,
-            mtu_bytes: 1500,
-            addresses: addresses.to_vec(),
-            subnets: vec![],
+        let on_uplinks = |uplinks: Vec<Uplink>| {
+            let facts = NodeFacts { uplinks, ..(*snapshot.facts).clone() };
+            plan(&Snapshot { facts: Arc::new(facts), ..snapshot.clone() }).plan.sources
         };
-        facts.uplinks = vec![uplink(&["192.0.2.99".parse().unwrap(), named[1]])];
-        assert_eq!(plan(&snapshot).plan.sources, named[1..]);
-        Arc::make_mut(&mut snapshot.facts).loopback = [named[0]].into();
+        assert_eq!(on_uplinks(vec![uplink(&["192.0.2.99", "2001:db8::1"])]), named[1..]);
+        assert!(on_uplinks(vec![]).is_empty());
+        let facts = Arc::make_mut(&mut snapshot.facts);
+        facts.uplinks.clear();
+        facts.loopback = named.iter().copied().collect();
         assert_eq!(plan(&snapshot).plan.sources, named);
     }
 

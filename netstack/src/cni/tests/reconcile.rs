@@ -7,7 +7,7 @@ use std::sync::Arc;
 use weft_model::Generation;
 use weft_model::objects::Bandwidth;
 
-use super::rig::{Rig, fill_with_garbage, link_of, pod_links, snapshot};
+use super::rig::{Rig, fill_with_garbage, link_of, pod_links, snapshot, uplink};
 use crate::cni::apply::PodLinksApplier;
 use crate::cni::cleanup;
 use crate::cni::plan::PodLinksPlanner;
@@ -185,6 +185,7 @@ fn the_loop_follows_the_nodes_address_and_mends_what_others_break() {
         let mut node = (**moved.own_node().unwrap()).clone();
         node.internal_ips[0] = "192.0.2.77".parse().unwrap();
         moved.generation = Generation(2);
+        Arc::make_mut(&mut moved.facts).uplinks = vec![uplink(&["192.0.2.77", "2001:db8::1"])];
         moved.nodes = Arc::new([(node.name.clone(), Arc::new(node))].into());
         agent.snapshots.send_replace(Some(Arc::new(moved)));
         let mut reports = handle.reports();

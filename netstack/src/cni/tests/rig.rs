@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use nix::net::if_::if_nametoindex;
 use serde_json::{Value, json};
 use tokio::sync::watch;
-use weft_model::node_facts::{NodeFacts, WireguardBackend};
+use weft_model::node_facts::{NodeFacts, Uplink, WireguardBackend};
 use weft_model::objects::Node;
 use weft_model::snapshot::Attachments;
 use weft_model::{ClusterConfig, Generation, NodeName, Report, Snapshot};
@@ -122,6 +122,17 @@ impl Rig {
     }
 }
 
+/// `up0` with these.
+pub(in crate::cni) fn uplink(addresses: &[&str]) -> Uplink {
+    Uplink {
+        name: "up0".to_owned(),
+        index: 2,
+        mtu_bytes: 1500,
+        addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
+        subnets: vec![],
+    }
+}
+
 pub(in crate::cni) fn snapshot(pod_cidrs: &[&str]) -> Snapshot {
     let name = NodeName::from("n1");
     let node = Node {
@@ -146,7 +157,7 @@ pub(in crate::cni) fn snapshot(pod_cidrs: &[&str]) -> Snapshot {
         config: Arc::new(ClusterConfig::default()),
         facts: Arc::new(NodeFacts {
             name: name.clone(),
-            uplinks: vec![],
+            uplinks: vec![uplink(&["192.0.2.1", "2001:db8::1"])],
             wireguard_backend: WireguardBackend::Userspace,
             foreign_routes: vec![],
             loopback: Default::default(),

@@ -1,5 +1,6 @@
 //! Notices when routes of the overlay or its device go: `ip route flush`, a network manager that takes foreign routes
-//! for its own, a link that somebody took down.
+//! for its own, a link that somebody took down. And when an address of the node goes, for however short a time: with it go the routes
+//! that have it as their source, those to the node's pods, of which the kernel says nothing.
 
 use std::future::Future;
 use std::io;
@@ -7,7 +8,7 @@ use std::time::Duration;
 
 use futures::StreamExt as _;
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::address::AddressMessage;
+use netlink_packet_route::address::{AddressMessage, AddressScope};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use netlink_packet_route::route::{RouteMessage, RouteType};
 use rtnetlink::MulticastGroup;
@@ -41,7 +42,7 @@ pub fn losses(
 fn is_loss(message: &RouteNetlinkMessage) -> bool {
     match message {
         RouteNetlinkMessage::DelRoute(route) => is_of_overlay(route),
-        RouteNetlinkMessage::DelAddress(address) => is_of_tunnel(address),
+        RouteNetlinkMessage::DelAddress(address) => is_of_node(address) || is_of_tunnel(address),
         RouteNetlinkMessage::DelLink(link) => is_tunnel(link),
         RouteNetlinkMessage::NewLink(link) => is_tunnel(link) && !link.header.flags.contains(LinkFlags::Up),
         _ => false,
@@ -52,6 +53,11 @@ fn is_loss(message: &RouteNetlinkMessage) -> bool {
 fn is_of_overlay(route: &RouteMessage) -> bool {
     let whole = matches!(route.header.destination_prefix_length, 32 | 128);
     route.header.protocol == PROTOCOL && !(whole && route.header.kind == RouteType::Unicast)
+}
+
+/// Nothing but link-local addresses stands on the links of pods.
+fn is_of_node(address: &AddressMessage) -> bool {
+    address.header.scope == AddressScope::Universe
 }
 
 fn is_of_tunnel(address: &AddressMessage) -> bool {
