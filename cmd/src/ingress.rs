@@ -21,7 +21,7 @@ use weft_ingress::plan::table::RouteTable;
 use weft_ingress::proxy::{Handover, process};
 use weft_model::Snapshot;
 use weft_model::constants::{INGRESS_HTTP_PORT, INGRESS_HTTPS_PORT, INGRESS_USER};
-use weft_netstack::kernel::memory::use_small_pages;
+use weft_netstack::kernel::memory::be_frugal;
 use weft_netstack::reconcile::Planner as _;
 
 use crate::kept::Kept;
@@ -99,11 +99,11 @@ pub(crate) fn run(args: &IngressArgs) -> anyhow::Result<()> {
 
 fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     args.log.start()?;
-    use_small_pages();
     let control = process::bind(&args.run_dir)?;
     let kept = Kept::from_environment();
     let handover = Handover::new(kept.tcp, kept.store);
     give_up_root().context("give up the rights of root")?;
+    be_frugal();
     process::run(
         process::Config {
             run_dir: args.run_dir.clone(),

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, ensure};
 use ipnet::IpNet;
 use tokio::signal::unix::{SignalKind, signal};
-use weft_netstack::kernel::memory::use_small_pages;
+use weft_netstack::kernel::memory::be_frugal;
 use weft_standalone::{Config, Identity, Server};
 
 use crate::agent::{disjoint, one_a_family};
@@ -59,7 +59,7 @@ pub(crate) struct ServerArgs {
 /// One chain that says what could not be done: an address taken, a damaged store, an unreadable file.
 pub(crate) async fn run(args: ServerArgs) -> anyhow::Result<()> {
     args.log.start()?;
-    use_small_pages();
+    be_frugal();
     let kubeconfig_out = args.kubeconfig_out.clone();
     let advertised = args.advertise_address.first().copied();
     let mut terminate = signal(SignalKind::terminate()).context("installing the SIGTERM handler")?;

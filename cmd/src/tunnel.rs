@@ -9,7 +9,7 @@ use weft_model::constants::TUNNEL_LINK;
 use weft_model::node_facts::WireguardBackend;
 use weft_netstack::kernel::descriptor_store::Kept;
 use weft_netstack::kernel::facts;
-use weft_netstack::kernel::memory::use_small_pages;
+use weft_netstack::kernel::memory::be_frugal;
 use weft_netstack::overlay::tunnel::{self, TunnelConfig};
 
 use crate::log::LogArgs;
@@ -42,7 +42,7 @@ pub(crate) fn run(args: TunnelArgs) -> anyhow::Result<()> {
         tracing::info!("the kernel has WireGuard: no tunnel is needed");
         return Ok(());
     }
-    use_small_pages();
+    be_frugal();
     await_key(&args.state_dir.join(tunnel::KEY_FILE));
     let config =
         TunnelConfig { run_dir: args.run_dir, state_dir: args.state_dir, link: TUNNEL_LINK.to_owned() };

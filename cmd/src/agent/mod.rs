@@ -11,7 +11,7 @@ mod wire;
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
-use weft_netstack::kernel::memory::{give_memory_back_now_and_then, use_small_pages};
+use weft_netstack::kernel::memory::{be_frugal, give_memory_back_now_and_then};
 use weft_netstack::reconcile::TaskGroup;
 
 pub(crate) use config::{AgentArgs, Config, api_server, disjoint, one_a_family};
@@ -23,7 +23,7 @@ pub(crate) fn run(args: AgentArgs) -> anyhow::Result<()> {
     start::require_root()?;
     let _lock = start::lock(&config.run_dir)?;
     start::require_nftables()?;
-    use_small_pages();
+    be_frugal();
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .on_thread_park(give_memory_back_now_and_then)
