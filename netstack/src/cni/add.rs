@@ -52,7 +52,7 @@ impl Cni {
         }
     }
 
-    /// Leases one address a family, on the medium before it is used.
+    /// Leases one address a family. Nobody else gets it from now on; it is not to be used before the lease is on the medium.
     fn reserve(
         &self,
         attachment: &Attachment,
@@ -89,7 +89,7 @@ impl Cni {
         changes.extend(given.iter().map(|(address, lease)| (*address, Some(lease.clone()))));
         // The Store changes its own copy then, instead of making another.
         drop(leases);
-        self.store.write_leases(&changes).map_err(failed)?;
+        self.store.put_leases(&changes).map_err(failed)?;
         *cursors = moved;
         self.tell_attachments(&cursors);
         Ok(given)
@@ -131,7 +131,8 @@ impl Cni {
         Ok(addresses)
     }
 
-    /// Both ends of the link, up. Returns the index of the host's.
+    /// Both ends of the link, up. Returns the index of the host's. The links themselves are made while the lease is on its way to the
+    /// medium.
     async fn link_up(
         &self,
         attachment: &Attachment,
@@ -141,20 +142,31 @@ impl Cni {
         node: &NodeView,
     ) -> Result<u32, AttachError> {
         let Attachment { link, ifname, .. } = attachment;
-        let make = || self.make_pair(attachment, &pod.netns, node.mtu_bytes);
-        match make().await {
-            // The attachment has just ended.
-            Err(error) if error.errno() == Some(libc::EEXIST) => {
-                self.sweep().await?;
-                make().await?;
-            }
-            made => made?,
-        }
+        let pair = self.pair(attachment, pod, node).err_into();
+        try_join!(pair, self.leases_on_the_medium())?;
         let (index, ()) = try_join!(self.ensure_host_side(link, given), pod.make(ifname, addresses))?;
         self.limit_new(link, given).await?;
         let (host_links, pod_links) = (self.links(), pod.links());
         try_join!(host_links.wait_until_running(link), pod_links.wait_until_running(ifname))?;
         Ok(index)
+    }
+
+    async fn pair(&self, attachment: &Attachment, pod: &PodSide, node: &NodeView) -> Result<(), LinkError> {
+        let make = || self.make_pair(attachment, &pod.netns, node.mtu_bytes);
+        match make().await {
+            // The attachment has just ended.
+            Err(error) if error.errno() == Some(libc::EEXIST) => {
+                self.sweep().await?;
+                make().await
+            }
+            made => made,
+        }
+    }
+
+    async fn leases_on_the_medium(&self) -> Result<(), AttachError> {
+        let store = self.store.clone();
+        let flushed = tokio::task::spawn_blocking(move || store.flush_leases());
+        Ok(flushed.await.map_err(|_| AttachError::Ends)??)
     }
 
     /// Pods without limits, nearly all, cost nothing here.

@@ -99,6 +99,8 @@ pub(super) enum AttachError {
     Store(#[from] StoreError),
     #[error("set {name} to {value}")]
     Sysctl { name: String, value: &'static str, source: io::Error },
+    #[error("the agent ends")]
+    Ends,
 }
 
 impl From<AttachError> for CniError {
@@ -106,6 +108,7 @@ impl From<AttachError> for CniError {
         let code = match error {
             AttachError::Netns(NetnsError::Gone { .. }) => Code::UnknownContainer,
             AttachError::Store(_) => Code::Store,
+            AttachError::Ends => Code::TryAgainLater,
             _ => Code::Kernel,
         };
         CniError::new(code, chain(&error))

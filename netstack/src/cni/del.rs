@@ -117,7 +117,6 @@ impl Cni {
     /// keep a pod from being deleted.
     fn release(&self, leases: LeaseRecords) {
         let now = Boottime::now();
-        let one_at_a_time = locked(&self.ipam);
         let changes: BTreeMap<_, _> = leases
             .into_iter()
             .map(|(address, mut lease)| {
@@ -125,10 +124,15 @@ impl Cni {
                 (address, Some(lease))
             })
             .collect();
-        if let Err(error) = self.store.write_leases(&changes) {
+        let put = {
+            let one_at_a_time = locked(&self.ipam);
+            let put = self.store.put_leases(&changes);
+            self.tell_attachments(&one_at_a_time);
+            put
+        };
+        if let Err(error) = put.and_then(|()| self.store.flush_leases()) {
             tracing::warn!(error = %chain(&error), "release leases");
         }
-        self.tell_attachments(&one_at_a_time);
     }
 
     /// What the kernel leads to pods that have ended: the rules first, since they make flows, and all before their leases are

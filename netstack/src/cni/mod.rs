@@ -2,8 +2,9 @@
 //!
 //! ```text
 //!  container runtime --exec--> `weft cni` --HTTP over /run/weft/agent.sock--> server --> Cni
-//!  Cni::add    lease in the Store (flushed) -> told as attachment, until the pod's verdicts are in the kernel
-//!              and meanwhile veth, addresses, rate limits -> routes -> nft elements -> answer
+//!  Cni::add    lease in the Store -> told as attachment, until the pod's verdicts are in the kernel
+//!              and meanwhile veth, the lease flushed -> addresses, rate limits
+//!              -> routes -> nft elements -> answer
 //!  Cni::del    link marked as ended -> nft elements -> lease released (quarantine) -> answer -> links deleted
 //!  Cni::reconcile  leases <-> links of the kernel, before the first request
 //!  Loop(plan, apply)  the same whenever this Node changes and at every drift check
@@ -87,7 +88,7 @@ pub struct Cni {
     lists: tokio::sync::Mutex<Rtnetlink>,
     locks: AttachmentLocks,
     sweeping: Arc<tokio::sync::Mutex<()>>,
-    /// One allocation at a time: from reading the leases to the flushed new one.
+    /// One allocation at a time: from reading the leases to putting the new one.
     ipam: Mutex<ipam::Cursors>,
     rules: Mutex<PodRules>,
     attachments: watch::Sender<Attachments>,

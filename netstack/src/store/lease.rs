@@ -95,6 +95,13 @@ impl Store {
 
     /// Writes and deletes (`None`) records as one change, and waits until it is on the medium.
     pub fn write_leases(&self, changes: &BTreeMap<IpAddr, Option<Lease>>) -> Result<(), StoreError> {
+        self.put_leases(changes)?;
+        self.flush_leases()
+    }
+
+    /// As [`Store::write_leases`], without waiting: whoever asks for leases sees the change at once, a new process only after
+    /// [`Store::flush_leases`].
+    pub fn put_leases(&self, changes: &BTreeMap<IpAddr, Option<Lease>>) -> Result<(), StoreError> {
         if changes.is_empty() {
             return Ok(());
         }
@@ -114,11 +121,16 @@ impl Store {
         let mut known = locked(&self.known_leases);
         let before = known.take();
         self.leases.apply_batch(batch).map_err(self.error("write leases"))?;
-        self.db.flush().map_err(self.error("flush leases"))?;
         *known = before.map(|mut leases| {
             change(Arc::make_mut(&mut leases), changes);
             leases
         });
+        Ok(())
+    }
+
+    /// Waits until all that was put is on the medium. Calls from several threads share what they wait for.
+    pub fn flush_leases(&self) -> Result<(), StoreError> {
+        self.db.flush().map_err(self.error("flush leases"))?;
         Ok(())
     }
 }
