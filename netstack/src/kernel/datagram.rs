@@ -359,13 +359,17 @@ mod tests {
             ["127.0.0.1", "::1"].map(|address| {
                 [
                     packets(address, 1, &[(0, 90), (0, 90), (0, 90)]),
-                    // A and AAAA of one name, in both orders.
+                    packets(address, 1, &[(0, 90), (0, 102), (0, 102)]),
+                    // A and AAAA of one name.
                     packets(address, 1, &[(0, 90), (0, 102)]),
-                    packets(address, 1, &[(0, 102), (0, 90)]),
                     // Of two clients that ask by turns; one reply is empty.
-                    packets(address, 2, &[(0, 90), (1, 80), (0, 90), (1, 80), (0, 0)]),
-                    // Each train ends with one that is shorter: 300 200, 100 50, 20.
-                    packets(address, 1, &[(0, 20), (0, 50), (0, 100), (0, 200), (0, 300)]),
+                    packets(address, 2, &[(0, 90), (1, 80), (0, 90), (1, 80), (0, 0), (1, 70), (0, 90)]),
+                    // Twice 300 and 200, and twice 100 and 50, 20.
+                    packets(
+                        address,
+                        1,
+                        &[(0, 20), (0, 100), (0, 300), (0, 50), (0, 200), (0, 100), (0, 300)],
+                    ),
                     // A batch.
                     packets(address, 1, &[(0, 1232); BATCH - 12]),
                     packets(address, 1, &[(0, 60); BATCH]),
@@ -374,7 +378,7 @@ mod tests {
                 ]
             })
         });
-        assert_eq!(trains.unwrap(), [[1, 1, 1, 2, 3, 1, 1, 2]; 2]);
+        assert_eq!(trains.unwrap(), [[1, 1, 2, 2, 3, 1, 1, 2]; 2]);
     }
 
     #[test]
@@ -417,7 +421,7 @@ mod tests {
                     (vec![(0, fits), (0, fits), (0, 7)], None),
                     (vec![(0, fits + 1), (0, fits + 1), (0, 7), (0, 7)], Some(fits + 1)),
                     // Those that are short enough still travel together.
-                    (vec![(0, 2000), (0, 2000), (0, fits), (0, fits)], Some(fits + 1)),
+                    (vec![(0, 2000), (0, 2000), (0, fits), (0, fits), (0, fits)], Some(fits + 1)),
                 ] {
                     let (unsent, heard) = exchange(&mut batch, &server, &clients, &wanted);
                     assert_eq!((unsent, sorted(heard)), (0, due(1, &wanted)), "{address} {wanted:?}");

@@ -8,6 +8,10 @@ use std::ops::Range;
 
 use super::udp::{MAX_SEGMENTS, MAX_TRAIN_BYTES};
 
+/// Fewest datagrams that are worth a train. What a resolver asks for one name, A and AAAA, stays single: what reads packets rather
+/// than datagrams at the other end (gVisor's network stack in a pod, a capture) may take a train for one datagram.
+const FEWEST: usize = 3;
+
 /// A datagram that is to be sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Waiting {
@@ -20,7 +24,7 @@ pub(super) struct Waiting {
 /// Sorts the datagrams by destination and falling length, and covers them with ranges of which each is a train or a single one.
 /// Those of one destination and one length keep their order.
 ///
-/// With `may_join` false for two or more datagrams of a destination and a length, they stay single.
+/// What `may_join` denies by destination and length begins no train.
 pub(super) fn couple(
     waiting: &mut [Waiting],
     mut may_join: impl FnMut(SocketAddr, usize) -> bool,
@@ -30,7 +34,7 @@ pub(super) fn couple(
     let mut start = 0;
     while let Some(rest) = waiting.get(start..).filter(|rest| !rest.is_empty()) {
         let count = leading(rest);
-        let count = if count > 1 && !may_join(rest[0].to, rest[0].len) { 1 } else { count };
+        let count = if count >= FEWEST && may_join(rest[0].to, rest[0].len) { count } else { 1 };
         trains.push(start..start + count);
         start += count;
     }
@@ -81,24 +85,26 @@ mod tests {
     #[test]
     fn equals_of_one_destination_join_and_a_shorter_one_ends_the_train() {
         let told = [(2, 5), (1, 7), (2, 5), (1, 9), (1, 9), (1, 8), (1, 7), (2, 6)];
-        let joined: [&[usize]; 4] = [&[9, 9, 8], &[7, 7], &[6, 5], &[5]];
+        let joined: [&[usize]; 6] = [&[9, 9, 8], &[7], &[7], &[6], &[5], &[5]];
         assert_eq!(trains(&told, |_, _| true), joined);
     }
 
     #[test]
     fn a_train_has_at_most_as_many_segments_and_bytes_as_the_kernel_takes() {
-        let lengths =
-            |count, len| trains(&vec![(1, len); count], |_, _| true).iter().map(Vec::len).collect::<Vec<_>>();
-        assert_eq!(lengths(130, 10), [64, 64, 2]);
-        assert_eq!(lengths(3, 32_500), [2, 1]);
+        let lengths = |count, len| {
+            let trains = trains(&vec![(1, len); count], |_, _| true);
+            trains.iter().map(Vec::len).collect::<Vec<_>>()
+        };
+        assert_eq!(lengths(131, 10), [64, 64, 3]);
+        assert_eq!(lengths(4, 21_600), [3, 1]);
         assert_eq!(lengths(2, 65_000), [1, 1]);
         assert_eq!(lengths(0, 1), [0; 0]);
     }
 
     #[test]
     fn what_may_not_join_stays_single_and_keeps_none_of_the_others() {
-        let told = [(1, 9), (1, 9), (1, 8), (1, 8), (2, 9), (2, 9)];
-        let joined: [&[usize]; 4] = [&[9], &[9], &[8, 8], &[9, 9]];
+        let told = [(1, 9), (1, 9), (1, 8), (1, 8), (1, 8), (2, 9), (2, 9), (2, 9)];
+        let joined: [&[usize]; 4] = [&[9], &[9], &[8, 8, 8], &[9, 9, 9]];
         assert_eq!(trains(&told, |destination, len| destination != to(1) || len < 9), joined);
     }
 
@@ -123,6 +129,7 @@ mod tests {
                 let train = &waiting[train];
                 let (last, others) = train.split_last().unwrap();
                 if let Some(first) = others.first() {
+                    prop_assert!(train.len() >= FEWEST);
                     prop_assert!(first.len < narrow && train.iter().all(|one| one.to == first.to));
                     prop_assert!(others.iter().all(|one| one.len == first.len) && last.len <= first.len);
                     prop_assert!(train.windows(2).all(|two| two[0].len != two[1].len || two[0].at < two[1].at));
