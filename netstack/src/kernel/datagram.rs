@@ -1,14 +1,19 @@
 //! Questions and replies in batches: one system call takes many datagrams, one sends the replies.
 //!
-//! Source: recvmmsg(2), sendmmsg(2). The socket is bound to one address by whoever opens it, so replies leave from the
+//! Replies to one socket travel as a train (`train`): one packet as far as the socket, which the kernel cuts there into the
+//! datagrams that they are. Where a path takes no train its replies go singly.
+//!
+//! Source: recvmmsg(2), sendmmsg(2), udp(7). The socket is bound to one address by whoever opens it, so replies leave from the
 //! address that was asked. What a datagram says is no business of this file.
 #![allow(unsafe_code)]
 
 use std::io;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 
-use super::udp::{STORAGE_LEN, from_storage};
+use super::train::{Waiting, couple};
+use super::udp::{Refused, STORAGE_LEN, SegmentControl, from_storage, has_segmentation};
 
 /// Datagrams that one call takes or sends.
 pub const BATCH: usize = 64;
@@ -21,6 +26,18 @@ pub struct Batch {
     addresses: Vec<libc::sockaddr_storage>,
     received: Vec<Received>,
     replies: Vec<Vec<u8>>,
+    /// Asked when the first replies are sent.
+    has_segmentation: Option<bool>,
+    /// The last that took no train.
+    narrow: Option<Narrow>,
+}
+
+/// A path that takes no trains of such segments.
+#[derive(Clone, Copy)]
+struct Narrow {
+    to: IpAddr,
+    /// And longer ones.
+    segment: usize,
 }
 
 #[derive(Clone, Copy)]
@@ -51,6 +68,8 @@ impl Default for Batch {
             addresses: vec![zero; BATCH],
             received: Vec::with_capacity(BATCH),
             replies: vec![Vec::new(); BATCH],
+            has_segmentation: None,
+            narrow: None,
         }
     }
 }
@@ -110,29 +129,50 @@ impl Batch {
     }
 
     /// Sends every reply that is not empty to the sender of its datagram, without waiting for room. Returns how many
-    /// could not be sent: one that fails keeps none of the others.
+    /// could not be sent: one that fails keeps none of the others. The order is that of the datagrams only among replies of
+    /// one length to one sender.
     pub fn send_replies(&mut self, socket: &UdpSocket) -> usize {
-        let mut pieces = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; BATCH];
-        let mut headers = empty_headers();
-        let parts = self.received.iter().zip(&mut self.addresses).zip(&mut self.replies);
-        let answered = parts.filter(|(_, reply)| !reply.is_empty());
-        let mut count = 0;
-        for ((header, piece), ((received, address), reply)) in
-            headers.iter_mut().zip(&mut pieces).zip(answered)
-        {
-            piece.iov_base = reply.as_mut_ptr().cast();
-            piece.iov_len = reply.len();
-            header.msg_hdr.msg_name = std::ptr::from_mut(address).cast();
-            header.msg_hdr.msg_namelen = received.address_len;
-            header.msg_hdr.msg_iov = std::ptr::from_mut(piece);
-            header.msg_hdr.msg_iovlen = 1;
-            count += 1;
+        let answered = self.received.iter().zip(&self.addresses).zip(&self.replies).enumerate();
+        let waiting = answered.filter(|(_, (_, reply))| !reply.is_empty());
+        let mut waiting: Vec<Waiting> = waiting
+            .filter_map(|(at, ((_, address), reply))| {
+                Some(Waiting { to: from_storage(address)?, len: reply.len(), at })
+            })
+            .collect();
+        let segmentation = *self.has_segmentation.get_or_insert_with(|| has_segmentation(socket));
+        let narrow = self.narrow;
+        let trains = couple(&mut waiting, |to, segment| {
+            segmentation && narrow.is_none_or(|narrow| narrow.to != to.ip() || segment < narrow.segment)
+        });
+        let mut failed = 0;
+        for (train, error) in self.send(socket, &waiting, &trains) {
+            let members = &waiting[train];
+            let [first, _, ..] = members else {
+                failed += 1;
+                continue;
+            };
+            if Refused::read(&error).is_some() {
+                self.narrow = Some(Narrow { to: first.to.ip(), segment: first.len });
+            }
+            let singles: Vec<_> = (0..members.len()).map(|at| at..at + 1).collect();
+            failed += self.send(socket, members, &singles).len();
         }
-        let (mut at, mut failed) = (0, 0);
-        while at < count {
-            let rest = &mut headers[at..count];
-            // SAFETY: each header of `rest` points to an address and a piece, each piece to a reply, all of the true
-            // lengths and borrowed mutably by `headers`' filling loop's owner, `self`, for the whole call.
+        failed
+    }
+
+    /// Sends each train as one message. Returns those that could not be sent, and why.
+    fn send(
+        &self,
+        socket: &UdpSocket,
+        waiting: &[Waiting],
+        trains: &[Range<usize>],
+    ) -> Vec<(Range<usize>, io::Error)> {
+        let mut outgoing = self.outgoing(waiting, trains);
+        let (mut at, mut refused) = (0, Vec::new());
+        while let Some(rest) = outgoing.headers.get_mut(at..).filter(|rest| !rest.is_empty()) {
+            // SAFETY: each header of `rest` points to an address, to pieces and, for a train, to a control buffer, each piece
+            // to a reply, all of the true lengths. `outgoing` holds pieces and controls, `self` addresses and replies; the
+            // kernel only reads them.
             let sent = unsafe {
                 libc::sendmmsg(
                     socket.as_raw_fd(),
@@ -141,17 +181,53 @@ impl Batch {
                     libc::MSG_DONTWAIT,
                 )
             };
-            match usize::try_from(sent) {
-                Ok(sent) if sent > 0 => at += sent,
-                _ if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => {}
-                _ => {
-                    at += 1;
-                    failed += 1;
+            let error = match usize::try_from(sent) {
+                Ok(sent) if sent > 0 => {
+                    at += sent;
+                    continue;
                 }
+                _ => io::Error::last_os_error(),
+            };
+            if error.kind() != io::ErrorKind::Interrupted {
+                refused.push((trains[at].clone(), error));
+                at += 1;
             }
         }
-        failed
+        refused
     }
+
+    /// One message for each of `trains`.
+    fn outgoing(&self, waiting: &[Waiting], trains: &[Range<usize>]) -> Outgoing {
+        let mut pieces: Vec<libc::iovec> = waiting
+            .iter()
+            .map(|one| &self.replies[one.at])
+            .map(|reply| libc::iovec { iov_base: reply.as_ptr().cast_mut().cast(), iov_len: reply.len() })
+            .collect();
+        let mut controls = vec![SegmentControl::default(); trains.len()];
+        let messages = trains.iter().zip(&mut controls).map(|(train, control)| {
+            let (first, pieces) = (waiting[train.start], &mut pieces[train.clone()]);
+            // SAFETY: `mmsghdr` is plain data for which zeroes are a valid value.
+            let mut header: libc::mmsghdr = unsafe { std::mem::zeroed() };
+            header.msg_hdr.msg_name = std::ptr::from_ref(&self.addresses[first.at]).cast_mut().cast();
+            header.msg_hdr.msg_namelen = self.received[first.at].address_len;
+            header.msg_hdr.msg_iov = pieces.as_mut_ptr();
+            header.msg_hdr.msg_iovlen = pieces.len();
+            if pieces.len() > 1 {
+                // A train's first is shorter than the whole, MAX_TRAIN_BYTES.
+                control.ask(&mut header.msg_hdr, u16::try_from(first.len).unwrap_or(u16::MAX));
+            }
+            header
+        });
+        let headers = messages.collect();
+        Outgoing { headers, _pieces: pieces, _controls: controls }
+    }
+}
+
+/// The messages of a send, and what they point to: vectors that move but never grow.
+struct Outgoing {
+    headers: Vec<libc::mmsghdr>,
+    _pieces: Vec<libc::iovec>,
+    _controls: Vec<SegmentControl>,
 }
 
 fn empty_headers() -> [libc::mmsghdr; BATCH] {
@@ -163,7 +239,13 @@ fn empty_headers() -> [libc::mmsghdr; BATCH] {
 mod tests {
     use std::time::Duration;
 
+    use nix::sys::socket::{setsockopt, sockopt};
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::kernel::netns::Netns;
+    use crate::kernel::testing::{NamedNetns, needs_root, run};
 
     fn pair(address: &str) -> (UdpSocket, UdpSocket) {
         let server = UdpSocket::bind((address, 0)).unwrap();
@@ -172,6 +254,287 @@ mod tests {
         client.connect(server.local_addr().unwrap()).unwrap();
         client.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
         (server, client)
+    }
+
+    /// A server, and `count` clients of it that ask for nothing but its replies.
+    fn star(address: &str, count: usize) -> (UdpSocket, Vec<UdpSocket>) {
+        let server = UdpSocket::bind((address, 0)).unwrap();
+        server.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+        let clients = (0..count).map(|_| {
+            let client = UdpSocket::bind((address, 0)).unwrap();
+            client.connect(server.local_addr().unwrap()).unwrap();
+            client.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+            setsockopt(&client, sockopt::RcvBuf, &212_992).unwrap();
+            client
+        });
+        let clients = clients.collect();
+        (server, clients)
+    }
+
+    /// Has each client ask as often as it stands in `wanted` and answers with that many bytes, all in one batch. Returns how
+    /// many replies were not sent, and what each client heard.
+    fn exchange(
+        batch: &mut Batch,
+        server: &UdpSocket,
+        clients: &[UdpSocket],
+        wanted: &[(usize, usize)],
+    ) -> (usize, Vec<Vec<Vec<u8>>>) {
+        for (number, (client, len)) in wanted.iter().enumerate() {
+            let question = [number.to_be_bytes(), len.to_be_bytes()].concat();
+            clients[*client].send(&question).unwrap();
+        }
+        // The kernel may deliver the last ones a moment later.
+        std::thread::sleep(Duration::from_millis(5));
+        let mut unsent = 0;
+        let mut came = 0;
+        while came < wanted.len() {
+            came += batch.receive(server).unwrap();
+            for datagram in batch.datagrams() {
+                let (number, len) = datagram.bytes.split_at(8);
+                let len = usize::from_be_bytes(len.try_into().unwrap());
+                *datagram.reply = reply(usize::from_be_bytes(number.try_into().unwrap()), len);
+            }
+            unsent += batch.send_replies(server);
+        }
+        let heard = clients.iter().enumerate().map(|(at, client)| {
+            let due = wanted.iter().filter(|(client, len)| *client == at && *len > 0).count();
+            let mut buffer = vec![0; 70_000];
+            let mut hear = || client.recv(&mut buffer).ok().map(|len| buffer[..len].to_vec());
+            let mut heard: Vec<_> = std::iter::from_fn(&mut hear).take(due).collect();
+            client.set_nonblocking(true).unwrap();
+            heard.extend(std::iter::from_fn(&mut hear));
+            client.set_nonblocking(false).unwrap();
+            heard
+        });
+        (unsent, heard.collect())
+    }
+
+    fn reply(number: usize, len: usize) -> Vec<u8> {
+        (0..len).map(|at| (number * 31 + at).to_le_bytes()[0]).collect()
+    }
+
+    /// What each client must hear, in any order.
+    fn due(clients: usize, wanted: &[(usize, usize)]) -> Vec<Vec<Vec<u8>>> {
+        let mut due = vec![Vec::new(); clients];
+        for (number, (client, len)) in wanted.iter().enumerate().filter(|(_, (_, len))| *len > 0) {
+            due[*client].push(reply(number, *len));
+        }
+        due.iter_mut().for_each(|replies| replies.sort());
+        due
+    }
+
+    fn sorted(mut heard: Vec<Vec<Vec<u8>>>) -> Vec<Vec<Vec<u8>>> {
+        heard.iter_mut().for_each(|replies| replies.sort());
+        heard
+    }
+
+    fn lengths(heard: &[Vec<u8>]) -> Vec<usize> {
+        heard.iter().map(Vec::len).collect()
+    }
+
+    /// Packets that a link of this namespace has sent.
+    fn packets_sent(link: &str) -> u64 {
+        let table = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
+        let line = table.lines().find_map(|line| line.trim().strip_prefix(link)?.strip_prefix(':')).unwrap();
+        line.split_whitespace().nth(9).unwrap().parse().unwrap()
+    }
+
+    #[test]
+    fn replies_to_one_socket_are_one_packet_and_arrive_as_they_are_in_both_families() {
+        if !needs_root() {
+            return;
+        }
+        let netns = NamedNetns::new("trains");
+        netns.must(&["ip", "link", "set", "lo", "up"]);
+        let packets = |address: &str, clients: usize, wanted: &[(usize, usize)]| {
+            let (server, clients) = star(address, clients);
+            let before = packets_sent("lo");
+            let (unsent, heard) = exchange(&mut Batch::default(), &server, &clients, wanted);
+            assert_eq!((unsent, sorted(heard)), (0, due(clients.len(), wanted)), "{address} {wanted:?}");
+            // The questions go singly.
+            packets_sent("lo") - before - wanted.len() as u64
+        };
+        let inside = Netns::open(netns.path()).unwrap();
+        let trains = inside.run(|| {
+            ["127.0.0.1", "::1"].map(|address| {
+                [
+                    packets(address, 1, &[(0, 90), (0, 90), (0, 90)]),
+                    packets(address, 1, &[(0, 90), (0, 102), (0, 102)]),
+                    // A and AAAA of one name.
+                    packets(address, 1, &[(0, 90), (0, 102)]),
+                    // Of two clients that ask by turns; one reply is empty.
+                    packets(address, 2, &[(0, 90), (1, 80), (0, 90), (1, 80), (0, 0), (1, 70), (0, 90)]),
+                    // Twice 300 and 200, and twice 100 and 50, 20.
+                    packets(
+                        address,
+                        1,
+                        &[(0, 20), (0, 100), (0, 300), (0, 50), (0, 200), (0, 100), (0, 300)],
+                    ),
+                    // A batch.
+                    packets(address, 1, &[(0, 1232); BATCH - 12]),
+                    packets(address, 1, &[(0, 60); BATCH]),
+                    // 65,000 bytes hold 52 of these.
+                    packets(address, 1, &[(0, 1232); BATCH]),
+                ]
+            })
+        });
+        assert_eq!(trains.unwrap(), [[1, 1, 2, 2, 3, 1, 1, 2]; 2]);
+    }
+
+    #[test]
+    fn equal_replies_to_one_socket_come_in_the_order_of_the_questions() {
+        for address in ["127.0.0.1", "::1"] {
+            let (server, clients) = star(address, 1);
+            let (_, heard) = exchange(&mut Batch::default(), &server, &clients, &[(0, 40); 10]);
+            assert_eq!(heard[0], (0..10).map(|number| reply(number, 40)).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn a_kernel_without_trains_sends_every_reply_singly() {
+        for address in ["127.0.0.1", "::1"] {
+            let (server, clients) = star(address, 1);
+            let mut batch = Batch { has_segmentation: Some(false), ..Batch::default() };
+            let wanted = [(0, 10), (0, 30), (0, 30)];
+            let (unsent, heard) = exchange(&mut batch, &server, &clients, &wanted);
+            assert_eq!((unsent, lengths(&heard[0])), (0, vec![30, 30, 10]));
+        }
+        let server = UdpSocket::bind("127.0.0.1:0").unwrap();
+        assert!(has_segmentation(&server), "the kernel of the tests knows trains");
+        assert!(!has_segmentation(&std::net::TcpListener::bind("127.0.0.1:0").unwrap()));
+    }
+
+    #[test]
+    fn a_train_too_long_for_its_path_arrives_singly_and_is_not_tried_again() {
+        if !needs_root() {
+            return;
+        }
+        let netns = NamedNetns::new("narrow");
+        netns.must(&["ip", "link", "set", "lo", "up", "mtu", "1280"]);
+        let inside = Netns::open(netns.path()).unwrap();
+        let run = inside.run(|| {
+            for (address, headers) in [("127.0.0.1", 28), ("::1", 48)] {
+                let (server, clients) = star(address, 1);
+                let mut batch = Batch::default();
+                let fits = 1280 - headers;
+                for (wanted, narrow) in [
+                    (vec![(0, fits), (0, fits), (0, 7)], None),
+                    (vec![(0, fits + 1), (0, fits + 1), (0, 7), (0, 7)], Some(fits + 1)),
+                    // Those that are short enough still travel together.
+                    (vec![(0, 2000), (0, 2000), (0, fits), (0, fits), (0, fits)], Some(fits + 1)),
+                ] {
+                    let (unsent, heard) = exchange(&mut batch, &server, &clients, &wanted);
+                    assert_eq!((unsent, sorted(heard)), (0, due(1, &wanted)), "{address} {wanted:?}");
+                    assert_eq!(batch.narrow.map(|narrow| narrow.segment), narrow, "{address} {wanted:?}");
+                }
+            }
+        });
+        run.unwrap();
+    }
+
+    #[test]
+    fn the_replies_of_a_refused_train_are_counted_one_by_one() {
+        if !needs_root() {
+            return;
+        }
+        let netns = NamedNetns::new("refuse");
+        netns.must(&["ip", "link", "set", "lo", "up"]);
+        netns
+            .must(&["nft", "add table inet t; add chain inet t out { type filter hook output priority 0; }"]);
+        let inside = Netns::open(netns.path()).unwrap();
+        let run = inside.run(|| {
+            for address in ["127.0.0.1", "::1"] {
+                let (server, clients) = star(address, 2);
+                let port = clients[0].local_addr().unwrap().port();
+                run(&["nft", &format!("add rule inet t out udp dport {port} drop")]);
+                let wanted = [(0, 50), (1, 50), (0, 50), (1, 50), (0, 20)];
+                let (unsent, heard) = exchange(&mut Batch::default(), &server, &clients, &wanted);
+                assert_eq!((unsent, lengths(&heard[0]), lengths(&heard[1])), (3, vec![], vec![50, 50]));
+            }
+        });
+        run.unwrap();
+    }
+
+    #[test]
+    fn a_pod_behind_a_veth_hears_every_reply_of_a_train() {
+        if !needs_root() {
+            return;
+        }
+        let (host, pod) = (NamedNetns::new("host"), NamedNetns::new("pod"));
+        host.must(&["ip", "link", "add", "veth0", "type", "veth", "peer", "eth0", "netns", &pod.name]);
+        for (netns, link, last) in [(&host, "veth0", "1"), (&pod, "eth0", "2")] {
+            netns.must(&["ip", "address", "add", &format!("192.0.2.{last}/24"), "dev", link]);
+            netns.must(&["ip", "address", "add", &format!("2001:db8::{last}/64"), "dev", link, "nodad"]);
+            netns.must(&["ip", "link", "set", link, "up"]);
+        }
+        // Reassembled fragments count once, and so does a train.
+        pod.must(&["nft", "add table inet t; add counter inet t answers"]);
+        pod.must(&["nft", "add chain inet t in { type filter hook input priority 0; }"]);
+        pod.must(&["nft", "add rule inet t in udp sport 53 counter name answers"]);
+        let (inside_host, inside_pod) = (Netns::open(host.path()).unwrap(), Netns::open(pod.path()).unwrap());
+        for (server, client) in [("192.0.2.1:53", "192.0.2.2:0"), ("[2001:db8::1]:53", "[2001:db8::2]:0")] {
+            let server = inside_host.run(|| UdpSocket::bind(server).unwrap()).unwrap();
+            server.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+            let socket = || {
+                let client = UdpSocket::bind(client).unwrap();
+                client.connect(server.local_addr().unwrap()).unwrap();
+                client.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+                client
+            };
+            let clients = inside_pod.run(|| [socket(), socket()]).unwrap();
+            // Then both know the other's link address.
+            exchange(&mut Batch::default(), &server, &clients, &[(0, 1)]);
+            let wanted = [(0, 1232), (1, 99), (0, 1232), (1, 99), (0, 600), (1, 1600), (1, 1600)];
+            pod.must(&["nft", "reset counters"]);
+            let (unsent, heard) = exchange(&mut Batch::default(), &server, &clients, &wanted);
+            assert_eq!((unsent, sorted(heard)), (0, due(2, &wanted)));
+            // A train of three, and one that is refused for its first two, so that its third goes singly too, as the one left.
+            let counted = pod.must(&["nft", "list counters"]);
+            assert!(counted.contains("packets 5 "), "{counted}");
+        }
+    }
+
+    #[test]
+    fn a_socket_with_little_room_and_one_that_is_not_connected_hear_what_fits() {
+        for address in ["127.0.0.1", "::1"] {
+            let server = UdpSocket::bind((address, 0)).unwrap();
+            server.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+            let client = UdpSocket::bind((address, 0)).unwrap();
+            // The least that the kernel allows, which holds one or two of these replies.
+            setsockopt(&client, sockopt::RcvBuf, &1).unwrap();
+            for _ in 0..20 {
+                client.send_to(b"?", server.local_addr().unwrap()).unwrap();
+            }
+            let mut batch = Batch::default();
+            assert_eq!(batch.receive(&server).unwrap(), 20);
+            for (number, datagram) in batch.datagrams().enumerate() {
+                *datagram.reply = reply(number, 400);
+            }
+            assert_eq!(batch.send_replies(&server), 0);
+            client.set_nonblocking(true).unwrap();
+            let mut buffer = [0; 2000];
+            let mut heard = 0;
+            while let Ok((len, from)) = client.recv_from(&mut buffer) {
+                assert_eq!((&buffer[..len], from), (&reply(heard, 400)[..], server.local_addr().unwrap()));
+                heard += 1;
+            }
+            assert!((1..20).contains(&heard), "{heard}");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn every_reply_arrives_once_with_its_bytes(
+            ipv6 in any::<bool>(),
+            wanted in vec((0usize..3, prop_oneof![0usize..4, 60usize..64, 0usize..3000]), 0..=BATCH),
+        ) {
+            let (server, clients) = star(if ipv6 { "::1" } else { "127.0.0.1" }, 3);
+            let (unsent, heard) = exchange(&mut Batch::default(), &server, &clients, &wanted);
+            prop_assert_eq!(unsent, 0);
+            prop_assert_eq!(sorted(heard), due(3, &wanted));
+        }
     }
 
     #[test]

@@ -23,6 +23,7 @@ pub mod stop;
 pub mod sysctl;
 #[cfg(test)]
 pub(crate) mod testing;
+mod train;
 pub mod tun;
 pub mod udp;
 pub mod vip;

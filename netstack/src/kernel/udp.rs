@@ -84,21 +84,19 @@ impl UdpSocket {
             tv_usec: timeout.subsec_micros().into(),
         };
         set_option(&fd, libc::SOL_SOCKET, libc::SO_RCVTIMEO, &timeout)?;
-        Ok(Self { fd, segmentation: AtomicBool::new(true) })
+        let segmentation = AtomicBool::new(has_segmentation(&fd));
+        Ok(Self { fd, segmentation })
     }
 
     /// Sends `bytes` as datagrams of `segment` bytes, the last may be shorter; at most [`MAX_SEGMENTS`] and
     /// [`MAX_TRAIN_BYTES`].
     pub fn send_train(&self, to: SocketAddr, bytes: &[u8], segment: usize) -> io::Result<()> {
         if bytes.len() > segment && self.segmentation.load(Ordering::Relaxed) {
-            match self.send(to, bytes, u16::try_from(segment).ok()) {
-                // The device cannot do it, now or later.
-                Err(error) if error.raw_os_error() == Some(libc::EIO) => {
-                    self.segmentation.store(false, Ordering::Relaxed);
-                }
-                // The path to this destination is too narrow; single datagrams may be fragmented.
-                Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EMSGSIZE)) => {}
-                outcome => return outcome,
+            let outcome = self.send(to, bytes, u16::try_from(segment).ok());
+            match outcome.as_ref().err().and_then(Refused::read) {
+                Some(Refused::ByDevice) => self.segmentation.store(false, Ordering::Relaxed),
+                Some(Refused::ByPath) => {}
+                None => return outcome,
             }
         }
         bytes.chunks(segment).try_for_each(|datagram| self.send(to, datagram, None))
@@ -107,7 +105,7 @@ impl UdpSocket {
     fn send(&self, to: SocketAddr, bytes: &[u8], segment: Option<u16>) -> io::Result<()> {
         let (mut storage, len) = to_storage(to);
         let mut piece = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
-        let mut control = Control([0; CONTROL_LEN]);
+        let mut control = SegmentControl::default();
         // SAFETY: `msghdr` is plain data for which zeroes are a valid value.
         let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
         message.msg_name = std::ptr::from_mut(&mut storage).cast();
@@ -115,17 +113,7 @@ impl UdpSocket {
         message.msg_iov = &raw mut piece;
         message.msg_iovlen = 1;
         if let Some(segment) = segment {
-            message.msg_control = control.0.as_mut_ptr().cast();
-            // SAFETY: CMSG_SPACE only computes.
-            message.msg_controllen = unsafe { libc::CMSG_SPACE(2) } as usize;
-            // SAFETY: the control buffer is aligned and long enough for one header and a u16.
-            unsafe {
-                let header = libc::CMSG_FIRSTHDR(&raw const message);
-                (*header).cmsg_level = libc::SOL_UDP;
-                (*header).cmsg_type = libc::UDP_SEGMENT;
-                (*header).cmsg_len = libc::CMSG_LEN(2) as usize;
-                libc::CMSG_DATA(header).cast::<u16>().write_unaligned(segment);
-            }
+            control.ask(&mut message, segment);
         }
         loop {
             // SAFETY: name, piece and control of `message` point to locals that outlive the call; the kernel only
@@ -197,6 +185,68 @@ const CONTROL_LEN: usize = 64;
 #[repr(C, align(8))]
 #[derive(Clone, Copy)]
 struct Control([u8; CONTROL_LEN]);
+
+/// Room for the control message that has the kernel cut a message into datagrams.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Default)]
+pub(super) struct SegmentControl([u8; SEGMENT_CONTROL_LEN]);
+
+// SAFETY: CMSG_SPACE only computes.
+const SEGMENT_CONTROL_LEN: usize = unsafe { libc::CMSG_SPACE(2) } as usize;
+
+impl SegmentControl {
+    /// Asks for datagrams of `segment` bytes, the last may be shorter. `message` points to `self` from then on.
+    ///
+    /// A kernel without [`has_segmentation`] overlooks it and sends the whole as one datagram.
+    pub(super) fn ask(&mut self, message: &mut libc::msghdr, segment: u16) {
+        message.msg_control = self.0.as_mut_ptr().cast();
+        message.msg_controllen = SEGMENT_CONTROL_LEN;
+        // SAFETY: the control buffer is aligned and long enough for one header and a u16.
+        unsafe {
+            let header = libc::CMSG_FIRSTHDR(message);
+            (*header).cmsg_level = libc::SOL_UDP;
+            (*header).cmsg_type = libc::UDP_SEGMENT;
+            (*header).cmsg_len = libc::CMSG_LEN(2) as usize;
+            libc::CMSG_DATA(header).cast::<u16>().write_unaligned(segment);
+        }
+    }
+}
+
+/// The kernel knows UDP_SEGMENT (Linux 4.18).
+pub(super) fn has_segmentation(socket: &impl AsRawFd) -> bool {
+    let mut value: libc::c_int = 0;
+    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: `value` has room for the `len` bytes, and both outlive the call.
+    let outcome = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_UDP,
+            libc::UDP_SEGMENT,
+            (&raw mut value).cast(),
+            &raw mut len,
+        )
+    };
+    outcome == 0
+}
+
+/// What an error says about trains.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Refused {
+    /// The device cannot do it, now or later.
+    ByDevice,
+    /// The path to this destination is too narrow for the segment; single datagrams may be fragmented.
+    ByPath,
+}
+
+impl Refused {
+    pub(super) fn read(error: &io::Error) -> Option<Self> {
+        match error.raw_os_error()? {
+            libc::EIO => Some(Self::ByDevice),
+            libc::EINVAL | libc::EMSGSIZE => Some(Self::ByPath),
+            _ => None,
+        }
+    }
+}
 
 /// Buffers of one receiving thread. Pages that no datagram ever reached cost no memory.
 pub struct ReceiveBatch {

@@ -2,7 +2,8 @@
 //! `kubernetes` plugin and `cache 30`, both fed by the same API server. The server has one core, the clients and the upstream the
 //! other.
 //!
-//! Closed loop: four clients, each with as many questions outstanding as the figure's window. Open loop, for the latency: a
+//! Closed loop: four clients, each with as many questions outstanding as the figure's window, or with a name's A and AAAA, as a C
+//! library asks. Open loop, for the latency: a
 //! question at a time, at half of what CoreDNS answers at most, while something of the lowest priority keeps the server's
 //! core awake. And beside `dnsperf`, which has no part of ours.
 //!
@@ -171,6 +172,7 @@ fn all(ours: u32, theirs: u32, folder: &Path) -> anyhow::Result<Vec<Row>> {
         let name = format!("{what}, CPU per answer in the kernel");
         rows.push(Row::bounded(&name, "us", weft, ("CoreDNS", peer), Better::Lower, None));
     }
+    rows.extend(pairs(ours, theirs)?);
     rows.push(beside_dnsperf(folder)?);
     let (mut of_ours, mut of_theirs) = (Vec::new(), Vec::new());
     let _awake = Awake::keep();
@@ -182,6 +184,24 @@ fn all(ours: u32, theirs: u32, folder: &Path) -> anyhow::Result<Vec<Row>> {
     let theirs = ("CoreDNS", median(of_theirs));
     rows.push(Row::beside(name, "us", median(of_ours), theirs, Better::Lower, 0.2));
     Ok(rows)
+}
+
+/// What a name costs that is asked as a C library does: nothing else waits in its socket.
+fn pairs(ours: u32, theirs: u32) -> anyhow::Result<[Row; 2]> {
+    let (mut of_ours, mut of_theirs) = (Vec::new(), Vec::new());
+    for number in 0..ROUNDS {
+        of_ours.push(round(OURS, ours, pair_client, number)?);
+        of_theirs.push(round(THEIRS, theirs, pair_client, number)?);
+    }
+    let row = |name: &str, unit, pick: fn(&Round) -> f64, better| {
+        let of = |rounds: &[Round]| median(rounds.iter().map(pick).collect());
+        let name = format!("A and AAAA of a Service by UDP from a new socket, {name}");
+        Row::bounded(&name, unit, of(&of_ours), ("CoreDNS", of(&of_theirs)), better, None)
+    };
+    Ok([
+        row("answers on one core", "1/s", |round| round.per_second, Better::Higher),
+        row("CPU per answer", "us", |round| round.cpu_micros, Better::Lower),
+    ])
 }
 
 /// What Debian's `dnsperf` says; where it has no more to give itself (some 90,000/s on one core) the ratio is too small.
@@ -264,6 +284,35 @@ fn udp_client(server: &str, n: usize, _round: usize) -> u64 {
     while Instant::now() < deadline {
         service = (service + 61) % SERVICES;
         answers += ask(&socket, &questions, service, WINDOW);
+    }
+    answers
+}
+
+/// A socket for each name, with both questions in it.
+fn pair_client(server: &str, n: usize, _round: usize) -> u64 {
+    let questions = questions();
+    let deadline = Instant::now() + Duration::from_secs(SECONDS);
+    let mut answers = 0;
+    let mut service = n;
+    let mut answer = [0; 512];
+    while Instant::now() < deadline {
+        service = (service + 61) % SERVICES;
+        let socket = socket(server);
+        let mut message = questions[service].clone();
+        for (id, kind) in [(0, 1), (1, 28)] {
+            message[1] = id;
+            let kind_at = message.len() - 3;
+            message[kind_at] = kind;
+            let _ = socket.send(&message);
+        }
+        let mut waits = [true; 2];
+        while waits.contains(&true) {
+            let Ok(length) = socket.recv(&mut answer) else { break };
+            let good = length > 12 && answer[3] & 0xf == 0;
+            if good && waits.get_mut(usize::from(answer[1])).is_some_and(std::mem::take) {
+                answers += 1;
+            }
+        }
     }
     answers
 }
