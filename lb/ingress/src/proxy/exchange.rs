@@ -769,6 +769,26 @@ mod tests {
         }
     }
 
+    /// What was read shows what follows; what was spliced leaves it in the socket.
+    #[tokio::test]
+    async fn a_connection_whose_answer_was_spliced_is_kept_only_if_nothing_follows() {
+        for (follows, is_kept) in [("", true), ("H", false)] {
+            let listener = tokio::net::TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+            let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+            let mut backend = listener.accept().await.unwrap().0;
+            backend.write_all(follows.as_bytes()).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            let mut answer = Answer::One(Reading {
+                connection: Some(Box::new(Http1::new(Stream::Plain(stream)))),
+                framing: Framing::Length(0),
+                lasts: true,
+                waiting_since: None,
+                was_spliced: true,
+            });
+            assert_eq!(answer.release().is_some(), is_kept, "{follows:?}");
+        }
+    }
+
     /// The head is out, a piece of the body was in a pipe when the kernel refused, and the rest is to come.
     #[tokio::test]
     async fn a_body_goes_on_by_writing_where_a_pipe_is_refused() {
