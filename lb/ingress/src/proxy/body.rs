@@ -1,6 +1,7 @@
 //! Bodies as they pass through: streamed, counted against a limit, and cut when the other side says nothing for too long.
 
 use std::pin::Pin;
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use super::arriving::Arriving;
 use super::exchange::{Answer, ExchangeError};
 use super::forward::Release;
 use super::log::Record;
+use super::splice::Pipe;
 use super::upload::{Fault, Turn, Upload};
 use crate::annotations::Pace;
 
@@ -136,6 +138,26 @@ impl Body {
         }
     }
 
+    /// What is left of it, where all that is to come on a socket and only its number of bytes matters.
+    pub(super) fn on_socket(&self) -> Option<u64> {
+        match self {
+            Self::Answer(timed) if timed.paced.is_none() => timed.inner.on_socket(),
+            _ => None,
+        }
+    }
+
+    /// As `poll_frame`, for what is on a socket: the next of it goes into a pipe. `None` where the kernel does not do that.
+    pub(super) fn poll_into(
+        &mut self,
+        context: &mut Context<'_>,
+        pipe: &mut Pipe,
+    ) -> Poll<Result<Option<usize>, BodyError>> {
+        match self {
+            Self::Answer(timed) => timed.poll_into(context, pipe),
+            _ => Poll::Ready(Ok(None)),
+        }
+    }
+
     /// Nothing of it can be lost by sending it a second time.
     pub(super) fn is_empty(&self) -> bool {
         matches!(self, Self::Empty)
@@ -235,6 +257,25 @@ impl Timed {
                 Poll::Ready(Some(Err(BodyError::Timeout(patience))))
             }
         }
+    }
+}
+
+impl Timed {
+    fn poll_into(
+        &mut self,
+        context: &mut Context<'_>,
+        pipe: &mut Pipe,
+    ) -> Poll<Result<Option<usize>, BodyError>> {
+        let taken = ready!(self.inner.poll_into(context, self.patience, pipe))?;
+        if let (Some(record), Some(length)) = (&mut self.record, taken) {
+            record.sent_bytes += length as u64;
+            record.stats.spliced_bytes.fetch_add(length as u64, Ordering::Relaxed);
+        }
+        if taken.is_some() && self.inner.is_over() {
+            self.over = true;
+            self.held.end(&mut self.inner);
+        }
+        Poll::Ready(Ok(taken))
     }
 }
 

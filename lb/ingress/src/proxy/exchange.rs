@@ -25,6 +25,7 @@ use tokio_rustls::client::TlsStream;
 use super::body::{Body, BodyError};
 use super::codec::{self, Frames, Framing, Malformed, Piece};
 use super::hygiene::Told;
+use super::splice::{self, Moved, Outlet, Pipe};
 use super::upload::Deadline;
 
 /// Of one read: the first, and the longest for bodies that fill it.
@@ -121,6 +122,17 @@ impl AsyncWrite for Stream {
         }
     }
 }
+
+impl Outlet for Stream {
+    fn socket(&self) -> Option<&TcpStream> {
+        match self {
+            Self::Plain(stream) => Some(stream),
+            Self::Tls(_) | Self::Half(_) => None,
+        }
+    }
+}
+
+impl Outlet for WriteHalf<Stream> {}
 
 /// A connection to a backend that speaks HTTP/1.1.
 pub(super) struct Http1 {
@@ -277,6 +289,7 @@ impl Http1 {
             framing: answer.framing,
             lasts: answer.lasts,
             waiting_since: None,
+            was_spliced: false,
         }));
         (*response.status_mut(), *response.headers_mut()) = (answer.status, answer.fields);
         Ok(response)
@@ -297,6 +310,16 @@ pub(super) struct Sending {
     /// The end of the body is among what is to be sent.
     ended: bool,
     broken: bool,
+    way: Way,
+}
+
+/// How the rest of a body goes.
+enum Way {
+    /// Read and written, until it is seen that all that is left is to come on a socket.
+    Open,
+    /// Read and written.
+    Copied,
+    Spliced(Pipe),
 }
 
 impl Sending {
@@ -304,7 +327,8 @@ impl Sending {
     pub(super) fn new(body: Body, frames: Frames, bytes: Vec<u8>) -> Self {
         let ended = body.is_empty() && frames == Frames::Length(0);
         let pieces = VecDeque::new();
-        Self { body, frames, bytes, sent: 0, pieces, waiting: 0, begun: false, ended, broken: false }
+        let way = Way::Open;
+        Self { body, frames, bytes, sent: 0, pieces, waiting: 0, begun: false, ended, broken: false, way }
     }
 
     fn is_done(&self) -> bool {
@@ -328,7 +352,7 @@ impl Sending {
     }
 
     /// Sends until all is out.
-    pub(super) fn poll<S: AsyncWrite + Unpin>(
+    pub(super) fn poll<S: Outlet>(
         &mut self,
         context: &mut Context<'_>,
         stream: &mut S,
@@ -341,13 +365,20 @@ impl Sending {
         polled
     }
 
-    fn poll_out<S: AsyncWrite + Unpin>(
+    fn poll_out<S: Outlet>(
         &mut self,
         context: &mut Context<'_>,
         stream: &mut S,
     ) -> Poll<Result<(), ExchangeError>> {
         loop {
-            self.gather(context)?;
+            self.gather(context, stream.socket().is_some())?;
+            if self.is_out()
+                && let (Way::Spliced(pipe), Some(socket)) = (&mut self.way, stream.socket())
+            {
+                let moved = ready!(pipe.poll_move(context, &mut self.body, socket))?;
+                self.moved(moved)?;
+                continue;
+            }
             if self.is_out() {
                 let flushed = Pin::new(&mut *stream).poll_flush(context)?;
                 return if self.ended { flushed.map(Ok) } else { Poll::Pending };
@@ -392,11 +423,33 @@ impl Sending {
         }
     }
 
+    /// Whether the rest of the body is left to a pipe, where it goes out on a socket.
+    fn splices(&mut self, to_socket: bool) -> bool {
+        if let (true, Way::Open, Frames::Length(left)) = (to_socket, &self.way, &self.frames)
+            && self.body.on_socket().is_some_and(|rest| rest == *left && rest >= splice::MIN_BYTES)
+        {
+            self.way = Pipe::open().map_or(Way::Copied, Way::Spliced);
+        }
+        matches!(self.way, Way::Spliced(_))
+    }
+
+    /// Takes up where a pipe ended: all that left the body is out, or returned.
+    fn moved(&mut self, moved: Moved) -> Result<(), ExchangeError> {
+        let left = self.body.size_hint().exact().ok_or(ExchangeError::Length)?;
+        self.frames = Frames::Length(left);
+        match (std::mem::replace(&mut self.way, Way::Copied), moved) {
+            (Way::Spliced(pipe), Moved::Whole) => pipe.keep(),
+            (_, Moved::Refused(bytes)) => self.add(bytes.into()),
+            (_, Moved::Whole) => {}
+        }
+        if left == 0 { self.end(&header::HeaderMap::new()) } else { Ok(()) }
+    }
+
     /// Takes from the body what is ready, until it is enough for a write.
-    fn gather(&mut self, context: &mut Context<'_>) -> Result<(), ExchangeError> {
+    fn gather(&mut self, context: &mut Context<'_>, to_socket: bool) -> Result<(), ExchangeError> {
         let is_enough =
             |it: &Self| it.pieces.len() >= MAX_SLICES || it.bytes.len() + it.waiting >= MAX_WAITING;
-        while !self.ended && !is_enough(self) {
+        while !self.ended && !is_enough(self) && !self.splices(to_socket) {
             let frame = match Pin::new(&mut self.body).poll_frame(context) {
                 Poll::Pending => return Ok(()),
                 Poll::Ready(None) => return self.end(&header::HeaderMap::new()),
@@ -497,6 +550,7 @@ pub(super) struct Reading {
     framing: Framing,
     lasts: bool,
     waiting_since: Option<Instant>,
+    was_spliced: bool,
 }
 
 type Polled = Poll<Option<Result<Frame<Bytes>, BodyError>>>;
@@ -521,14 +575,53 @@ impl Reading {
                 }
                 Poll::Ready(Ok(0)) => return self.broken(ExchangeError::Cut),
                 Poll::Ready(Err(error)) => return self.broken(error.into()),
-                Poll::Pending => {
-                    let since = *self.waiting_since.get_or_insert_with(Instant::now);
-                    ready!(connection.clock.poll(context, since + patience));
-                    self.connection = None;
-                    return Poll::Ready(Some(Err(BodyError::Timeout(patience))));
-                }
+                Poll::Pending => return self.poll_silence(context, patience).map(|error| Some(Err(error))),
             }
         }
+    }
+
+    /// As `poll`, for what is on a socket: takes what has come of it into a pipe, `None` where the kernel does not do that.
+    fn poll_into(
+        &mut self,
+        context: &mut Context<'_>,
+        patience: Duration,
+        pipe: &mut Pipe,
+    ) -> Poll<Result<Option<usize>, BodyError>> {
+        let (Some(connection), Framing::Length(left)) = (&mut self.connection, &mut self.framing) else {
+            return Poll::Ready(Ok(None));
+        };
+        let Stream::Plain(socket) = &connection.stream else { return Poll::Ready(Ok(None)) };
+        let error = match pipe.poll_fill(context, socket, *left) {
+            Poll::Ready(Ok(length @ 1..)) => {
+                *left -= length as u64;
+                (self.waiting_since, self.was_spliced) = (None, true);
+                // The next answer's beginning is all that will be read of it.
+                connection.read_bytes = READ_BYTES;
+                return Poll::Ready(Ok(Some(length)));
+            }
+            Poll::Ready(Ok(0)) => ExchangeError::Cut,
+            Poll::Ready(Err(error)) if splice::is_refusal(&error) => return Poll::Ready(Ok(None)),
+            Poll::Ready(Err(error)) => error.into(),
+            Poll::Pending => return self.poll_silence(context, patience).map(Err),
+        };
+        self.connection = None;
+        Poll::Ready(Err(error.into()))
+    }
+
+    /// Nothing has come: until that has lasted for too long.
+    fn poll_silence(&mut self, context: &mut Context<'_>, patience: Duration) -> Poll<BodyError> {
+        let Some(connection) = &mut self.connection else { return Poll::Pending };
+        let since = *self.waiting_since.get_or_insert_with(Instant::now);
+        ready!(connection.clock.poll(context, since + patience));
+        self.connection = None;
+        Poll::Ready(BodyError::Timeout(patience))
+    }
+
+    /// What is left of it, where all that is to come on a socket, as it is.
+    fn on_socket(&self) -> Option<u64> {
+        let connection = self.connection.as_ref()?;
+        let plain = connection.stream.socket().is_some() && connection.read.is_empty();
+        self.framing.left().filter(|left| plain && *left > 0)
     }
 
     fn broken(&mut self, error: ExchangeError) -> Polled {
@@ -549,6 +642,27 @@ impl Answer {
             Self::Shared(incoming) => {
                 Pin::new(incoming).poll_frame(context).map(|frame| frame.map(|frame| Ok(frame?)))
             }
+        }
+    }
+
+    /// What is left of it on a socket.
+    pub(super) fn on_socket(&self) -> Option<u64> {
+        match self {
+            Self::One(reading) => reading.on_socket(),
+            Self::Shared(_) => None,
+        }
+    }
+
+    /// The next of what is on a socket, into a pipe; `None` where the kernel does not do that.
+    pub(super) fn poll_into(
+        &mut self,
+        context: &mut Context<'_>,
+        patience: Duration,
+        pipe: &mut Pipe,
+    ) -> Poll<Result<Option<usize>, BodyError>> {
+        match self {
+            Self::One(reading) => reading.poll_into(context, patience, pipe),
+            Self::Shared(_) => Poll::Ready(Ok(None)),
         }
     }
 
@@ -584,7 +698,10 @@ impl Answer {
         let over = self.is_over();
         let Self::One(reading) = self else { return None };
         let lasts = reading.lasts && over;
-        reading.connection.take_if(|_| over).filter(|connection| lasts && connection.read.is_empty())
+        let connection = reading.connection.take_if(|_| over)?;
+        // What follows a body that was spliced stands in the socket still.
+        let nothing_follows = connection.read.is_empty() && (!reading.was_spliced || connection.is_open());
+        (lasts && nothing_follows).then_some(connection)
     }
 
     /// The stream of an answer that changes the protocol, and what was read of it.
@@ -602,6 +719,8 @@ impl Answer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    impl Outlet for tokio::io::DuplexStream {}
 
     #[tokio::test]
     async fn the_kernel_knows_of_a_closed_connection_before_the_runtime_does() {
@@ -648,5 +767,39 @@ mod tests {
             assert!(framing.is_over(&mut buffer) && buffer.is_empty());
             assert!(body == whole);
         }
+    }
+
+    /// What was read shows what follows; what was spliced leaves it in the socket.
+    #[tokio::test]
+    async fn a_connection_whose_answer_was_spliced_is_kept_only_if_nothing_follows() {
+        for (follows, is_kept) in [("", true), ("H", false)] {
+            let listener = tokio::net::TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+            let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+            let mut backend = listener.accept().await.unwrap().0;
+            backend.write_all(follows.as_bytes()).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            let mut answer = Answer::One(Reading {
+                connection: Some(Box::new(Http1::new(Stream::Plain(stream)))),
+                framing: Framing::Length(0),
+                lasts: true,
+                waiting_since: None,
+                was_spliced: true,
+            });
+            assert_eq!(answer.release().is_some(), is_kept, "{follows:?}");
+        }
+    }
+
+    /// The head is out, a piece of the body was in a pipe when the kernel refused, and the rest is to come.
+    #[tokio::test]
+    async fn a_body_goes_on_by_writing_where_a_pipe_is_refused() {
+        let mut sending = Sending::new(Body::text("and the rest"), Frames::Length(17), b"head ".to_vec());
+        sending.way = Way::Spliced(Pipe::open().unwrap());
+        sending.moved(Moved::Refused(b"held ".to_vec())).unwrap();
+        let (mut to, mut from) = tokio::io::duplex(100);
+        std::future::poll_fn(|context| sending.poll(context, &mut to)).await.unwrap();
+        drop(to);
+        let mut got = String::new();
+        from.read_to_string(&mut got).await.unwrap();
+        assert_eq!(got, "head held and the rest");
     }
 }

@@ -30,6 +30,7 @@ use super::linger::Lingering;
 use super::passthrough::{Passing, pass};
 use super::proxy_protocol::{self, HeaderError, Origin};
 use super::short;
+use super::splice::Outlet;
 use super::stats::{Refused, Stats};
 use crate::certificate;
 
@@ -324,7 +325,7 @@ impl io::Read for Heard<'_, '_> {
 
 async fn http_1<S>(worker: Arc<Worker>, stream: S, peer: Peer, until: Until)
 where
-    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+    S: tokio::io::AsyncRead + Outlet + Send + 'static,
 {
     if let Some(rest) = short::serve(&worker, stream, &peer, &until).await {
         // In a box: a connection of usual requests has no room for it.

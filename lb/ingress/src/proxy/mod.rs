@@ -35,6 +35,7 @@ pub mod process;
 mod proxy_protocol;
 mod select;
 mod short;
+mod splice;
 mod stats;
 mod tickets;
 mod tls;
@@ -43,6 +44,8 @@ mod variables;
 
 #[cfg(test)]
 mod fuzz;
+#[cfg(test)]
+mod large_answers;
 #[cfg(test)]
 mod raw_answers;
 #[cfg(test)]

@@ -22,6 +22,7 @@ use super::body::Body;
 use super::codec::{self, Asked};
 use super::exchange::{Clock, Sending};
 use super::listen::Until;
+use super::splice::Outlet;
 use super::stats::Refused;
 
 /// Of one read, in which most heads come whole.
@@ -46,7 +47,7 @@ enum Heard {
 /// Serves until the connection ends, or returns it with what hyper is to read.
 pub(super) async fn serve<S>(worker: &Worker, stream: S, peer: &Peer, until: &Until) -> Option<Rest<S>>
 where
-    S: AsyncRead + AsyncWrite + Unpin,
+    S: AsyncRead + Outlet,
 {
     let mut quiet = pin!(until.clone().quiet());
     // Kept from request to request.

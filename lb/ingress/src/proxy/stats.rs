@@ -144,6 +144,8 @@ pub(super) struct Stats {
     connections: AtomicU64,
     /// Lines of the access log that nobody could write in time.
     pub(super) lines_lost: AtomicU64,
+    /// Of answers, that went from socket to socket; nobody is told.
+    pub(super) spliced_bytes: AtomicU64,
 }
 
 /// Counts a connection while it lives.

@@ -88,12 +88,12 @@ pub(super) fn head_of(mut stream: &StdStream) -> Option<String> {
 /// A proxy on loopback, plain and TLS, with a thread of its own.
 pub(super) struct Rig {
     pub(super) plain: SocketAddr,
-    plain_6: SocketAddr,
+    pub(super) plain_6: SocketAddr,
     pub(super) tls: SocketAddr,
-    tls_6: SocketAddr,
-    proxy: Arc<Proxy>,
-    phase: watch::Sender<listen::Phase>,
-    open: Arc<()>,
+    pub(super) tls_6: SocketAddr,
+    pub(super) proxy: Arc<Proxy>,
+    pub(super) phase: watch::Sender<listen::Phase>,
+    pub(super) open: Arc<()>,
 }
 
 impl Rig {
@@ -533,7 +533,7 @@ fn a_websocket_goes_through_without_an_annotation() {
     assert_eq!(&echoed, b"hello");
 }
 
-fn certificate(host: &str) -> crate::plan::table::Certificate {
+pub(super) fn certificate(host: &str) -> crate::plan::table::Certificate {
     let made = rcgen::generate_simple_self_signed([host.to_owned()]).unwrap();
     crate::plan::table::Certificate {
         secret: NamespacedName::new("default", format!("{host}-tls")),
@@ -545,7 +545,7 @@ fn certificate(host: &str) -> crate::plan::table::Certificate {
 type Http2 = hyper::client::conn::http2::SendRequest<body::Body>;
 
 /// TLS of a client that offers HTTP/2 and trusts everybody.
-async fn tls_for_http_2(
+pub(super) async fn tls_for_http_2(
     at: SocketAddr,
     name: &'static str,
 ) -> tokio_rustls::client::TlsStream<tokio::net::TcpStream> {
@@ -742,7 +742,7 @@ async fn a_drain_ends_http_2_with_goaway_after_the_requests_that_are_under_way()
 
 /// What is written, for everybody who holds it.
 #[derive(Clone, Default)]
-struct Paper(Arc<std::sync::Mutex<Vec<u8>>>);
+pub(super) struct Paper(Arc<std::sync::Mutex<Vec<u8>>>);
 
 impl std::io::Write for Paper {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
@@ -757,7 +757,7 @@ impl std::io::Write for Paper {
 
 impl Paper {
     /// The lines as JSON, once there are so many.
-    fn lines(&self, count: usize) -> Vec<Value> {
+    pub(super) fn lines(&self, count: usize) -> Vec<Value> {
         for _ in 0..200 {
             let text = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
             let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
