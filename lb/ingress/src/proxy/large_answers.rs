@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
+use super::RouteTable;
 use super::listen::Phase;
 use super::splice::{MAX_PIPES, MIN_BYTES};
 use super::tests::{Paper, Rig, certificate, head_of, simple_table, status, tls_for_http_2};
@@ -88,10 +89,14 @@ fn whole(length: usize, stream: &mut TcpStream) -> io::Result<bool> {
     Ok(true)
 }
 
-fn rig(web: SocketAddr) -> Rig {
+fn table(web: SocketAddr) -> RouteTable {
     let mut table = simple_table(&json!({"proxy-read-timeout": "1"}), web);
     table.default_certificate = Some(certificate("a.com"));
-    Rig::start(&table)
+    table
+}
+
+fn rig(web: SocketAddr) -> Rig {
+    Rig::start(&table(web))
 }
 
 fn spliced(rig: &Rig) -> u64 {
@@ -216,6 +221,25 @@ fn a_client_that_reads_slowly_holds_its_backend_back_and_loses_nothing() {
     }
     assert!(held > 0 && held < HUGE, "{held} bytes wait for nobody");
     assert_same(&read_body(&client, HUGE), &whole, "a body");
+}
+
+#[test]
+fn a_client_that_reads_nothing_for_too_long_is_given_up() {
+    let (tell, told) = channel();
+    let huge = body(HUGE);
+    let (web, _) = backend(V4, move |length, stream| {
+        let sent = says_length(stream, length).and_then(|()| stream.write_all(&huge));
+        tell.send(sent.is_err()).unwrap();
+        sent.map(|()| true)
+    });
+    let rig = Rig::start_for_readers(&table(web), Duration::from_secs(1));
+    let clients = [asking(rig.plain, HUGE), asking(rig.plain_6, HUGE)];
+    for _ in &clients {
+        assert_eq!(told.recv_timeout(Duration::from_secs(30)), Ok(true), "the backend was rid of its answer");
+    }
+    for client in &clients {
+        assert!(read_body(client, HUGE).len() < HUGE);
+    }
 }
 
 #[test]

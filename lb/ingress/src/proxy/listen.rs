@@ -15,6 +15,7 @@ use http::header::{self, HeaderValue};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use nix::sys::socket::{setsockopt, sockopt::TcpUserTimeout};
 use rustls::server::{Accepted, Acceptor};
 use tokio::io::{AsyncRead as _, AsyncWriteExt as _, ReadBuf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
@@ -45,6 +46,8 @@ pub struct Patience {
     pub handshake: Duration,
     /// Of both sides, while TLS is passed on as it is (nginx's proxy_timeout of streams).
     pub passthrough: Duration,
+    /// With what was sent to them and they do not take (nginx's send_timeout).
+    pub unread: Duration,
 }
 
 impl Default for Patience {
@@ -54,6 +57,7 @@ impl Default for Patience {
             body: Duration::from_secs(60),
             handshake: Duration::from_secs(10),
             passthrough: Duration::from_secs(600),
+            unread: Duration::from_secs(60),
         }
     }
 }
@@ -81,6 +85,14 @@ pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     socket.set_reuseport(true)?;
     socket.bind(address)?;
     socket.listen(BACKLOG)
+}
+
+/// How long the kernel waits for a window or an acknowledgement before it gives the connection up (TCP_USER_TIMEOUT, tcp(7)).
+pub(super) fn wait_for_readers(stream: &TcpStream, patience: Duration) {
+    let millis = u32::try_from(patience.as_millis()).unwrap_or(u32::MAX);
+    if let Err(error) = setsockopt(stream, TcpUserTimeout, &millis) {
+        tracing::debug!(%error, "clients that read nothing are waited for");
+    }
 }
 
 /// The port that clients know: the Service's, where it is ours that leads here.
@@ -134,6 +146,7 @@ pub async fn serve(worker: Arc<Worker>, listener: TcpListener, https: bool, mut 
         };
         match accepted {
             Ok((stream, client)) => {
+                wait_for_readers(&stream, life.patience.unread);
                 let (begun, open) = life.begin();
                 let peer = Peer {
                     client,

@@ -14,6 +14,7 @@ use super::Worker;
 use super::balance::{Choice, Loaded, choose};
 use super::compiled::Passed;
 use super::forward::endpoints;
+use super::listen::wait_for_readers;
 use super::proxy_protocol;
 use super::stats::Refused;
 
@@ -73,6 +74,7 @@ async fn relay(
     first: &[u8],
     patience: Duration,
 ) -> io::Result<()> {
+    wait_for_readers(&client, patience);
     backend.write_all(first).await?;
     let (from_client, to_client) = client.split();
     let (from_backend, to_backend) = backend.split();

@@ -98,14 +98,19 @@ pub(super) struct Rig {
 
 impl Rig {
     pub(super) fn start(table: &RouteTable) -> Self {
+        Self::start_for_readers(table, Duration::from_secs(60))
+    }
+
+    /// With no more patience than this for clients that read nothing.
+    pub(super) fn start_for_readers(table: &RouteTable, unread: Duration) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let tickets = folder.path().join("tickets.key");
         tickets::prepare(&tickets).unwrap();
-        Self::start_with(table, &tickets)
+        Self::start_with(table, &tickets, unread)
     }
 
     /// With the keys for session tickets that stand there.
-    fn start_with(table: &RouteTable, tickets: &std::path::Path) -> Self {
+    fn start_with(table: &RouteTable, tickets: &std::path::Path, unread: Duration) -> Self {
         let proxy = Proxy::new(tickets).unwrap();
         proxy.apply(table);
         let (phase, phases) = watch::channel(listen::Phase::Serving);
@@ -119,6 +124,7 @@ impl Rig {
                 body: Duration::from_secs(1),
                 handshake: Duration::from_secs(2),
                 passthrough: Duration::from_secs(1),
+                unread,
             },
         };
         let (tell, told) = std::sync::mpsc::channel();
@@ -869,8 +875,14 @@ async fn a_client_resumes_its_tls_session_after_a_restart() {
         assert_eq!(status(&String::from_utf8_lossy(&answer)), 200);
         stream.get_ref().1.handshake_kind().unwrap()
     };
-    assert_eq!(handshake(&Rig::start_with(&table, &keys)).await, rustls::HandshakeKind::Full);
-    assert_eq!(handshake(&Rig::start_with(&table, &keys)).await, rustls::HandshakeKind::Resumed);
+    assert_eq!(
+        handshake(&Rig::start_with(&table, &keys, Duration::from_secs(60))).await,
+        rustls::HandshakeKind::Full
+    );
+    assert_eq!(
+        handshake(&Rig::start_with(&table, &keys, Duration::from_secs(60))).await,
+        rustls::HandshakeKind::Resumed
+    );
     assert_eq!(handshake(&Rig::start(&table)).await, rustls::HandshakeKind::Full, "another node's keys");
 }
 
