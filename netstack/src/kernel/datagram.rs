@@ -332,6 +332,16 @@ mod tests {
         heard.iter().map(Vec::len).collect()
     }
 
+    /// A namespace with nothing but its loopback link; `None` without root.
+    fn with_loopback(name: &str, mtu: &str) -> Option<(NamedNetns, Netns)> {
+        needs_root().then(|| {
+            let netns = NamedNetns::new(name);
+            netns.must(&["ip", "link", "set", "lo", "up", "mtu", mtu]);
+            let inside = Netns::open(netns.path()).unwrap();
+            (netns, inside)
+        })
+    }
+
     /// Packets that a link of this namespace has sent.
     fn packets_sent(link: &str) -> u64 {
         let table = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
@@ -341,11 +351,7 @@ mod tests {
 
     #[test]
     fn replies_to_one_socket_are_one_packet_and_arrive_as_they_are_in_both_families() {
-        if !needs_root() {
-            return;
-        }
-        let netns = NamedNetns::new("trains");
-        netns.must(&["ip", "link", "set", "lo", "up"]);
+        let Some((_netns, inside)) = with_loopback("trains", "65536") else { return };
         let packets = |address: &str, clients: usize, wanted: &[(usize, usize)]| {
             let (server, clients) = star(address, clients);
             let before = packets_sent("lo");
@@ -354,7 +360,6 @@ mod tests {
             // The questions go singly.
             packets_sent("lo") - before - wanted.len() as u64
         };
-        let inside = Netns::open(netns.path()).unwrap();
         let trains = inside.run(|| {
             ["127.0.0.1", "::1"].map(|address| {
                 [
@@ -406,12 +411,7 @@ mod tests {
 
     #[test]
     fn a_train_too_long_for_its_path_arrives_singly_and_is_not_tried_again() {
-        if !needs_root() {
-            return;
-        }
-        let netns = NamedNetns::new("narrow");
-        netns.must(&["ip", "link", "set", "lo", "up", "mtu", "1280"]);
-        let inside = Netns::open(netns.path()).unwrap();
+        let Some((_netns, inside)) = with_loopback("narrow", "1280") else { return };
         let run = inside.run(|| {
             for (address, headers) in [("127.0.0.1", 28), ("::1", 48)] {
                 let (server, clients) = star(address, 1);
@@ -434,14 +434,9 @@ mod tests {
 
     #[test]
     fn the_replies_of_a_refused_train_are_counted_one_by_one() {
-        if !needs_root() {
-            return;
-        }
-        let netns = NamedNetns::new("refuse");
-        netns.must(&["ip", "link", "set", "lo", "up"]);
+        let Some((netns, inside)) = with_loopback("refuse", "65536") else { return };
         netns
             .must(&["nft", "add table inet t; add chain inet t out { type filter hook output priority 0; }"]);
-        let inside = Netns::open(netns.path()).unwrap();
         let run = inside.run(|| {
             for address in ["127.0.0.1", "::1"] {
                 let (server, clients) = star(address, 2);

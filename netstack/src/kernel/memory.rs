@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use nix::sys::prctl::set_thp_disable;
 
+/// Where segments begin at least; on a machine with larger pages the kernel refuses a range that begins within one.
+const PAGE_BYTES: usize = 4096;
 /// When the start of a process is over, and how often is looked again afterwards.
 const AFTER_START: Duration = Duration::from_secs(3);
 const LOOK: Duration = Duration::from_secs(60);
@@ -74,9 +76,6 @@ fn program_pages() -> Vec<Range<usize>> {
     unsafe { libc::dl_iterate_phdr(Some(of_program), (&raw mut found).cast()) };
     found
 }
-
-/// Where segments begin at least; on a machine with larger pages the kernel refuses a range that begins within one.
-const PAGE_BYTES: usize = 4096;
 
 /// How often a thread gives back what it has freed.
 const PAUSE: Duration = Duration::from_secs(1);

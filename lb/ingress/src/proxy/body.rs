@@ -243,8 +243,7 @@ impl Timed {
         match &polled {
             Poll::Ready(Some(Ok(_))) if !self.inner.is_over() => polled,
             Poll::Ready(Some(Ok(_)) | None) => {
-                self.over = true;
-                self.held.end(&mut self.inner);
+                self.end();
                 polled
             }
             Poll::Ready(Some(Err(_))) => polled,
@@ -258,9 +257,7 @@ impl Timed {
             }
         }
     }
-}
 
-impl Timed {
     fn poll_into(
         &mut self,
         context: &mut Context<'_>,
@@ -272,10 +269,14 @@ impl Timed {
             record.stats.spliced_bytes.fetch_add(length as u64, Ordering::Relaxed);
         }
         if taken.is_some() && self.inner.is_over() {
-            self.over = true;
-            self.held.end(&mut self.inner);
+            self.end();
         }
         Poll::Ready(Ok(taken))
+    }
+
+    fn end(&mut self) {
+        self.over = true;
+        self.held.end(&mut self.inner);
     }
 }
 

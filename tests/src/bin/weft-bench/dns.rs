@@ -3,9 +3,8 @@
 //! other.
 //!
 //! Closed loop: four clients, each with as many questions outstanding as the figure's window, or with a name's A and AAAA, as a C
-//! library asks. Open loop, for the latency: a
-//! question at a time, at half of what CoreDNS answers at most, while something of the lowest priority keeps the server's
-//! core awake. And beside `dnsperf`, which has no part of ours.
+//! library asks. Open loop, for the latency: a question at a time, at half of what CoreDNS answers at most, while something of the
+//! lowest priority keeps the server's core awake. And beside `dnsperf`, which has no part of ours.
 //!
 //! Then the agent is killed under such load and comes back as systemd does it: after the pause of its unit, with the sockets that
 //! were kept. Last, the memory of a large cluster's names.
