@@ -33,6 +33,7 @@ pub struct StatusPlanner {
 
 impl Planner for StatusPlanner {
     type Plan = StatusPlan;
+    const FOLLOWS_ATTACHED_PODS: bool = false;
 
     fn plan(&mut self, snapshot: &Snapshot) -> Planned<StatusPlan> {
         let last = self.last.as_ref().filter(|(seen, _)| reads_the_same(seen, snapshot));

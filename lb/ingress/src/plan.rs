@@ -64,6 +64,7 @@ fn object(ingress: &Ingress) -> ObjectRef {
 
 impl Planner for IngressPlanner {
     type Plan = RouteTable;
+    const FOLLOWS_ATTACHED_PODS: bool = false;
 
     fn plan(&mut self, snapshot: &Snapshot) -> Planned<RouteTable> {
         let claimed = self.claimed(snapshot);

@@ -24,6 +24,7 @@ pub struct AnnouncePlanner;
 
 impl Planner for AnnouncePlanner {
     type Plan = Plan;
+    const FOLLOWS_ATTACHED_PODS: bool = false;
 
     fn plan(&mut self, snapshot: &Snapshot) -> Planned<Plan> {
         plan(snapshot)

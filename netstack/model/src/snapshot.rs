@@ -14,7 +14,9 @@ use crate::config::ClusterConfig;
 use crate::ids::{Generation, NamespacedName, NodeName, PodKey, PolicyKey, ServiceKey, SliceKey};
 use crate::ingress::{Ingress, IngressClass, Referred};
 use crate::node_facts::NodeFacts;
-use crate::objects::{ConfigMap, EndpointSlice, Namespace, Node, Pod, Service, ServiceCidr};
+use crate::objects::{
+    ConfigMap, EndpointSlice, Namespace, Node, Pod, Service, ServiceCidr, host_address, ingress_address,
+};
 use crate::policy::NetworkPolicy;
 use crate::problem::Problem;
 
@@ -90,6 +92,73 @@ impl Snapshot {
         let named = self.own_node().into_iter().flat_map(|node| node.primary_ips());
         named.filter(|address| self.facts.has(*address)).collect()
     }
+}
+
+impl Snapshot {
+    /// Equal but for the generation.
+    pub fn differs_only_in_generation(&self, other: &Self) -> bool {
+        same(&self.attachments, &other.attachments) && self.is_same_elsewhere(other)
+    }
+
+    /// Other pods of this node bear addresses, or fewer, or more; all else is equal, the addresses among them that are kept for the
+    /// node's own use.
+    pub fn differs_only_in_attached_pods(&self, other: &Self) -> bool {
+        // Most changes are elsewhere, and seen at once to be.
+        if Arc::ptr_eq(&self.attachments, &other.attachments) {
+            return false;
+        }
+        let ranges = self.own_node().into_iter().flat_map(|node| &node.pod_cidrs);
+        let mut kept = ranges.flat_map(|range| [host_address(range), ingress_address(range)]).flatten();
+        kept.all(|address| self.attachments.get(&address) == other.attachments.get(&address))
+            && self.is_same_elsewhere(other)
+    }
+
+    fn is_same_elsewhere(&self, other: &Self) -> bool {
+        // Named one by one, so that none is forgotten.
+        let Self {
+            generation: _,
+            config,
+            facts,
+            nodes,
+            config_maps,
+            namespaces,
+            services,
+            endpoint_slices,
+            pods,
+            policies,
+            ingress_classes,
+            ingresses,
+            referred,
+            service_cidrs,
+            address_pools,
+            l2_advertisements,
+            attachments: _,
+            problems,
+            from_store,
+        } = self;
+        *from_store == other.from_store
+            && same(config, &other.config)
+            && same(facts, &other.facts)
+            && same(nodes, &other.nodes)
+            && same(config_maps, &other.config_maps)
+            && same(namespaces, &other.namespaces)
+            && same(services, &other.services)
+            && same(endpoint_slices, &other.endpoint_slices)
+            && same(pods, &other.pods)
+            && same(policies, &other.policies)
+            && same(ingress_classes, &other.ingress_classes)
+            && same(ingresses, &other.ingresses)
+            && same(referred, &other.referred)
+            && same(service_cidrs, &other.service_cidrs)
+            && same(address_pools, &other.address_pools)
+            && same(l2_advertisements, &other.l2_advertisements)
+            && same(problems, &other.problems)
+    }
+}
+
+/// Compares identities first: a whole-cluster comparison happens only where a map was rebuilt.
+fn same<T: PartialEq>(a: &Arc<T>, b: &Arc<T>) -> bool {
+    Arc::ptr_eq(a, b) || a == b
 }
 
 /// Builds a map anew that has grown much: one that grew in the order of its keys is half empty.

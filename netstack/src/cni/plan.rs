@@ -78,6 +78,7 @@ pub struct PodLinksPlanner;
 
 impl Planner for PodLinksPlanner {
     type Plan = PodLinks;
+    const FOLLOWS_ATTACHED_PODS: bool = false;
 
     fn plan(&mut self, snapshot: &Snapshot) -> Planned<PodLinks> {
         plan(snapshot)

@@ -27,6 +27,7 @@ pub struct SlicesPlanner;
 
 impl Planner for SlicesPlanner {
     type Plan = Slices;
+    const FOLLOWS_ATTACHED_PODS: bool = false;
 
     /// None where the Service is not there; no change before the API server has been seen.
     fn plan(&mut self, snapshot: &Snapshot) -> Planned<Slices> {
@@ -152,6 +153,7 @@ pub struct IngressStatusPlanner {
 
 impl Planner for IngressStatusPlanner {
     type Plan = Statuses;
+    const FOLLOWS_ATTACHED_PODS: bool = false;
 
     /// Nothing while the Service has no address: what an Ingress says then may be another controller's.
     fn plan(&mut self, snapshot: &Snapshot) -> Planned<Statuses> {

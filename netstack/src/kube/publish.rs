@@ -58,6 +58,7 @@ pub struct Publishing {
 
 impl Planner for Publishing {
     type Plan = Option<Publication>;
+    const FOLLOWS_ATTACHED_PODS: bool = false;
 
     /// Nothing while the own Node is unknown or known from the Store only: then the API server has not been seen.
     fn plan(&mut self, snapshot: &Snapshot) -> Planned<Self::Plan> {

@@ -286,7 +286,7 @@ impl Assembler {
         if complete {
             self.stored = None;
         }
-        if published.is_some_and(|published| same_but_generation(&published, &snapshot)) {
+        if published.is_some_and(|published| snapshot.differs_only_in_generation(&published)) {
             return;
         }
         self.generation = generation;
@@ -302,31 +302,6 @@ impl Assembler {
             _ => Arc::new(facts),
         }
     }
-}
-
-/// Compares identities first: a whole-cluster comparison happens only where a map was rebuilt.
-fn same_but_generation(a: &Snapshot, b: &Snapshot) -> bool {
-    fn same<T: PartialEq>(a: &Arc<T>, b: &Arc<T>) -> bool {
-        Arc::ptr_eq(a, b) || a == b
-    }
-    a.from_store == b.from_store
-        && same(&a.config, &b.config)
-        && same(&a.facts, &b.facts)
-        && same(&a.nodes, &b.nodes)
-        && same(&a.config_maps, &b.config_maps)
-        && same(&a.namespaces, &b.namespaces)
-        && same(&a.services, &b.services)
-        && same(&a.endpoint_slices, &b.endpoint_slices)
-        && same(&a.pods, &b.pods)
-        && same(&a.policies, &b.policies)
-        && same(&a.ingress_classes, &b.ingress_classes)
-        && same(&a.ingresses, &b.ingresses)
-        && same(&a.referred, &b.referred)
-        && same(&a.service_cidrs, &b.service_cidrs)
-        && same(&a.address_pools, &b.address_pools)
-        && same(&a.l2_advertisements, &b.l2_advertisements)
-        && same(&a.attachments, &b.attachments)
-        && same(&a.problems, &b.problems)
 }
 
 /// The server has no such kind. The error stays in the stream, so that it is asked again, ever more rarely.

@@ -79,6 +79,7 @@ pub struct OverlayPlanner {
 
 impl Planner for OverlayPlanner {
     type Plan = OverlayPlan;
+    const FOLLOWS_ATTACHED_PODS: bool = false;
 
     fn plan(&mut self, snapshot: &Snapshot) -> Planned<OverlayPlan> {
         let (accepted, mut problems) = quarantine::accept(snapshot.nodes.values(), &snapshot.config);

@@ -184,6 +184,7 @@ impl Known {
 
 impl Planner for ProxyPlanner {
     type Plan = ProxyPlan;
+    const FOLLOWS_ATTACHED_PODS: bool = false;
 
     fn plan(&mut self, snapshot: &Snapshot) -> Planned<ProxyPlan> {
         let common = Common::of(snapshot);

@@ -32,6 +32,10 @@ pub use vigil::{Watchfulness, vigil};
 pub trait Planner: Send + 'static {
     type Plan: Send + Sync + 'static;
 
+    /// False where which pod of this node bears which address does not matter ([`Snapshot::differs_only_in_attached_pods`]): such a
+    /// plan is spared the passes that every ADD and DEL would cause.
+    const FOLLOWS_ATTACHED_PODS: bool = true;
+
     fn plan(&mut self, snapshot: &Snapshot) -> Planned<Self::Plan>;
 }
 

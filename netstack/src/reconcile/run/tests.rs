@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use weft_model::config::ClusterConfig;
 use weft_model::node_facts::{NodeFacts, WireguardBackend};
+use weft_model::snapshot::AttachedPod;
 use weft_model::{Generation, Health, NodeName, Planned, Snapshot};
 
 use super::super::{Applied, Applier, Planner, Trust, Watchfulness, vigil};
@@ -105,6 +106,47 @@ async fn a_burst_of_changes_becomes_one_pass_with_the_latest() {
     }
     settle().await;
     assert_eq!(*recorder.passes.lock().unwrap(), [(1, Trust::Nothing), (9, Trust::Shadow)]);
+}
+
+/// As [`GenerationPlanner`], but pods of the node do not matter.
+struct Indifferent;
+
+impl Planner for Indifferent {
+    type Plan = u64;
+    const FOLLOWS_ATTACHED_PODS: bool = false;
+
+    fn plan(&mut self, snapshot: &Snapshot) -> Planned<u64> {
+        GenerationPlanner.plan(snapshot)
+    }
+}
+
+fn with_pod(generation: u64, address: &str) -> Option<Arc<Snapshot>> {
+    let attached = (address.parse().unwrap(), Arc::new(AttachedPod { pod: None, uid: String::new() }));
+    let plain = Arc::unwrap_or_clone(snapshot(generation).unwrap());
+    Some(Arc::new(Snapshot { attachments: Arc::new([attached].into()), ..plain }))
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_plan_that_does_not_follow_pods_is_spared_their_coming_and_going_and_nothing_else() {
+    let (tx, rx) = watch::channel(snapshot(1));
+    let recorder = Recorder::default();
+    let (run, handle) = Loop::new("test", Indifferent, recorder.clone(), Pace::default(), rx);
+    tokio::spawn(run.run());
+    settle().await;
+    for (generation, address) in [(2, "10.42.0.5"), (3, "fd00:42::5")] {
+        tx.send(with_pod(generation, address)).unwrap();
+        settle().await;
+        assert_eq!(handle.report().generation, Generation(generation), "what was applied holds for it too");
+    }
+    assert_eq!(*recorder.passes.lock().unwrap(), [(1, Trust::Nothing)]);
+    let changed = Arc::unwrap_or_clone(with_pod(4, "10.42.0.6").unwrap());
+    tx.send(Some(Arc::new(Snapshot { from_store: true, ..changed }))).unwrap();
+    settle().await;
+    assert_eq!(recorder.passes.lock().unwrap().last(), Some(&(4, Trust::Shadow)));
+    tx.send(with_pod(5, "10.42.0.7")).unwrap();
+    tokio::time::sleep(Duration::from_secs(61)).await;
+    let passes = recorder.passes.lock().unwrap().clone();
+    assert_eq!(passes[2..], [(5, Trust::Shadow), (5, Trust::Nothing)], "the drift check comes as ever");
 }
 
 #[tokio::test(start_paused = true)]
