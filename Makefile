@@ -4,11 +4,9 @@
 HOST := $(shell rustc -vV | sed -n 's/^host: //p')
 WEFT := target/$(HOST)/release/weft
 
-# A static binary: --target keeps +crt-static away from build scripts and proc macros; docs/decisions/0005 has the rest. Stripped
-# here, since Cargo forgets a profile's `strip` for a package with an opt-level of its own.
 build:
 	@scripts/need cc
-	RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static -C strip=symbols" cargo build --release --locked --target $(HOST) -p weft
+	scripts/build $(HOST)
 
 debug:
 	cargo build --locked -p weft

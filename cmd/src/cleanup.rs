@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
 use weft_model::constants::{TABLE_POLICY, TABLE_PROXY};
-use weft_netstack::cni::{self, conflist, loopback};
+use weft_netstack::cni::{self, conflist};
 use weft_netstack::kernel::link::Links;
 use weft_netstack::kernel::netns::Rtnetlink;
 use weft_netstack::kernel::nft::NftTable;
@@ -14,6 +14,7 @@ use weft_netstack::kernel::vip;
 use weft_netstack::overlay;
 use weft_netstack::proxy::{IPVS_LINK, KubeProxy};
 use weft_netstack::reconcile::chain;
+use weft_plugin::loopback;
 
 use crate::agent::start;
 use crate::files;

@@ -7,7 +7,6 @@ macro_rules! say {
 
 mod agent;
 mod cleanup;
-mod cni;
 mod dns;
 mod files;
 mod flows;
@@ -94,10 +93,10 @@ fn run_by_container_runtime() -> bool {
 
 fn main() -> ExitCode {
     if run_by_container_runtime() {
-        return cni::run();
+        return weft_plugin::run();
     }
     let outcome = match parse().command {
-        Command::Cni => return cni::run(),
+        Command::Cni => return weft_plugin::run(),
         Command::Agent(args) => agent::run(*args),
         Command::Tunnel(args) => tunnel::run(args),
         Command::Server(args) => on_runtime(server::run(args)),

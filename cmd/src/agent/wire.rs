@@ -1,5 +1,6 @@
 //! The rooms of a node, connected: who is given what. No decisions.
 
+use std::io::Cursor;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::symlink;
 use std::path::Path;
@@ -22,7 +23,7 @@ use weft_model::{NodeFacts, NodeName, Notice, Report, Snapshot};
 use weft_netstack::admin::{self, Admin, Collect, Counters, Read};
 use weft_netstack::cni::apply::PodLinksApplier;
 use weft_netstack::cni::plan::PodLinksPlanner;
-use weft_netstack::cni::{self, Caller, Cni, PodMtu, Readiness, loopback};
+use weft_netstack::cni::{self, Caller, Cni, PodMtu, Readiness};
 use weft_netstack::expose::plan::{IngressStatusPlanner, SlicesPlanner};
 use weft_netstack::flows::{self, Recorded};
 use weft_netstack::introduce::{self, Introduced};
@@ -45,6 +46,7 @@ use weft_netstack::reconcile::{
     Applier, Loop, LoopHandle, Pace, Planner, TaskGroup, Watchfulness, chain, vigil,
 };
 use weft_netstack::store::{LastGood, Opened, Store, StoreError};
+use weft_plugin::loopback;
 
 use super::config::Config;
 use super::keep::{Configurations, Conflist, Saver};
@@ -607,12 +609,21 @@ async fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
     }
 }
 
-/// Copies this very binary to where runtimes look for the plugin `weft`, atomically, unless it is there already. Without a
+/// The program that is the plugin: small and quick to start. `None` in a build without one.
+#[cfg(carries_plugin)]
+const PLUGIN: Option<&[u8]> = Some(include_bytes!(env!("WEFT_PLUGIN")));
+#[cfg(not(carries_plugin))]
+const PLUGIN: Option<&[u8]> = None;
+
+/// Writes the plugin `weft`, or else this very binary, to where runtimes look for it, atomically, unless it is there already. Without a
 /// plugin `loopback`, which others may have put there, the name leads to ours.
 fn install_plugin(folder: &Path) -> anyhow::Result<()> {
     let plugin = folder.join("weft");
-    files::own_binary()
-        .and_then(|mut own| files::ensure(&plugin, 0o755, &mut own))
+    let written = match PLUGIN {
+        Some(program) => files::ensure(&plugin, 0o755, &mut Cursor::new(program)),
+        None => files::own_binary().and_then(|mut own| files::ensure(&plugin, 0o755, &mut own)),
+    };
+    written
         .and_then(|_| match symlink("weft", folder.join(loopback::PLUGIN)) {
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
             outcome => outcome,

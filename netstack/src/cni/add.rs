@@ -11,12 +11,12 @@ use weft_model::objects::Bandwidth;
 
 use super::attachment::{AttachError, Attachment, PodSide, gateway, pod_mac};
 use super::node::NodeView;
-use super::wire::{AddResult, CniError, CniRequest, Code};
 use super::{Caller, Cni, bandwidth, hostport, ipam, locked};
 use crate::kernel::conntrack::delete_udp_flows;
 use crate::kernel::link::LinkError;
 use crate::reconcile::chain;
 use crate::store::{Boottime, HostPort, Lease, LeaseRecords};
+use weft_plugin::wire::{AddResult, CniError, CniRequest, Code};
 
 /// What the runtime wants beside addresses.
 struct Asked {

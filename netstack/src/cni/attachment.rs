@@ -18,7 +18,6 @@ use weft_model::constants::{
 
 use super::Cni;
 use super::node::NodeView;
-use super::wire::{CniError, CniRequest, Code};
 use crate::kernel::link::{Link, LinkAddress, LinkError, Links, VethPair};
 use crate::kernel::netns::{Netns, NetnsError, Rtnetlink};
 use crate::kernel::nft::NftError;
@@ -27,6 +26,7 @@ use crate::kernel::shaper::ShaperError;
 use crate::kernel::sysctl;
 use crate::reconcile::chain;
 use crate::store::{LeaseRecords, StoreError};
+use weft_plugin::wire::{CniError, CniRequest, Code};
 
 /// Digits of the hash in the name of a link: IFNAMSIZ is 16 with the final NUL, [`POD_LINK_PREFIX`] takes 5.
 const LINK_HASH_DIGITS: usize = 10;

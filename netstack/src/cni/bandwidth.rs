@@ -19,12 +19,12 @@ use weft_model::objects::Bandwidth;
 
 use super::Cni;
 use super::attachment::AttachError;
-use super::wire::{CniError, Code, lower_case};
 use crate::kernel::link::{Link, LinkError, Links};
 use crate::kernel::shaper::{Queues, Shape, Shaper};
 use crate::kernel::sysctl;
 use crate::reconcile::chain;
 use crate::store::{Lease, LeaseRecords};
+use weft_plugin::wire::{CniError, Code, lower_case};
 
 const MIN_BURST_BYTES: u64 = 64 * 1024;
 const MAX_BURST_BYTES: u64 = 8 * 1024 * 1024;

@@ -11,7 +11,7 @@ use axum::serve::IncomingStream;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::net::UnixListener;
 
-use super::wire::{CniError, Code};
+use weft_plugin::wire::{CniError, Code};
 
 /// The other end of a connection to the agent's socket.
 #[derive(Clone, Debug)]

@@ -8,12 +8,12 @@ use serde_json::Value;
 use weft_model::constants::TABLE_CNI;
 
 use super::attachment::{AttachError, Attachment};
-use super::wire::{CniError, CniRequest, Code};
 use super::{Cni, bandwidth, locked};
 use crate::kernel::link::{Link, Links};
 use crate::kernel::netns::Netns;
 use crate::kernel::route::link_routes;
 use crate::store::LeaseRecords;
+use weft_plugin::wire::{CniError, CniRequest, Code};
 
 impl Cni {
     pub async fn check(&self, request: &CniRequest) -> Result<(), CniError> {

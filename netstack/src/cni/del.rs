@@ -9,13 +9,13 @@ use weft_model::constants::ENDED_LINK_GROUP;
 
 use super::attachment::Attachment;
 use super::bandwidth::ifb_of;
-use super::wire::{CniError, CniRequest, Code, valid_attachments};
 use super::{Caller, Cni, hostport, locked};
 use crate::kernel::conntrack::delete_udp_flows;
 use crate::kernel::link::{LinkError, Links};
 use crate::kernel::netns::Rtnetlink;
 use crate::reconcile::chain;
 use crate::store::{Boottime, LeaseRecords};
+use weft_plugin::wire::{CniError, CniRequest, Code, valid_attachments};
 
 impl Cni {
     /// Removes whatever is left of an attachment; absent things are no error. The links themselves may go a moment later: what

@@ -1,7 +1,7 @@
-//! The CNI plugin's side in the agent: addresses with leases, veth pairs, anti-spoofing, host ports.
+//! The CNI plugin's other half, in the agent: addresses with leases, veth pairs, anti-spoofing, host ports.
 //!
 //! ```text
-//!  container runtime --exec--> `weft cni` --HTTP over /run/weft/agent.sock--> server --> Cni
+//!  container runtime --exec--> weft-plugin --HTTP over /run/weft/agent.sock--> server --> Cni
 //!  Cni::add    lease in the Store -> told as attachment, until the pod's verdicts are in the kernel
 //!              and meanwhile veth, the lease flushed -> addresses, rate limits
 //!              -> routes -> nft elements -> answer
@@ -11,7 +11,7 @@
 //! ```
 //!
 //! Requests are imperative on purpose (request and response), the one exception from plan and apply. What is decided
-//! without IO stands in [`plan`], [`ipam`], `rules`, `spoof`, `hostport`, `bandwidth`, [`wire`] and [`conflist`].
+//! without IO stands in [`plan`], [`ipam`], `rules`, `spoof`, `hostport`, `bandwidth` and [`conflist`], what travels in [`weft_plugin::wire`].
 
 pub mod account;
 mod add;
@@ -27,10 +27,8 @@ mod gate;
 mod hostport;
 pub mod ipam;
 mod lock;
-pub mod loopback;
 mod node;
 pub mod plan;
-pub mod plugin;
 mod reconcile;
 mod rules;
 pub mod server;
@@ -38,7 +36,6 @@ mod spoof;
 mod status;
 #[cfg(test)]
 mod tests;
-pub mod wire;
 
 use std::io;
 use std::sync::{Arc, Mutex};

@@ -7,8 +7,8 @@ use ipnet::IpNet;
 use weft_model::Snapshot;
 
 use super::Cni;
-use super::wire::{CniError, Code};
 use crate::store::LeaseRecords;
+use weft_plugin::wire::{CniError, Code};
 
 /// The node as ADD sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,8 +1,8 @@
 //! STATUS: can ADD work now? Informational; ADD itself asks again.
 
 use super::Cni;
-use super::wire::{CniError, Code};
 use crate::reconcile::chain;
+use weft_plugin::wire::{CniError, Code};
 
 impl Cni {
     pub fn status(&self) -> Result<(), CniError> {

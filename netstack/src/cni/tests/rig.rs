@@ -15,7 +15,7 @@ use weft_model::snapshot::Attachments;
 use weft_model::{ClusterConfig, Generation, NodeName, Report, Snapshot};
 
 use crate::cni::bandwidth::ifb_of;
-use crate::cni::{Attachment, Caller, Cni, Inputs, plugin, server};
+use crate::cni::{Attachment, Caller, Cni, Inputs, server};
 use crate::kernel::testing::NamedNetns;
 use crate::policy::{PolicyApplier, PolicyPlanner};
 use crate::reconcile::{Loop, Pace};
@@ -209,7 +209,7 @@ impl Agent {
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .into();
         let printed = tokio::task::spawn_blocking(move || {
-            plugin::execute(&|name| variables.get(name).cloned(), &config.to_string())
+            weft_plugin::execute(&|name| variables.get(name).cloned(), &config.to_string())
         })
         .await
         .unwrap();

@@ -1,4 +1,4 @@
-//! What travels: the request of `weft cni` to the agent, and CNI's own results and errors.
+//! What travels: the request of the plugin to the agent, and CNI's own results and errors.
 //!
 //! Source: CNI specification 1.1.0, sections "Section 2: Execution Protocol" and "Section 5: Result Types".
 
@@ -175,7 +175,7 @@ pub fn parse_args(text: &str) -> Result<BTreeMap<String, String>, CniError> {
 
 /// A value of `runtimeConfig` with its names in lower case. The conventions say `hostPort`, containerd writes `HostPort`: plugins in
 /// Go do not tell them apart.
-pub(super) fn lower_case(given: &Value) -> Value {
+pub fn lower_case(given: &Value) -> Value {
     match given {
         Value::Array(entries) => entries.iter().map(lower_case).collect(),
         Value::Object(fields) => {

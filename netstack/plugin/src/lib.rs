@@ -1,18 +1,28 @@
-//! The short-lived process that a container runtime starts: environment and standard input in, one exchange with the
-//! agent over its Unix socket, one JSON object out. No runtime and no threads, so that it starts in a millisecond. Called as
-//! `loopback`, it does without the agent.
+//! The CNI plugin: the short-lived process that a container runtime starts. Environment and standard input in, one exchange with the
+//! agent over its Unix socket, one JSON object out. Called as `loopback`, it does without the agent.
+//!
+//! ```text
+//!  runtime --environment, stdin--> execute --HTTP over /run/weft/agent.sock--> the agent (weft-netstack's `cni::server`)
+//!          <--JSON, exit status---         <---- the very text to print ------
+//! ```
+//!
+//! It is a program of its own (`main.rs`), and a small one, because a runtime starts it for each pod twice: no runtime, no threads, and a C library
+//! that starts at once (decision record 20). `weft cni` is the same in the one binary.
 //!
 //! Source: CNI specification 1.1.0, "Section 2: Execution Protocol".
+
+pub mod loopback;
+pub mod wire;
 
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use serde_json::Value;
 
-use super::loopback;
-use super::wire::{CniError, CniRequest, Code, NEWEST_VERSION, SUPPORTED_VERSIONS, parse_args, versions};
+use wire::{CniError, CniRequest, Code, NEWEST_VERSION, SUPPORTED_VERSIONS, parse_args, versions};
 
 /// Where the agent listens when the configuration has no `socket`.
 pub const DEFAULT_SOCKET: &str = "/run/weft/agent.sock";
@@ -24,6 +34,16 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub struct Printed {
     pub stdout: String,
     pub failed: bool,
+}
+
+/// The whole process: exit status 1 with an error object on standard output when the operation failed.
+pub fn run() -> ExitCode {
+    let mut stdin = Vec::new();
+    // What cannot be read is no JSON either, and is reported as that.
+    let _ = io::stdin().lock().read_to_end(&mut stdin);
+    let printed = execute(&|name| std::env::var(name).ok(), &String::from_utf8_lossy(&stdin));
+    let written = io::stdout().lock().write_all(printed.stdout.as_bytes());
+    if printed.failed || written.is_err() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
 /// Does what the environment asks for. `environment` looks a variable up.
