@@ -14,6 +14,7 @@ use super::node::NodeView;
 use super::{Caller, Cni, bandwidth, hostport, ipam, locked};
 use crate::kernel::conntrack::delete_udp_flows;
 use crate::kernel::link::LinkError;
+use crate::kernel::rtnl::Rtnl;
 use crate::reconcile::chain;
 use crate::store::{Boottime, HostPort, Lease, LeaseRecords};
 use weft_plugin::wire::{AddResult, CniError, CniRequest, Code};
@@ -121,11 +122,12 @@ impl Cni {
         node: &NodeView,
     ) -> Result<Vec<IpAddr>, CniError> {
         let addresses = node.in_order(given);
+        let host = Rtnl::open().map_err(AttachError::Socket)?;
         let (index, ()) = try_join!(
-            self.link_up(attachment, pod, given, &addresses, node).err_into(),
+            self.link_up(&host, attachment, pod, given, node).err_into(),
             self.verdicts_are_in_place(&addresses),
         )?;
-        self.ensure_host_routes(index, given, node).await?;
+        self.ensure_host_routes(&host, index, given, node).map_err(AttachError::from)?;
         self.admit(&attachment.link, given)?;
         self.take_over_flows(&attachment.link, given).await;
         Ok(addresses)
@@ -135,38 +137,40 @@ impl Cni {
     /// medium.
     async fn link_up(
         &self,
+        host: &Rtnl,
         attachment: &Attachment,
         pod: &PodSide,
         given: &LeaseRecords,
-        addresses: &[IpAddr],
         node: &NodeView,
     ) -> Result<u32, AttachError> {
         let Attachment { link, ifname, .. } = attachment;
-        let pair = self.pair(attachment, pod, node).err_into();
-        try_join!(pair, self.leases_on_the_medium())?;
-        let (index, ()) = try_join!(self.ensure_host_side(link, given), pod.make(ifname, addresses))?;
+        let store = self.store.clone();
+        let flushed = tokio::task::spawn_blocking(move || store.flush_leases());
+        self.pair(host, attachment, pod, node).await?;
+        flushed.await.map_err(|_| AttachError::Ends)??;
+        pod.make(ifname, &node.in_order(given))?;
+        let index = self.ensure_host_side(host, link, given)?;
         self.limit_new(link, given).await?;
-        let (host_links, pod_links) = (self.links(), pod.links());
-        try_join!(host_links.wait_until_running(link), pod_links.wait_until_running(ifname))?;
+        try_join!(host.wait_until_running(link), pod.rtnl.wait_until_running(ifname))?;
         Ok(index)
     }
 
-    async fn pair(&self, attachment: &Attachment, pod: &PodSide, node: &NodeView) -> Result<(), LinkError> {
-        let make = || self.make_pair(attachment, &pod.netns, node.mtu_bytes);
-        match make().await {
+    async fn pair(
+        &self,
+        host: &Rtnl,
+        attachment: &Attachment,
+        pod: &PodSide,
+        node: &NodeView,
+    ) -> Result<(), LinkError> {
+        let make = || self.make_pair(host, attachment, &pod.netns, node.mtu_bytes);
+        match make() {
             // The attachment has just ended.
             Err(error) if error.errno() == Some(libc::EEXIST) => {
                 self.sweep().await?;
-                make().await
+                make()
             }
             made => made,
         }
-    }
-
-    async fn leases_on_the_medium(&self) -> Result<(), AttachError> {
-        let store = self.store.clone();
-        let flushed = tokio::task::spawn_blocking(move || store.flush_leases());
-        Ok(flushed.await.map_err(|_| AttachError::Ends)??)
     }
 
     /// Pods without limits, nearly all, cost nothing here.

@@ -4,14 +4,11 @@ use std::fs::File;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsRawFd as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use futures::TryFutureExt as _;
-use futures::future::try_join_all;
 use ipnet::IpNet;
 use nix::net::if_::if_nametoindex;
 use sha2::{Digest as _, Sha256};
-use tokio::try_join;
 use weft_model::constants::{
     ENDED_LINK_GROUP, POD_GATEWAY_MAC, POD_GATEWAY_V4, POD_GATEWAY_V6, POD_LINK_PREFIX,
 };
@@ -19,9 +16,10 @@ use weft_model::constants::{
 use super::Cni;
 use super::node::NodeView;
 use crate::kernel::link::{Link, LinkAddress, LinkError, Links, VethPair};
-use crate::kernel::netns::{Netns, NetnsError, Rtnetlink};
+use crate::kernel::netns::{Netns, NetnsError};
 use crate::kernel::nft::NftError;
-use crate::kernel::route::{LinkRoute, RouteError, ensure_link_route, link_routes};
+use crate::kernel::route::{LinkRoute, RouteError, link_routes};
+use crate::kernel::rtnl::{Ipv4Setting, Requests, Rtnl};
 use crate::kernel::shaper::ShaperError;
 use crate::kernel::sysctl;
 use crate::reconcile::chain;
@@ -99,6 +97,8 @@ pub(super) enum AttachError {
     Store(#[from] StoreError),
     #[error("set {name} to {value}")]
     Sysctl { name: String, value: &'static str, source: io::Error },
+    #[error("open an rtnetlink socket")]
+    Socket(#[source] io::Error),
     #[error("the agent ends")]
     Ends,
 }
@@ -118,13 +118,16 @@ impl From<AttachError> for CniError {
 /// `forwarding` per link, so that it does not hang on the host's default; strict reverse path as a second guard
 /// against spoofing, for the moment when someone flushes the rule set; IPv6 silent: no router advertisements, no
 /// duplicate-address detection, no address of its own beside the gateway's.
-const HOST_IPV4: [(&str, &str); 5] = [
-    ("forwarding", "1"),
-    ("rp_filter", "1"),
-    ("proxy_arp", "0"),
-    ("send_redirects", "0"),
-    ("accept_redirects", "0"),
+const HOST_IPV4: [(Ipv4Setting, u32); 5] = [
+    (Ipv4Setting::Forwarding, 1),
+    (Ipv4Setting::RpFilter, 1),
+    (Ipv4Setting::ProxyArp, 0),
+    (Ipv4Setting::SendRedirects, 0),
+    (Ipv4Setting::AcceptRedirects, 0),
 ];
+/// For clients on the node that call a hostPort at 127.0.0.1: lets the kernel send from there to the pod, and take the answer.
+const HOST_PORT_IPV4: (Ipv4Setting, u32) = (Ipv4Setting::RouteLocalnet, 1);
+/// Netlink has none of these but the last.
 const HOST_IPV6: [(&str, &str); 7] = [
     ("disable_ipv6", "0"),
     ("forwarding", "1"),
@@ -134,42 +137,26 @@ const HOST_IPV6: [(&str, &str); 7] = [
     ("accept_redirects", "0"),
     ("addr_gen_mode", "1"),
 ];
-/// For clients on the node that call a hostPort at 127.0.0.1: lets the kernel send from there to the pod, and take the answer.
-const HOST_PORT_IPV4: [(&str, &str); 1] = [("route_localnet", "1")];
-const SYSCTLS: [&str; 2] = ["/proc/sys/net/ipv4/conf", "/proc/sys/net/ipv6/conf"];
+const IPV6_SYSCTLS: &str = "/proc/sys/net/ipv6/conf";
 /// In every namespace.
 const LOOPBACK_INDEX: u32 = 1;
 const POD_IPV6: [(&str, &str); 3] = [("disable_ipv6", "0"), ("accept_ra", "0"), ("accept_dad", "0")];
 
-/// Per-link sysctls of one family in one network namespace.
-struct LinkSysctls {
-    folder: PathBuf,
-    ipv6: bool,
-}
-
-impl LinkSysctls {
-    /// Of the node.
-    fn of_host(ipv6: bool) -> Self {
-        Self { folder: SYSCTLS[usize::from(ipv6)].into(), ipv6 }
-    }
-
-    fn set(&self, link: &str, settings: &[(&str, &'static str)]) -> Result<(), AttachError> {
-        for (setting, value) in settings {
-            let path = self.folder.join(link).join(setting);
-            if let Err(source) = sysctl::ensure_at(&path, value) {
-                let family = if self.ipv6 { "ipv6" } else { "ipv4" };
-                let name = format!("net/{family}/conf/{link}/{setting}");
-                return Err(AttachError::Sysctl { name, value, source });
-            }
+/// `folder` is that of all links' IPv6 sysctls in one network namespace.
+fn set_ipv6(folder: &Path, link: &str, settings: &[(&str, &'static str)]) -> Result<(), AttachError> {
+    for (setting, value) in settings {
+        if let Err(source) = sysctl::ensure_at(&folder.join(link).join(setting), value) {
+            let name = format!("net/ipv6/conf/{link}/{setting}");
+            return Err(AttachError::Sysctl { name, value, source });
         }
-        Ok(())
     }
+    Ok(())
 }
 
 /// The pod's namespace as ADD needs it: entered once, by a thread that ends.
 pub(super) struct PodSide {
     pub(super) netns: Netns,
-    rtnetlink: Rtnetlink,
+    pub(super) rtnl: Rtnl,
     /// Of IPv6, the folder; what is opened through it is the pod's, whoever opens it. `None` where the kernel has no IPv6.
     sysctls: Option<File>,
     /// The interface was there already.
@@ -177,53 +164,44 @@ pub(super) struct PodSide {
 }
 
 impl PodSide {
-    /// Within a tokio runtime. Errors: the namespace is gone or cannot be entered.
+    /// Errors: the namespace is gone or cannot be entered.
     pub(super) fn open(path: &str, ifname: &str) -> Result<Self, NetnsError> {
         let netns = Netns::open(path)?;
-        let (rtnetlink, (sysctls, has_interface)) =
-            netns.connect_and(|| (File::open(SYSCTLS[1]), if_nametoindex(ifname).is_ok()))?;
+        let path = || netns.path().to_owned();
+        let (rtnl, sysctls, has_interface) =
+            netns.run(|| (Rtnl::open(), File::open(IPV6_SYSCTLS), if_nametoindex(ifname).is_ok()))?;
+        let rtnl = rtnl.map_err(|source| NetnsError::Socket { path: path(), source })?;
         let sysctls = match sysctls {
             Ok(folder) => Some(folder),
             Err(absent) if absent.kind() == io::ErrorKind::NotFound => None,
-            Err(source) => return Err(NetnsError::Sysctls { path: netns.path().to_owned(), source }),
+            Err(source) => return Err(NetnsError::Sysctls { path: path(), source }),
         };
-        Ok(Self { netns, rtnetlink, sysctls, has_interface })
+        Ok(Self { netns, rtnl, sysctls, has_interface })
     }
 
     /// Everything inside: addresses, gateways as permanent neighbours, default routes.
-    pub(super) async fn make(&self, ifname: &str, addresses: &[IpAddr]) -> Result<(), AttachError> {
-        let links = self.links();
-        let index = links.index(ifname).await?;
+    pub(super) fn make(&self, ifname: &str, addresses: &[IpAddr]) -> Result<(), AttachError> {
+        let index = self.rtnl.index(ifname)?;
         if let Some(folder) = &self.sysctls
             && addresses.iter().any(IpAddr::is_ipv6)
         {
-            let folder = format!("/proc/self/fd/{}", folder.as_raw_fd()).into();
-            LinkSysctls { folder, ipv6: true }.set(ifname, &POD_IPV6)?;
+            let folder = PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd()));
+            set_ipv6(&folder, ifname, &POD_IPV6)?;
         }
-        let addressed =
-            addresses.iter().map(|address| links.ensure_address(ifname, index, IpNet::from(*address)));
-        let reached = addresses.iter().map(|address| async {
+        let mut requests = Requests::default();
+        requests.set_up("lo", LOOPBACK_INDEX);
+        for address in addresses {
+            requests.ensure_address(ifname, index, IpNet::from(*address));
+        }
+        requests.set_up(ifname, index);
+        for address in addresses {
             let gateway = gateway(*address);
-            let neighbour = links.ensure_neighbour(ifname, index, gateway, POD_GATEWAY_MAC);
-            let routes = pod_routes(index, gateway);
-            let routed =
-                try_join_all(routes.iter().map(|route| ensure_link_route(&self.rtnetlink.handle, route)));
-            try_join!(neighbour.err_into(), routed.err_into())
-        });
-        // The kernel gets them one after another, in this order, without waiting for each answer.
-        let linked = async {
-            try_join!(
-                links.set_up("lo", LOOPBACK_INDEX),
-                try_join_all(addressed),
-                links.set_up(ifname, index)
-            )
-        };
-        try_join!(linked.err_into::<AttachError>(), try_join_all(reached))?;
-        Ok(())
-    }
-
-    pub(super) fn links(&self) -> Links {
-        Links::new(self.rtnetlink.handle.clone())
+            requests.ensure_neighbour(ifname, index, gateway, POD_GATEWAY_MAC);
+            for route in pod_routes(index, gateway) {
+                requests.ensure_route(&route);
+            }
+        }
+        Ok(self.rtnl.apply(requests)?)
     }
 }
 
@@ -252,59 +230,66 @@ impl Cni {
     }
 
     /// The pair, both ends down, the peer already in the pod's namespace.
-    pub(super) async fn make_pair(
+    pub(super) fn make_pair(
         &self,
+        host: &Rtnl,
         attachment: &Attachment,
         netns: &Netns,
         mtu_bytes: u32,
     ) -> Result<(), LinkError> {
-        let pair = VethPair {
+        let mut requests = Requests::default();
+        requests.add_veth(&VethPair {
             name: &attachment.link,
             mac: POD_GATEWAY_MAC,
             peer_name: &attachment.ifname,
             peer_mac: pod_mac(&attachment.link),
             peer_netns: netns,
             mtu_bytes,
-        };
-        self.links().add_veth(&pair).await
+        });
+        host.apply(requests)
     }
 
     /// The host's side of an existing link but for its routes: nothing is led to the pod yet. Does nothing that is done
     /// already. Returns the link's index.
-    pub(super) async fn ensure_host_side(
+    pub(super) fn ensure_host_side(
         &self,
+        host: &Rtnl,
         link: &str,
         leases: &LeaseRecords,
     ) -> Result<u32, AttachError> {
-        let links = self.links();
-        let index = links.index(link).await?;
-        LinkSysctls::of_host(false).set(link, &HOST_IPV4)?;
-        if leases.values().any(|lease| !lease.host_ports.is_empty()) {
-            LinkSysctls::of_host(false).set(link, &HOST_PORT_IPV4)?;
-        }
-        let mac = pod_mac(link);
-        let neighbours = leases.keys().map(|address| links.ensure_neighbour(link, index, *address, mac));
+        let index = host.index(link)?;
         let has_ipv6 = leases.keys().any(IpAddr::is_ipv6);
         if has_ipv6 {
-            LinkSysctls::of_host(true).set(link, &HOST_IPV6)?;
+            set_ipv6(Path::new(IPV6_SYSCTLS), link, &HOST_IPV6)?;
         }
-        let gateway = has_ipv6.then(|| IpNet::new_assert(POD_GATEWAY_V6.into(), 64));
-        let addressed = gateway.into_iter().map(|gateway| links.ensure_address(link, index, gateway));
-        try_join!(try_join_all(addressed), links.set_up(link, index), try_join_all(neighbours))?;
+        let has_host_ports = leases.values().any(|lease| !lease.host_ports.is_empty());
+        let settings: Vec<_> =
+            HOST_IPV4.into_iter().chain(has_host_ports.then_some(HOST_PORT_IPV4)).collect();
+        let mut requests = Requests::default();
+        if has_ipv6 {
+            requests.ensure_address(link, index, IpNet::new_assert(POD_GATEWAY_V6.into(), 64));
+        }
+        requests.set_up_with(link, index, &settings);
+        for address in leases.keys() {
+            requests.ensure_neighbour(link, index, *address, pod_mac(link));
+        }
+        host.apply(requests)?;
         Ok(index)
     }
 
     /// From now on the node leads packets to the pod.
-    pub(super) async fn ensure_host_routes(
+    pub(super) fn ensure_host_routes(
         &self,
+        host: &Rtnl,
         index: u32,
         leases: &LeaseRecords,
         node: &NodeView,
-    ) -> Result<(), AttachError> {
-        let routes: Vec<_> = leases.keys().map(|address| host_route(index, *address, node)).collect();
-        let put = routes.iter().map(|route| ensure_link_route(&self.netlink.handle, route));
-        try_join_all(put).await?;
-        Ok(())
+    ) -> Result<(), LinkError> {
+        let mut requests = Requests::default();
+        for address in leases.keys() {
+            requests.ensure_route(&host_route(index, *address, node));
+        }
+        host.apply(requests)
     }
 }
 

@@ -17,11 +17,12 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use weft_model::objects::Bandwidth;
 
-use super::attachment::host_route;
+use super::attachment::{AttachError, host_route};
 use super::node::NodeView;
 use super::{Cni, locked};
 use crate::kernel::link::Link;
 use crate::kernel::route::LinkRoute;
+use crate::kernel::rtnl::Rtnl;
 use crate::reconcile::chain;
 use crate::store::{Boottime, HostPort, Lease, LeaseRecords};
 
@@ -56,7 +57,7 @@ impl Cni {
             Ok((mut leases, links, routes)) => {
                 let routed = links.iter().map(|link| (link.name.clone(), routed_to(link, &routes))).collect();
                 self.reconcile_leases(&mut leases, &routed, &mut done).await;
-                self.complete_host_sides(&leases, &links, &routes, &mut done).await;
+                self.complete_host_sides(&leases, &links, &routes, &mut done);
                 let (limited, failed) = self.reconcile_limits(&live_links(&leases), &links).await;
                 done.limited = limited;
                 done.failed.extend(failed);
@@ -136,7 +137,7 @@ impl Cni {
     }
 
     /// Without the Node's own addresses the routes' sources are unknown, and what stands is better than a guess.
-    async fn complete_host_sides(
+    fn complete_host_sides(
         &self,
         leases: &LeaseRecords,
         links: &[Link],
@@ -149,11 +150,12 @@ impl Cni {
             if link.is_some_and(|link| is_complete(link, &leases, routes, &node)) {
                 continue;
             }
-            let complete = async {
-                let index = self.ensure_host_side(&name, &leases).await?;
-                self.ensure_host_routes(index, &leases, &node).await
+            let complete = || {
+                let host = Rtnl::open().map_err(AttachError::Socket)?;
+                let index = self.ensure_host_side(&host, &name, &leases)?;
+                Ok::<_, AttachError>(self.ensure_host_routes(&host, index, &leases, &node)?)
             };
-            match complete.await {
+            match complete() {
                 Ok(()) => done.completed.push(name),
                 Err(error) => done.failed.push(chain(&error)),
             }

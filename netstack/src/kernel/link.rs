@@ -1,24 +1,16 @@
-//! Links over rtnetlink: veth pairs with the peer born in the pod's namespace, addresses, permanent neighbours.
-//!
-//! Every error names the operation and the link. Routes stand in `route`.
+//! Links and their addresses over rtnetlink, within a runtime. Every error names the operation and the link. Routes stand in `route`, what CNI
+//! makes for a pod in [`rtnl`](super::rtnl).
 
 use std::io;
-use std::net::IpAddr;
-use std::time::Duration;
 
 use futures::TryStreamExt;
 use ipnet::IpNet;
-use netlink_packet_route::address::{
-    AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
-};
-use netlink_packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkFlags, LinkMessage, State};
-use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage, State};
+use rtnetlink::{LinkMessageBuilder, LinkUnspec};
 
 use super::netns::Netns;
-
-/// linkwatch needs well under a millisecond, or a second when it is rate-limited.
-const CARRIER_POLL: Duration = Duration::from_millis(1);
-const CARRIER_PATIENCE: Duration = Duration::from_secs(5);
+use super::rtnl::address_message;
 
 #[derive(Debug, thiserror::Error)]
 #[error("{operation} {link}")]
@@ -139,49 +131,10 @@ impl Links {
         self.find(name).await?.map(|link| link.index).ok_or_else(|| LinkError::missing("find link", name))
     }
 
-    /// Makes both ends in one request, so that the peer is never seen in this namespace.
-    pub async fn add_veth(&self, pair: &VethPair<'_>) -> Result<(), LinkError> {
-        let peer = LinkMessageBuilder::<LinkUnspec>::new()
-            .name(pair.peer_name)
-            .mtu(pair.mtu_bytes)
-            .address(pair.peer_mac.to_vec())
-            .setns_by_fd(pair.peer_netns.as_raw_fd())
-            .build();
-        let message = LinkVeth::new(pair.name, pair.peer_name)
-            .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
-            .mtu(pair.mtu_bytes)
-            .address(pair.mac.to_vec())
-            .build();
-        let made = self.handle.link().add(message).execute().await;
-        made.map_err(|error| LinkError::new("create veth", pair.name, error))
-    }
-
     pub async fn set_up(&self, name: &str, index: u32) -> Result<(), LinkError> {
         let message = LinkUnspec::new_with_index(index).up().build();
         let set = self.handle.link().set(message).execute().await;
         set.map_err(|error| LinkError::new("set up", name, error))
-    }
-
-    /// Waits until the link carries packets. The end of a veth pair that was set up first gets its carrier from a
-    /// deferred task of the kernel (linkwatch, up to a second later) and drops what is sent before.
-    pub async fn wait_until_running(&self, name: &str) -> Result<(), LinkError> {
-        let mut waited = Duration::ZERO;
-        loop {
-            match self.find(name).await? {
-                None => return Err(LinkError::missing("wait for", name)),
-                Some(link) if link.running => return Ok(()),
-                Some(_) if waited >= CARRIER_PATIENCE => {
-                    let source = io::Error::from(io::ErrorKind::TimedOut);
-                    return Err(LinkError {
-                        operation: "wait for the carrier of",
-                        link: name.to_owned(),
-                        source,
-                    });
-                }
-                Some(_) => tokio::time::sleep(CARRIER_POLL).await,
-            }
-            waited += CARRIER_POLL;
-        }
     }
 
     pub async fn set_mtu(&self, name: &str, index: u32, mtu_bytes: u32) -> Result<(), LinkError> {
@@ -213,11 +166,7 @@ impl Links {
     /// Adds or keeps an address. IPv6 without duplicate-address detection, so that it is usable at once.
     pub async fn ensure_address(&self, name: &str, index: u32, address: IpNet) -> Result<(), LinkError> {
         let mut request = self.handle.address().add(index, address.addr(), address.prefix_len()).replace();
-        if address.addr().is_ipv6() {
-            let message = request.message_mut();
-            message.header.flags |= AddressHeaderFlags::Nodad;
-            message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
-        }
+        *request.message_mut() = address_message(index, address);
         let added = request.execute().await;
         added.map_err(|error| LinkError::new("add an address to", name, error))
     }
@@ -236,19 +185,6 @@ impl Links {
             .map_err(|error| LinkError::new("list addresses of", "links", error))?;
         Ok(messages.iter().filter_map(lower_address).collect())
     }
-
-    /// A permanent neighbour: `address` is always at `mac`, never asked for.
-    pub async fn ensure_neighbour(
-        &self,
-        name: &str,
-        index: u32,
-        address: IpAddr,
-        mac: [u8; 6],
-    ) -> Result<(), LinkError> {
-        let added =
-            self.handle.neighbours().add(index, address).link_layer_address(&mac).replace().execute().await;
-        added.map_err(|error| LinkError::new("add a neighbour to", name, error))
-    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -260,7 +196,7 @@ pub struct LinkAddress {
     pub usable: bool,
 }
 
-fn lower(message: &LinkMessage) -> Option<Link> {
+pub(super) fn lower(message: &LinkMessage) -> Option<Link> {
     let mut link = Link {
         index: message.header.index,
         name: String::new(),
@@ -309,59 +245,16 @@ mod tests {
     use crate::kernel::netns::Rtnetlink;
     use crate::kernel::testing::{NamedNetns, needs_root};
 
-    const MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 1];
-
-    fn pair<'a>(netns: &'a Netns, name: &'a str) -> VethPair<'a> {
-        VethPair { name, mac: MAC, peer_name: "eth0", peer_mac: MAC, peer_netns: netns, mtu_bytes: 1380 }
-    }
-
     #[test]
-    fn a_veth_peer_is_born_in_the_other_namespace_and_dies_with_its_host_end() {
+    fn an_ipv6_address_is_usable_at_once_and_a_link_that_is_gone_is_no_error() {
         if !needs_root() {
             return;
         }
-        let (node, pod) = (NamedNetns::new("node"), NamedNetns::new("pod"));
+        let node = NamedNetns::new("node");
+        node.must(&["ip", "link", "add", "weftp1", "type", "veth", "peer", "name", "weftp2"]);
         node.block_on(async {
             let host = Rtnetlink::connect().unwrap();
             let links = Links::new(host.handle.clone());
-            let netns = Netns::open(pod.path()).unwrap();
-            links.add_veth(&pair(&netns, "weftp1")).await.unwrap();
-            let inside = netns.connect().unwrap();
-            let peer = Links::new(inside.handle.clone()).find("eth0").await.unwrap().unwrap();
-            assert_eq!((peer.mac.as_slice(), peer.mtu_bytes, peer.up), (MAC.as_slice(), 1380, false));
-            assert_eq!(links.list_by_prefix("weftp").await.unwrap().len(), 1);
-            assert!(links.delete("weftp1").await.unwrap());
-            assert!(!links.delete("weftp1").await.unwrap());
-            assert_eq!(Links::new(inside.handle.clone()).find("eth0").await.unwrap(), None);
-        });
-    }
-
-    #[test]
-    fn an_error_names_the_operation_and_the_link() {
-        if !needs_root() {
-            return;
-        }
-        let (node, pod) = (NamedNetns::new("node"), NamedNetns::new("pod"));
-        let error = node.block_on(async {
-            let host = Rtnetlink::connect().unwrap();
-            let links = Links::new(host.handle.clone());
-            let netns = Netns::open(pod.path()).unwrap();
-            links.add_veth(&pair(&netns, "weftp1")).await.unwrap();
-            links.add_veth(&pair(&netns, "weftp1")).await.unwrap_err()
-        });
-        assert_eq!(crate::reconcile::chain(&error), "create veth weftp1: File exists (os error 17)");
-    }
-
-    #[test]
-    fn an_ipv6_address_is_usable_at_once() {
-        if !needs_root() {
-            return;
-        }
-        let (node, pod) = (NamedNetns::new("node"), NamedNetns::new("pod"));
-        node.block_on(async {
-            let host = Rtnetlink::connect().unwrap();
-            let links = Links::new(host.handle.clone());
-            links.add_veth(&pair(&Netns::open(pod.path()).unwrap(), "weftp1")).await.unwrap();
             let index = links.index("weftp1").await.unwrap();
             for text in ["fd00::1/128", "10.0.0.1/32"] {
                 let address: IpNet = text.parse().unwrap();
@@ -373,6 +266,9 @@ mod tests {
                 links.addresses(Some(index)).await.unwrap().into_iter().filter(|a| a.global).collect();
             assert_eq!(global.len(), 2, "{global:?}");
             assert!(global.iter().all(|a| a.usable));
+            assert_eq!(links.list_by_prefix("weftp").await.unwrap().len(), 2);
+            assert!(links.delete("weftp1").await.unwrap());
+            assert!(!links.delete("weftp1").await.unwrap());
         });
     }
 }

@@ -16,6 +16,7 @@ pub mod netns;
 pub mod nflog;
 pub mod nft;
 pub mod route;
+pub mod rtnl;
 pub mod sealed;
 pub mod service_manager;
 pub mod shaper;

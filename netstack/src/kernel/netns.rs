@@ -105,22 +105,12 @@ impl Netns {
 
     /// An rtnetlink connection inside the namespace. Must be called within a tokio runtime, which then drives it.
     pub fn connect(&self) -> Result<Rtnetlink, NetnsError> {
-        Ok(self.connect_and(|| ())?.0)
-    }
-
-    /// As [`Netns::connect`]; `work` runs inside too, on the same thread.
-    pub fn connect_and<T: Send>(
-        &self,
-        work: impl FnOnce() -> T + Send,
-    ) -> Result<(Rtnetlink, T), NetnsError> {
         let runtime = tokio::runtime::Handle::current();
-        let (connection, worked) = self.run(|| {
+        let connection = self.run(|| {
             let _inside = runtime.enter();
-            (Rtnetlink::connect(), work())
+            Rtnetlink::connect()
         })?;
-        let connection =
-            connection.map_err(|source| NetnsError::Socket { path: self.path.clone(), source })?;
-        Ok((connection, worked))
+        connection.map_err(|source| NetnsError::Socket { path: self.path.clone(), source })
     }
 }
 

@@ -23,7 +23,7 @@ use kernel_view::{Key, LinkIndexes, Seen, route_message, rule_message};
 
 pub use foreign::foreign_routes;
 pub use losses::losses;
-pub use pod::{LinkRoute, ensure_link_route, link_routes};
+pub use pod::{LinkRoute, link_routes};
 
 #[derive(Debug, thiserror::Error)]
 pub enum RouteError {

@@ -2,7 +2,8 @@
 //!
 //! The memory is a file in the run directory: it ends with the boot, as the settings do.
 
-use std::io;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -11,6 +12,8 @@ use serde::{Deserialize, Serialize};
 use crate::reconcile::Applied;
 
 const JOURNAL_FILE: &str = "sysctls.json";
+/// More than any of them holds.
+const MOST_BYTES: usize = 256;
 
 /// What `/proc/sys/NAME` (with `/`, not `.`) holds.
 pub fn read(name: &str) -> io::Result<String> {
@@ -24,11 +27,13 @@ pub fn ensure(name: &str, value: &str) -> io::Result<Option<String>> {
 
 /// As [`ensure`], of the file at `path`.
 pub fn ensure_at(path: &Path, value: &str) -> io::Result<Option<String>> {
-    let old = std::fs::read_to_string(path)?;
+    let mut old = [0; MOST_BYTES];
+    let length = File::open(path)?.read(&mut old)?;
+    let old = String::from_utf8_lossy(&old[..length]);
     if old.trim() == value {
         return Ok(None);
     }
-    std::fs::write(path, value)?;
+    OpenOptions::new().write(true).open(path)?.write_all(value.as_bytes())?;
     Ok(Some(old.trim().to_owned()))
 }
 

@@ -1,5 +1,6 @@
 //! Routes of CNI: to pods on their links, and inside pods by their gateways.
 
+use std::fmt;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -9,7 +10,6 @@ use netlink_packet_route::route::{
 
 use super::RouteError;
 use super::kernel_view::{base_message, destination, dump, ip, output};
-use crate::kernel::link::cause;
 
 const TABLE_MAIN: u32 = 254;
 
@@ -24,31 +24,26 @@ pub struct LinkRoute {
     pub source: Option<IpAddr>,
 }
 
-/// Adds the route, or replaces one with the same destination.
-pub async fn ensure_link_route(handle: &rtnetlink::Handle, route: &LinkRoute) -> Result<(), RouteError> {
-    let put = handle.route().add(message(route)).replace().execute().await;
-    put.map_err(|error| RouteError::Route {
-        operation: "add",
-        route: format!(
-            "{}{}{}",
-            route.destination,
-            route.gateway.map_or(String::new(), |gateway| format!(" via {gateway}")),
-            route.source.map_or(String::new(), |source| format!(" src {source}")),
-        ),
-        source: cause(error),
-    })
+impl fmt::Display for LinkRoute {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.destination)?;
+        self.gateway.map_or(Ok(()), |gateway| write!(f, " via {gateway}"))?;
+        self.source.map_or(Ok(()), |source| write!(f, " src {source}"))
+    }
 }
 
-fn message(route: &LinkRoute) -> RouteMessage {
-    let scope = if route.gateway.is_some() { RouteScope::Universe } else { RouteScope::Link };
-    let mut message = base_message(route.destination, TABLE_MAIN, RouteType::Unicast, scope);
-    message.attributes.push(RouteAttribute::Oif(route.link_index));
-    message.attributes.extend(route.source.map(|source| RouteAttribute::PrefSource(source.into())));
-    if let Some(gateway) = route.gateway {
-        message.header.flags |= RouteFlags::Onlink;
-        message.attributes.push(RouteAttribute::Gateway(gateway.into()));
+impl LinkRoute {
+    pub(in crate::kernel) fn message(&self) -> RouteMessage {
+        let scope = if self.gateway.is_some() { RouteScope::Universe } else { RouteScope::Link };
+        let mut message = base_message(self.destination, TABLE_MAIN, RouteType::Unicast, scope);
+        message.attributes.push(RouteAttribute::Oif(self.link_index));
+        message.attributes.extend(self.source.map(|source| RouteAttribute::PrefSource(source.into())));
+        if let Some(gateway) = self.gateway {
+            message.header.flags |= RouteFlags::Onlink;
+            message.attributes.push(RouteAttribute::Gateway(gateway.into()));
+        }
+        message
     }
-    message
 }
 
 /// Every route of our protocol that leaves by a link.
