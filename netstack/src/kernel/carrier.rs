@@ -9,11 +9,10 @@ use futures::StreamExt as _;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::LinkFlags;
 use rtnetlink::MulticastGroup;
-use rtnetlink::packet_core::NetlinkPayload;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use super::monitor::Monitor;
+use super::monitor;
 
 /// Links that wait for their reader; more at once are not told.
 const WAITING: usize = 64;
@@ -21,7 +20,7 @@ const WAITING: usize = 64;
 /// Follows links from now on; ends with this value.
 pub struct Carriers {
     came_up: mpsc::Receiver<u32>,
-    task: JoinHandle<Result<(), String>>,
+    task: JoinHandle<()>,
 }
 
 impl Drop for Carriers {
@@ -37,16 +36,15 @@ impl Carriers {
     /// When the kernel gives no socket.
     pub fn open() -> io::Result<Self> {
         let (sender, came_up) = mpsc::channel(WAITING);
-        let follow = Monitor::open(&[MulticastGroup::Link])?.follow(|mut messages| async move {
+        let mut messages = monitor::open(&[MulticastGroup::Link])?;
+        let task = tokio::spawn(async move {
             let mut up = BTreeSet::new();
-            while let Some((message, _)) = messages.next().await {
-                let NetlinkPayload::InnerMessage(message) = message.payload else { continue };
+            while let Some(message) = messages.next().await {
                 if let Some(index) = came_up_by(&mut up, &message) {
                     let _ = sender.try_send(index);
                 }
             }
         });
-        let task = tokio::spawn(follow);
         Ok(Self { came_up, task })
     }
 

@@ -16,7 +16,7 @@ use weft_model::constants::{POD_LINK_PREFIX, TUNNEL_LINK};
 use weft_model::node_facts::{NodeFacts, Observed, Uplink, WireguardBackend};
 
 use super::link::{Link, LinkAddress, LinkError, Links, cause};
-use super::monitor::Monitor;
+use super::monitor;
 use super::netns::{Netns, NetnsError, Rtnetlink};
 use super::route::{RouteError, foreign_routes};
 
@@ -65,11 +65,11 @@ pub async fn watch(
 ) -> Result<(watch::Receiver<NodeFacts>, impl Future<Output = Result<(), String>> + Send + 'static), FactsError>
 {
     let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
-    let monitor = Monitor::open(&groups).map_err(FactsError::Socket)?;
+    let mut messages = monitor::open(&groups).map_err(FactsError::Socket)?;
     let connection = Rtnetlink::connect().map_err(FactsError::Socket)?;
     let facts = read(name, &ranges).await?;
     let (sender, receiver) = watch::channel(facts);
-    let task = monitor.follow(|mut messages| async move {
+    let task = async move {
         while !matches!(tokio::time::timeout(RE_READ, messages.next()).await, Ok(None)) {
             settle(&mut messages).await;
             let known = sender.borrow().clone();
@@ -80,7 +80,8 @@ pub async fn watch(
                 }
             }
         }
-    });
+        Err(monitor::ENDED.to_owned())
+    };
     Ok((receiver, task))
 }
 

@@ -12,11 +12,10 @@ use netlink_packet_route::address::{AddressMessage, AddressScope};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use netlink_packet_route::route::{RouteMessage, RouteType};
 use rtnetlink::MulticastGroup;
-use rtnetlink::packet_core::NetlinkPayload;
 use weft_model::constants::TUNNEL_LINK;
 
 use super::kernel_view::PROTOCOL;
-use crate::kernel::monitor::Monitor;
+use crate::kernel::monitor;
 
 /// Losses come in bursts.
 const QUIET: Duration = Duration::from_millis(100);
@@ -27,16 +26,16 @@ pub fn losses(
 ) -> io::Result<impl Future<Output = Result<(), String>> + Send + 'static> {
     use MulticastGroup::{Ipv4Ifaddr, Ipv4Route, Ipv6Ifaddr, Ipv6Route, Link};
     let groups = [Ipv4Route, Ipv6Route, Link, Ipv4Ifaddr, Ipv6Ifaddr];
-    let monitor = Monitor::open(&groups)?;
-    Ok(monitor.follow(|mut messages| async move {
-        while let Some((message, _)) = messages.next().await {
-            let NetlinkPayload::InnerMessage(message) = message.payload else { continue };
+    let mut messages = monitor::open(&groups)?;
+    Ok(async move {
+        while let Some(message) = messages.next().await {
             if is_loss(&message) {
                 while let Ok(Some(_)) = tokio::time::timeout(QUIET, messages.next()).await {}
                 lost();
             }
         }
-    }))
+        Err(monitor::ENDED.to_owned())
+    })
 }
 
 fn is_loss(message: &RouteNetlinkMessage) -> bool {
