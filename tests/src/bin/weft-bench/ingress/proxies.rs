@@ -221,8 +221,12 @@ fn few(ground: &Ground) -> anyhow::Result<Vec<Row>> {
     Ok(rows)
 }
 
+/// Nobody has asked much, nor lately, as with a proxy that is idle: no row is about what a start leaves for a moment.
+const REST: Duration = Duration::from_secs(5);
+
 /// Before anybody has asked much, and for connections on which nothing is asked.
 fn memory(proxies: &[Proxy]) -> anyhow::Result<Vec<Row>> {
+    std::thread::sleep(REST);
     let (mut idle_mb, mut each_kb) = (Vec::new(), Vec::new());
     for proxy in proxies {
         let before = proxy.memory_kb()?;
