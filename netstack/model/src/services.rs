@@ -1,13 +1,13 @@
 //! Services with their EndpointSlices, followed from Snapshot to Snapshot.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use smallvec::SmallVec;
 
 use crate::ids::{ServiceKey, SliceKey};
 use crate::objects::{EndpointSlice, Service};
-use crate::snapshot::{Loose, Objects, Snapshot, changes, fill};
+use crate::shared_map::SharedMap;
+use crate::snapshot::{Objects, Snapshot, changes};
 
 /// What a planner saw last.
 #[derive(Debug, Default)]
@@ -15,8 +15,7 @@ pub struct FollowedServices {
     services: Objects<ServiceKey, Service>,
     slices: Objects<SliceKey, EndpointSlice>,
     /// In the order of their keys.
-    by_service: BTreeMap<ServiceKey, SmallVec<[Arc<EndpointSlice>; 1]>>,
-    loose: Loose,
+    by_service: SharedMap<ServiceKey, SmallVec<[Arc<EndpointSlice>; 1]>>,
 }
 
 impl FollowedServices {
@@ -29,7 +28,7 @@ impl FollowedServices {
         let slices = std::mem::replace(&mut self.slices, snapshot.endpoint_slices.clone());
         for (key, old, new) in changes(&slices, &snapshot.endpoint_slices) {
             if let Some(old) = old {
-                let siblings = self.by_service.entry(old.service.clone()).or_default();
+                let siblings = self.by_service.get_or_default(old.service.clone());
                 siblings.retain(|slice| slice.key != *key);
                 if siblings.is_empty() {
                     self.by_service.remove(&old.service);
@@ -37,16 +36,13 @@ impl FollowedServices {
                 dirty.push(old.service.clone());
             }
             if let Some(new) = new {
-                let siblings = self.by_service.entry(new.service.clone()).or_default();
+                let siblings = self.by_service.get_or_default(new.service.clone());
                 siblings.insert(siblings.partition_point(|slice| slice.key < *key), new.clone());
                 dirty.push(new.service.clone());
             }
         }
         dirty.sort();
         dirty.dedup();
-        if self.loose.is_much(dirty.len(), self.by_service.len()) {
-            fill(&mut self.by_service);
-        }
         dirty
     }
 
