@@ -74,7 +74,7 @@ fn snapshot(files: &[PathBuf]) -> anyhow::Result<Snapshot> {
     }
     let config = ClusterConfig::default();
     let facts = NodeFacts {
-        name: NodeName(String::new()),
+        name: NodeName("".into()),
         uplinks: Vec::new(),
         wireguard_backend: WireguardBackend::Userspace,
         foreign_routes: Vec::new(),

@@ -1,6 +1,5 @@
 //! What differs between two plans' groups: pure, and cheap where both share values.
 
-use std::cmp::Ordering;
 use std::sync::Arc;
 
 use crate::zone::{Group, GroupKey, Groups};
@@ -13,28 +12,10 @@ pub(crate) struct Change<'a> {
     pub(crate) after: Option<&'a Arc<Group>>,
 }
 
-/// Walks both maps side by side in the order of their keys. Groups and keys that are one value in both cost a
-/// comparison of pointers; equal groups that are not may be told as changed.
+/// Groups that are one value in both are passed over; equal groups that are not may be told as changed.
 pub(crate) fn changed_groups<'a>(before: &'a Groups, after: &'a Groups) -> Vec<Change<'a>> {
-    let mut changes = Vec::new();
-    let (mut before, mut after) = (before.iter().peekable(), after.iter().peekable());
-    loop {
-        let order = match (before.peek(), after.peek()) {
-            (None, None) => return changes,
-            (Some(_), None) => Ordering::Less,
-            (None, Some(_)) => Ordering::Greater,
-            (Some((old, _)), Some((new, _))) if Arc::ptr_eq(old, new) => Ordering::Equal,
-            (Some((old, _)), Some((new, _))) => old.cmp(new),
-        };
-        let old = if order == Ordering::Greater { None } else { before.next() };
-        let new = if order == Ordering::Less { None } else { after.next() };
-        let Some(key) = new.or(old).map(|(key, _)| key) else { return changes };
-        let (before, after) = (old.map(|(_, group)| group), new.map(|(_, group)| group));
-        let same = before.zip(after).is_some_and(|(before, after)| Arc::ptr_eq(before, after));
-        if !same {
-            changes.push(Change { key, before, after });
-        }
-    }
+    let changes = before.differences(after, Arc::ptr_eq);
+    changes.map(|(key, before, after)| Change { key, before, after }).collect()
 }
 
 /// When the changes were made that `after` has and `before` has not, in milliseconds since the epoch; of headless Services.

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use hickory_proto::rr::RecordType;
 use ipnet::IpNet;
-use weft_model::{ClusterConfig, ServiceKey};
+use weft_model::{ClusterConfig, ServiceKey, SharedMap};
 
 pub use group::Group;
 
@@ -126,7 +126,7 @@ impl fmt::Display for GroupKey {
 }
 
 /// All groups of a plan; unchanged ones are shared with the plan before (same `Arc`).
-pub type Groups = BTreeMap<Arc<GroupKey>, Arc<Group>>;
+pub type Groups = SharedMap<Arc<GroupKey>, Arc<Group>>;
 
 /// The names that we alone answer for.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -18,6 +18,7 @@ use hickory_proto::rr::{RData, Record, RecordType};
 use nix::sys::socket::{setsockopt, sockopt};
 use place::*;
 use weft_model::objects::{Protocol, ServiceKind};
+use weft_model::snapshot::Objects;
 use weft_model::{Health, Snapshot};
 use weft_netstack::reconcile::{Loop, Pace};
 
@@ -30,6 +31,10 @@ fn example() -> Vec<Record> {
     ]
 }
 
+fn entries<K: Clone, V>(objects: &Objects<K, V>) -> impl Iterator<Item = (K, Arc<V>)> {
+    objects.iter().map(|(key, value)| (key.clone(), value.clone()))
+}
+
 /// The zoo and a headless Service with sixty endpoints.
 fn with_big() -> Snapshot {
     let mut cluster = zoo();
@@ -39,8 +44,8 @@ fn with_big() -> Snapshot {
         [service("default", "big", ServiceKind::Headless)],
         [slice("default", "big", "big-4", &[("x", Protocol::Tcp, 80)], endpoints)],
     );
-    Arc::make_mut(&mut cluster.services).extend(Arc::unwrap_or_clone(big.services));
-    Arc::make_mut(&mut cluster.endpoint_slices).extend(Arc::unwrap_or_clone(big.endpoint_slices));
+    Arc::make_mut(&mut cluster.services).extend(entries(&big.services));
+    Arc::make_mut(&mut cluster.endpoint_slices).extend(entries(&big.endpoint_slices));
     cluster
 }
 

@@ -17,6 +17,7 @@ use weft_model::objects::{Protocol, Service, TrafficPolicy};
 use weft_model::{NodeName, ObjectRef, Problem, Reason, ServiceKey, Snapshot};
 
 use crate::nodes::{self, NodePorts};
+use crate::own::OwnServices;
 use crate::pools::{Pool, Pools, pool_ref};
 use crate::told::Told;
 
@@ -50,14 +51,14 @@ pub(crate) fn service_ref(key: &ServiceKey) -> ObjectRef {
 
 /// Addresses of every LoadBalancer Service of our classes.
 pub fn allocate(snapshot: &Snapshot) -> Allocation {
+    allocate_to(&OwnServices::of(snapshot), snapshot)
+}
+
+/// To these Services of the Snapshot.
+pub(crate) fn allocate_to(services: &OwnServices, snapshot: &Snapshot) -> Allocation {
     let mut problems = Vec::new();
     let pools = Pools::of(snapshot, &mut problems);
-    let mut services: Vec<(&Arc<Service>, &Balancer)> = snapshot
-        .services
-        .values()
-        .filter_map(|service| Some((service, service.balancer.as_deref()?)))
-        .filter(|(_, balancer)| balancer.is_ours())
-        .collect();
+    let mut services: Vec<(&Arc<Service>, &Balancer)> = services.iter().collect();
     services.sort_by_key(|(service, _)| (service.created, &service.key));
     let of_nodes = |balancer: &Balancer| {
         let asks = !balancer.fixed.is_empty() || balancer.unreadable || balancer.pool.is_some();

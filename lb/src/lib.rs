@@ -10,6 +10,7 @@
 pub mod allocate;
 pub mod announce;
 mod nodes;
+mod own;
 mod pools;
 pub mod status;
 mod told;

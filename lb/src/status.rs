@@ -14,6 +14,7 @@ use weft_netstack::reconcile::{Applied, Applier, Planner, Trust};
 
 use crate::allocate::{self, Allocation, CONDITION, Grant, grant_message, pool_of, service_ref};
 use crate::announce::unreached;
+use crate::own::OwnServices;
 use crate::pools::{Pool, Pools};
 use crate::told::Told;
 
@@ -29,6 +30,7 @@ pub struct StatusPlan {
 #[derive(Default)]
 pub struct StatusPlanner {
     last: Option<(Snapshot, Planned<StatusPlan>)>,
+    services: OwnServices,
 }
 
 impl Planner for StatusPlanner {
@@ -40,7 +42,8 @@ impl Planner for StatusPlanner {
         if let Some((_, planned)) = last {
             return planned.clone();
         }
-        let planned = plan(snapshot);
+        self.services.follow(snapshot);
+        let planned = plan_of(&self.services, snapshot);
         self.last = Some((snapshot.clone(), planned.clone()));
         planned
     }
@@ -62,7 +65,11 @@ fn reads_the_same(a: &Snapshot, b: &Snapshot) -> bool {
 
 /// Nothing is due before the API server has been seen: the statuses may be those of yesterday.
 pub fn plan(snapshot: &Snapshot) -> Planned<StatusPlan> {
-    let Allocation { grants, pools, problems } = allocate::allocate(snapshot);
+    plan_of(&OwnServices::of(snapshot), snapshot)
+}
+
+fn plan_of(services: &OwnServices, snapshot: &Snapshot) -> Planned<StatusPlan> {
+    let Allocation { grants, pools, problems } = allocate::allocate_to(services, snapshot);
     let mut plan = StatusPlan::default();
     if snapshot.from_store {
         return Planned::new(plan, problems);

@@ -118,9 +118,9 @@ pub fn with_introduced(
     if named.is_empty() {
         return pods.clone();
     }
-    let mut all = BTreeMap::clone(pods);
-    all.extend(named);
-    Arc::new(all)
+    let mut all = pods.clone();
+    Arc::make_mut(&mut all).extend(named);
+    all
 }
 
 fn counts(heard: &Heard, pod: &Pod, node: &Node) -> bool {

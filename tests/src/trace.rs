@@ -325,7 +325,7 @@ impl<'a, R: Routes> Run<'a, R> {
         let intervals = set.elements().filter(|(element, _)| set.interval && holds(*element));
         let mut found =
             set.groups.values().filter_map(|group| group.get(&key)).chain(intervals.map(|(_, data)| data));
-        let first = found.next().cloned();
+        let first = found.next();
         assert!(found.next().is_none(), "{key:?} stands in two groups or intervals");
         first
     }

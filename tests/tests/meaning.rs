@@ -384,7 +384,7 @@ fn candidates(
                 if endpoint.ready {
                     let [nodes, zones] = ready.entry(address).or_default();
                     let hints = endpoint.hints.as_deref().cloned().unwrap_or_default();
-                    nodes.extend(hints.nodes.into_iter().map(|name| name.0));
+                    nodes.extend(hints.nodes.into_iter().map(|name| name.to_string()));
                     zones.extend(hints.zones);
                 }
                 if endpoint.serving && endpoint.terminating {
@@ -723,13 +723,13 @@ proptest! {
 
 /// As `kube` does: a value that did not change keeps its `Arc`.
 fn keep_identities(snapshot: &mut Snapshot, last: &Snapshot) {
-    for (key, service) in Arc::make_mut(&mut snapshot.services) {
-        if let Some(known) = last.services.get(key).filter(|known| *known == service) {
+    for service in Arc::make_mut(&mut snapshot.services).values_mut() {
+        if let Some(known) = last.services.get(&service.key).filter(|known| *known == service) {
             *service = known.clone();
         }
     }
-    for (key, slice) in Arc::make_mut(&mut snapshot.endpoint_slices) {
-        if let Some(known) = last.endpoint_slices.get(key).filter(|known| *known == slice) {
+    for slice in Arc::make_mut(&mut snapshot.endpoint_slices).values_mut() {
+        if let Some(known) = last.endpoint_slices.get(&slice.key).filter(|known| *known == slice) {
             *slice = known.clone();
         }
     }

@@ -307,7 +307,7 @@ fn node_name(given: Option<String>) -> anyhow::Result<NodeName> {
         !name.is_empty() && name.len() <= 253 && name.chars().all(valid),
         "--node-name {name:?} is no name of a Node: lower-case letters, digits, '-' and '.' only"
     );
-    Ok(NodeName(name))
+    Ok(NodeName(name.into()))
 }
 
 fn endpoint(

@@ -362,7 +362,7 @@ async fn start_load_balancer(
     }
     let (applier, standing, plan, announcer) =
         announcer(notices.clone(), Journal::of(&config.run_dir), answers_for);
-    loops.start("lb", AnnouncePlanner, applier, Pace::default());
+    loops.start("lb", AnnouncePlanner::default(), applier, Pace::default());
     loops.tasks.start("announcer", announcer.run());
     let writer = StatusWriter::new(access.clone(), lead.clone());
     let statuses = StatusApplier::new(writer, notices);

@@ -328,7 +328,7 @@ mod tests {
     fn flags_are_kept_as_they_stand_in_the_file() {
         let text = "# mine\nWEFT_AGENT_ARGS='--api-server https://192.0.2.1:6443 --node-name n1'\n";
         let settled = kept(text.to_owned()).unwrap();
-        assert_eq!((settled.environment.as_str(), settled.config.node.0.as_str()), (text, "n1"));
+        assert_eq!((settled.environment.as_str(), &*settled.config.node.0), (text, "n1"));
         assert!(kept("WEFT_AGENT_ARGS=--colour".to_owned()).is_err());
         assert!(kept(String::new()).is_err());
     }

@@ -64,7 +64,7 @@ mod tests {
     use crate::announce::{Announced, Means, Peer};
 
     fn names(letters: &str) -> Vec<NodeName> {
-        letters.chars().map(|letter| NodeName(letter.to_string())).collect()
+        letters.chars().map(|letter| NodeName(letter.to_string().into())).collect()
     }
 
     fn seen_by(node: &str, all: &str, candidates: &str) -> Plan {
@@ -76,7 +76,8 @@ mod tests {
         };
         let ip: IpAddr = "192.0.2.1".parse().unwrap();
         let peer = || Peer { overlay: ip, lan: vec![] };
-        let peers = names(all).into_iter().filter(|name| name.0 != node).map(|name| (name, peer())).collect();
+        let peers =
+            names(all).into_iter().filter(|name| *name.0 != *node).map(|name| (name, peer())).collect();
         Plan { node: node.into(), addresses: BTreeMap::from([(ip, announced)]), peers }
     }
 

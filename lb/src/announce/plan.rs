@@ -17,28 +17,33 @@ use weft_netstack::reconcile::Planner;
 use super::{Announced, Means, Peer, Plan};
 use crate::allocate::{former_pool, service_ref};
 use crate::nodes::{reluctant, with_endpoints};
+use crate::own::OwnServices;
 use crate::pools::Pools;
 
 #[derive(Default)]
-pub struct AnnouncePlanner;
+pub struct AnnouncePlanner {
+    services: OwnServices,
+}
 
 impl Planner for AnnouncePlanner {
     type Plan = Plan;
     const FOLLOWS_ATTACHED_PODS: bool = false;
 
     fn plan(&mut self, snapshot: &Snapshot) -> Planned<Plan> {
-        plan(snapshot)
+        self.services.follow(snapshot);
+        plan_of(&self.services, snapshot)
     }
 }
 
 pub fn plan(snapshot: &Snapshot) -> Planned<Plan> {
+    plan_of(&OwnServices::of(snapshot), snapshot)
+}
+
+fn plan_of(services: &OwnServices, snapshot: &Snapshot) -> Planned<Plan> {
     // The allocation tells what is wrong with pools.
     let pools = Pools::of(snapshot, &mut Vec::new());
     let mut serving: BTreeMap<IpAddr, Vec<(&Arc<Service>, String)>> = BTreeMap::new();
-    for service in snapshot.services.values() {
-        let Some(balancer) = service.balancer.as_ref().filter(|balancer| balancer.is_ours()) else {
-            continue;
-        };
+    for (service, balancer) in services.iter() {
         for ip in service.load_balancer_ips.iter().filter(|ip| pools.node_of(**ip).is_none()) {
             let pool = pools.holding(*ip).map(|pool| pool.object.key.name.to_string());
             if let Some(pool) = pool.or_else(|| former_pool(balancer, *ip)) {

@@ -398,7 +398,7 @@ mod tests {
             [(auth.as_str(), "users"), (tls.as_str(), "kube-system/admin"), (headers.as_str(), "default/h")];
         let objects = |class| {
             let one = ingress(Some(class), &annotations);
-            Arc::new(BTreeMap::from([(one.key.clone(), Arc::new(one))]))
+            Arc::new([(one.key.clone(), Arc::new(one))].into())
         };
         let key = |name| NamespacedName::new("default", name);
         assert_eq!(

@@ -23,6 +23,7 @@ pub mod report;
 pub mod route;
 pub mod ruleset;
 pub mod services;
+pub mod shared_map;
 pub mod snapshot;
 pub mod wireguard;
 
@@ -33,6 +34,7 @@ pub use node_facts::NodeFacts;
 pub use notice::{Notice, Severity};
 pub use problem::{ObjectRef, Planned, Problem, Reason};
 pub use report::{Health, Report};
+pub use shared_map::SharedMap;
 pub use snapshot::Snapshot;
 
 /// Without room for more, for what stays. `shrink_to_fit` leaves up to half of it free: an allocator moves nothing for less.

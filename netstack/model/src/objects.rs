@@ -276,7 +276,7 @@ pub struct Service {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ServiceKind {
     /// ClusterIP, NodePort or LoadBalancer with these `clusterIPs`, at most one a family.
-    ClusterIps(Vec<IpAddr>),
+    ClusterIps(#[serde(deserialize_with = "exact")] Vec<IpAddr>),
     /// `clusterIP: None`.
     Headless,
     /// `type: ExternalName`; the name without a trailing dot.

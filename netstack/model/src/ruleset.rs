@@ -19,6 +19,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use crate::objects::Protocol;
+use crate::shared_map::SharedMap;
 
 mod diff;
 mod elements;
@@ -28,7 +29,7 @@ mod print;
 #[cfg(test)]
 mod tests;
 
-pub use diff::{Difference, Element, Op, diff, difference};
+pub use diff::{Element, Op, diff};
 pub use elements::{AsKey, Elements, Key, KeyBuffer};
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -296,6 +297,9 @@ pub enum Datum {
     Index(u32),
 }
 
+/// Elements by the object they come from (`default/echo`).
+pub type Groups = SharedMap<Arc<str>, Arc<Elements>>;
+
 /// A set, map or verdict map.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Set {
@@ -311,8 +315,8 @@ pub struct Set {
     /// How many elements the kernel keeps room for from the beginning; it refuses more. `None`: it makes room as they come, which
     /// takes it three times as long. Only for sets that no rule adds to; see [`Set::room_for`].
     pub room: Option<u32>,
-    /// Elements by the object they come from (`default/echo`); one key stands in one group only.
-    pub groups: BTreeMap<Arc<str>, Arc<Elements>>,
+    /// One key stands in one group only.
+    pub groups: Groups,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -351,7 +355,7 @@ impl Set {
             timeout_millis: None,
             dynamic_size: None,
             room: None,
-            groups: BTreeMap::new(),
+            groups: Groups::new(),
         }
     }
 

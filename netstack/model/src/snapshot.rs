@@ -2,7 +2,6 @@
 //!
 //! It does not exist until every required watch has listed once, or the Store has given the last good one.
 
-use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -19,9 +18,11 @@ use crate::objects::{
 };
 use crate::policy::NetworkPolicy;
 use crate::problem::Problem;
+use crate::shared_map::SharedMap;
 
-/// Cluster objects by key. Values are `Arc`s: a planner may memoise by their identity (decision 16).
-pub type Objects<K, V> = Arc<BTreeMap<K, Arc<V>>>;
+/// Cluster objects by key. Values are `Arc`s: a planner may memoise by their identity (decision 16). What two Snapshots have in common
+/// is there once.
+pub type Objects<K, V> = Arc<SharedMap<K, Arc<V>>>;
 
 /// Addresses of this node's pods. Known before the API shows them, and never out of date.
 pub type Attachments = Objects<IpAddr, AttachedPod>;
@@ -185,30 +186,10 @@ impl Loose {
 /// A key whose value is not the same: `(key, old, new)`.
 pub type Change<'a, K, V> = (&'a K, Option<&'a Arc<V>>, Option<&'a Arc<V>>);
 
-/// Walks both maps once; values are compared by identity first. The same map as before costs nothing.
+/// Passes over what both maps share; values are compared by identity first.
 pub fn changes<'a, K: Ord, V: PartialEq>(
     old: &'a Objects<K, V>,
     new: &'a Objects<K, V>,
 ) -> impl Iterator<Item = Change<'a, K, V>> {
-    let (old, new) = if Arc::ptr_eq(old, new) { (None, None) } else { (Some(old), Some(new)) };
-    let mut olds = old.into_iter().flat_map(|old| old.iter()).peekable();
-    let mut news = new.into_iter().flat_map(|new| new.iter()).peekable();
-    std::iter::from_fn(move || {
-        loop {
-            let order = match (olds.peek(), news.peek()) {
-                (None, None) => return None,
-                (Some(_), None) => Ordering::Less,
-                (None, Some(_)) => Ordering::Greater,
-                (Some((old, _)), Some((new, _))) => old.cmp(new),
-            };
-            let left = olds.next_if(|_| order.is_le());
-            let right = news.next_if(|_| order.is_ge());
-            match (left, right) {
-                (Some((_, old)), Some((_, new))) if Arc::ptr_eq(old, new) || old == new => {}
-                (Some((key, old)), right) => return Some((key, Some(old), right.map(|(_, new)| new))),
-                (None, Some((key, new))) => return Some((key, None, Some(new))),
-                (None, None) => return None,
-            }
-        }
-    })
+    old.differences(new, |old, new| Arc::ptr_eq(old, new) || old == new)
 }

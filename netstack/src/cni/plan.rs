@@ -134,7 +134,7 @@ mod tests {
             Pod { terminated: true, ..pod("over", "10.42.7.6") },
             Pod { node: Some("n2".into()), ..pod("elsewhere", "10.42.7.7") },
         ];
-        let pods: BTreeMap<_, _> = pods.map(|pod| (pod.key.clone(), Arc::new(pod))).into();
+        let pods = pods.map(|pod| (pod.key.clone(), Arc::new(pod))).into();
         let snapshot = Snapshot { pods: Arc::new(pods), ..snapshot(&["10.42.1.0/24"]) };
         let said: Vec<String> = plan(&snapshot).problems.iter().map(ToString::to_string).collect();
         assert_eq!(

@@ -37,15 +37,14 @@ fn add_group(set: &mut Set, link: &str, elements: Elements) {
         .filter(|(key, _)| !set.groups.values().any(|group| group.contains_key(key)))
         .collect();
     if !free.is_empty() {
-        let group = set.groups.entry(link.into()).or_default();
-        Arc::make_mut(group).extend(free);
+        Arc::make_mut(set.groups.get_or_default(link.into())).extend(free);
     }
 }
 
 fn of_lease(address: IpAddr, lease: &Lease) -> BySet {
     let mut elements = BySet::new();
     for (set, key, data) in spoof::elements(address, lease).chain(hostport::elements(address, lease)) {
-        elements.entry(set).or_default().insert(&key, data);
+        elements.entry(set).or_default().insert(&key, &data);
     }
     elements
 }

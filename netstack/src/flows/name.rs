@@ -7,7 +7,7 @@ use std::sync::Arc;
 use weft_model::ids::SliceKey;
 use weft_model::objects::{EndpointSlice, Protocol, Service, ServiceKind, ServicePort};
 use weft_model::snapshot::{Objects, changes};
-use weft_model::{ServiceKey, Snapshot};
+use weft_model::{ServiceKey, SharedMap, Snapshot};
 
 use super::record::{End, Record, Verdict};
 use crate::kernel::conntrack::Flow;
@@ -32,7 +32,7 @@ struct Services {
     nodes: Vec<IpAddr>,
     all: Objects<ServiceKey, Service>,
     slices: Objects<SliceKey, EndpointSlice>,
-    fronts: BTreeSet<(Called, ServiceKey)>,
+    fronts: SharedMap<(Called, ServiceKey), ()>,
 }
 
 impl Names {
@@ -146,7 +146,7 @@ impl Services {
                 self.fronts.remove(&(front, key.clone()));
             }
             for front in new.into_iter().flat_map(|service| fronts(service, &self.nodes)) {
-                self.fronts.insert((front, key.clone()));
+                self.fronts.insert((front, key.clone()), ());
             }
         }
         self.slices = snapshot.endpoint_slices.clone();
@@ -155,7 +155,7 @@ impl Services {
     /// The Service that has this address and port of its own.
     fn called(&self, front: SocketAddr, protocol: u8) -> Option<String> {
         let called = (front, protocol);
-        let (of, key) = self.fronts.range((called, ServiceKey::new("", ""))..).next()?;
+        let ((of, key), ()) = self.fronts.range((called, ServiceKey::new("", ""))..).next()?;
         (*of == called).then(|| key.to_string())
     }
 

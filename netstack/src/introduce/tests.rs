@@ -50,7 +50,7 @@ fn pod(name: &str, uid: &str, ips: &[&str]) -> Pod {
         key: PodKey::new("shop", name),
         uid: uid.to_owned(),
         labels: BTreeMap::from([("app".to_owned(), name.to_owned())]),
-        node: Some(NodeName("node2".to_owned())),
+        node: Some(NodeName("node2".into())),
         host_network: false,
         ips: ips.iter().map(|text| ip(text)).collect(),
         hostname: None,
@@ -136,7 +136,7 @@ fn what_the_api_says_is_never_contradicted() {
     assert!(addresses_of_web(&[pod("web", "another", &[])], &introduced).is_empty(), "its successor");
     let ended = Pod { terminated: true, ..pod("web", "u", &[]) };
     assert!(addresses_of_web(&[ended], &introduced).is_empty());
-    let elsewhere = Pod { node: Some(NodeName("node1".to_owned())), ..pod("web", "u", &[]) };
+    let elsewhere = Pod { node: Some(NodeName("node1".into())), ..pod("web", "u", &[]) };
     assert!(addresses_of_web(&[elsewhere], &introduced).is_empty(), "another node's");
     let unplaced = Pod { node: None, ..pod("web", "u", &[]) };
     assert!(addresses_of_web(&[unplaced], &introduced).is_empty());

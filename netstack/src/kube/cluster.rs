@@ -13,7 +13,7 @@ use weft_model::balancer::{AddressPool, L2Advertisement};
 use weft_model::ingress::{self, Answer, Ingress, IngressClass, IngressConfig, Reference, Referred};
 use weft_model::objects::{ConfigMap, EndpointSlice, Namespace, Node, Pod, Service, ServiceCidr};
 use weft_model::policy::NetworkPolicy;
-use weft_model::snapshot::{Attachments, Loose, Objects, fill};
+use weft_model::snapshot::{Attachments, Objects};
 use weft_model::{
     ClusterConfig, Generation, NamespacedName, NodeFacts, NodeName, ObjectRef, PodKey, PolicyKey, Problem,
     Reason, ServiceKey, Snapshot,
@@ -238,7 +238,6 @@ struct Changed {
 struct Collection<K, V> {
     values: Objects<K, V>,
     problems: BTreeMap<K, Vec<Problem>>,
-    loose: Loose,
     listed: bool,
     /// The list that is being received.
     listing: Option<Listing<K, V>>,
@@ -252,8 +251,7 @@ struct Listing<K, V> {
 
 impl<K, V> Default for Collection<K, V> {
     fn default() -> Self {
-        let (values, problems, loose) = (Objects::default(), BTreeMap::new(), Loose::default());
-        Self { values, problems, loose, listed: false, listing: None }
+        Self { values: Objects::default(), problems: BTreeMap::new(), listed: false, listing: None }
     }
 }
 
@@ -300,17 +298,16 @@ impl<K: ObjectKey, V: Eq> Collection<K, V> {
     }
 
     fn end_list(&mut self) -> Changed {
-        let Some(mut listing) = self.listing.take() else {
+        let Some(listing) = self.listing.take() else {
             return Changed::default();
         };
         let changed = Changed {
-            values: *self.values != listing.values,
+            values: !self.values.iter().eq(&listing.values),
             problems: self.problems != listing.problems,
             first_list: !std::mem::replace(&mut self.listed, true),
         };
         if changed.values {
-            fill(&mut listing.values);
-            self.values = Arc::new(listing.values);
+            self.values = Arc::new(listing.values.into_iter().collect());
         }
         self.problems = listing.problems;
         changed
@@ -326,15 +323,11 @@ impl<K: ObjectKey, V: Eq> Collection<K, V> {
         }
         let values_changed = self.values.get(&key).map(Arc::as_ref) != value.as_ref();
         if values_changed {
-            // Copies the map once after it was published, then edits the copy in place.
             let values = Arc::make_mut(&mut self.values);
-            let known = match value {
+            match value {
                 Some(value) => values.insert(key, Arc::new(value)),
                 None => values.remove(&key),
             };
-            if known.is_none() && self.loose.is_much(1, values.len()) {
-                fill(values);
-            }
         }
         Changed { values: values_changed, problems: problems_changed, first_list: false }
     }
@@ -350,7 +343,7 @@ trait ObjectKey: Ord + Clone {
 
 impl ObjectKey for NodeName {
     fn of(document: &Document) -> Self {
-        Self(document.name().to_owned())
+        Self(document.name().into())
     }
 }
 

@@ -101,7 +101,7 @@ pub async fn wake(mut lead: Lead, loops: Vec<LoopHandle>) -> Result<(), String> 
 }
 
 async fn run(access: Arc<Access>, node: NodeName, standing: watch::Sender<Standing>) -> Result<(), String> {
-    let mut election = Election::new(node.0.clone());
+    let mut election = Election::new(node.to_string());
     let mut look = tokio::time::interval(LOOK);
     look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {

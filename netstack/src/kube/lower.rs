@@ -83,7 +83,7 @@ pub fn node(document: &Value) -> Lowered<Node> {
                 endpoint: notes.wish(&annotations, ANNOTATION_ENDPOINT, "edge1.example.org:51820"),
                 keepalive_seconds: notes.wish(&annotations, ANNOTATION_KEEPALIVE, "25"),
             },
-            name: NodeName(meta.name),
+            name: NodeName(meta.name.into()),
             uid: meta.uid.unwrap_or_default(),
             created: notes.created(meta.creation_timestamp.as_deref()),
             labels: meta.labels.unwrap_or_default(),
@@ -132,7 +132,7 @@ pub fn pod(document: &Value) -> Lowered<Pod> {
                 egress_bits: notes.bandwidth(&annotations, "kubernetes.io/egress-bandwidth"),
             },
             labels: wire.metadata.labels.unwrap_or_default(),
-            node: non_empty(wire.spec.node_name).map(NodeName),
+            node: node_name(wire.spec.node_name),
             host_network: wire.spec.host_network.unwrap_or(false),
             hostname: non_empty(wire.spec.hostname),
             subdomain: non_empty(wire.spec.subdomain),
@@ -188,7 +188,7 @@ pub fn service(document: &Value) -> Lowered<Service> {
             created: notes.created(wire.metadata.creation_timestamp.as_deref()),
             labels: wire.metadata.labels.unwrap_or_default(),
             kind,
-            ports: service_ports(spec.ports.unwrap_or_default(), node_ports, notes),
+            ports: exact(service_ports(spec.ports.unwrap_or_default(), node_ports, notes).into_iter()),
             publish_not_ready_addresses: spec.publish_not_ready_addresses.unwrap_or(false),
             internal_traffic_policy: notes.policy("spec.internalTrafficPolicy", spec.internal_traffic_policy),
             external_traffic_policy,
@@ -230,7 +230,9 @@ fn service_kind(spec: &wire::ServiceSpec, notes: &mut Notes) -> Option<ServiceKi
         return Some(ServiceKind::Headless);
     }
     let ips = notes.ips("spec.clusterIPs", &texts);
-    Some(ServiceKind::ClusterIps(notes.one_a_family("spec.clusterIPs", ips, IpAddr::is_ipv6)))
+    Some(ServiceKind::ClusterIps(exact(
+        notes.one_a_family("spec.clusterIPs", ips, IpAddr::is_ipv6).into_iter(),
+    )))
 }
 
 fn service_ports(ports: Vec<wire::ServicePort>, node_ports: bool, notes: &mut Notes) -> Vec<ServicePort> {
@@ -356,10 +358,10 @@ fn endpoint(
         serving: conditions.serving.unwrap_or(ready),
         terminating: conditions.terminating.unwrap_or(false),
         hostname: endpoint.hostname.filter(|name| !name.is_empty()).map(String::into_boxed_str),
-        node: endpoint.node_name.filter(|name| !name.is_empty()).map(NodeName),
+        node: node_name(endpoint.node_name),
         hints: Hints {
             zones: names(hints.for_zones),
-            nodes: names(hints.for_nodes).into_iter().map(NodeName).collect(),
+            nodes: names(hints.for_nodes).into_iter().map(|name| NodeName(name.into())).collect(),
         }
         .some(),
         target_pod: target.and_then(|target| {
@@ -367,6 +369,10 @@ fn endpoint(
             Some(NamespacedName::new(namespace, target.name?))
         }),
     })
+}
+
+fn node_name(name: Option<String>) -> Option<NodeName> {
+    name.filter(|name| !name.is_empty()).map(|name| NodeName(name.into()))
 }
 
 fn names(hints: Option<Vec<wire::Hint>>) -> BTreeSet<String> {

@@ -158,7 +158,7 @@ pub fn explain(snapshot: Option<&Snapshot>, peers: Vec<PeerStatus>) -> Vec<PeerV
         let candidate = |of: Endpoint| PeerCandidate { endpoint: of.address, kind: of.kind.to_string() };
         PeerView {
             status,
-            node: Some(other.node.name.0.clone()),
+            node: Some(other.node.name.to_string()),
             candidates: endpoints.map(candidate).collect(),
             narrow_path_bytes: snapshot.facts.observed.narrow_paths.get(&other.node.name).copied(),
         }

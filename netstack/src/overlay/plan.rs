@@ -206,7 +206,7 @@ impl<'a> View<'a> {
             let addresses = other.addresses.iter().map(|address| IpNet::from(*address));
             let mut allowed_ips: Vec<IpNet> = other.pod_cidrs.iter().copied().chain(addresses).collect();
             allowed_ips.sort();
-            let node = other.node.name.0.clone();
+            let node = other.node.name.to_string();
             let next_key = other.node.next_public_key.filter(|next| *next != key);
             let keepalive_seconds = endpoints::keepalive_seconds(&here, &endpoints);
             let mut addresses = endpoints.iter().map(|endpoint| endpoint.address);

@@ -121,7 +121,7 @@ impl Claims {
     }
 
     fn add(&mut self, candidate: &Accepted<'_>) {
-        let owner = &candidate.node.name.0;
+        let owner = candidate.node.name.to_string();
         self.pod_cidrs.extend(candidate.pod_cidrs.iter().map(|cidr| (*cidr, owner.clone())));
         self.addresses.extend(candidate.addresses.iter().map(|address| (*address, owner.clone())));
         self.keys.extend(keys(candidate.node).map(|key| (key, owner.clone())));

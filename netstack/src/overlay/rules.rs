@@ -13,7 +13,6 @@
 //!
 //! The table holds without the tunnel device, without peers and without the agent (decision 5).
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -23,8 +22,8 @@ use weft_model::constants::{
     POD_LINK_PREFIX, PRIORITY_DNAT, PRIORITY_LAST, PRIORITY_RAW, PRIORITY_SNAT, TABLE_HOST, TUNNEL_LINK,
 };
 use weft_model::ruleset::{
-    Base, Chain, ChainKind, Datum, ElementData, Elements, Field, Hook, KeyType, Passage, Rule, Set, SetData,
-    Statement, Table, Verdict,
+    Base, Chain, ChainKind, Datum, ElementData, Elements, Field, Groups, Hook, KeyType, Passage, Rule, Set,
+    SetData, Statement, Table, Verdict,
 };
 
 use super::cluster_dns::{self, Resolvers, TRANSPORTS};
@@ -153,7 +152,7 @@ fn cluster_set(family: &Family, config: &ClusterConfig) -> Set {
         .map(|cidr| (vec![Datum::Net(cidr.trunc())], ElementData::None));
     let mut set = Set::new(vec![family.key], SetData::None);
     set.interval = true;
-    set.groups = BTreeMap::from([("cluster".into(), Arc::new(elements.collect()))]);
+    set.groups = Groups::from([("cluster".into(), Arc::new(elements.collect()))]);
     set
 }
 
@@ -163,7 +162,7 @@ fn node_set(family: &Family, nodes: &[Accepted<'_>]) -> Set {
         let of_family = node.addresses.iter().filter(|ip| family_of(**ip).nodes == family.nodes);
         let elements: Elements = of_family.map(|ip| (vec![Datum::Ip(*ip)], ElementData::None)).collect();
         if !elements.is_empty() {
-            set.groups.insert(node.node.name.0.as_str().into(), Arc::new(elements));
+            set.groups.insert((&*node.node.name.0).into(), Arc::new(elements));
         }
     }
     set

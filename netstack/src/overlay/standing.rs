@@ -18,7 +18,7 @@ pub fn objections(snapshot: &Snapshot, problems: &[Problem]) -> Vec<String> {
     let mut objections = pod_cidrs(node, &snapshot.config);
     let lost = |problem: &&Problem| {
         let object = &problem.object;
-        problem.reason == Reason::Conflict && object.kind == "Node" && object.name == name.0
+        problem.reason == Reason::Conflict && object.kind == "Node" && *object.name == *name.0
     };
     objections.extend(
         problems.iter().filter(lost).map(|problem| format!("{}: {}", problem.object, problem.message)),

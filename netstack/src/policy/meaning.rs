@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use weft_model::objects::{Pod, Protocol};
 use weft_model::policy::{NetworkPolicy, Peer, PolicyPort, PolicyRule, Ports, Selector};
-use weft_model::{NamespacedName, PolicyKey};
+use weft_model::{NamespacedName, PolicyKey, SharedMap};
 
 use super::directory::{Directory, Subject};
 
@@ -255,7 +255,7 @@ impl Side {
 }
 
 /// All policies, by namespace.
-pub(super) struct Policies<'a>(pub &'a std::collections::BTreeMap<PolicyKey, Arc<NetworkPolicy>>);
+pub(super) struct Policies<'a>(pub &'a SharedMap<PolicyKey, Arc<NetworkPolicy>>);
 
 impl<'a> Policies<'a> {
     /// Those of one namespace, or of all.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use weft_model::objects::Pod;
 use weft_model::policy::NetworkPolicy;
-use weft_model::ruleset::{Datum, ElementData, Elements, Key, Table, Verdict};
+use weft_model::ruleset::{Datum, ElementData, Elements, Groups, Key, Table, Verdict};
 use weft_model::snapshot::{Objects, changes};
 use weft_model::{ObjectRef, Planned, PolicyKey, Problem, Reason, Snapshot};
 
@@ -247,14 +247,14 @@ fn group(address: IpAddr) -> Arc<str> {
 }
 
 /// What stands in a set for one address becomes `elements`; a group in which nothing changes stays the same `Arc`.
-fn replace_elements(groups: &mut BTreeMap<Arc<str>, Arc<Elements>>, address: IpAddr, elements: Elements) {
+fn replace_elements(groups: &mut Groups, address: IpAddr, elements: Elements) {
     let name = group(address);
     let of_address = |key: Key<'_>| key.data().next() == Some(Datum::Ip(address));
     let known = groups.get(&name).into_iter().flat_map(|group| group.iter());
     if known.filter(|(key, _)| of_address(*key)).eq(elements.iter()) {
         return;
     }
-    let group = Arc::make_mut(groups.entry(name.clone()).or_default());
+    let group = Arc::make_mut(groups.get_or_default(name.clone()));
     group.retain(|key, _| !of_address(key));
     group.extend(elements);
     if group.is_empty() {

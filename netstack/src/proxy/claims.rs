@@ -1,11 +1,10 @@
 //! Who has what only one Service can have. In: claims, as Services raise and drop them. Out: the rival that goes before, and whom
 //! a change concerns. Pure.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use smallvec::SmallVec;
-use weft_model::snapshot::fill;
-use weft_model::{ObjectRef, Problem, Reason, ServiceKey};
+use weft_model::{ObjectRef, Problem, Reason, ServiceKey, SharedMap};
 
 use super::service::Claim;
 
@@ -38,7 +37,7 @@ impl Manner {
 #[derive(Default)]
 pub(super) struct Claims {
     /// Of each thing in the order in which they get it; nearly always one.
-    claimants: BTreeMap<Claim, SmallVec<[Claimant; 1]>>,
+    claimants: SharedMap<Claim, SmallVec<[Claimant; 1]>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,13 +51,13 @@ impl Claims {
     /// Tells whom else it concerns.
     pub(super) fn raise(
         &mut self,
-        claim: Claim,
+        claim: &Claim,
         manner: Manner,
         (created, key): (i64, &ServiceKey),
         others: &mut BTreeSet<ServiceKey>,
     ) {
         let claimant = Claimant { external: manner.is_external(), created, key: key.clone() };
-        let claimants = self.claimants.entry(claim).or_default();
+        let claimants = self.claimants.get_or_default(claim.clone());
         if let Err(place) = claimants.binary_search(&claimant) {
             claimants.insert(place, claimant);
         }
@@ -80,11 +79,6 @@ impl Claims {
         if claimants.is_empty() {
             self.claimants.remove(claim);
         }
-    }
-
-    /// After much has changed.
-    pub(super) fn fill(&mut self) {
-        fill(&mut self.claimants);
     }
 
     /// The Service that has what `key` claims.

@@ -219,7 +219,7 @@ impl Emission {
     }
 
     fn insert(&mut self, set: SetName, ipv6: bool, key: Vec<Datum>, data: ElementData) {
-        self.sets.entry((set, ipv6)).or_default().insert(&key, data);
+        self.sets.entry((set, ipv6)).or_default().insert(&key, &data);
     }
 }
 

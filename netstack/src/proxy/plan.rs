@@ -4,8 +4,7 @@
 //! time. What it owns is kept as one group an nft set, and the group stays the same `Arc` while its elements are equal, so
 //! the applier looks at nothing else. Of two Services that claim one address or port the older keeps it.
 
-use std::collections::BTreeSet;
-use std::collections::btree_map::{BTreeMap, Entry};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -217,7 +216,7 @@ impl Planner for ProxyPlanner {
             self.emit(&key, plan);
         }
         if self.loose.is_much(count, self.known.len()) {
-            self.fill();
+            fill(&mut self.known);
         }
         Planned::new(self.plan.clone(), self.all_problems(snapshot))
     }
@@ -313,19 +312,10 @@ impl ProxyPlanner {
         let claims: Box<[_]> =
             plan.holdings.iter().map(|(claim, holding)| (claim.clone(), holding.manner())).collect();
         for (claim, manner) in &claims {
-            self.claims.raise(claim.clone(), *manner, (plan.created, key), others);
+            self.claims.raise(claim, *manner, (plan.created, key), others);
         }
         let known = self.known.entry(key.clone()).or_insert_with(|| Known::new(key));
         (known.created, known.claims) = (plan.created, claims);
-    }
-
-    /// What has a place for each Service, after much has changed.
-    fn fill(&mut self) {
-        fill(&mut self.known);
-        self.claims.fill();
-        for set in Arc::make_mut(&mut self.plan.table).sets.values_mut() {
-            fill(&mut set.groups);
-        }
     }
 
     /// Puts what one Service holds into the plan, in place of what it had there.
@@ -490,14 +480,8 @@ impl Filling<'_> {
         let new = elements.as_ref().map_or(0, Elements::len);
         let old = match elements {
             None => set.groups.remove(group),
-            Some(elements) => match set.groups.entry(group.clone()) {
-                Entry::Occupied(known) if **known.get() == elements => return,
-                Entry::Occupied(mut known) => Some(known.insert(Arc::new(elements.shrunk()))),
-                Entry::Vacant(place) => {
-                    place.insert(Arc::new(elements.shrunk()));
-                    None
-                }
-            },
+            Some(elements) if set.groups.get(group).is_some_and(|known| **known == elements) => return,
+            Some(elements) => set.groups.insert(group.clone(), Arc::new(elements.shrunk())),
         };
         let count = self.counts.entry((name, ipv6)).or_default();
         *count = (*count + new).saturating_sub(old.map_or(0, |old| old.len()));

@@ -5,7 +5,6 @@
 //!  services/"default/web"  {..}                          one write is one batch: the head and what differs from the write before
 //! ```
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -138,7 +137,7 @@ impl Store {
             let nothing_to_lose = self.snapshot.is_empty();
             macro_rules! all {
                 ($($kind:ident)*) => { $(
-                    for (key, value) in &*snapshot.$kind {
+                    for (key, value) in snapshot.$kind.iter() {
                         records.put(stringify!($kind), key, value)?;
                         if nothing_to_lose && records.count == AT_ONCE {
                             write(records.take())?;
@@ -199,7 +198,7 @@ impl Store {
                 Err(error) => return Ok(Err(unreadable(&error))),
             }
         }
-        Ok(Ok(Arc::new(BTreeMap::from_iter(objects))))
+        Ok(Ok(Arc::new(objects.into_iter().collect())))
     }
 
     fn encode(&self, value: &impl Serialize) -> Result<Vec<u8>, StoreError> {

@@ -57,7 +57,7 @@ fn snapshot(from_store: bool) -> Snapshot {
         generation: Generation(1),
         config: Arc::new(config),
         facts: Arc::new(facts),
-        nodes: Arc::new(BTreeMap::from([(node.name.clone(), Arc::new(node))])),
+        nodes: Arc::new([(node.name.clone(), Arc::new(node))].into()),
         config_maps: Default::default(),
         namespaces: Arc::default(),
         services: Arc::default(),

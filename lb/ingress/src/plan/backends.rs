@@ -146,7 +146,7 @@ fn endpoints(service: &Service, port: &ServicePort, slices: &[Arc<EndpointSlice>
                 address: SocketAddr::new(endpoint.address, number.port),
                 terminating: endpoint.terminating || !endpoint.ready,
                 pod: endpoint.target_pod.clone(),
-                node: endpoint.node.as_ref().map(|node| node.0.clone()),
+                node: endpoint.node.as_ref().map(|node| node.to_string()),
             }));
         }
     }

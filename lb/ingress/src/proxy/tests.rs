@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::sync::watch;
-use weft_model::NamespacedName;
 use weft_model::ingress::{Answer, Bytes, Data, Front, Reference};
+use weft_model::{NamespacedName, SharedMap};
 use weft_netstack::reconcile::Planner as _;
 
 use super::*;
@@ -222,7 +222,7 @@ fn table(
     let mut documents = documents;
     documents.extend(services.iter().map(|(name, _)| service(name)));
     let mut snapshot = snapshot(documents);
-    let mut referred = BTreeMap::new();
+    let mut referred = SharedMap::new();
     for (secret, key, value) in secrets {
         let data = Data(BTreeMap::from([((*key).to_owned(), Bytes(value.as_bytes().to_vec()))]));
         let name = NamespacedName::new("default", *secret);

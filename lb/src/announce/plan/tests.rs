@@ -32,7 +32,7 @@ fn planned(objects: &[Value]) -> Planned<Plan> {
 fn candidates(objects: &[Value]) -> BTreeSet<String> {
     let plan = planned(objects).plan;
     let names = plan.addresses.values().flat_map(|it| &it.candidates);
-    names.map(|name| name.0.clone()).collect()
+    names.map(ToString::to_string).collect()
 }
 
 fn texts(names: &[&str]) -> BTreeSet<String> {
@@ -116,7 +116,7 @@ fn a_node_that_goes_moves_only_its_own_addresses() {
     let without_c: Vec<Value> =
         objects.into_iter().filter(|object| object["metadata"]["name"] != "c").collect();
     let after = first(&without_c);
-    for (ip, node) in before.iter().filter(|(_, node)| node.0 != "c") {
+    for (ip, node) in before.iter().filter(|(_, node)| *node.0 != *"c") {
         assert_eq!(after[ip], *node);
     }
 }
@@ -140,8 +140,8 @@ fn an_address_on_no_subnet_of_the_node_that_is_to_answer_is_told_there_only() {
             let objects = elsewhere.chain([pool.clone(), given(service(1), &ip)]).collect::<Vec<_>>();
             let planned = planned(&objects);
             let first = planned.plan.addresses.values().next().unwrap().candidates[0].clone();
-            assert_eq!(planned.problems.is_empty(), first.0 != "a", "{ip}: {first}");
-            first.0 == "a"
+            assert_eq!(planned.problems.is_empty(), *first.0 != *"a", "{ip}: {first}");
+            *first.0 == *"a"
         })
         .collect();
     assert!(told.contains(&true) && told.contains(&false));
@@ -149,7 +149,7 @@ fn an_address_on_no_subnet_of_the_node_that_is_to_answer_is_told_there_only() {
 
 fn order(objects: &[Value]) -> Vec<String> {
     let plan = planned(objects).plan;
-    plan.addresses.values().flat_map(|it| &it.candidates).map(|name| name.0.clone()).collect()
+    plan.addresses.values().flat_map(|it| &it.candidates).map(ToString::to_string).collect()
 }
 
 #[test]

@@ -4,15 +4,14 @@
 //! that is still in use (EBUSY), still there (EEXIST) or not there yet (ENOENT). Element groups that are the same
 //! `Arc` are skipped; elements of sets with a timeout are run-time state and never part of a difference.
 
-use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt;
 use std::sync::Arc;
 
-use super::{Base, ElementData, Elements, Key, Rule, Set, SetData, Statement, Table, print};
+use super::{Base, ElementData, Elements, Groups, Key, Rule, Set, SetData, Statement, Table, print};
 
 /// Key and data of one element.
-pub type Element<'a> = (Key<'a>, &'a ElementData);
+pub type Element<'a> = (Key<'a>, ElementData);
 
 /// One step of a transaction.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,24 +59,9 @@ pub enum Op<'a> {
 
 static ABSENT: Table = Table { name: String::new(), chains: BTreeMap::new(), sets: BTreeMap::new() };
 
-/// What one walk over two tables finds.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Difference<'a> {
-    /// Empty when there is nothing to do.
-    pub ops: Vec<Op<'a>>,
-    /// Set and group of each group that is not the same `Arc` in both tables, whether its elements differ or not.
-    pub regrouped: Vec<(&'a str, &'a str)>,
-}
-
 /// Operations that turn `from` into `to`; `None` is a table that does not exist. Empty when there is nothing to do.
 pub fn diff<'a>(from: Option<&'a Table>, to: &'a Table) -> Vec<Op<'a>> {
-    difference(from, to).ops
-}
-
-/// As [`diff`], with what a shadow needs to [catch up](Table::catch_up).
-pub fn difference<'a>(from: Option<&'a Table>, to: &'a Table) -> Difference<'a> {
     let mut ops = Vec::new();
-    let mut regrouped = Vec::new();
     if from.is_none() {
         ops.push(Op::AddTable);
     }
@@ -89,9 +73,7 @@ pub fn difference<'a>(from: Option<&'a Table>, to: &'a Table) -> Difference<'a> 
     for (name, old) in &from.sets {
         match to.sets.get(name) {
             Some(new) if !rebuilt.sets.contains(name.as_str()) => {
-                let change = changed_elements(old, new);
-                regrouped.extend(change.groups.iter().map(|group| (name.as_str(), *group)));
-                change.push_onto((name, old, new), &mut ops, &mut added_elements);
+                changed_elements(old, new).push_onto((name, old, new), &mut ops, &mut added_elements);
             }
             _ if old.data == SetData::Verdict => ops.push(Op::FlushSet { name }),
             _ => {}
@@ -124,7 +106,7 @@ pub fn difference<'a>(from: Option<&'a Table>, to: &'a Table) -> Difference<'a> 
             ops.extend(chain.rules.iter().map(|rule| Op::AddRule { chain: name, rule }));
         }
     }
-    Difference { ops, regrouped }
+    ops
 }
 
 /// Objects of both tables that cannot be changed in place: they are deleted and added again, with all that refers to
@@ -182,10 +164,8 @@ fn flush_chains<'a>(from: &'a Table, to: &Table, rebuilt: &Rebuilt<'_>, ops: &mu
 /// The difference of the elements of one set.
 #[derive(Default)]
 struct ElementChange<'a> {
-    removed: BTreeMap<Key<'a>, &'a ElementData>,
-    added: BTreeMap<Key<'a>, &'a ElementData>,
-    /// Groups that are not the same `Arc`.
-    groups: Vec<&'a str>,
+    removed: BTreeMap<Key<'a>, ElementData>,
+    added: BTreeMap<Key<'a>, ElementData>,
 }
 
 impl<'a> ElementChange<'a> {
@@ -214,13 +194,7 @@ fn changed_elements<'a>(old: &'a Set, new: &'a Set) -> ElementChange<'a> {
     if new.timeout_millis.is_some() {
         return change;
     }
-    for (name, before, after) in joined_groups(old, new) {
-        if let (Some(before), Some(after)) = (before, after)
-            && Arc::ptr_eq(before, after)
-        {
-            continue;
-        }
-        change.groups.push(name);
+    for (_, before, after) in old.groups.differences(&new.groups, Arc::ptr_eq) {
         let before = before.map_or(&NONE, |group| group.as_ref());
         let after = after.map_or(&NONE, |group| group.as_ref());
         change.removed.extend(missing(before, after));
@@ -228,7 +202,7 @@ fn changed_elements<'a>(old: &'a Set, new: &'a Set) -> ElementChange<'a> {
     }
     let added = &mut change.added;
     change.removed.retain(|key, data| {
-        let moved = added.get(key) == Some(data);
+        let moved = added.get(key) == Some(&*data);
         if moved {
             added.remove(key);
         }
@@ -249,55 +223,25 @@ fn once_each(set: &Set) -> Vec<Element<'_>> {
 
 /// Elements of `these` that `those` has not, or has with other data.
 fn missing<'a>(these: &'a Elements, those: &'a Elements) -> impl Iterator<Item = Element<'a>> {
-    these.iter().filter(|(key, data)| those.get(key) != Some(data))
-}
-
-/// Groups of both sets by name, in order, in one walk. The same `Arc` on both sides is taken for the same group without
-/// a look at the names: nearly all are, at every change.
-fn joined_groups<'a>(
-    old: &'a Set,
-    new: &'a Set,
-) -> impl Iterator<Item = (&'a str, Option<&'a Arc<Elements>>, Option<&'a Arc<Elements>>)> {
-    let mut old = old.groups.iter().peekable();
-    let mut new = new.groups.iter().peekable();
-    std::iter::from_fn(move || {
-        let order = match (old.peek(), new.peek()) {
-            (Some((_, a)), Some((_, b))) if Arc::ptr_eq(a, b) => Ordering::Equal,
-            (Some((a, _)), Some((b, _))) => a.cmp(b),
-            (Some(_), None) => Ordering::Less,
-            (None, Some(_)) => Ordering::Greater,
-            (None, None) => return None,
-        };
-        match order {
-            Ordering::Less => old.next().map(|(name, group)| (&**name, Some(group), None)),
-            Ordering::Greater => new.next().map(|(name, group)| (&**name, None, Some(group))),
-            Ordering::Equal => {
-                let before = old.next().map(|(_, group)| group);
-                new.next().map(|(name, group)| (&**name, before, Some(group)))
-            }
-        }
+    let mut those = those.iter().peekable();
+    these.iter().filter(move |one| {
+        while those.next_if(|other| other.0 < one.0).is_some() {}
+        those.peek() != Some(one)
     })
 }
 
 impl Table {
-    /// Becomes equal to `other`, copying only what differs: what a shadow of the kernel does after a commit.
-    /// `regrouped` is what [`difference`] found between the two.
-    pub fn catch_up(&mut self, other: &Self, regrouped: &[(String, String)]) {
+    /// Becomes `other`, with the room that sets have which stay: what a shadow of the kernel does after a commit. It shares the groups.
+    pub fn catch_up(&mut self, other: &Self) {
         self.name.clone_from(&other.name);
         if self.chains != other.chains {
             self.chains.clone_from(&other.chains);
         }
         self.sets.retain(|name, set| other.sets.get(name).is_some_and(|new| set.same_declaration(new)));
         for (name, new) in &other.sets {
-            if !self.sets.contains_key(name) {
-                self.sets.insert(name.clone(), new.clone());
-            }
-        }
-        for (set, group) in regrouped {
-            let Some(groups) = self.sets.get_mut(set).map(|set| &mut set.groups) else { continue };
-            match other.sets.get(set).and_then(|set| set.groups.get_key_value(group.as_str())) {
-                Some((name, new)) => drop(groups.insert(name.clone(), new.clone())),
-                None => drop(groups.remove(group.as_str())),
+            match self.sets.get_mut(name) {
+                Some(set) => set.groups.clone_from(&new.groups),
+                None => drop(self.sets.insert(name.clone(), new.clone())),
             }
         }
     }
@@ -307,7 +251,7 @@ impl Set {
     /// The set without its elements.
     #[must_use]
     pub fn declaration(&self) -> Self {
-        Self { groups: BTreeMap::new(), key: self.key.clone(), ..*self }
+        Self { groups: Groups::new(), key: self.key.clone(), ..*self }
     }
 
     /// Equal in all but the elements; `other` is what is planned. Room need only be enough.

@@ -1,5 +1,9 @@
-//! The elements of one group: a few, side by side and in order, since a big cluster has tens of thousands of groups. Keys are kept
-//! in the few bytes that they need, in the order of the bytes, which is that of the data.
+//! The elements of one group: a few, in order, since a big cluster has tens of thousands of groups. They are kept in the few bytes that
+//! they need, in the order of the bytes of their keys, which is that of the data.
+//!
+//! ```text
+//!  element = key, data       keys of one group are of one length; nearly always so are the data
+//! ```
 
 use std::borrow::Cow;
 use std::fmt;
@@ -7,17 +11,31 @@ use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use super::{Datum, Element, ElementData};
+use smallvec::SmallVec;
+
+use super::{Datum, Element, ElementData, Verdict};
 use crate::exact;
 use crate::objects::Protocol;
 
 /// Data by key, in the order of the keys, which all have fields of the same types.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct Elements {
-    /// One key after the other.
-    keys: Vec<u8>,
-    data: Vec<ElementData>,
+    /// One element after the other.
+    bytes: Vec<u8>,
+    count: u32,
+    key_bytes: u16,
+    /// Of each; 0 when they are not of one length.
+    element_bytes: u16,
 }
+
+/// Whatever was there before.
+impl PartialEq for Elements {
+    fn eq(&self, other: &Self) -> bool {
+        self.count == other.count && self.bytes == other.bytes
+    }
+}
+
+impl Eq for Elements {}
 
 /// The key of an element that stands among others.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -79,90 +97,108 @@ impl fmt::Debug for Key<'_> {
 
 impl Elements {
     pub const fn new() -> Self {
-        Self { keys: Vec::new(), data: Vec::new() }
+        Self { bytes: Vec::new(), count: 0, key_bytes: 0, element_bytes: 0 }
     }
 
     pub fn len(&self) -> usize {
-        self.data.len()
+        self.count as usize
     }
 
     pub fn is_empty(&self) -> bool {
-        self.data.is_empty()
+        self.count == 0
     }
 
     pub fn iter(&self) -> impl Iterator<Item = Element<'_>> {
-        self.keys.chunks_exact(self.key_bytes().max(1)).map(Key).zip(&self.data)
+        let mut rest = &self.bytes[..];
+        std::iter::from_fn(move || {
+            let (key, after) = rest.split_at_checked(self.key_bytes.into()).filter(|_| !rest.is_empty())?;
+            rest = after;
+            Some((Key(key), unpack_data(&mut rest)?))
+        })
     }
 
     pub fn keys(&self) -> impl Iterator<Item = Key<'_>> {
         self.iter().map(|(key, _)| key)
     }
 
-    pub fn get(&self, key: &(impl AsKey + ?Sized)) -> Option<&ElementData> {
-        Some(&self.data[self.place(&key.bytes()).ok()?])
+    pub fn get(&self, key: &(impl AsKey + ?Sized)) -> Option<ElementData> {
+        let at = self.place(&key.bytes()).ok()?;
+        unpack_data(&mut &self.bytes[at + usize::from(self.key_bytes)..])
     }
 
     pub fn contains_key(&self, key: &(impl AsKey + ?Sized)) -> bool {
-        self.get(key).is_some()
+        self.place(&key.bytes()).is_ok()
     }
 
     /// Returns what the key had before.
-    pub fn insert(&mut self, key: &(impl AsKey + ?Sized), data: ElementData) -> Option<ElementData> {
+    pub fn insert(&mut self, key: &(impl AsKey + ?Sized), data: &ElementData) -> Option<ElementData> {
         let key = key.bytes();
-        self.check(&key);
-        match self.place(&key) {
-            Ok(place) => Some(std::mem::replace(&mut self.data[place], data)),
-            Err(place) => {
-                let at = place * key.len();
-                self.keys.splice(at..at, key.iter().copied());
-                self.data.insert(place, data);
-                None
-            }
-        }
+        let (at, before) = match self.place(&key) {
+            Ok(at) => (at, self.take_at(at)),
+            Err(at) => (at, None),
+        };
+        self.insert_at(at, &key, data);
+        before
     }
 
     /// Returns what the key had.
     pub fn remove(&mut self, key: &(impl AsKey + ?Sized)) -> Option<ElementData> {
-        let key = key.bytes();
-        let place = self.place(&key).ok()?;
-        let at = place * key.len();
-        self.keys.drain(at..at + key.len());
-        Some(self.data.remove(place))
+        let at = self.place(&key.bytes()).ok()?;
+        self.take_at(at)
     }
 
     pub fn retain(&mut self, mut keep: impl FnMut(Key<'_>, &ElementData) -> bool) {
         let mut left = Self::new();
         for (key, data) in self.iter().filter(|(key, data)| keep(*key, data)) {
-            left.push(key, data.clone());
+            left.insert_at(left.bytes.len(), key.0, &data);
         }
         *self = left;
     }
 
-    /// Behind all others.
-    fn push(&mut self, key: Key<'_>, data: ElementData) {
-        self.check(key.0);
-        self.keys.extend_from_slice(key.0);
-        self.data.push(data);
+    fn insert_at(&mut self, at: usize, key: &[u8], data: &ElementData) {
+        let key_bytes = u16::try_from(key.len()).unwrap_or(u16::MAX);
+        assert!(self.is_empty() || key_bytes == self.key_bytes, "keys of one set are of one type");
+        let mut element = SmallVec::<[u8; 64]>::from_slice(key);
+        pack_data(data, &mut element);
+        let element_bytes = u16::try_from(element.len()).unwrap_or(0);
+        let differs = !self.is_empty() && element_bytes != self.element_bytes;
+        self.element_bytes = if differs { 0 } else { element_bytes };
+        self.key_bytes = key_bytes;
+        self.count += 1;
+        self.bytes.splice(at..at, element);
     }
 
-    fn check(&self, key: &[u8]) {
-        assert!(self.is_empty() || key.len() == self.key_bytes(), "keys of one set are of one type");
+    fn take_at(&mut self, at: usize) -> Option<ElementData> {
+        let mut rest = &self.bytes[at + usize::from(self.key_bytes)..];
+        let data = unpack_data(&mut rest);
+        let end = self.bytes.len() - rest.len();
+        self.bytes.drain(at..end);
+        self.count -= 1;
+        data
     }
 
     /// Gives back the room for further elements.
     #[must_use]
     pub fn shrunk(self) -> Self {
-        Self { keys: exact(self.keys), data: exact(self.data) }
+        Self { bytes: exact(self.bytes), ..self }
     }
 
-    fn key_bytes(&self) -> usize {
-        self.keys.len().checked_div(self.data.len()).unwrap_or(0)
-    }
-
+    /// Where in the bytes the element of this key is, or is to be.
     fn place(&self, key: &[u8]) -> Result<usize, usize> {
-        let of = |place: usize| &self.keys[place * self.key_bytes()..(place + 1) * self.key_bytes()];
-        let place = partition_point(self.len(), |place| of(place) < key);
-        if place < self.len() && of(place) == key { Ok(place) } else { Err(place) }
+        let (key_bytes, step) = (usize::from(self.key_bytes), usize::from(self.element_bytes));
+        let key_at = |at: usize| &self.bytes[at..at + key_bytes];
+        let at = if step > 0 {
+            partition_point(self.len(), |place| key_at(place * step) < key) * step
+        } else {
+            // One after the other: where their lengths differ there are few.
+            let mut rest = &self.bytes[..];
+            while !rest.is_empty() && &rest[..key_bytes] < key {
+                rest = &rest[key_bytes..];
+                unpack_data(&mut rest);
+            }
+            self.bytes.len() - rest.len()
+        };
+        if at < self.bytes.len() && key_at(at) == key { Ok(at) } else { Err(at) }
     }
 }
 
@@ -178,6 +214,72 @@ fn partition_point(count: usize, is_before: impl Fn(usize) -> bool) -> usize {
         }
     }
     from
+}
+
+/// A byte that says what it is, then what it holds.
+fn pack_data(data: &ElementData, bytes: &mut SmallVec<[u8; 64]>) {
+    let mut put = |kind: u8, held: &[u8]| {
+        bytes.push(kind);
+        bytes.extend_from_slice(held);
+    };
+    match data {
+        ElementData::None => put(0, &[]),
+        ElementData::AddressAndPort(IpAddr::V4(ip), port) => {
+            put(1, &ip.octets());
+            bytes.extend_from_slice(&port.to_be_bytes());
+        }
+        ElementData::AddressAndPort(IpAddr::V6(ip), port) => {
+            put(2, &ip.octets());
+            bytes.extend_from_slice(&port.to_be_bytes());
+        }
+        ElementData::Verdict(Verdict::Accept) => put(3, &[]),
+        ElementData::Verdict(Verdict::Drop) => put(4, &[]),
+        ElementData::Verdict(Verdict::Return) => put(5, &[]),
+        ElementData::Verdict(Verdict::Jump(chain)) => put_text(6, chain, bytes),
+        ElementData::Verdict(Verdict::Goto(chain)) => put_text(7, chain, bytes),
+    }
+}
+
+/// Names of chains are short (NFT_CHAIN_MAXNAMELEN is 128, NFT_NAME_MAXLEN 256).
+fn put_text(kind: u8, text: &str, bytes: &mut SmallVec<[u8; 64]>) {
+    let text = &text[..text.floor_char_boundary(u16::MAX.into())];
+    let length = u16::try_from(text.len()).unwrap_or(u16::MAX);
+    bytes.push(kind);
+    bytes.extend_from_slice(&length.to_be_bytes());
+    bytes.extend_from_slice(text.as_bytes());
+}
+
+/// Takes data as [`pack_data`] wrote them; `None` at the end.
+fn unpack_data(rest: &mut &[u8]) -> Option<ElementData> {
+    fn take<'a>(rest: &mut &'a [u8], count: usize) -> Option<&'a [u8]> {
+        let (taken, after) = rest.split_at_checked(count)?;
+        *rest = after;
+        Some(taken)
+    }
+    fn port(rest: &mut &[u8]) -> Option<u16> {
+        Some(u16::from_be_bytes(*take(rest, 2)?.first_chunk()?))
+    }
+    let text = |rest: &mut &[u8]| {
+        let length = port(rest)?;
+        Some(String::from_utf8_lossy(take(rest, length.into())?).into())
+    };
+    Some(match take(rest, 1)?[0] {
+        0 => ElementData::None,
+        1 => {
+            let ip = *take(rest, 4)?.first_chunk::<4>()?;
+            ElementData::AddressAndPort(ip.into(), port(rest)?)
+        }
+        2 => {
+            let ip = *take(rest, 16)?.first_chunk::<16>()?;
+            ElementData::AddressAndPort(ip.into(), port(rest)?)
+        }
+        3 => ElementData::Verdict(Verdict::Accept),
+        4 => ElementData::Verdict(Verdict::Drop),
+        5 => ElementData::Verdict(Verdict::Return),
+        6 => ElementData::Verdict(Verdict::Jump(text(rest)?)),
+        7 => ElementData::Verdict(Verdict::Goto(text(rest)?)),
+        _ => return None,
+    })
 }
 
 /// IFNAMSIZ; a link's name is shorter.
@@ -263,7 +365,7 @@ impl FromIterator<(Vec<Datum>, ElementData)> for Elements {
         all.dedup_by(|(later, _), (first, _)| later == first);
         let mut elements = Self::new();
         for (key, data) in all {
-            elements.push(Key(&key), data);
+            elements.insert_at(elements.bytes.len(), &key, &data);
         }
         elements.shrunk()
     }
@@ -280,14 +382,13 @@ impl IntoIterator for Elements {
     type IntoIter = std::vec::IntoIter<Self::Item>;
 
     fn into_iter(self) -> Self::IntoIter {
-        let keys: Vec<_> = self.keys().map(Key::to_vec).collect();
-        keys.into_iter().zip(self.data).collect::<Vec<_>>().into_iter()
+        self.iter().map(|(key, data)| (key.to_vec(), data)).collect::<Vec<_>>().into_iter()
     }
 }
 
 impl Extend<(Vec<Datum>, ElementData)> for Elements {
     fn extend<T: IntoIterator<Item = (Vec<Datum>, ElementData)>>(&mut self, elements: T) {
-        elements.into_iter().for_each(|(key, data)| drop(self.insert(&key, data)));
+        elements.into_iter().for_each(|(key, data)| drop(self.insert(&key, &data)));
     }
 }
 
@@ -304,18 +405,43 @@ mod tests {
             elements.iter().map(|(key, data)| (key.to_vec(), data.clone())).collect()
         };
         assert_eq!(listed(&elements), [(key(1), data(2)), (key(2), data(3))]);
-        elements.insert(&key(0), data(4));
-        elements.insert(&key(1), data(5));
+        elements.insert(&key(0), &data(4));
+        elements.insert(&key(1), &data(5));
         elements.remove(&key(2));
         elements.remove(&key(7));
         assert_eq!(listed(&elements), [(key(0), data(4)), (key(1), data(5))]);
-        assert_eq!((elements.get(&key(1)), elements.get(&key(2))), (Some(&data(5)), None));
+        assert_eq!((elements.get(&key(1)), elements.get(&key(2))), (Some(data(5)), None));
         elements.retain(|_, it| *it == data(4));
         assert_eq!(listed(&elements), [(key(0), data(4))]);
     }
 
     proptest::proptest! {
         #![proptest_config(proptest::prelude::ProptestConfig { failure_persistence: None, ..Default::default() })]
+
+        #[test]
+        fn they_are_a_sorted_map_whatever_the_lengths_of_the_data(
+            steps in proptest::collection::vec((0..20u32, any_data()), 0..60),
+        ) {
+            let mut model = std::collections::BTreeMap::new();
+            let mut elements = Elements::new();
+            for (number, data) in steps {
+                let key = vec![Datum::Index(number)];
+                let (known, before) = match &data {
+                    Some(data) => (elements.insert(&key, data), model.insert(key, data.clone())),
+                    None => (elements.remove(&key), model.remove(&key)),
+                };
+                proptest::prop_assert_eq!(known, before);
+            }
+            let listed: Vec<_> = elements.iter().map(|(key, data)| (key.to_vec(), data)).collect();
+            proptest::prop_assert_eq!(listed, model.clone().into_iter().collect::<Vec<_>>());
+            proptest::prop_assert_eq!(elements.len(), model.len());
+            for number in 0..20 {
+                let key = vec![Datum::Index(number)];
+                proptest::prop_assert_eq!(elements.get(&key), model.get(&key).cloned());
+                proptest::prop_assert_eq!(elements.contains_key(&key), model.contains_key(&key));
+            }
+            proptest::prop_assert_eq!(elements, model.into_iter().collect::<Elements>());
+        }
 
         #[test]
         fn keys_are_read_back_and_are_in_the_order_of_their_data(
@@ -325,6 +451,25 @@ mod tests {
             proptest::prop_assert_eq!(Key(&bytes[0]).to_vec(), &a[..]);
             proptest::prop_assert_eq!(bytes[0].cmp(&bytes[1]), a.cmp(&b));
         }
+    }
+
+    /// `None` where an element goes.
+    fn any_data() -> impl proptest::strategy::Strategy<Value = Option<ElementData>> {
+        use proptest::prelude::*;
+        let verdict = prop_oneof![
+            Just(Verdict::Accept),
+            Just(Verdict::Drop),
+            Just(Verdict::Return),
+            "[a-z0-9-]{1,30}".prop_map(|chain| Verdict::Jump(chain.into())),
+            "[a-z0-9-]{1,30}".prop_map(|chain| Verdict::Goto(chain.into())),
+        ];
+        prop_oneof![
+            Just(None),
+            Just(Some(ElementData::None)),
+            verdict.prop_map(|verdict| Some(ElementData::Verdict(verdict))),
+            (any::<IpAddr>(), any::<u16>())
+                .prop_map(|(ip, port)| Some(ElementData::AddressAndPort(ip, port))),
+        ]
     }
 
     /// Of one set: the first field is an address, a range, a name or a port, of any family.

@@ -51,7 +51,7 @@ fn carry_out(table: &mut Table, op: &Op<'_>) -> Result<(), Errno> {
             let used = statements(table).any(|statement| statement.set_name() == Some(name));
             let set = table.sets.get(*name).ok_or(Errno::NoEntry)?;
             // Older kernels let go of the chains only when the transaction is over.
-            let holds_chains = set.elements().any(|(_, data)| verdict_target(data).is_some());
+            let holds_chains = set.elements().any(|(_, data)| verdict_target(&data).is_some());
             ensure(!used && !holds_chains, Errno::Busy)?;
             table.sets.remove(*name);
         }
@@ -91,7 +91,7 @@ fn carry_out(table: &mut Table, op: &Op<'_>) -> Result<(), Errno> {
             let room = set.room;
             let group = elements_of(set);
             for (key, data) in elements {
-                ensure(group.insert(key, (*data).clone()).is_none(), Errno::Exists)?;
+                ensure(group.insert(key, data).is_none(), Errno::Exists)?;
             }
             ensure(room.is_none_or(|room| group.len() <= room as usize), Errno::Full)?;
         }
@@ -105,7 +105,7 @@ fn ensure(holds: bool, errno: Errno) -> Result<(), Errno> {
 
 /// The kernel knows no groups: all elements stand in one.
 fn elements_of(set: &mut Set) -> &mut super::Elements {
-    std::sync::Arc::make_mut(set.groups.entry("".into()).or_default())
+    std::sync::Arc::make_mut(set.groups.get_or_default("".into()))
 }
 
 fn statements(table: &Table) -> impl Iterator<Item = &Statement> {
@@ -129,5 +129,5 @@ fn verdict_target(data: &ElementData) -> Option<&str> {
 /// A rule or element leads to the chain.
 fn holds(table: &Table, chain: &str) -> bool {
     statements(table).any(|statement| target(statement) == Some(chain))
-        || table.sets.values().flat_map(Set::elements).any(|(_, data)| verdict_target(data) == Some(chain))
+        || table.sets.values().flat_map(Set::elements).any(|(_, data)| verdict_target(&data) == Some(chain))
 }

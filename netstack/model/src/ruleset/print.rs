@@ -97,7 +97,7 @@ impl Display for Set {
         }
         writeln!(f, "elements = {{")?;
         for (key, data) in elements {
-            writeln!(f, "\t{},", ElementText(key, data))?;
+            writeln!(f, "\t{},", ElementText(key, &data))?;
         }
         writeln!(f, "}}")
     }

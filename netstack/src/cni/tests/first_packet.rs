@@ -1,7 +1,6 @@
 //! First packets: a neighbour floods every address of the node while pods are attached; those under policies get none of it,
 //! however late the policy loop hears of them. `WEFT_FIRST_PACKET_PODS=10000` attaches more than the usual few.
 
-use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,7 +26,7 @@ fn deny_all() -> Snapshot {
         egress: None,
         keep_established: false,
     };
-    let policies = BTreeMap::from([(key, Arc::new(policy))]);
+    let policies = [(key, Arc::new(policy))].into();
     Snapshot { policies: Arc::new(policies), ..snapshot(&["10.244.1.0/24", "fd00:244:1::/64"]) }
 }
 

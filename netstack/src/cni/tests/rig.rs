@@ -163,7 +163,7 @@ pub(in crate::cni) fn snapshot(pod_cidrs: &[&str]) -> Snapshot {
             loopback: Default::default(),
             observed: Default::default(),
         }),
-        nodes: Arc::new(BTreeMap::from([(name, Arc::new(node))])),
+        nodes: Arc::new([(name, Arc::new(node))].into()),
         config_maps: Default::default(),
         namespaces: Arc::default(),
         services: Arc::default(),

@@ -151,7 +151,7 @@ impl<'a> Batch<'a> {
             while self.writer.len() - begin < LIST_BYTES
                 && let Some((key, data)) = rest.next()
             {
-                write_element(&mut self.writer, set.interval, *key, (kind == NEWSETELEM).then_some(*data));
+                write_element(&mut self.writer, set.interval, *key, (kind == NEWSETELEM).then_some(data));
             }
             self.writer.close_nest(list);
             self.writer.close_message(message);

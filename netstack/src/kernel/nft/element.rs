@@ -2,14 +2,14 @@
 //! four bytes a field, as registers are; a key of one field is not. Ports and addresses are big-endian, `numgen`
 //! numbers native.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use weft_model::objects::Protocol;
 use weft_model::ruleset::{
-    Datum, Element, ElementData, Elements, Key, KeyBuffer, KeyType, Set, SetData, Verdict,
+    Datum, Element, ElementData, Elements, Groups, Key, KeyBuffer, KeyType, Set, SetData, Verdict,
 };
 
 use super::uapi::{
@@ -324,8 +324,6 @@ fn port(bytes: &[u8]) -> Option<u16> {
     Some(u16::from_be_bytes(*bytes.first_chunk()?))
 }
 
-pub(crate) type Groups = BTreeMap<Arc<str>, Arc<Elements>>;
-
 /// What a plan wants of a set, for telling it apart from all else while the set is read.
 pub(crate) struct Wanted<'a> {
     set: &'a Set,
@@ -356,8 +354,7 @@ impl<'a> Wanted<'a> {
         let mut disputed = BTreeSet::new();
         for (place, (number, (key, _))) in elements.iter().enumerate() {
             if let Some(other) = places.insert(*key, place) {
-                let (other, _): (usize, Element<'_>) = elements[other];
-                disputed.extend([other, *number]);
+                disputed.extend([elements[other].0, *number]);
             }
         }
         Self { set, elements, places, disputed }
@@ -368,7 +365,7 @@ impl<'a> Wanted<'a> {
         let element = element.nested();
         let bytes = element.find(NFTA_SET_ELEM_KEY)?.nested().find(NFTA_DATA_VALUE)?.value;
         let place = *self.places.get(&key.set(fields(&self.set.key, bytes)))?;
-        let (_, (_, planned)) = self.elements[place];
+        let (_, (_, planned)) = &self.elements[place];
         let data = element.find(NFTA_SET_ELEM_DATA).map(|data| data.nested());
         let same = match (planned, data) {
             (ElementData::None, data) => data.is_none(),
@@ -409,8 +406,11 @@ impl Found {
         let mut others = read_elements(wanted.set, self.others)?;
         for ((number, (key, data)), _) in wanted.elements.iter().zip(is_there).filter(|(_, there)| *there) {
             if !whole[*number] {
-                others.insert(key, (*data).clone());
+                others.insert(key, data);
             }
+        }
+        if others.is_empty() && !whole.contains(&false) {
+            return Some(groups.clone());
         }
         let kept = groups.iter().zip(&whole).filter(|(_, whole)| **whole);
         let mut found: Groups = kept.map(|((name, group), _)| (name.clone(), group.clone())).collect();
@@ -441,7 +441,7 @@ fn read_intervals(declaration: &Set, raw: &[RawElement]) -> Option<Elements> {
         }
         let end = raw.peek().filter(|next| !next.begins).map(|end| end.key.as_slice());
         let net = prefix(&first.key, end)?;
-        elements.insert(&[Datum::Net(net)][..], first.data(declaration.data)?);
+        elements.insert(&[Datum::Net(net)][..], &first.data(declaration.data)?);
     }
     Some(elements)
 }
@@ -527,7 +527,7 @@ mod tests {
         let mut writer = Writer::default();
         for port in ports {
             for (key, data) in planned(&[*port]).iter() {
-                write_element(&mut writer, false, key, Some(data));
+                write_element(&mut writer, false, key, Some(&data));
             }
         }
         let (wanted, mut found) = (Wanted::of(set), Found::default());

@@ -32,10 +32,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use weft_model::ruleset::{
-    Datum, Difference, Element, ElementData, Elements, Op, Set, SetData, Table, difference,
-};
-use weft_model::snapshot::{Loose, fill};
+use weft_model::ruleset::{Datum, Element, ElementData, Elements, Op, Set, SetData, Table, diff};
 
 use crate::reconcile::Trust;
 
@@ -125,7 +122,6 @@ pub struct NftTable {
 struct Shadow {
     table: Table,
     generation: u32,
-    loose: Loose,
 }
 
 /// Why a batch was not carried out.
@@ -212,7 +208,7 @@ impl NftTable {
                 Err(Failure::Stale) => {}
                 Err(Failure::Refused { errno: Errno::EEXIST, .. }) if declaration.data != SetData::None => {
                     let present = self.read(set)?;
-                    removed = added.iter().filter(|(key, _)| present.contains_key(key)).copied().collect();
+                    removed = added.iter().filter(|(key, _)| present.contains_key(key)).cloned().collect();
                 }
                 Err(Failure::Refused { error, .. } | Failure::Broken(error)) => return Err(error),
             }
@@ -325,29 +321,22 @@ impl NftTable {
                 .map_err(|errno| Failure::Broken(exchange(name, "read the table", errno)))?;
             if let Some(observed) = observed {
                 dormant = observed.dormant;
-                self.shadow = Some(Shadow { table: observed.table, generation, loose: Loose::default() });
+                self.shadow = Some(Shadow { table: observed.table, generation });
             }
         }
         // Taken out, and put back only when it is known to be right.
         let shadow = self.shadow.take();
-        let Difference { mut ops, regrouped } =
-            difference(shadow.as_ref().map(|shadow| &shadow.table), desired);
+        let mut ops = diff(shadow.as_ref().map(|shadow| &shadow.table), desired);
         if dormant {
             ops.insert(0, Op::AddTable);
         }
         self.commit(&ops, generation)?;
         self.kernel_took = self.socket.as_ref().filter(|_| !ops.is_empty()).map(|socket| socket.took);
         let changed = ops.iter().map(ToString::to_string).collect();
-        let regrouped: Vec<_> =
-            regrouped.iter().map(|(set, group)| ((*set).to_owned(), (*group).to_owned())).collect();
-        let (mut table, mut loose) =
-            shadow.map_or_else(Default::default, |shadow| (shadow.table, shadow.loose));
-        table.catch_up(desired, &regrouped);
-        if loose.is_much(regrouped.len(), table.sets.values().map(|set| set.groups.len()).sum()) {
-            table.sets.values_mut().for_each(|set| fill(&mut set.groups));
-        }
+        let mut table = shadow.map_or_else(Table::default, |shadow| shadow.table);
+        table.catch_up(desired);
         let generation = self.last_generation(generation);
-        self.shadow = Some(Shadow { table, generation, loose });
+        self.shadow = Some(Shadow { table, generation });
         Ok(changed)
     }
 
@@ -457,9 +446,9 @@ fn insert_elements(set: &mut Set, elements: &[(Vec<Datum>, ElementData)]) {
     for (key, data) in elements {
         let known =
             set.groups.iter().find(|(_, group)| group.contains_key(key)).map(|(name, _)| name.clone());
-        let group = set.groups.entry(known.unwrap_or_else(|| RUNTIME_GROUP.into())).or_default();
-        if group.get(key) != Some(data) {
-            Arc::make_mut(group).insert(key, data.clone());
+        let group = set.groups.get_or_default(known.unwrap_or_else(|| RUNTIME_GROUP.into()));
+        if group.get(key).as_ref() != Some(data) {
+            Arc::make_mut(group).insert(key, data);
         }
     }
 }

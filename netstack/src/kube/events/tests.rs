@@ -6,7 +6,7 @@ fn due(object: ObjectRef, message: &str) -> Due {
 
 #[test]
 fn an_event_stands_in_the_namespace_of_its_object_and_of_others_in_default() {
-    let node = NodeName("node1".to_owned());
+    let node = NodeName("node1".into());
     let of_service =
         event(&due(ObjectRef::new("Service", "shop", "web"), "port 0"), Kind::Service, "u", &node);
     assert_eq!(of_service["metadata"]["namespace"], "shop");

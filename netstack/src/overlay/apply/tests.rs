@@ -102,7 +102,7 @@ impl Host {
         };
         let mut snapshot = snapshot(numbers.iter().map(node).collect());
         let facts =
-            NodeFacts { name: NodeName(format!("node-{}", self.number)), ..(*snapshot.facts).clone() };
+            NodeFacts { name: NodeName(format!("node-{}", self.number).into()), ..(*snapshot.facts).clone() };
         snapshot.facts = Arc::new(facts);
         OverlayPlanner { open_firewalls: true }.plan(&snapshot).plan
     }

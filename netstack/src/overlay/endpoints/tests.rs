@@ -28,7 +28,7 @@ fn called(
         }];
     }
     let (accepted, _) = quarantine::accept(snapshot.nodes.values(), &snapshot.config);
-    let other = accepted.iter().find(|accepted| accepted.node.name.0 == "node-2").unwrap();
+    let other = accepted.iter().find(|accepted| *accepted.node.name.0 == *"node-2").unwrap();
     let mut problems = Vec::new();
     let here = Here::of(&snapshot);
     let found = endpoints(&here, other, &mut problems);

@@ -22,7 +22,7 @@ fn node(number: u8, ipv4: bool, ipv6: bool) -> Node {
         internal_ips.push(format!("2001:db8::{number}").parse().unwrap());
     }
     Node {
-        name: NodeName(format!("node-{number}")),
+        name: NodeName(format!("node-{number}").into()),
         uid: format!("uid-{number}"),
         created: i64::from(number),
         labels: BTreeMap::new(),
@@ -53,7 +53,7 @@ pub(in crate::overlay) fn snapshot(nodes: Vec<Node>) -> Snapshot {
         cluster_dns: ["10.43.0.10", "fd43::a"].iter().map(|text| text.parse().unwrap()).collect(),
         ..ClusterConfig::default()
     };
-    let addresses = nodes.iter().find(|node| node.name.0 == "node-1").map(|node| node.internal_ips.clone());
+    let addresses = nodes.iter().find(|node| *node.name.0 == *"node-1").map(|node| node.internal_ips.clone());
     let uplink = Uplink {
         name: "eth0".to_owned(),
         index: 2,
@@ -359,7 +359,7 @@ fn the_next_node_by_name_stands_in_unless_it_is_not_ready() {
         let mut nodes = vec![dual(1), dual(2), dual(3)];
         change(&mut nodes[1]);
         let mut snapshot = snapshot(nodes);
-        Arc::make_mut(&mut snapshot.facts).name = NodeName(format!("node-{own}"));
+        Arc::make_mut(&mut snapshot.facts).name = NodeName(format!("node-{own}").into());
         let planned = OverlayPlanner { open_firewalls: true }.plan(&snapshot).plan;
         lines(planned.stand_ins.iter().map(|name| &name.0)).join(" ")
     };

@@ -90,7 +90,7 @@ fn cluster(services: Vec<Service>, slices: Vec<EndpointSlice>) -> Snapshot {
         generation: Generation(1),
         config: Arc::new(config),
         facts: Arc::new(facts),
-        nodes: Arc::new(BTreeMap::from([(NodeName::from("node-a"), Arc::new(node))])),
+        nodes: Arc::new([(NodeName::from("node-a"), Arc::new(node))].into()),
         config_maps: Default::default(),
         namespaces: Arc::default(),
         services: Arc::new(services.into_iter().map(|s| (s.key.clone(), Arc::new(s))).collect()),
@@ -128,7 +128,7 @@ fn one_changed_endpoint_touches_one_group_of_one_map() {
     let before = planner.plan(&first).plan;
     let after = planner.plan(&with_slice(&first, slice("a", &["10.244.0.1", "10.244.0.9"]))).plan;
     for name in SetName::all().into_iter().filter(|name| *name != SetName::Hairpin) {
-        for (group, elements) in &set(&after, name).groups {
+        for (group, elements) in set(&after, name).groups.iter() {
             let same = Arc::ptr_eq(elements, &set(&before, name).groups[group]);
             assert_eq!(
                 same,

@@ -33,7 +33,7 @@ fn a_thousand_services_load_in_one_transaction_and_an_endpoint_costs_one_element
         let service = set.groups.get_mut("10.96.3.7").unwrap();
         let key = service.keys().next().unwrap().to_vec();
         let data = ElementData::AddressAndPort("10.200.0.1".parse().unwrap(), 9090);
-        Arc::make_mut(service).insert(&key, data);
+        Arc::make_mut(service).insert(&key, &data);
         let start = Instant::now();
         let changed = owner.apply(&desired, Trust::Shadow).unwrap();
         println!("one endpoint: {:?}", start.elapsed());
@@ -62,7 +62,7 @@ fn endpoint_after_endpoint_the_shadow_stays_right() {
             let data = ElementData::AddressAndPort("10.200.0.1".parse().unwrap(), round);
             // As a planner does: a new group, the other 999 untouched.
             let mut elements = service.as_ref().clone();
-            elements.insert(&key, data);
+            elements.insert(&key, &data);
             *service = Arc::new(elements);
             let start = Instant::now();
             assert_eq!(owner.apply(&desired, Trust::Shadow).unwrap().len(), 2);
