@@ -93,9 +93,7 @@ impl Snapshot {
         let named = self.own_node().into_iter().flat_map(|node| node.primary_ips());
         named.filter(|address| self.facts.has(*address)).collect()
     }
-}
 
-impl Snapshot {
     /// Equal but for the generation.
     pub fn differs_only_in_generation(&self, other: &Self) -> bool {
         same(&self.attachments, &other.attachments) && self.is_same_elsewhere(other)
