@@ -165,7 +165,11 @@ impl Elements {
         self.element_bytes = if differs { 0 } else { element_bytes };
         self.key_bytes = key_bytes;
         self.count += 1;
-        self.bytes.splice(at..at, element);
+        if at == self.bytes.len() {
+            self.bytes.extend_from_slice(&element);
+        } else {
+            self.bytes.splice(at..at, element);
+        }
     }
 
     fn take_at(&mut self, at: usize) -> Option<ElementData> {
