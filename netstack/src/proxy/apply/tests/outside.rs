@@ -1,5 +1,7 @@
 //! Addresses outside the cluster: a load balancer's, one of `spec.externalIPs`, and the node's own in the hand of a load balancer.
 
+use std::time::Instant;
+
 use super::*;
 
 /// By family: the load balancer's address, the external one.
@@ -129,7 +131,12 @@ fn source_ranges_are_about_the_client_s_own_address_at_the_load_balancer_s_addre
         for (other, [balanced, _]) in ["198.18.0.1", "2001:db8:1::1"].into_iter().zip(ADDRESSES) {
             let socket = UdpSocket::bind(at(other, 0)).unwrap();
             socket.set_read_timeout(Some(WAIT)).unwrap();
-            socket.send_to(b"?", at(balanced, 80)).unwrap();
+            // The kernel makes the route of an IPv6 address a moment after the address, and only then takes it for its own.
+            let deadline = Instant::now() + Duration::from_secs(5);
+            while let Err(error) = socket.send_to(b"?", at(balanced, 80)) {
+                assert!(Instant::now() < deadline, "{other}: {error}");
+                std::thread::sleep(Duration::from_millis(10));
+            }
             assert!(socket.recv(&mut [0; 64]).is_ok(), "the node's first address lets its others in");
         }
         let nobody = reach(rig, &["203.0.113.0/24", "2001:db8:ffff::/48"]);
