@@ -5,12 +5,19 @@
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 /// The running binary, open: it can be copied when its path means something else by now.
 pub(crate) fn own_binary() -> io::Result<File> {
     File::open("/proc/self/exe")
+}
+
+/// Whether `path` leads to the running binary.
+pub(crate) fn is_own_binary(path: &Path) -> bool {
+    let file = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+    let own = own_binary().and_then(|own| own.metadata()).map(file);
+    own.is_ok_and(|own| fs::metadata(path).is_ok_and(|there| file(there) == own))
 }
 
 /// Makes `path` hold `content` with permission bits `mode`. True when it did not.
@@ -125,6 +132,18 @@ mod tests {
         assert!(ensure(&path, 0o755, &mut text("two")).unwrap());
         assert_eq!(mode(), 0o755);
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "no temporary file stays");
+    }
+
+    #[test]
+    fn the_running_binary_is_known_under_every_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let (own, link) = (std::env::current_exe().unwrap(), folder.path().join("weft"));
+        assert!(is_own_binary(&own) && !is_own_binary(&link));
+        std::os::unix::fs::symlink(&own, &link).unwrap();
+        assert!(is_own_binary(&link));
+        let copy = folder.path().join("copy");
+        fs::copy(&own, &copy).unwrap();
+        assert!(!is_own_binary(&copy));
     }
 
     #[test]

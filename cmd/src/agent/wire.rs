@@ -620,6 +620,8 @@ const PLUGIN: Option<&[u8]> = None;
 fn install_plugin(folder: &Path) -> anyhow::Result<()> {
     let plugin = folder.join("weft");
     let written = match PLUGIN {
+        // Where the whole binary lies in that folder it is the plugin: it must not be replaced by less.
+        Some(_) if files::is_own_binary(&plugin) => Ok(false),
         Some(program) => files::ensure(&plugin, 0o755, &mut Cursor::new(program)),
         None => files::own_binary().and_then(|mut own| files::ensure(&plugin, 0o755, &mut own)),
     };

@@ -108,7 +108,9 @@ fn choose_topology(nodes: Option<u16>, family: Option<Family>) -> anyhow::Result
 /// Directories of the machines, the copy of the executable, the mount points that nodes cover.
 fn create_directories(topology: &Topology) -> anyhow::Result<()> {
     for node in topology.node_names() {
-        for directory in [paths::node_state(&node), paths::node_cni(&node), paths::node_pods(&node)] {
+        let plugins = paths::node_plugins(&node);
+        for directory in [paths::node_state(&node), paths::node_cni(&node), plugins, paths::node_pods(&node)]
+        {
             fs::create_dir_all(&directory).with_context(|| format!("create {}", directory.display()))?;
         }
     }

@@ -112,10 +112,9 @@ fn build_view(topology: &Topology, name: &str, role: Role) -> anyhow::Result<()>
     namespace::cover_file(Path::new("/etc/hostname"), &format!("{name}\n"), Path::new("/run/lab/hostname"))?;
     namespace::cover_file(Path::new("/etc/hosts"), &hosts(topology), Path::new("/run/lab/hosts"))?;
     if matches!(role, Role::Node(_)) {
-        let binaries = Path::new(paths::BINARY).parent().context("the binary has a directory")?;
         namespace::bind(&paths::node_state(name), Path::new("/var/lib/weft"))?;
         namespace::bind(&paths::node_cni(name), Path::new("/etc/cni/net.d"))?;
-        namespace::bind(binaries, Path::new("/opt/cni/bin"))?;
+        namespace::bind(&paths::node_plugins(name), Path::new("/opt/cni/bin"))?;
     }
     Ok(())
 }

@@ -56,6 +56,11 @@ pub(super) fn node_cni(node: &str) -> PathBuf {
     machine(node).join("cni")
 }
 
+/// The node's `/opt/cni/bin`.
+pub(super) fn node_plugins(node: &str) -> PathBuf {
+    machine(node).join("plugins")
+}
+
 pub(super) fn node_kubeconfig(node: &str) -> PathBuf {
     machine(node).join("kubeconfig")
 }

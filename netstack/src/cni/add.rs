@@ -8,8 +8,11 @@ use tokio::try_join;
 use weft_model::PodKey;
 use weft_model::constants::POD_GATEWAY_MAC;
 use weft_model::objects::Bandwidth;
+use weft_plugin::wire::{AddResult, CniError, CniRequest, Code};
 
-use super::attachment::{AttachError, Attachment, PodSide, gateway, pod_mac};
+use super::attachment::{
+    AttachError, Attachment, PodSide, ensure_host_routes, ensure_host_side, gateway, make_pair, pod_mac,
+};
 use super::node::NodeView;
 use super::{Caller, Cni, bandwidth, hostport, ipam, locked};
 use crate::kernel::conntrack::delete_udp_flows;
@@ -17,7 +20,6 @@ use crate::kernel::link::LinkError;
 use crate::kernel::rtnl::Rtnl;
 use crate::reconcile::chain;
 use crate::store::{Boottime, HostPort, Lease, LeaseRecords};
-use weft_plugin::wire::{AddResult, CniError, CniRequest, Code};
 
 /// What the runtime wants beside addresses.
 struct Asked {
@@ -127,7 +129,7 @@ impl Cni {
             self.link_up(&host, attachment, pod, given, node).err_into(),
             self.verdicts_are_in_place(&addresses),
         )?;
-        self.ensure_host_routes(&host, index, given, node).map_err(AttachError::from)?;
+        ensure_host_routes(&host, index, given, node).map_err(AttachError::from)?;
         self.admit(&attachment.link, given)?;
         self.take_over_flows(&attachment.link, given).await;
         Ok(addresses)
@@ -149,7 +151,7 @@ impl Cni {
         self.pair(host, attachment, pod, node).await?;
         flushed.await.map_err(|_| AttachError::Ends)??;
         pod.make(ifname, &node.in_order(given))?;
-        let index = self.ensure_host_side(host, link, given)?;
+        let index = ensure_host_side(host, link, given)?;
         self.limit_new(link, given).await?;
         try_join!(host.wait_until_running(link), pod.rtnl.wait_until_running(ifname))?;
         Ok(index)
@@ -162,7 +164,7 @@ impl Cni {
         pod: &PodSide,
         node: &NodeView,
     ) -> Result<(), LinkError> {
-        let make = || self.make_pair(host, attachment, &pod.netns, node.mtu_bytes);
+        let make = || make_pair(host, attachment, &pod.netns, node.mtu_bytes);
         match make() {
             // The attachment has just ended.
             Err(error) if error.errno() == Some(libc::EEXIST) => {

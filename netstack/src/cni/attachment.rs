@@ -12,6 +12,7 @@ use sha2::{Digest as _, Sha256};
 use weft_model::constants::{
     ENDED_LINK_GROUP, POD_GATEWAY_MAC, POD_GATEWAY_V4, POD_GATEWAY_V6, POD_LINK_PREFIX,
 };
+use weft_plugin::wire::{CniError, CniRequest, Code};
 
 use super::Cni;
 use super::node::NodeView;
@@ -24,7 +25,6 @@ use crate::kernel::shaper::ShaperError;
 use crate::kernel::sysctl;
 use crate::reconcile::chain;
 use crate::store::{LeaseRecords, StoreError};
-use weft_plugin::wire::{CniError, CniRequest, Code};
 
 /// Digits of the hash in the name of a link: IFNAMSIZ is 16 with the final NUL, [`POD_LINK_PREFIX`] takes 5.
 const LINK_HASH_DIGITS: usize = 10;
@@ -228,69 +228,61 @@ impl Cni {
     pub(super) async fn host_routes(&self) -> Result<Vec<LinkRoute>, RouteError> {
         link_routes(&self.lists.lock().await.handle).await
     }
+}
 
-    /// The pair, both ends down, the peer already in the pod's namespace.
-    pub(super) fn make_pair(
-        &self,
-        host: &Rtnl,
-        attachment: &Attachment,
-        netns: &Netns,
-        mtu_bytes: u32,
-    ) -> Result<(), LinkError> {
-        let mut requests = Requests::default();
-        requests.add_veth(&VethPair {
-            name: &attachment.link,
-            mac: POD_GATEWAY_MAC,
-            peer_name: &attachment.ifname,
-            peer_mac: pod_mac(&attachment.link),
-            peer_netns: netns,
-            mtu_bytes,
-        });
-        host.apply(requests)
-    }
+/// The pair, both ends down, the peer already in the pod's namespace.
+pub(super) fn make_pair(
+    host: &Rtnl,
+    attachment: &Attachment,
+    netns: &Netns,
+    mtu_bytes: u32,
+) -> Result<(), LinkError> {
+    let mut requests = Requests::default();
+    requests.add_veth(&VethPair {
+        name: &attachment.link,
+        mac: POD_GATEWAY_MAC,
+        peer_name: &attachment.ifname,
+        peer_mac: pod_mac(&attachment.link),
+        peer_netns: netns,
+        mtu_bytes,
+    });
+    host.apply(requests)
+}
 
-    /// The host's side of an existing link but for its routes: nothing is led to the pod yet. Does nothing that is done
-    /// already. Returns the link's index.
-    pub(super) fn ensure_host_side(
-        &self,
-        host: &Rtnl,
-        link: &str,
-        leases: &LeaseRecords,
-    ) -> Result<u32, AttachError> {
-        let index = host.index(link)?;
-        let has_ipv6 = leases.keys().any(IpAddr::is_ipv6);
-        if has_ipv6 {
-            set_ipv6(Path::new(IPV6_SYSCTLS), link, &HOST_IPV6)?;
-        }
-        let has_host_ports = leases.values().any(|lease| !lease.host_ports.is_empty());
-        let settings: Vec<_> =
-            HOST_IPV4.into_iter().chain(has_host_ports.then_some(HOST_PORT_IPV4)).collect();
-        let mut requests = Requests::default();
-        if has_ipv6 {
-            requests.ensure_address(link, index, IpNet::new_assert(POD_GATEWAY_V6.into(), 64));
-        }
-        requests.set_up_with(link, index, &settings);
-        for address in leases.keys() {
-            requests.ensure_neighbour(link, index, *address, pod_mac(link));
-        }
-        host.apply(requests)?;
-        Ok(index)
+/// The host's side of an existing link but for its routes: nothing is led to the pod yet. Does nothing that is done
+/// already. Returns the link's index.
+pub(super) fn ensure_host_side(host: &Rtnl, link: &str, leases: &LeaseRecords) -> Result<u32, AttachError> {
+    let index = host.index(link)?;
+    let has_ipv6 = leases.keys().any(IpAddr::is_ipv6);
+    if has_ipv6 {
+        set_ipv6(Path::new(IPV6_SYSCTLS), link, &HOST_IPV6)?;
     }
+    let has_host_ports = leases.values().any(|lease| !lease.host_ports.is_empty());
+    let settings: Vec<_> = HOST_IPV4.into_iter().chain(has_host_ports.then_some(HOST_PORT_IPV4)).collect();
+    let mut requests = Requests::default();
+    if has_ipv6 {
+        requests.ensure_address(link, index, IpNet::new_assert(POD_GATEWAY_V6.into(), 64));
+    }
+    requests.set_up_with(link, index, &settings);
+    for address in leases.keys() {
+        requests.ensure_neighbour(link, index, *address, pod_mac(link));
+    }
+    host.apply(requests)?;
+    Ok(index)
+}
 
-    /// From now on the node leads packets to the pod.
-    pub(super) fn ensure_host_routes(
-        &self,
-        host: &Rtnl,
-        index: u32,
-        leases: &LeaseRecords,
-        node: &NodeView,
-    ) -> Result<(), LinkError> {
-        let mut requests = Requests::default();
-        for address in leases.keys() {
-            requests.ensure_route(&host_route(index, *address, node));
-        }
-        host.apply(requests)
+/// From now on the node leads packets to the pod.
+pub(super) fn ensure_host_routes(
+    host: &Rtnl,
+    index: u32,
+    leases: &LeaseRecords,
+    node: &NodeView,
+) -> Result<(), LinkError> {
+    let mut requests = Requests::default();
+    for address in leases.keys() {
+        requests.ensure_route(&host_route(index, *address, node));
     }
+    host.apply(requests)
 }
 
 /// Decision 11: what the node itself sends to its pod comes from the Node's address.

@@ -16,6 +16,7 @@ use serde_json::Value;
 use weft_model::Snapshot;
 use weft_model::constants::{POD_LINK_PREFIX, SHAPER_LINK_PREFIX};
 use weft_model::objects::Bandwidth;
+use weft_plugin::wire::{CniError, Code, lower_case};
 
 use super::Cni;
 use super::attachment::AttachError;
@@ -24,7 +25,6 @@ use crate::kernel::shaper::{Queues, Shape, Shaper};
 use crate::kernel::sysctl;
 use crate::reconcile::chain;
 use crate::store::{Lease, LeaseRecords};
-use weft_plugin::wire::{CniError, Code, lower_case};
 
 const MIN_BURST_BYTES: u64 = 64 * 1024;
 const MAX_BURST_BYTES: u64 = 8 * 1024 * 1024;

@@ -10,7 +10,6 @@ use axum::extract::connect_info::Connected;
 use axum::serve::IncomingStream;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::net::UnixListener;
-
 use weft_plugin::wire::{CniError, Code};
 
 /// The other end of a connection to the agent's socket.

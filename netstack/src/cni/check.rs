@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde_json::Value;
 use weft_model::constants::TABLE_CNI;
+use weft_plugin::wire::{CniError, CniRequest, Code};
 
 use super::attachment::{AttachError, Attachment};
 use super::{Cni, bandwidth, locked};
@@ -13,7 +14,6 @@ use crate::kernel::link::{Link, Links};
 use crate::kernel::netns::Netns;
 use crate::kernel::route::link_routes;
 use crate::store::LeaseRecords;
-use weft_plugin::wire::{CniError, CniRequest, Code};
 
 impl Cni {
     pub async fn check(&self, request: &CniRequest) -> Result<(), CniError> {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use tokio::try_join;
 use weft_model::constants::ENDED_LINK_GROUP;
+use weft_plugin::wire::{CniError, CniRequest, Code, valid_attachments};
 
 use super::attachment::Attachment;
 use super::bandwidth::ifb_of;
@@ -15,7 +16,6 @@ use crate::kernel::link::{LinkError, Links};
 use crate::kernel::netns::Rtnetlink;
 use crate::reconcile::chain;
 use crate::store::{Boottime, LeaseRecords};
-use weft_plugin::wire::{CniError, CniRequest, Code, valid_attachments};
 
 impl Cni {
     /// Removes whatever is left of an attachment; absent things are no error. The links themselves may go a moment later: what

@@ -13,10 +13,10 @@ use std::time::Duration;
 use tokio::sync::watch;
 use weft_model::snapshot::{AttachedPod, Attachments};
 use weft_model::{Generation, Report, Snapshot};
+use weft_plugin::wire::{CniError, Code};
 
 use super::{Cni, ipam};
 use crate::store::LeaseRecords;
-use weft_plugin::wire::{CniError, Code};
 
 /// A pass takes milliseconds; a node that needs longer has trouble that the next try may not have.
 const PATIENCE: Duration = Duration::from_secs(10);

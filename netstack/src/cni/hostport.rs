@@ -21,10 +21,10 @@ use weft_model::ruleset::{
     Base, Chain, ChainKind, Datum, ElementData, Field, Hook, KeyType, Rule, Set, SetData, Statement, Table,
     Verdict,
 };
+use weft_plugin::wire::{CniError, Code, lower_case};
 
 use crate::kernel::conntrack::Flow;
 use crate::store::{HostPort, Lease, LeaseRecords};
-use weft_plugin::wire::{CniError, Code, lower_case};
 
 const PORTS: [&str; 2] = ["hostports4", "hostports6"];
 const ADDRESS_PORTS: [&str; 2] = ["hostport-ips4", "hostport-ips6"];

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use weft_model::Snapshot;
+use weft_plugin::wire::{CniError, Code};
 
 use super::Cni;
 use crate::store::LeaseRecords;
-use weft_plugin::wire::{CniError, Code};
 
 /// The node as ADD sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]

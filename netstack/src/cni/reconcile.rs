@@ -17,7 +17,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use weft_model::objects::Bandwidth;
 
-use super::attachment::{AttachError, host_route};
+use super::attachment::{AttachError, ensure_host_routes, ensure_host_side, host_route};
 use super::node::NodeView;
 use super::{Cni, locked};
 use crate::kernel::link::Link;
@@ -152,8 +152,8 @@ impl Cni {
             }
             let complete = || {
                 let host = Rtnl::open().map_err(AttachError::Socket)?;
-                let index = self.ensure_host_side(&host, &name, &leases)?;
-                Ok::<_, AttachError>(self.ensure_host_routes(&host, index, &leases, &node)?)
+                let index = ensure_host_side(&host, &name, &leases)?;
+                Ok::<_, AttachError>(ensure_host_routes(&host, index, &leases, &node)?)
             };
             match complete() {
                 Ok(()) => done.completed.push(name),

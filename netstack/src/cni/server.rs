@@ -11,10 +11,10 @@ use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::Value;
+use weft_plugin::wire::{CniError, CniRequest, Code, NEWEST_VERSION};
 
 use super::{Caller, Cni};
 use crate::reconcile::chain;
-use weft_plugin::wire::{CniError, CniRequest, Code, NEWEST_VERSION};
 
 /// To be merged into the router of `/run/weft/agent.sock`, which is to be served with connect info of [`Caller`].
 pub fn router(cni: Arc<Cni>) -> Router {

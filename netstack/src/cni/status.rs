@@ -1,8 +1,9 @@
 //! STATUS: can ADD work now? Informational; ADD itself asks again.
 
+use weft_plugin::wire::{CniError, Code};
+
 use super::Cni;
 use crate::reconcile::chain;
-use weft_plugin::wire::{CniError, Code};
 
 impl Cni {
     pub fn status(&self) -> Result<(), CniError> {

@@ -86,7 +86,7 @@ impl Requests {
         self.set("set up", name, LinkUnspec::new_with_index(index).up().build());
     }
 
-    /// Before the link is up, in the same request as that.
+    /// One request: the kernel sets the link up and then these, and lets nobody else change it meanwhile.
     pub fn set_up_with(&mut self, name: &str, index: u32, settings: &[(Ipv4Setting, u32)]) {
         let mut link = LinkUnspec::new_with_index(index).up().build();
         let mut values = Vec::with_capacity(settings.len() * 8);
