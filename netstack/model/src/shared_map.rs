@@ -271,20 +271,14 @@ impl<K: Ord + Clone, V: Clone> SharedMap<K, V> {
         let half = MOST.div_ceil(2);
         let mut second = entries.split_off(half);
         *entries = exact(std::mem::take(entries));
-        let place = match entry.checked_sub(half) {
-            Some(entry) => {
-                second.reserve_exact(1);
-                second.insert(entry, new);
-                Place { page: page + 1, entry: Ok(entry) }
-            }
-            None => {
-                entries.reserve_exact(1);
-                entries.insert(entry, new);
-                Place { page, entry: Ok(entry) }
-            }
+        let (at, entry, into) = match entry.checked_sub(half) {
+            Some(entry) => (page + 1, entry, &mut second),
+            None => (page, entry, entries),
         };
+        into.reserve_exact(1);
+        into.insert(entry, new);
         self.pages.insert(page + 1, Arc::new(second));
-        place
+        Place { page: at, entry: Ok(entry) }
     }
 
     /// Returns what the key had.

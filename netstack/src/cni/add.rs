@@ -126,7 +126,7 @@ impl Cni {
         let addresses = node.in_order(given);
         let host = Rtnl::open().map_err(AttachError::Socket)?;
         let (index, ()) = try_join!(
-            self.link_up(&host, attachment, pod, given, node).err_into(),
+            self.link_up(&host, attachment, pod, given, &addresses, node).err_into(),
             self.verdicts_are_in_place(&addresses),
         )?;
         ensure_host_routes(&host, index, given, node).map_err(AttachError::from)?;
@@ -143,6 +143,7 @@ impl Cni {
         attachment: &Attachment,
         pod: &PodSide,
         given: &LeaseRecords,
+        addresses: &[IpAddr],
         node: &NodeView,
     ) -> Result<u32, AttachError> {
         let Attachment { link, ifname, .. } = attachment;
@@ -150,7 +151,7 @@ impl Cni {
         let flushed = tokio::task::spawn_blocking(move || store.flush_leases());
         self.pair(host, attachment, pod, node).await?;
         flushed.await.map_err(|_| AttachError::Ends)??;
-        pod.make(ifname, &node.in_order(given))?;
+        pod.make(ifname, addresses)?;
         let index = ensure_host_side(host, link, given)?;
         self.limit_new(link, given).await?;
         try_join!(host.wait_until_running(link), pod.rtnl.wait_until_running(ifname))?;

@@ -16,11 +16,11 @@ use weft_plugin::wire::{CniError, CniRequest, Code};
 
 use super::Cni;
 use super::node::NodeView;
-use crate::kernel::link::{Link, LinkAddress, LinkError, Links, VethPair};
+use crate::kernel::link::{Link, LinkAddress, LinkError, Links};
 use crate::kernel::netns::{Netns, NetnsError};
 use crate::kernel::nft::NftError;
 use crate::kernel::route::{LinkRoute, RouteError, link_routes};
-use crate::kernel::rtnl::{Ipv4Setting, Requests, Rtnl};
+use crate::kernel::rtnl::{Ipv4Setting, Requests, Rtnl, VethPair};
 use crate::kernel::shaper::ShaperError;
 use crate::kernel::sysctl;
 use crate::reconcile::chain;

@@ -2,15 +2,15 @@
 //! makes for a pod in [`rtnl`](super::rtnl).
 
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use futures::TryStreamExt;
 use ipnet::IpNet;
-use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
+use netlink_packet_route::address::{
+    AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
+};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage, State};
-use rtnetlink::{LinkMessageBuilder, LinkUnspec};
-
-use super::netns::Netns;
-use super::rtnl::address_message;
+use rtnetlink::{AddressMessageBuilder, LinkMessageBuilder, LinkUnspec};
 
 #[derive(Debug, thiserror::Error)]
 #[error("{operation} {link}")]
@@ -70,17 +70,6 @@ pub struct Link {
     pub loopback: bool,
     /// Zero unless somebody set it.
     pub group: u32,
-}
-
-/// A veth pair to be made: `name` here, `peer_name` in `peer_netns`. Both ends are down.
-#[derive(Debug)]
-pub struct VethPair<'a> {
-    pub name: &'a str,
-    pub mac: [u8; 6],
-    pub peer_name: &'a str,
-    pub peer_mac: [u8; 6],
-    pub peer_netns: &'a Netns,
-    pub mtu_bytes: u32,
 }
 
 /// The links of one namespace.
@@ -184,6 +173,24 @@ impl Links {
             .await
             .map_err(|error| LinkError::new("list addresses of", "links", error))?;
         Ok(messages.iter().filter_map(lower_address).collect())
+    }
+}
+
+/// IPv6 without duplicate-address detection.
+pub(super) fn address_message(index: u32, address: IpNet) -> AddressMessage {
+    match address.addr() {
+        IpAddr::V4(addr) => {
+            AddressMessageBuilder::<Ipv4Addr>::new().index(index).address(addr, address.prefix_len()).build()
+        }
+        IpAddr::V6(addr) => {
+            let mut message = AddressMessageBuilder::<Ipv6Addr>::new()
+                .index(index)
+                .address(addr, address.prefix_len())
+                .build();
+            message.header.flags |= AddressHeaderFlags::Nodad;
+            message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+            message
+        }
     }
 }
 

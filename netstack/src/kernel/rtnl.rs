@@ -7,14 +7,13 @@
 //! Source: rtnetlink(7), `linux/rtnetlink.h`, `linux/ip.h`.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::time::Duration;
 
 use ipnet::IpNet;
 use netlink_packet_route::AddressFamily as Family;
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{AfSpecInet, AfSpecUnspec, InfoData, InfoVeth, LinkAttribute, LinkMessage};
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
@@ -28,9 +27,10 @@ use rtnetlink::packet_core::{
     DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NLMSG_ERROR,
     NetlinkBuffer, NetlinkMessage, NetlinkPayload,
 };
-use rtnetlink::{AddressMessageBuilder, LinkMessageBuilder, LinkUnspec, LinkVeth};
+use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth};
 
-use super::link::{Link, LinkError, VethPair, lower};
+use super::link::{Link, LinkError, address_message, lower};
+use super::netns::Netns;
 use super::route::LinkRoute;
 
 /// The kernel answers before `send` returns; a socket that is silent never answers.
@@ -53,6 +53,17 @@ pub enum Ipv4Setting {
     SendRedirects = 6,
     RpFilter = 8,
     RouteLocalnet = 26,
+}
+
+/// A veth pair to be made: `name` here, `peer_name` in `peer_netns`. Both ends are down.
+#[derive(Debug)]
+pub struct VethPair<'a> {
+    pub name: &'a str,
+    pub mac: [u8; 6],
+    pub peer_name: &'a str,
+    pub peer_mac: [u8; 6],
+    pub peer_netns: &'a Netns,
+    pub mtu_bytes: u32,
 }
 
 /// What is to be done, in this order. Each names its link for the error.
@@ -137,33 +148,20 @@ impl Requests {
 
     fn add(&mut self, operation: &'static str, link: &str, flags: u16, request: RouteNetlinkMessage) {
         self.named.push((operation, link.to_owned()));
-        let mut message = NetlinkMessage::from(request);
-        message.header.flags = NLM_F_REQUEST | flags;
-        message.header.sequence_number = u32::try_from(self.named.len()).unwrap_or(u32::MAX);
-        message.finalize();
         self.last = self.message.len();
-        // Attributes are padded to four bytes, and so is the whole (NLMSG_ALIGN).
-        self.message.resize(self.last + message.buffer_len().next_multiple_of(4), 0);
-        message.serialize(&mut self.message[self.last..]);
+        append(&mut self.message, self.named.len(), flags, request);
     }
 }
 
-/// IPv6 without duplicate-address detection.
-pub(super) fn address_message(index: u32, address: IpNet) -> AddressMessage {
-    match address.addr() {
-        IpAddr::V4(addr) => {
-            AddressMessageBuilder::<Ipv4Addr>::new().index(index).address(addr, address.prefix_len()).build()
-        }
-        IpAddr::V6(addr) => {
-            let mut message = AddressMessageBuilder::<Ipv6Addr>::new()
-                .index(index)
-                .address(addr, address.prefix_len())
-                .build();
-            message.header.flags |= AddressHeaderFlags::Nodad;
-            message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
-            message
-        }
-    }
+fn append(message: &mut Vec<u8>, sequence: usize, flags: u16, request: RouteNetlinkMessage) {
+    let mut request = NetlinkMessage::from(request);
+    request.header.flags = NLM_F_REQUEST | flags;
+    request.header.sequence_number = u32::try_from(sequence).unwrap_or(u32::MAX);
+    request.finalize();
+    let at = message.len();
+    // Attributes are padded to four bytes, and so is the whole (NLMSG_ALIGN).
+    message.resize(at + request.buffer_len().next_multiple_of(4), 0);
+    request.serialize(&mut message[at..]);
 }
 
 /// A socket to the kernel's links, addresses and routes of one namespace.
@@ -214,12 +212,9 @@ impl Rtnl {
     /// `None` when there is no such link.
     pub fn find(&self, name: &str) -> Result<Option<Link>, LinkError> {
         let failed = |source| LinkError { operation: "find link", link: name.to_owned(), source };
-        let request = LinkMessageBuilder::<LinkUnspec>::new().name(name).build();
-        let mut message = NetlinkMessage::from(RouteNetlinkMessage::GetLink(request));
-        message.header.flags = NLM_F_REQUEST;
-        message.finalize();
-        let mut request = vec![0; message.buffer_len()];
-        message.serialize(&mut request);
+        let link = LinkMessageBuilder::<LinkUnspec>::new().name(name).build();
+        let mut request = Vec::new();
+        append(&mut request, 0, 0, RouteNetlinkMessage::GetLink(link));
         let mut answer = [0; ANSWER_BYTES];
         let asked = send(self.fd.as_raw_fd(), &request, MsgFlags::empty());
         let answered = asked.and_then(|_| recv(self.fd.as_raw_fd(), &mut answer, MsgFlags::empty()));
@@ -275,7 +270,6 @@ fn acknowledgement(answer: &[u8]) -> io::Result<(u32, i32)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::netns::Netns;
     use crate::kernel::testing::{NamedNetns, needs_root};
 
     const MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 1];
