@@ -105,7 +105,7 @@ impl Applier for ProxyApplier {
         }
         let known = self.affinity.as_ref().is_some_and(|known| Arc::ptr_eq(known, &plan.affinity));
         if trust == Trust::Nothing || !known {
-            match self.forget_stale(&plan.affinity) {
+            match self.forget_stale(plan) {
                 Ok(0) => self.affinity = Some(plan.affinity.clone()),
                 Ok(forgotten) => {
                     applied.changed.push(format!("{forgotten} clients' affinity forgotten"));
@@ -169,10 +169,11 @@ impl ProxyApplier {
 
 impl ProxyApplier {
     /// Reads what the rules remember and deletes what they must not any more.
-    fn forget_stale(&mut self, now: &AffinityTargets) -> Result<usize, NftError> {
-        let index = now.index();
+    fn forget_stale(&mut self, now: &ProxyPlan) -> Result<usize, NftError> {
+        let index = now.affinity.index();
         let mut forgotten = 0;
-        for map in [false, true].map(|ipv6| SetName::Affinity.of(ipv6)) {
+        let maps = [false, true].map(|ipv6| SetName::Affinity.of(ipv6));
+        for map in maps.into_iter().filter(|map| now.table.sets.contains_key(map)) {
             let remembered = self.table.elements(&map)?.into_iter();
             let stale: Vec<_> =
                 remembered.filter(|(key, data)| index.is_stale(key, data)).map(|(key, _)| key).collect();

@@ -9,6 +9,8 @@
 //! * Who may come to a load balancer's address is judged in the same chain before that, on the packet as the client sent it.
 //! * Reject and drop look at what DNAT left, in prerouting and output: a ClusterIP needs no route to be refused. Only the
 //!   first packets of connections, and those that conntrack knows nothing of, are looked at, so that nothing is paid for the others.
+//! * Maps that few clusters fill, and the rules that look into them, are there only while something is in them. The kernel finds a
+//!   set by walking its table's list of them, and reads a rule for each packet that begins a connection.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -121,6 +123,20 @@ impl SetName {
         scoped.chain(others).collect()
     }
 
+    /// Whether it is there without an element too: those that nearly every node needs, and those that come and go with single
+    /// endpoints, so that the rules do not change with them.
+    fn is_permanent(self) -> bool {
+        matches!(
+            self,
+            Self::Frontends(Scope::Vip)
+                | Self::Endpoints(Scope::Vip)
+                | Self::NoEndpoints
+                | Self::ClusterIps
+                | Self::NodeIps
+                | Self::Hairpin
+        )
+    }
+
     pub(super) fn of(self, ipv6: bool) -> String {
         let (prefix, stem) = match self {
             Self::Frontends(scope) if scope.is_node_port() => (scope.prefix(), "nodeports"),
@@ -142,7 +158,7 @@ impl SetName {
     }
 
     /// Without elements.
-    fn set(self, ipv6: bool) -> Set {
+    pub(super) fn set(self, ipv6: bool) -> Set {
         let set = self.declaration(ipv6);
         // The rules add to one with a timeout.
         let room = set.timeout_millis.is_none().then(|| Set::room_for(0));
@@ -186,11 +202,6 @@ const UNTRANSLATED: &str = "untranslated";
 /// The table without any Service.
 pub(super) fn skeleton(site: &Site) -> Table {
     let mut table = Table { name: TABLE_PROXY.to_owned(), ..Table::default() };
-    for ipv6 in [false, true] {
-        for name in SetName::all() {
-            table.sets.insert(name.of(ipv6), name.set(ipv6));
-        }
-    }
     for (name, group, ips) in
         [(SetName::NodeIps, "node", &site.node_ips), (SetName::Foreign, "cluster-dns", &site.cluster_dns)]
     {
@@ -200,23 +211,53 @@ pub(super) fn skeleton(site: &Site) -> Table {
                 .filter(|ip| ip.is_ipv6() == ipv6)
                 .map(|ip| (vec![Datum::Ip(*ip)], ElementData::None))
                 .collect();
-            if let Some(set) = table.sets.get_mut(&name.of(ipv6)).filter(|_| !elements.is_empty()) {
+            if !elements.is_empty() {
+                let set = table.sets.entry(name.of(ipv6)).or_insert_with(|| name.set(ipv6));
                 set.room = Some(Set::room_for(elements.len()));
                 set.groups.insert(group.into(), Arc::new(elements));
             }
         }
     }
     table.chains = BTreeMap::from([
-        ("prerouting".to_owned(), nat(Hook::Prerouting, PRIORITY_DNAT, prerouting(site))),
-        ("output".to_owned(), nat(Hook::Output, PRIORITY_DNAT, output())),
         ("postrouting".to_owned(), nat(Hook::Postrouting, PRIORITY_SNAT, postrouting(site))),
         ("filter-prerouting".to_owned(), filter(Hook::Prerouting)),
         ("filter-output".to_owned(), filter(Hook::Output)),
-        (UNANSWERED.to_owned(), Chain { base: None, rules: unanswered(site) }),
         (UNTRANSLATED.to_owned(), Chain { base: None, rules: untranslated(site) }),
         (REJECT.to_owned(), Chain { base: None, rules: vec![Rule::new(vec![Statement::Reject])] }),
     ]);
+    fit(&mut table, site);
     table
+}
+
+/// Gives the table the sets that have to be there, and the chains that look into those.
+pub(super) fn fit(table: &mut Table, site: &Site) {
+    for ipv6 in [false, true] {
+        for name in SetName::all().into_iter().filter(|name| *name != SetName::Affinity) {
+            let is_empty = table.sets.get(&name.of(ipv6)).is_none_or(|set| set.groups.is_empty());
+            if name.is_permanent() {
+                table.sets.entry(name.of(ipv6)).or_insert_with(|| name.set(ipv6));
+            } else if is_empty {
+                table.sets.remove(&name.of(ipv6));
+            }
+        }
+        let sticky = |scope: &Scope| table.sets.contains_key(&SetName::Sticky(*scope).of(ipv6));
+        if !Scope::ALL.iter().any(sticky) {
+            table.sets.remove(&SetName::Affinity.of(ipv6));
+        } else {
+            table.sets.entry(SetName::Affinity.of(ipv6)).or_insert_with(|| SetName::Affinity.set(ipv6));
+        }
+    }
+    let rules = [
+        ("prerouting", nat(Hook::Prerouting, PRIORITY_DNAT, prerouting(site))),
+        ("output", nat(Hook::Output, PRIORITY_DNAT, output())),
+        (UNANSWERED, Chain { base: None, rules: unanswered(site) }),
+    ];
+    for (name, mut chain) in rules {
+        chain.rules.retain(|rule| {
+            rule.statements.iter().filter_map(Statement::set_name).all(|set| table.sets.contains_key(set))
+        });
+        table.chains.insert(name.to_owned(), chain);
+    }
 }
 
 /// How many elements stand in which sets.

@@ -30,7 +30,7 @@ use crate::reconcile::Tally;
 /// What the proxy counts of itself.
 #[derive(Debug)]
 pub struct ProxyMetrics {
-    /// Seconds that the kernel took for each transaction.
+    /// Seconds of processor time that the kernel took for each transaction.
     commits: Histogram,
     /// Seconds that each look at the tracked UDP flows took.
     reconciled: Histogram,
@@ -228,8 +228,8 @@ impl Collector for KubeProxyNames {
         page.answers("kubeproxy_proxy_healthz", "Cumulative proxy healthz HTTP status", &metrics.healthz)?;
         page.answers("kubeproxy_proxy_livez", "Cumulative proxy livez HTTP status", &metrics.livez)?;
         page.single(
-            "weft_proxy_commit_duration_seconds",
-            "Time that the kernel took for a transaction of the proxy's rules",
+            "weft_proxy_commit_cpu_seconds",
+            "Processor time that the kernel took for a transaction of the proxy's rules",
             &metrics.commits,
         )
     }

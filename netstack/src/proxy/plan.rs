@@ -58,6 +58,8 @@ pub struct ProxyPlanner {
     shared: Users<Shared>,
     hairpins: Users<IpAddr>,
     counts: Counts,
+    /// The table's sets and chains do not fit what is in it.
+    misfit: bool,
     loose: Loose,
     problems: BTreeMap<ServiceKey, Vec<Problem>>,
     plan: ProxyPlan,
@@ -77,6 +79,8 @@ type Counts = BTreeMap<(SetName, bool), usize>;
 struct Filling<'a> {
     table: &'a mut Table,
     counts: &'a mut Counts,
+    /// A set has got its first elements, or lost its last.
+    misfit: &'a mut bool,
 }
 
 /// What one Service last claimed, and what it put into the plan, to be taken out again.
@@ -214,6 +218,9 @@ impl Planner for ProxyPlanner {
         for key in others {
             let plan = self.plan_of(&key);
             self.emit(&key, plan);
+        }
+        if let (true, Some(common)) = (std::mem::take(&mut self.misfit), &self.common) {
+            layout::fit(Arc::make_mut(&mut self.plan.table), &common.site);
         }
         if self.loose.is_much(count, self.known.len()) {
             fill(&mut self.known);
@@ -353,7 +360,7 @@ impl ProxyPlanner {
         let has_beside = beside != Beside::default();
         let had_beside = std::mem::replace(&mut known.beside, has_beside);
         let table = Arc::make_mut(&mut self.plan.table);
-        let mut filling = Filling { table, counts: &mut self.counts };
+        let mut filling = Filling { table, counts: &mut self.counts, misfit: &mut self.misfit };
         known.replace_elements(&mut filling, (&mut self.shared, &mut self.hairpins), emission, hairpins);
         if has_beside || had_beside {
             self.replace_beside(key, beside);
@@ -474,9 +481,8 @@ impl WithoutLocal {
 impl Filling<'_> {
     /// Replaces one group; equal elements keep their `Arc`. The set's room follows.
     fn set_group(&mut self, name: SetName, ipv6: bool, group: &Arc<str>, elements: Option<Elements>) {
-        let Some(set) = self.table.sets.get_mut(&name.of(ipv6)) else {
-            return;
-        };
+        let set = self.table.sets.entry(name.of(ipv6)).or_insert_with(|| name.set(ipv6));
+        let had_none = set.groups.is_empty();
         let new = elements.as_ref().map_or(0, Elements::len);
         let old = match elements {
             None => set.groups.remove(group),
@@ -486,6 +492,7 @@ impl Filling<'_> {
         let count = self.counts.entry((name, ipv6)).or_default();
         *count = (*count + new).saturating_sub(old.map_or(0, |old| old.len()));
         set.room = set.room.map(|_| Set::room_for(*count));
+        *self.misfit |= had_none != set.groups.is_empty();
     }
 }
 

@@ -172,7 +172,7 @@ impl NftTable {
         Err(self.contended())
     }
 
-    /// Time that the kernel took for the last transaction of `apply`; `None` when there was nothing to send.
+    /// Processor time that the kernel took for the last transaction of `apply`; `None` when there was nothing to send.
     pub fn kernel_took(&self) -> Option<Duration> {
         self.kernel_took
     }

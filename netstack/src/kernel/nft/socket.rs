@@ -5,7 +5,7 @@
 use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -13,6 +13,7 @@ use nix::sys::socket::{
     socket, sockopt,
 };
 use nix::sys::time::TimeVal;
+use nix::time::{ClockId, clock_gettime};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -43,7 +44,8 @@ pub(crate) struct NetfilterSocket {
     netns_cookie: u64,
     /// The generation that the last successful transaction made, or left as it was.
     pub(crate) committed: Option<u32>,
-    /// How long the kernel took for the last transaction.
+    /// Processor time that the kernel took for the last transaction. The clock on the wall would also tell of others that had the
+    /// processor meanwhile: the kernel wakes a worker for what is deleted, which often runs before `send` returns.
     pub(crate) took: Duration,
 }
 
@@ -235,9 +237,9 @@ impl NetfilterSocket {
             let _ = setsockopt(&self.fd, sockopt::SndBufForce, &batch.len());
             self.send_buffer_bytes = batch.len();
         }
-        let sent_at = Instant::now();
+        let before = thread_time()?;
         retried(|| send(self.fd.as_raw_fd(), batch, MsgFlags::empty()))?;
-        self.took = sent_at.elapsed();
+        self.took = thread_time()?.saturating_sub(before);
         let mut refusals = Vec::new();
         let mut acknowledged = false;
         with_buffer(|datagram| {
@@ -263,6 +265,11 @@ impl NetfilterSocket {
         }
         Ok(refusals)
     }
+}
+
+/// Processor time of the calling thread.
+fn thread_time() -> nix::Result<Duration> {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from)
 }
 
 /// What looks at datagrams may itself wait for others: those come into a buffer of their own.

@@ -96,7 +96,7 @@ fn every_name_of_kube_proxy_that_has_a_meaning_here_is_told() {
         "kubeproxy_proxy_healthz_total{code=\"200\"} 1",
         "kubeproxy_proxy_healthz_total{code=\"503\"} 0",
         "kubeproxy_proxy_livez_total{code=\"503\"} 1",
-        "weft_proxy_commit_duration_seconds_count 1",
+        "weft_proxy_commit_cpu_seconds_count 1",
     ] {
         assert!(text.lines().any(|said| said == line), "{line} is missing in\n{text}");
     }

@@ -113,6 +113,11 @@ fn set(plan: &ProxyPlan, name: SetName) -> &Set {
     &plan.table.sets[&name.of(false)]
 }
 
+/// Of a set that may be absent.
+fn groups(plan: &ProxyPlan, name: SetName) -> impl Iterator<Item = (&Arc<str>, &Arc<Elements>)> {
+    plan.table.sets.get(&name.of(false)).into_iter().flat_map(|set| set.groups.iter())
+}
+
 fn with_slice(snapshot: &Snapshot, slice: EndpointSlice) -> Snapshot {
     let mut changed = snapshot.clone();
     Arc::make_mut(&mut changed.endpoint_slices).insert(slice.key.clone(), Arc::new(slice));
@@ -128,7 +133,7 @@ fn one_changed_endpoint_touches_one_group_of_one_map() {
     let before = planner.plan(&first).plan;
     let after = planner.plan(&with_slice(&first, slice("a", &["10.244.0.1", "10.244.0.9"]))).plan;
     for name in SetName::all().into_iter().filter(|name| *name != SetName::Hairpin) {
-        for (group, elements) in set(&after, name).groups.iter() {
+        for (group, elements) in groups(&after, name) {
             let same = Arc::ptr_eq(elements, &set(&before, name).groups[group]);
             assert_eq!(
                 same,
@@ -186,11 +191,8 @@ fn a_type_or_label_that_changes_frees_ports_and_rules() {
     ] {
         let planned = planner.plan(&cluster(vec![service.clone()], slices()));
         assert_eq!(set(&planned.plan, SetName::Frontends(Scope::Vip)).groups.len(), vips, "{service:?}");
-        assert_eq!(
-            set(&planned.plan, SetName::Frontends(Scope::NodePort)).groups.len(),
-            ports,
-            "{service:?}"
-        );
+        let node_ports = groups(&planned.plan, SetName::Frontends(Scope::NodePort));
+        assert_eq!(node_ports.count(), ports, "{service:?}");
     }
 }
 
@@ -386,5 +388,37 @@ fn a_set_has_room_for_twice_what_it_holds_however_that_came() {
         assert_eq!(rooms, [Some(frontends), Some(endpoints)], "{count}");
         assert_eq!(plan.table, ProxyPlanner::default().plan(&of(count)).plan.table, "{count}");
     }
-    assert_eq!(set(&planner.plan(&of(1)).plan, SetName::Affinity).room, None, "the rules add to it");
+}
+
+#[test]
+fn maps_that_few_clusters_fill_and_their_rules_are_there_while_something_is_in_them() {
+    let plain = || service("a", "10.96.0.1", None);
+    let looks_into = |plan: &ProxyPlan, set: &str| {
+        let mut statements =
+            plan.table.chains.values().flat_map(|chain| &chain.rules).flat_map(|rule| &rule.statements);
+        statements.any(|statement| statement.set_name() == Some(set))
+    };
+    let rare = |plan: &ProxyPlan| {
+        let optional = ["nodeports4", "nodeport-endpoints4", "sticky-endpoints4", "affinity4", "firewalls4"];
+        let there = optional.into_iter().filter(|set| plan.table.sets.contains_key(*set)).collect::<Vec<_>>();
+        for set in optional {
+            assert_eq!(looks_into(plan, set), there.contains(&set), "{set}");
+        }
+        there
+    };
+    let slices = || vec![slice("a", &["10.244.0.1"])];
+    let sticky = Service { session_affinity_seconds: Some(600), ..plain() };
+    let mut planner = ProxyPlanner::default();
+    for (service, there) in [
+        (plain(), &[][..]),
+        (service("a", "10.96.0.1", Some(30_080)), &["nodeports4", "nodeport-endpoints4"]),
+        (sticky, &["sticky-endpoints4", "affinity4"]),
+        (plain(), &[]),
+    ] {
+        let snapshot = cluster(vec![service], slices());
+        let plan = planner.plan(&snapshot).plan;
+        assert_eq!(rare(&plan), there);
+        assert_eq!(plan.table, ProxyPlanner::default().plan(&snapshot).plan.table);
+    }
+    assert!(planner.plan(&cluster(vec![], vec![])).plan.table.sets.contains_key("service-ips6"));
 }

@@ -214,21 +214,30 @@ fn two_services_before_one_endpoint_may_be_asked_from_one_port() {
 fn affinity_that_is_switched_off_holds_nobody_any_more() {
     in_node(|rig| {
         rig.serve_all();
-        let with_affinity = |on: bool| {
-            let mut objects = everywhere("Cluster");
-            if on {
-                objects[0]["spec"]["sessionAffinity"] = json!("ClientIP");
-            }
-            objects
-        };
-        for _ in 0..2 {
+        // While another Service has affinity the kernel's memory stays, else it goes as a whole.
+        for (another, told) in [(true, "2 clients' affinity forgotten"), (false, "delete set affinity4")] {
+            let with_affinity = |on: bool| {
+                let mut objects = everywhere("Cluster");
+                if on {
+                    objects[0]["spec"]["sessionAffinity"] = json!("ClientIP");
+                }
+                if another {
+                    objects[1]["spec"]["sessionAffinity"] = json!("ClientIP");
+                    for mut slice in [objects[2].clone(), objects[3].clone()] {
+                        slice["metadata"]["name"] = json!(format!("empty-{}", slice["addressType"]));
+                        slice["metadata"]["labels"]["kubernetes.io/service-name"] = json!("empty");
+                        objects.push(slice);
+                    }
+                }
+                objects
+            };
             rig.apply(with_affinity(true));
             for family in &FAMILIES {
                 let vip = at(family.vip, 80);
                 assert_eq!(rig.within(POD_A, move || answers(vip)).len(), 1, "{vip}");
             }
             let off = rig.apply(with_affinity(false));
-            assert!(off.changed.iter().any(|line| line.contains("affinity forgotten")), "{off:?}");
+            assert!(off.changed.iter().any(|line| line == told), "{off:?}");
             for family in &FAMILIES {
                 let vip = at(family.vip, 80);
                 assert_eq!(rig.within(POD_A, move || answers(vip)).len(), 3, "{vip}");

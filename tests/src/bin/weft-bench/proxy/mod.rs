@@ -41,7 +41,7 @@ const ROUND_MILLIS: u32 = 400;
 const FIRST_PACKETS: usize = 400;
 const PATIENCE: Duration = Duration::from_secs(600);
 const AGENT: &str = "127.0.0.1:9470";
-const COMMITS: &str = "weft_proxy_commit_duration_seconds";
+const COMMITS: &str = "weft_proxy_commit_cpu_seconds";
 
 pub(crate) async fn make_services(client: &kube::Client) -> anyhow::Result<()> {
     make(client, 0..SERVICES).await
