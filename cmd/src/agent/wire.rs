@@ -45,7 +45,7 @@ use weft_netstack::proxy::{KubeProxyNames, ProxyApplier, ProxyHealth, ProxyPlann
 use weft_netstack::reconcile::{
     Applier, Loop, LoopHandle, Pace, Planner, TaskGroup, Watchfulness, chain, vigil,
 };
-use weft_netstack::store::{LastGood, Opened, Store, StoreError};
+use weft_netstack::store::{LastGood, Leases};
 use weft_plugin::loopback;
 
 use super::config::Config;
@@ -65,12 +65,12 @@ pub(super) async fn wire(config: &Config, tasks: &mut TaskGroup) -> anyhow::Resu
     let path = config.state_dir.join("store");
     let reading = tokio::task::spawn_blocking(move || last_good(&path));
     let access = Arc::new(Access::open(config.api_server.clone()).await?);
-    let leases = Arc::new(open_store(&config.run_dir.join("store"))?);
+    let leases = Arc::new(Leases::open(config.run_dir.join("leases"))?);
     let (facts_rx, follow_facts) = facts::watch(config.node.clone(), config.cluster.ranges()).await?;
     tasks.start("facts", follow_facts);
 
     let (durable, initial) = reading.await.context("read the last good snapshot")?;
-    let (attachments_tx, attachments) = watch::channel(cni::attachments(&*leases.leases()?));
+    let (attachments_tx, attachments) = watch::channel(cni::attachments(&leases.records()));
     let (introduced_tx, introduced) = watch::channel(Introduced::default());
     let (observed_tx, observed) = watch::channel(observed_before(initial.as_ref()));
     let here = Here { facts: facts_rx.clone(), observed, attachments: attachments.clone(), introduced };
@@ -202,12 +202,6 @@ fn observed_before(stored: Option<&Snapshot>) -> Observed {
     stored.map(|stored| stored.facts.observed.clone()).unwrap_or_default()
 }
 
-fn open_store(path: &Path) -> Result<Store, StoreError> {
-    let Opened { store, set_aside } = Store::open(path)?;
-    tell_of_damage(set_aside.as_deref());
-    Ok(store)
-}
-
 fn tell_of_damage(set_aside: Option<&Path>) {
     if let Some(damaged) = set_aside {
         tracing::error!(damaged = %damaged.display(), "the store was damaged: set aside, a new one is in use");
@@ -233,7 +227,7 @@ impl Loops<'_> {
     }
 }
 
-fn start_dns(config: &Config, leases: Arc<Store>) -> weft_dns::Dns {
+fn start_dns(config: &Config, leases: Arc<Leases>) -> weft_dns::Dns {
     let options = weft_dns::Options {
         resolv_conf: config.resolv_conf.clone(),
         queries_per_second: Some(config.dns_rate_limit),
@@ -410,13 +404,13 @@ struct Told {
 /// Leases are made true before the first request is served.
 async fn open_cni(
     snapshots: Snapshots,
-    store: Arc<Store>,
+    leases: Arc<Leases>,
     readiness: Readiness,
     told: Told,
 ) -> anyhow::Result<Arc<Cni>> {
     let pod_mtu_bytes: PodMtu = Arc::new(overlay::mtu_bytes);
     let Told { attachments, verdicts } = told;
-    let inputs = cni::Inputs { snapshots, store, readiness, pod_mtu_bytes, attachments, verdicts };
+    let inputs = cni::Inputs { snapshots, leases, readiness, pod_mtu_bytes, attachments, verdicts };
     let cni = Arc::new(Cni::open(inputs).context("open an rtnetlink socket")?);
     let outcome = cni.reconcile().await;
     for failure in &outcome.failed {

@@ -10,7 +10,7 @@ use weft_model::objects::{ServiceKind, host_address, ingress_address};
 
 use super::Cni;
 use super::ipam::{QUARANTINE_SECONDS, pod_addresses};
-use crate::store::{Boottime, Lease, LeaseRecords, StoreError};
+use crate::store::{Boottime, Lease, LeaseRecords};
 
 /// Answer of `GET /ipam`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,16 +46,16 @@ pub struct AddressUse {
 }
 
 impl Cni {
-    pub fn account(&self) -> Result<Account, StoreError> {
+    pub fn account(&self) -> Account {
         let cidrs = self.own_cidrs();
-        let leases = self.store.leases()?;
-        Ok(account(&cidrs, &leases, Boottime::now()))
+        let leases = self.leases.records();
+        account(&cidrs, &leases, Boottime::now())
     }
 
     /// What `address` is, a sentence a line.
-    pub fn explain(&self, address: IpAddr) -> Result<Vec<String>, StoreError> {
-        let leases = self.store.leases()?;
-        Ok(explain(address, self.snapshot().as_deref(), &leases, Boottime::now()))
+    pub fn explain(&self, address: IpAddr) -> Vec<String> {
+        let leases = self.leases.records();
+        explain(address, self.snapshot().as_deref(), &leases, Boottime::now())
     }
 
     fn own_cidrs(&self) -> Vec<IpNet> {

@@ -55,7 +55,7 @@ impl Cni {
         }
     }
 
-    /// Leases one address a family. Nobody else gets it from now on; it is not to be used before the lease is on the medium.
+    /// Leases one address a family. Nobody else gets it from now on.
     fn reserve(
         &self,
         attachment: &Attachment,
@@ -65,7 +65,7 @@ impl Cni {
     ) -> Result<LeaseRecords, CniError> {
         let failed = |error: crate::store::StoreError| CniError::new(Code::Store, chain(&error));
         let mut cursors = locked(&self.ipam);
-        let leases = self.store.leases().map_err(failed)?;
+        let leases = self.leases.records();
         let mine = |lease: &&Lease| lease.link == attachment.link && lease.released.is_none();
         if leases.values().any(|lease| mine(&lease)) {
             let (id, ifname) = (&attachment.container_id, &attachment.ifname);
@@ -90,9 +90,9 @@ impl Cni {
         };
         let given: LeaseRecords = given.into_iter().map(|address| (address, lease(address))).collect();
         changes.extend(given.iter().map(|(address, lease)| (*address, Some(lease.clone()))));
-        // The Store changes its own copy then, instead of making another.
+        // They are changed in place then, instead of in a copy.
         drop(leases);
-        self.store.put_leases(&changes).map_err(failed)?;
+        self.leases.write(&changes).map_err(failed)?;
         *cursors = moved;
         self.tell_attachments(&cursors);
         Ok(given)
@@ -135,8 +135,7 @@ impl Cni {
         Ok(addresses)
     }
 
-    /// Both ends of the link, up. Returns the index of the host's. The links themselves are made while the lease is on its way to the
-    /// medium.
+    /// Both ends of the link, up. Returns the index of the host's.
     async fn link_up(
         &self,
         host: &Rtnl,
@@ -147,10 +146,7 @@ impl Cni {
         node: &NodeView,
     ) -> Result<u32, AttachError> {
         let Attachment { link, ifname, .. } = attachment;
-        let store = self.store.clone();
-        let flushed = tokio::task::spawn_blocking(move || store.flush_leases());
         self.pair(host, attachment, pod, node).await?;
-        flushed.await.map_err(|_| AttachError::Ends)??;
         pod.make(ifname, addresses)?;
         let index = ensure_host_side(host, link, given)?;
         self.limit_new(link, given).await?;
@@ -193,8 +189,7 @@ impl Cni {
         let mut rules = locked(&self.rules);
         let Err(refused) = rules.admit(given) else { return Ok(()) };
         tracing::warn!(link, error = %chain(&refused), "make table weft-cni anew");
-        let leases = self.store.leases()?;
-        rules.ensure(&leases)?;
+        rules.ensure(&self.leases.records())?;
         Ok(())
     }
 
@@ -225,7 +220,7 @@ impl Cni {
         self.forget_rules_and_flows(given);
         let one_at_a_time = locked(&self.ipam);
         let changes = given.keys().map(|address| (*address, None)).collect();
-        if let Err(error) = self.store.write_leases(&changes) {
+        if let Err(error) = self.leases.write(&changes) {
             tracing::warn!(link = attachment.link, error = %chain(&error), "undo the lease of a failed ADD");
         }
         self.tell_attachments(&one_at_a_time);

@@ -19,7 +19,7 @@ impl PodLinksApplier {
 
     /// Pods and addresses, for `weft status`.
     fn details(&self, plan: &PodLinks) -> Vec<(String, String)> {
-        let Ok(leases) = self.cni.store.leases() else { return Vec::new() };
+        let leases = self.cni.leases.records();
         let count = |cidr: &ipnet::IpNet, released: bool| {
             leases.iter().filter(|(ip, l)| cidr.contains(*ip) && l.released.is_some() == released).count()
         };

@@ -24,7 +24,7 @@ use crate::kernel::rtnl::{Ipv4Setting, Requests, Rtnl, VethPair};
 use crate::kernel::shaper::ShaperError;
 use crate::kernel::sysctl;
 use crate::reconcile::chain;
-use crate::store::{LeaseRecords, StoreError};
+use crate::store::LeaseRecords;
 
 /// Digits of the hash in the name of a link: IFNAMSIZ is 16 with the final NUL, [`POD_LINK_PREFIX`] takes 5.
 const LINK_HASH_DIGITS: usize = 10;
@@ -93,22 +93,16 @@ pub(super) enum AttachError {
     Rules(#[from] NftError),
     #[error(transparent)]
     Shaper(#[from] ShaperError),
-    #[error(transparent)]
-    Store(#[from] StoreError),
     #[error("set {name} to {value}")]
     Sysctl { name: String, value: &'static str, source: io::Error },
     #[error("open an rtnetlink socket")]
     Socket(#[source] io::Error),
-    #[error("the agent ends")]
-    Ends,
 }
 
 impl From<AttachError> for CniError {
     fn from(error: AttachError) -> Self {
         let code = match error {
             AttachError::Netns(NetnsError::Gone { .. }) => Code::UnknownContainer,
-            AttachError::Store(_) => Code::Store,
-            AttachError::Ends => Code::TryAgainLater,
             _ => Code::Kernel,
         };
         CniError::new(code, chain(&error))
@@ -153,7 +147,7 @@ fn set_ipv6(folder: &Path, link: &str, settings: &[(&str, &'static str)]) -> Res
     Ok(())
 }
 
-/// The pod's namespace as ADD needs it: entered once, by a thread that ends.
+/// The pod's namespace as ADD needs it: entered once, for as long as it takes to open what is here.
 pub(super) struct PodSide {
     pub(super) netns: Netns,
     pub(super) rtnl: Rtnl,
@@ -169,7 +163,7 @@ impl PodSide {
         let netns = Netns::open(path)?;
         let path = || netns.path().to_owned();
         let (rtnl, sysctls, has_interface) =
-            netns.run(|| (Rtnl::open(), File::open(IPV6_SYSCTLS), if_nametoindex(ifname).is_ok()))?;
+            netns.visit(|| (Rtnl::open(), File::open(IPV6_SYSCTLS), if_nametoindex(ifname).is_ok()))?;
         let rtnl = rtnl.map_err(|source| NetnsError::Socket { path: path(), source })?;
         let sysctls = match sysctls {
             Ok(folder) => Some(folder),

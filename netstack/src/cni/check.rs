@@ -19,7 +19,7 @@ impl Cni {
     pub async fn check(&self, request: &CniRequest) -> Result<(), CniError> {
         let attachment = Attachment::of(request)?;
         let _held = self.locks.one(&attachment.link).await;
-        let leases = self.leases_of(&attachment.link)?;
+        let leases = self.leases_of(&attachment.link);
         let addresses: BTreeSet<IpAddr> = leases.keys().copied().collect();
         if addresses.is_empty() {
             let id = &attachment.container_id;

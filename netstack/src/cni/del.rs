@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::sync::Arc;
 
 use tokio::try_join;
 use weft_model::constants::ENDED_LINK_GROUP;
@@ -31,7 +30,7 @@ impl Cni {
             .into_iter()
             .map(|(container_id, ifname)| Attachment::new(&container_id, &ifname).link)
             .collect();
-        let mut present = self.links_with_leases()?;
+        let mut present = self.links_with_leases();
         let links = self.pod_links().await;
         present.extend(links.map_err(|error| kernel(&error))?.into_iter().map(|link| link.name));
         let mut failed = Vec::new();
@@ -46,27 +45,23 @@ impl Cni {
         Err(CniError::new(Code::Kernel, "some attachments could not be removed").details(failed.join("; ")))
     }
 
-    fn links_with_leases(&self) -> Result<BTreeSet<String>, CniError> {
-        let leases = self.leases()?;
+    fn links_with_leases(&self) -> BTreeSet<String> {
+        let leases = self.leases.records();
         let live = leases.values().filter(|lease| lease.released.is_none());
-        Ok(live.map(|lease| lease.link.clone()).collect())
-    }
-
-    fn leases(&self) -> Result<Arc<LeaseRecords>, CniError> {
-        self.store.leases().map_err(|error| CniError::new(Code::Store, chain(&error)))
+        live.map(|lease| lease.link.clone()).collect()
     }
 
     /// The live ones of a link.
-    pub(super) fn leases_of(&self, link: &str) -> Result<LeaseRecords, CniError> {
-        let leases = self.leases()?;
+    pub(super) fn leases_of(&self, link: &str) -> LeaseRecords {
+        let leases = self.leases.records();
         let of_link = leases.iter().filter(|(_, lease)| lease.link == link && lease.released.is_none());
-        Ok(of_link.map(|(address, lease)| (*address, lease.clone())).collect())
+        of_link.map(|(address, lease)| (*address, lease.clone())).collect()
     }
 
     async fn detach(&self, link: &str, caller: &Caller) -> Result<(), CniError> {
         let _held = self.locks.one(link).await;
         caller.must_wait()?;
-        let leases = self.leases_of(link)?;
+        let leases = self.leases_of(link);
         let ended = self.end_links(link).await.map_err(|error| kernel(&error))?;
         self.forget_rules_and_flows(&leases);
         self.release(leases);
@@ -124,13 +119,10 @@ impl Cni {
                 (address, Some(lease))
             })
             .collect();
-        let put = {
-            let one_at_a_time = locked(&self.ipam);
-            let put = self.store.put_leases(&changes);
-            self.tell_attachments(&one_at_a_time);
-            put
-        };
-        if let Err(error) = put.and_then(|()| self.store.flush_leases()) {
+        let one_at_a_time = locked(&self.ipam);
+        let written = self.leases.write(&changes);
+        self.tell_attachments(&one_at_a_time);
+        if let Err(error) = written {
             tracing::warn!(error = %chain(&error), "release leases");
         }
     }

@@ -35,17 +35,12 @@ pub fn attachments(leases: &LeaseRecords) -> Attachments {
 impl Cni {
     /// Tells the leases of now. Under the allocation's lock, so that a later state is never followed by an earlier one.
     pub(super) fn tell_attachments(&self, _one_at_a_time: &ipam::Cursors) {
-        match self.store.leases() {
-            Err(error) => tracing::warn!(%error, "read the leases"),
-            Ok(leases) => {
-                let now = attachments(&leases);
-                self.attachments.send_if_modified(|known| {
-                    let changed = *known != now;
-                    *known = now;
-                    changed
-                });
-            }
-        }
+        let now = attachments(&self.leases.records());
+        self.attachments.send_if_modified(|known| {
+            let changed = *known != now;
+            *known = now;
+            changed
+        });
     }
 
     /// Returns when the kernel judges what these addresses send and are sent.

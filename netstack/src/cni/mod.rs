@@ -46,7 +46,7 @@ use weft_model::{Report, Snapshot};
 
 use crate::kernel::netns::Rtnetlink;
 use crate::locked;
-use crate::store::Store;
+use crate::store::Leases;
 use lock::AttachmentLocks;
 use rules::PodRules;
 
@@ -65,7 +65,7 @@ pub type PodMtu = Arc<dyn Fn(&Snapshot) -> u32 + Send + Sync>;
 pub struct Inputs {
     pub snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
     /// The boot-scoped one.
-    pub store: Arc<Store>,
+    pub leases: Arc<Leases>,
     pub readiness: Readiness,
     pub pod_mtu_bytes: PodMtu,
     /// Where the addresses given are told; begins with [`attachments`] of the leases.
@@ -77,7 +77,7 @@ pub struct Inputs {
 /// The plugin's server half. One per agent; every method may run in parallel with every other.
 pub struct Cni {
     snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
-    store: Arc<Store>,
+    leases: Arc<Leases>,
     readiness: Readiness,
     pod_mtu_bytes: PodMtu,
     netlink: Rtnetlink,
@@ -97,7 +97,7 @@ impl Cni {
     pub fn open(inputs: Inputs) -> io::Result<Self> {
         Ok(Self {
             snapshots: inputs.snapshots,
-            store: inputs.store,
+            leases: inputs.leases,
             readiness: inputs.readiness,
             pod_mtu_bytes: inputs.pod_mtu_bytes,
             netlink: Rtnetlink::connect()?,

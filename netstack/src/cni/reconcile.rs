@@ -72,7 +72,7 @@ impl Cni {
 
     /// All leases, every pod link, every route of ours.
     async fn observe(&self) -> Result<(LeaseRecords, Vec<Link>, Vec<LinkRoute>), String> {
-        let leases = Arc::unwrap_or_clone(self.store.leases().map_err(|error| chain(&error))?);
+        let leases = Arc::unwrap_or_clone(self.leases.records());
         let links = self.pod_links().await.map_err(|error| chain(&error))?;
         let routes = self.host_routes().await.map_err(|error| chain(&error))?;
         Ok((leases, links, routes))
@@ -115,7 +115,7 @@ impl Cni {
             }
         }
         self.forget_rules_and_flows(&ended);
-        if let Err(error) = self.store.write_leases(&changes) {
+        if let Err(error) = self.leases.write(&changes) {
             done.failed.push(chain(&error));
         }
         self.tell_attachments(&locked(&self.ipam));

@@ -14,7 +14,6 @@ use serde_json::Value;
 use weft_plugin::wire::{CniError, CniRequest, Code, NEWEST_VERSION};
 
 use super::{Caller, Cni};
-use crate::reconcile::chain;
 
 /// To be merged into the router of `/run/weft/agent.sock`, which is to be served with connect info of [`Caller`].
 pub fn router(cni: Arc<Cni>) -> Router {
@@ -30,17 +29,11 @@ pub fn router(cni: Arc<Cni>) -> Router {
 }
 
 async fn account(State(cni): State<Arc<Cni>>) -> Response {
-    match cni.account() {
-        Ok(account) => Json(account).into_response(),
-        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, chain(&error)).into_response(),
-    }
+    Json(cni.account()).into_response()
 }
 
 async fn explain(State(cni): State<Arc<Cni>>, Path(address): Path<IpAddr>) -> Response {
-    match cni.explain(address) {
-        Ok(lines) => (lines.join("\n") + "\n").into_response(),
-        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, chain(&error)).into_response(),
-    }
+    (cni.explain(address).join("\n") + "\n").into_response()
 }
 
 async fn add(

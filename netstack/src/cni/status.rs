@@ -9,6 +9,6 @@ impl Cni {
     pub fn status(&self) -> Result<(), CniError> {
         let unavailable = |reason: String| CniError::new(Code::Unavailable, reason);
         self.node_for_add().map_err(|error| unavailable(error.msg))?;
-        self.store.ensure_writable().map_err(|error| unavailable(chain(&error)))
+        self.leases.ensure_writable().map_err(|error| unavailable(chain(&error)))
     }
 }

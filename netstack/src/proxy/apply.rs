@@ -139,7 +139,7 @@ impl ProxyApplier {
         let mut destinations = BTreeMap::new();
         for scope in [Scope::Vip, Scope::NodePort] {
             for ipv6 in [false, true] {
-                let elements = self.table.elements(&SetName::Frontends(scope).of(ipv6)).unwrap_or_default();
+                let elements = self.table.elements(SetName::Frontends(scope).of(ipv6)).unwrap_or_default();
                 let udp = elements.iter().filter_map(|(key, _)| UdpDestination::of_frontend(key, ipv6));
                 destinations.extend(udp.map(|destination| (destination, BTreeSet::new())));
             }
@@ -173,11 +173,11 @@ impl ProxyApplier {
         let index = now.affinity.index();
         let mut forgotten = 0;
         let maps = [false, true].map(|ipv6| SetName::Affinity.of(ipv6));
-        for map in maps.into_iter().filter(|map| now.table.sets.contains_key(map)) {
-            let remembered = self.table.elements(&map)?.into_iter();
+        for map in maps.into_iter().filter(|map| now.table.sets.contains_key(*map)) {
+            let remembered = self.table.elements(map)?.into_iter();
             let stale: Vec<_> =
                 remembered.filter(|(key, data)| index.is_stale(key, data)).map(|(key, _)| key).collect();
-            self.table.remove(&map, &stale)?;
+            self.table.remove(map, &stale)?;
             forgotten += stale.len();
         }
         Ok(forgotten)
@@ -186,7 +186,7 @@ impl ProxyApplier {
 
 /// For `weft status`: how much is programmed. Counts groups, one a Service, as it runs on every pass.
 fn details(plan: &ProxyPlan) -> Vec<(String, String)> {
-    let services = |set: SetName, ipv6| plan.table.sets.get(&set.of(ipv6)).map_or(0, |set| set.groups.len());
+    let services = |set: SetName, ipv6| plan.table.sets.get(set.of(ipv6)).map_or(0, |set| set.groups.len());
     [
         ("services IPv4", SetName::Frontends(Scope::Vip), false),
         ("services IPv6", SetName::Frontends(Scope::Vip), true),

@@ -38,6 +38,8 @@ impl Manner {
 pub(super) struct Claims {
     /// Of each thing in the order in which they get it; nearly always one.
     claimants: SharedMap<Claim, SmallVec<[Claimant; 1]>>,
+    /// How many things more than one Service claims: mostly none, so that nothing needs to be looked up.
+    contested: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +62,7 @@ impl Claims {
         let claimants = self.claimants.get_or_default(claim.clone());
         if let Err(place) = claimants.binary_search(&claimant) {
             claimants.insert(place, claimant);
+            self.contested += usize::from(claimants.len() == 2);
         }
         others.extend(concerned(claimants, manner, key));
     }
@@ -74,7 +77,9 @@ impl Claims {
     ) {
         let Some(claimants) = self.claimants.get_mut(claim) else { return };
         let claimant = Claimant { external: manner.is_external(), created, key: key.clone() };
+        let before = claimants.len();
         claimants.retain(|other| *other != claimant);
+        self.contested -= usize::from(before == 2 && claimants.len() == 1);
         others.extend(concerned(claimants, manner, key));
         if claimants.is_empty() {
             self.claimants.remove(claim);
@@ -91,6 +96,9 @@ impl Claims {
                 return Some(Rival { winner: &owner.key, of_address: true });
             }
         }
+        if self.contested == 0 {
+            return None;
+        }
         // Services share an address outside the cluster, each with its own ports.
         let shares = |claimant: &&Claimant| manner == Manner::SharedOutside && claimant.external;
         let winner = first(claim).filter(|claimant| !shares(claimant)).filter(other)?;
@@ -99,7 +107,7 @@ impl Claims {
 
     #[cfg(test)]
     pub(super) fn is_empty(&self) -> bool {
-        self.claimants.is_empty()
+        self.claimants.is_empty() && self.contested == 0
     }
 }
 

@@ -69,9 +69,9 @@ impl Spread {
         let Self { scope, ipv6, count, sticky } = self;
         let key = [scope.key(ipv6), vec![Field::RandomModulo(count)]].concat();
         if sticky {
-            return vec![Statement::VerdictMap { key, map: SetName::Sticky(scope).of(ipv6) }];
+            return vec![Statement::VerdictMap { key, map: SetName::Sticky(scope).of(ipv6).into() }];
         }
-        let map = SetName::Endpoints(scope).of(ipv6);
+        let map = SetName::Endpoints(scope).of(ipv6).into();
         vec![Statement::SetMarkBits(MARK_MASQUERADE), Statement::DnatMap { ipv6, key, map }]
     }
 }
@@ -89,7 +89,7 @@ impl Stay {
         let Self { endpoint, seconds } = self;
         let ipv6 = endpoint.is_ipv6();
         let (ip, port) = (endpoint.ip(), endpoint.port());
-        let map = SetName::Affinity.of(ipv6);
+        let map = SetName::Affinity.of(ipv6).to_owned();
         let key = [vec![Field::source(ipv6)], Scope::Vip.key(ipv6)].concat();
         let timeout_millis = u64::from(seconds) * 1000;
         let update =

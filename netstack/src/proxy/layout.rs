@@ -137,24 +137,35 @@ impl SetName {
         )
     }
 
-    pub(super) fn of(self, ipv6: bool) -> String {
-        let (prefix, stem) = match self {
-            Self::Frontends(scope) if scope.is_node_port() => (scope.prefix(), "nodeports"),
-            Self::Frontends(scope) => (scope.prefix(), "service-ips"),
-            Self::Endpoints(scope) if scope.is_node_port() => (scope.prefix(), "nodeport-endpoints"),
-            Self::Endpoints(scope) => (scope.prefix(), "endpoints"),
-            Self::Sticky(scope) if scope.is_node_port() => (scope.prefix(), "sticky-nodeport-endpoints"),
-            Self::Sticky(scope) => (scope.prefix(), "sticky-endpoints"),
-            Self::NoEndpoints => ("", "no-endpoints"),
-            Self::NoNodePortEndpoints => ("", "no-nodeport-endpoints"),
-            Self::Firewalls => ("", "firewalls"),
-            Self::Affinity => ("", "affinity"),
-            Self::ClusterIps => ("", "cluster-ips"),
-            Self::Foreign => ("", "foreign-ips"),
-            Self::NodeIps => ("", "node-ips"),
-            Self::Hairpin => ("", "hairpin"),
+    pub(super) fn of(self, ipv6: bool) -> &'static str {
+        macro_rules! of_both {
+            ($stem:literal) => {
+                [concat!($stem, "4"), concat!($stem, "6")]
+            };
+        }
+        let names = match self {
+            Self::Frontends(Scope::Vip) => of_both!("service-ips"),
+            Self::Frontends(Scope::NodePort) => of_both!("nodeports"),
+            Self::Frontends(Scope::InternalVip) => of_both!("internal-service-ips"),
+            Self::Frontends(Scope::InternalNodePort) => of_both!("internal-nodeports"),
+            Self::Endpoints(Scope::Vip) => of_both!("endpoints"),
+            Self::Endpoints(Scope::NodePort) => of_both!("nodeport-endpoints"),
+            Self::Endpoints(Scope::InternalVip) => of_both!("internal-endpoints"),
+            Self::Endpoints(Scope::InternalNodePort) => of_both!("internal-nodeport-endpoints"),
+            Self::Sticky(Scope::Vip) => of_both!("sticky-endpoints"),
+            Self::Sticky(Scope::NodePort) => of_both!("sticky-nodeport-endpoints"),
+            Self::Sticky(Scope::InternalVip) => of_both!("internal-sticky-endpoints"),
+            Self::Sticky(Scope::InternalNodePort) => of_both!("internal-sticky-nodeport-endpoints"),
+            Self::NoEndpoints => of_both!("no-endpoints"),
+            Self::NoNodePortEndpoints => of_both!("no-nodeport-endpoints"),
+            Self::Firewalls => of_both!("firewalls"),
+            Self::Affinity => of_both!("affinity"),
+            Self::ClusterIps => of_both!("cluster-ips"),
+            Self::Foreign => of_both!("foreign-ips"),
+            Self::NodeIps => of_both!("node-ips"),
+            Self::Hairpin => of_both!("hairpin"),
         };
-        format!("{prefix}{stem}{}", version(ipv6))
+        names[usize::from(ipv6)]
     }
 
     /// Without elements.
@@ -163,6 +174,11 @@ impl SetName {
         // The rules add to one with a timeout.
         let room = set.timeout_millis.is_none().then(|| Set::room_for(0));
         Set { room, ..set }
+    }
+
+    /// Made where it is missing.
+    pub(super) fn in_table(self, table: &mut Table, ipv6: bool) -> &mut Set {
+        table.sets.entry(self.of(ipv6).to_owned()).or_insert_with(|| self.set(ipv6))
     }
 
     fn declaration(self, ipv6: bool) -> Set {
@@ -212,7 +228,7 @@ pub(super) fn skeleton(site: &Site) -> Table {
                 .map(|ip| (vec![Datum::Ip(*ip)], ElementData::None))
                 .collect();
             if !elements.is_empty() {
-                let set = table.sets.entry(name.of(ipv6)).or_insert_with(|| name.set(ipv6));
+                let set = name.in_table(&mut table, ipv6);
                 set.room = Some(Set::room_for(elements.len()));
                 set.groups.insert(group.into(), Arc::new(elements));
             }
@@ -233,18 +249,18 @@ pub(super) fn skeleton(site: &Site) -> Table {
 pub(super) fn fit(table: &mut Table, site: &Site) {
     for ipv6 in [false, true] {
         for name in SetName::all().into_iter().filter(|name| *name != SetName::Affinity) {
-            let is_empty = table.sets.get(&name.of(ipv6)).is_none_or(|set| set.groups.is_empty());
+            let is_empty = table.sets.get(name.of(ipv6)).is_none_or(|set| set.groups.is_empty());
             if name.is_permanent() {
-                table.sets.entry(name.of(ipv6)).or_insert_with(|| name.set(ipv6));
+                name.in_table(table, ipv6);
             } else if is_empty {
-                table.sets.remove(&name.of(ipv6));
+                table.sets.remove(name.of(ipv6));
             }
         }
-        let sticky = |scope: &Scope| table.sets.contains_key(&SetName::Sticky(*scope).of(ipv6));
+        let sticky = |scope: &Scope| table.sets.contains_key(SetName::Sticky(*scope).of(ipv6));
         if !Scope::ALL.iter().any(sticky) {
-            table.sets.remove(&SetName::Affinity.of(ipv6));
+            table.sets.remove(SetName::Affinity.of(ipv6));
         } else {
-            table.sets.entry(SetName::Affinity.of(ipv6)).or_insert_with(|| SetName::Affinity.set(ipv6));
+            SetName::Affinity.in_table(table, ipv6);
         }
     }
     let rules = [
@@ -264,7 +280,7 @@ pub(super) fn fit(table: &mut Table, site: &Site) {
 pub(super) fn filled(table: &Table) -> impl Iterator<Item = ((SetName, bool), usize)> {
     let names = SetName::all().into_iter().flat_map(|name| [(name, false), (name, true)]);
     let count =
-        |(name, ipv6): (SetName, bool)| table.sets.get(&name.of(ipv6)).map(|set| set.elements().count());
+        |(name, ipv6): (SetName, bool)| table.sets.get(name.of(ipv6)).map(|set| set.elements().count());
     names.filter_map(move |name| Some((name, count(name)?))).filter(|(_, count)| *count > 0)
 }
 
@@ -364,7 +380,7 @@ fn postrouting(site: &Site) -> Vec<Rule> {
         let pair = Statement::Lookup {
             key: vec![Field::source(ipv6), Field::destination(ipv6)],
             negated: false,
-            set: SetName::Hairpin.of(ipv6),
+            set: SetName::Hairpin.of(ipv6).into(),
         };
         rules.push(Rule::new(vec![ours(), pair, Statement::Masquerade]).comment("a pod sent to itself"));
         let elsewhere = match site.pod_cidrs.iter().find(|cidr| cidr.addr().is_ipv6() == ipv6) {
@@ -388,7 +404,7 @@ fn postrouting(site: &Site) -> Vec<Rule> {
 }
 
 fn to(set: SetName, ipv6: bool) -> Statement {
-    Statement::Lookup { key: vec![Field::destination(ipv6)], negated: false, set: set.of(ipv6) }
+    Statement::Lookup { key: vec![Field::destination(ipv6)], negated: false, set: set.of(ipv6).into() }
 }
 
 fn to_node(ipv6: bool) -> Statement {
@@ -400,5 +416,5 @@ fn frontends(scope: Scope, ipv6: bool) -> Statement {
 }
 
 fn look_up(scope: Scope, map: SetName, ipv6: bool) -> Statement {
-    Statement::VerdictMap { key: scope.key(ipv6), map: map.of(ipv6) }
+    Statement::VerdictMap { key: scope.key(ipv6), map: map.of(ipv6).into() }
 }

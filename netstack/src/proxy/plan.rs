@@ -481,7 +481,7 @@ impl WithoutLocal {
 impl Filling<'_> {
     /// Replaces one group; equal elements keep their `Arc`. The set's room follows.
     fn set_group(&mut self, name: SetName, ipv6: bool, group: &Arc<str>, elements: Option<Elements>) {
-        let set = self.table.sets.entry(name.of(ipv6)).or_insert_with(|| name.set(ipv6));
+        let set = name.in_table(self.table, ipv6);
         let had_none = set.groups.is_empty();
         let new = elements.as_ref().map_or(0, Elements::len);
         let old = match elements {

@@ -1,16 +1,32 @@
-//! CNI leases: one record per address, flushed before ADD answers.
+//! CNI leases: a file for each address, in a folder that ends with the boot.
+//!
+//! ```text
+//!  leases/10.244.1.2   {"container_id": ..}     written beside and renamed, so whole or absent
+//! ```
+//!
+//! They are not flushed to a medium: what a process has written outlives it, and a power cut ends the boot.
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, Write as _};
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use weft_model::PodKey;
 use weft_model::objects::{Bandwidth, Protocol};
 
-use super::{Store, StoreError};
+use super::open::{keep_private, move_aside};
+use super::{StoreError, ensure_writable};
 use crate::locked;
+
+/// Below this a lease could not be written.
+const MIN_FREE_BYTES: u64 = 64 << 10;
+/// Beginning of the name of a file that is being written; no address begins so.
+const UNFINISHED: &str = "unfinished-";
 
 /// Seconds since boot, sleep included: as boot-scoped as the leases, and no clock step can move it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -60,90 +76,127 @@ pub struct HostPort {
 /// Every lease of the node by address, live and released.
 pub type LeaseRecords = BTreeMap<IpAddr, Lease>;
 
-impl Store {
-    /// Records that cannot be read are skipped and logged: the kernel shows them too.
-    pub fn leases(&self) -> Result<Arc<LeaseRecords>, StoreError> {
-        let mut known = locked(&self.known_leases);
-        if let Some(leases) = &*known {
-            return Ok(leases.clone());
-        }
-        let leases = Arc::new(self.read_leases()?);
-        *known = Some(leases.clone());
-        Ok(leases)
-    }
+/// The leases of this boot. Cheap to share behind an `Arc`; every method is synchronous.
+#[derive(Debug)]
+pub struct Leases {
+    folder: PathBuf,
+    /// What is in the folder; nobody else writes there.
+    known: Mutex<Arc<LeaseRecords>>,
+}
 
-    fn read_leases(&self) -> Result<LeaseRecords, StoreError> {
+impl Leases {
+    /// Opens or begins the leases in `folder`. A file in its place is moved to `leases.damaged-N` beside it. A record that cannot be read
+    /// is removed and told to the log: the kernel shows whose the address is.
+    ///
+    /// # Errors
+    /// The folder cannot be made or read.
+    pub fn open(folder: impl Into<PathBuf>) -> Result<Self, StoreError> {
+        let folder = folder.into();
+        let failed = |source| StoreError::Open { path: folder.clone(), source };
+        if fs::symlink_metadata(&folder).is_ok_and(|found| !found.is_dir()) {
+            let damaged = move_aside(&folder)?;
+            tracing::error!(damaged = %damaged.display(), "no folder of leases: set aside, a new one is in use");
+        }
+        fs::create_dir_all(&folder).map_err(failed)?;
+        keep_private(&folder);
         let mut records = LeaseRecords::new();
-        for record in self.leases.iter() {
-            let (key, value) = record.map_err(self.error("read leases"))?;
-            match (address(&key), serde_json::from_slice(&value)) {
-                (Some(address), Ok(lease)) => {
-                    records.insert(address, lease);
+        for entry in fs::read_dir(&folder).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            match read(&path) {
+                Ok((address, lease)) => drop(records.insert(address, lease)),
+                Err(reason) => {
+                    // An agent that was killed in the middle leaves one, which says nothing of damage.
+                    if !name(&path).starts_with(UNFINISHED) {
+                        tracing::warn!(path = %path.display(), reason, "a lease cannot be read and is removed");
+                    }
+                    let _ = fs::remove_file(&path);
                 }
-                _ => tracing::warn!(key = ?key, "a lease cannot be read and is skipped"),
             }
         }
-        Ok(records)
+        Ok(Self { folder, known: Mutex::new(Arc::new(records)) })
     }
 
-    /// Whose address it is: the pod of its live lease, from ADD to DEL. `None` also for what cannot be read.
+    pub fn records(&self) -> Arc<LeaseRecords> {
+        locked(&self.known).clone()
+    }
+
+    /// Whose address it is: the pod of its live lease, from ADD to DEL.
     pub fn pod_of(&self, address: IpAddr) -> Option<PodKey> {
-        let leases = self.leases().ok()?;
-        let lease = leases.get(&address).filter(|lease| lease.released.is_none())?;
+        let known = locked(&self.known);
+        let lease = known.get(&address).filter(|lease| lease.released.is_none())?;
         lease.pod.clone()
     }
 
-    /// Writes and deletes (`None`) records as one change, and waits until it is on the medium.
-    pub fn write_leases(&self, changes: &BTreeMap<IpAddr, Option<Lease>>) -> Result<(), StoreError> {
-        self.put_leases(changes)?;
-        self.flush_leases()
-    }
-
-    /// As [`Store::write_leases`], without waiting: whoever asks for leases sees the change at once, a new process only after
-    /// [`Store::flush_leases`].
-    pub fn put_leases(&self, changes: &BTreeMap<IpAddr, Option<Lease>>) -> Result<(), StoreError> {
-        if changes.is_empty() {
-            return Ok(());
-        }
-        self.ensure_writable()?;
-        let mut batch = sled::Batch::default();
-        for (address, lease) in changes {
-            let key = address.to_string();
-            match lease {
-                None => batch.remove(key.as_bytes()),
-                Some(lease) => batch.insert(
-                    key.as_bytes(),
-                    serde_json::to_vec(lease)
-                        .map_err(|source| StoreError::Encode { path: self.path.clone(), source })?,
-                ),
+    /// Writes and deletes (`None`) records: all of them, or none when one is refused. A process that ends in between may have written
+    /// some.
+    ///
+    /// # Errors
+    /// The file system takes no more, or is read-only.
+    pub fn write(&self, changes: &BTreeMap<IpAddr, Option<Lease>>) -> Result<(), StoreError> {
+        let mut known = locked(&self.known);
+        for (number, (address, lease)) in changes.iter().enumerate() {
+            if let Err(error) = self.put(*address, lease.as_ref()) {
+                for address in changes.keys().take(number) {
+                    let _ = self.put(*address, known.get(address));
+                }
+                return Err(error);
             }
         }
-        let mut known = locked(&self.known_leases);
-        let before = known.take();
-        self.leases.apply_batch(batch).map_err(self.error("write leases"))?;
-        *known = before.map(|mut leases| {
-            change(Arc::make_mut(&mut leases), changes);
-            leases
-        });
+        let records = Arc::make_mut(&mut known);
+        for (address, lease) in changes {
+            match lease {
+                None => records.remove(address),
+                Some(lease) => records.insert(*address, lease.clone()),
+            };
+        }
         Ok(())
     }
 
-    /// Waits until all that was put is on the medium. Calls from several threads share what they wait for.
-    pub fn flush_leases(&self) -> Result<(), StoreError> {
-        self.db.flush().map_err(self.error("flush leases"))?;
-        Ok(())
-    }
-}
-
-fn change(leases: &mut LeaseRecords, changes: &BTreeMap<IpAddr, Option<Lease>>) {
-    for (address, lease) in changes {
-        match lease {
-            None => leases.remove(address),
-            Some(lease) => leases.insert(*address, lease.clone()),
+    fn put(&self, address: IpAddr, lease: Option<&Lease>) -> Result<(), StoreError> {
+        let path = self.folder.join(address.to_string());
+        let failed = |source| StoreError::Lease { path: path.clone(), source };
+        let Some(lease) = lease else {
+            return match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed(error)),
+                _ => Ok(()),
+            };
         };
+        let text =
+            serde_json::to_vec(lease).map_err(|source| StoreError::Encode { path: path.clone(), source })?;
+        let unfinished = self.folder.join(format!("{UNFINISHED}{address}"));
+        let written = (|| {
+            let mut file = fs::OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&unfinished)?;
+            file.write_all(&text)?;
+            fs::rename(&unfinished, &path)
+        })();
+        if written.is_err() {
+            let _ = fs::remove_file(&unfinished);
+        }
+        written.map_err(failed)
+    }
+
+    /// Whether a write would succeed now.
+    pub fn ensure_writable(&self) -> Result<(), StoreError> {
+        ensure_writable(&self.folder, MIN_FREE_BYTES)
     }
 }
 
-fn address(key: &[u8]) -> Option<IpAddr> {
-    std::str::from_utf8(key).ok()?.parse().ok()
+fn name(path: &Path) -> &str {
+    path.file_name().and_then(|name| name.to_str()).unwrap_or_default()
 }
+
+/// An error says why it is no lease.
+fn read(path: &Path) -> Result<(IpAddr, Lease), String> {
+    let address = name(path).parse().map_err(|_| "its name is no address".to_owned())?;
+    let text = fs::read(path).map_err(|error| error.to_string())?;
+    let lease = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
+    Ok((address, lease))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,16 +1,17 @@
-//! The per-node embedded store (sled): what cannot be recomputed, and never desired state.
+//! What a node cannot recompute, and never desired state.
 //!
-//! Two of them exist, because two lifetimes do: a boot-scoped one in `/run/weft` for CNI leases (sandboxes die with
-//! the boot) and a durable one in `/var/lib/weft` for the last good Snapshot. A damaged store is moved aside, reported
-//! and begun anew; it is never fatal. The WireGuard key is a file of its own (see [`key`]).
+//! Two lifetimes, so two places: boot-scoped files in `/run/weft` for CNI leases (sandboxes die with the boot) and a durable store (sled)
+//! in `/var/lib/weft` for the last good Snapshot. What is damaged is moved aside or removed, reported and begun anew; it is never fatal.
+//! The WireGuard key is a file of its own (see [`key`]).
 //!
 //! ```text
-//!  cni ADD/DEL --Lease--> leases (flushed before the answer)      --at start--> cni reconcile
+//!  cni ADD/DEL --Lease--> leases/ADDRESS (before the answer)      --at start--> cni reconcile
 //!  Snapshot    --JSON of what changed---> snapshot (coalesced by the caller)    --at start--> kube
 //! ```
 //!
-//! sled keeps in memory what it has read, whatever it is told (its cache of 256 parts looks at a part every 64th time that it is used).
-//! Leases are few and always at hand; [`LastGood`] is open only while it is read or written.
+//! sled keeps in memory what it has read, whatever it is told (its cache of 256 parts looks at a part every 64th time that it is used), so
+//! [`LastGood`] is open only while it is read or written. For leases it was slow: each flush woke eight threads, for files that need no
+//! flush.
 
 pub mod key;
 mod lease;
@@ -21,12 +22,11 @@ mod tests;
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
 
-pub use lease::{Boottime, HostPort, Lease, LeaseRecords};
+pub use lease::{Boottime, HostPort, Lease, LeaseRecords, Leases};
 use nix::sys::statvfs::{FsFlags, statvfs};
 use open::Look;
-pub use open::Opened;
+use open::Opened;
 pub use snapshot::{Found, LastGood, SnapshotRead};
 
 /// What sled is asked to keep in memory; see above.
@@ -43,24 +43,23 @@ pub enum StoreError {
     SetAside { path: PathBuf, source: io::Error },
     #[error("{operation} in the store {path}")]
     Operation { operation: &'static str, path: PathBuf, source: sled::Error },
-    #[error("the store {path} is on a read-only file system")]
+    #[error("{path} is on a read-only file system")]
     ReadOnly { path: PathBuf },
-    #[error("no space left for the store {path}: {free_bytes} bytes free, {MIN_FREE_BYTES} needed")]
-    Full { path: PathBuf, free_bytes: u64 },
-    #[error("look at the file system of the store {path}")]
+    #[error("no space left for {path}: {free_bytes} bytes free, {needed_bytes} needed")]
+    Full { path: PathBuf, free_bytes: u64, needed_bytes: u64 },
+    #[error("look at the file system of {path}")]
     FileSystem { path: PathBuf, source: io::Error },
-    #[error("encode for the store {path}")]
+    #[error("write lease {path}")]
+    Lease { path: PathBuf, source: io::Error },
+    #[error("encode for {path}")]
     Encode { path: PathBuf, source: serde_json::Error },
 }
 
-/// An open store. Cheap to share behind an `Arc`; every method is synchronous.
+/// An open store of sled's.
 #[derive(Debug)]
-pub struct Store {
+struct Store {
     path: PathBuf,
     db: sled::Db,
-    leases: sled::Tree,
-    /// What `leases` holds, once it was read and while no write of it failed: nobody else writes there.
-    known_leases: Mutex<Option<Arc<LeaseRecords>>>,
     snapshot: sled::Tree,
 }
 
@@ -69,27 +68,13 @@ impl Store {
     ///
     /// # Errors
     /// Only what is no damage: the folder cannot be made or read, or another process has the store open.
-    pub fn open(path: impl AsRef<Path>) -> Result<Opened, StoreError> {
+    fn open(path: impl AsRef<Path>) -> Result<Opened, StoreError> {
         open::open(path.as_ref(), Look::AtEveryRecord)
     }
 
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Whether a write would succeed now. sled may fail half-way on a full disk, so every write asks first.
-    pub fn ensure_writable(&self) -> Result<(), StoreError> {
-        let path = || self.path.clone();
-        let stat = statvfs(&self.path)
-            .map_err(|errno| StoreError::FileSystem { path: path(), source: errno.into() })?;
-        if stat.flags().contains(FsFlags::ST_RDONLY) {
-            return Err(StoreError::ReadOnly { path: path() });
-        }
-        let free_bytes = stat.blocks_available() * stat.fragment_size();
-        if free_bytes < MIN_FREE_BYTES {
-            return Err(StoreError::Full { path: path(), free_bytes });
-        }
-        Ok(())
+    /// sled may fail half-way on a full disk, so every write asks first.
+    fn ensure_writable(&self) -> Result<(), StoreError> {
+        ensure_writable(&self.path, MIN_FREE_BYTES)
     }
 
     /// What sled has replaced it keeps for readers that may still look at it, until some time later the store is used again:
@@ -104,4 +89,18 @@ impl Store {
         let path = self.path.clone();
         move |source| StoreError::Operation { operation, path, source }
     }
+}
+
+/// Whether so much could be written below `path` now.
+fn ensure_writable(path: &Path, needed_bytes: u64) -> Result<(), StoreError> {
+    let stat = statvfs(path)
+        .map_err(|errno| StoreError::FileSystem { path: path.to_owned(), source: errno.into() })?;
+    if stat.flags().contains(FsFlags::ST_RDONLY) {
+        return Err(StoreError::ReadOnly { path: path.to_owned() });
+    }
+    let free_bytes = stat.blocks_available() * stat.fragment_size();
+    if free_bytes < needed_bytes {
+        return Err(StoreError::Full { path: path.to_owned(), free_bytes, needed_bytes });
+    }
+    Ok(())
 }

@@ -9,22 +9,21 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use super::{CACHE_BYTES, Store, StoreError};
 
 /// A store and, when the one before was damaged, where that is now.
 #[derive(Debug)]
-pub struct Opened {
-    pub store: Store,
-    pub set_aside: Option<PathBuf>,
+pub(super) struct Opened {
+    pub(super) store: Store,
+    pub(super) set_aside: Option<PathBuf>,
 }
 
 /// What is read at once.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Look {
-    /// Damage shows now, not in the middle of an ADD.
+    /// Damage shows now.
     AtEveryRecord,
     /// It did a while ago, in this process.
     AtNothing,
@@ -73,7 +72,7 @@ pub(super) fn open(path: &Path, look: Look) -> Result<Opened, StoreError> {
 
 /// For root only: the last good Snapshot holds what Ingresses refer to, private keys among it. Where that cannot be had, opening
 /// says why itself.
-fn keep_private(path: &Path) {
+pub(super) fn keep_private(path: &Path) {
     let _ = fs::DirBuilder::new().mode(0o700).create(path);
     let _ = fs::set_permissions(path, fs::Permissions::from_mode(0o700));
 }
@@ -100,14 +99,13 @@ fn attempt(path: &Path, look: Look) -> Result<Store, Failure> {
             .mode(sled::Mode::LowSpace)
             .flush_every_ms(None)
             .open()?;
-        let leases = db.open_tree("leases")?;
         let snapshot = db.open_tree("snapshot")?;
         if look == Look::AtEveryRecord {
-            for record in leases.iter().chain(snapshot.iter()) {
+            for record in snapshot.iter() {
                 record?;
             }
         }
-        Ok(Store { path: path.to_owned(), db, leases, known_leases: Mutex::default(), snapshot })
+        Ok(Store { path: path.to_owned(), db, snapshot })
     });
     match catch_unwind(opening) {
         Ok(Ok(store)) => Ok(store),
@@ -131,7 +129,7 @@ fn is_damage(error: &io::Error) -> bool {
         || matches!(error.raw_os_error(), Some(libc::EISDIR | libc::ENOTDIR))
 }
 
-fn move_aside(path: &Path) -> Result<PathBuf, StoreError> {
+pub(super) fn move_aside(path: &Path) -> Result<PathBuf, StoreError> {
     let aside = (1..)
         .map(|number| sibling(path, &format!("damaged-{number}")))
         .find(|candidate| !candidate.exists())

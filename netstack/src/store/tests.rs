@@ -1,4 +1,4 @@
-//! Leases and Snapshots survive a restart; damage does not survive one.
+//! Snapshots survive a restart; damage does not survive one.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -8,30 +8,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use weft_model::node_facts::{NodeFacts, WireguardBackend};
 use weft_model::objects::{Node, Protocol, Service, ServiceKind, ServicePort, TrafficPolicy};
-use weft_model::{ClusterConfig, Generation, PodKey, ServiceKey, Snapshot, WgPublicKey};
+use weft_model::{ClusterConfig, Generation, ServiceKey, Snapshot, WgPublicKey};
 
 use super::*;
 
-fn lease(container: &str) -> Lease {
-    Lease {
-        container_id: container.to_owned(),
-        ifname: "eth0".to_owned(),
-        netns: "/run/netns/a".to_owned(),
-        pod: Some(PodKey::new("default", "web-0")),
-        pod_uid: "42".to_owned(),
-        link: "weftp0123456789a".to_owned(),
-        host_ports: Vec::new(),
-        bandwidth: weft_model::objects::Bandwidth::default(),
-        released: None,
-    }
-}
-
 fn address(text: &str) -> IpAddr {
     text.parse().unwrap()
-}
-
-fn write(store: &Store, text: &str, lease: Option<Lease>) {
-    store.write_leases(&BTreeMap::from([(address(text), lease)])).unwrap();
 }
 
 fn node() -> Node {
@@ -128,76 +110,6 @@ fn fill_with_garbage(path: &Path) {
 }
 
 #[test]
-fn what_is_known_of_the_leases_is_what_is_on_the_medium() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("store");
-    let store = Store::open(&path).unwrap().store;
-    let mut seen = Vec::new();
-    for (text, given) in [
-        ("10.244.1.2", Some(lease("a"))),
-        ("fd00::2", Some(lease("b"))),
-        ("10.244.1.2", Some(Lease { released: Some(Boottime(7)), ..lease("a") })),
-        ("fd00::2", None),
-    ] {
-        seen.push(store.leases().unwrap());
-        store.write_leases(&BTreeMap::from([(address(text), given)])).unwrap();
-    }
-    let last = store.leases().unwrap();
-    assert_eq!(
-        seen.iter().map(|leases| leases.len()).collect::<Vec<_>>(),
-        [0, 1, 2, 2],
-        "who read before keeps it"
-    );
-    assert_eq!(last.values().map(|lease| lease.released).collect::<Vec<_>>(), [Some(Boottime(7))]);
-    drop(store);
-    assert_eq!(Store::open(&path).unwrap().store.leases().unwrap(), last);
-}
-
-#[test]
-fn leases_survive_a_restart() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("store");
-    let opened = Store::open(&path).unwrap();
-    assert_eq!(opened.set_aside, None);
-    write(&opened.store, "10.244.1.2", Some(lease("a")));
-    write(&opened.store, "fd00::2", Some(lease("a")));
-    write(&opened.store, "10.244.1.3", Some(lease("b")));
-    write(&opened.store, "10.244.1.3", None);
-    drop(opened);
-    let leases = Store::open(&path).unwrap().store.leases().unwrap();
-    assert_eq!(*leases, [(address("10.244.1.2"), lease("a")), (address("fd00::2"), lease("a"))].into());
-}
-
-#[test]
-fn an_address_is_its_pods_from_add_to_del() {
-    let folder = tempfile::tempdir().unwrap();
-    let store = Store::open(folder.path().join("store")).unwrap().store;
-    let pod = |text: &str| store.pod_of(address(text));
-    assert_eq!(pod("10.244.1.2"), None);
-    write(&store, "10.244.1.2", Some(lease("a")));
-    write(&store, "fd00::2", Some(lease("a")));
-    assert_eq!((pod("10.244.1.2"), pod("fd00::2")), (lease("a").pod, lease("a").pod));
-    write(&store, "10.244.1.2", Some(Lease { released: Some(Boottime::now()), ..lease("a") }));
-    assert_eq!(pod("10.244.1.2"), None, "released");
-    let other = Lease { pod: Some(PodKey::new("shop", "cart-0")), ..lease("b") };
-    write(&store, "10.244.1.2", Some(other.clone()));
-    assert_eq!(pod("10.244.1.2"), other.pod, "given out again");
-}
-
-/// The files as they are right after the call returned are what a crash would leave.
-#[test]
-fn a_lease_is_in_the_files_when_the_write_returns() {
-    let folder = tempfile::tempdir().unwrap();
-    let (path, left) = (folder.path().join("store"), folder.path().join("left"));
-    let opened = Store::open(&path).unwrap();
-    write(&opened.store, "10.244.1.2", Some(lease("a")));
-    crate::kernel::testing::run(&["cp", "-r", path.to_str().unwrap(), left.to_str().unwrap()]);
-    let after = Store::open(&left).unwrap();
-    assert_eq!(after.set_aside, None);
-    assert_eq!(*after.store.leases().unwrap(), [(address("10.244.1.2"), lease("a"))].into());
-}
-
-#[test]
 fn a_store_that_is_closed_leaves_nothing_for_later() {
     let folder = tempfile::tempdir().unwrap();
     let is_gone_at_once = |_| {
@@ -217,15 +129,13 @@ fn a_store_full_of_garbage_is_set_aside_and_begun_anew() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("store");
     for round in 1..=2 {
-        let opened = Store::open(&path).unwrap();
-        write(&opened.store, "10.244.1.2", Some(lease("a")));
-        drop(opened);
+        let saved = LastGood::read(&path).unwrap().last_good.save(&snapshot());
+        assert!(saved.is_ok(), "{saved:?}");
         fill_with_garbage(&path);
         let opened = Store::open(&path).unwrap();
         assert_eq!(opened.set_aside, Some(folder.path().join(format!("store.damaged-{round}"))));
         assert!(opened.set_aside.unwrap().join("conf").exists());
-        assert_eq!(*opened.store.leases().unwrap(), LeaseRecords::new());
-        write(&opened.store, "10.244.1.9", Some(lease("c")));
+        assert_eq!(opened.store.load_snapshot().unwrap().snapshot, None);
     }
 }
 

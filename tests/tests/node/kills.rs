@@ -113,7 +113,7 @@ struct Left {
     addresses: u64,
     /// To or from a pod's address.
     flows: BTreeSet<String>,
-    /// Names of files outside the Store.
+    /// Names of files.
     files: BTreeSet<String>,
 }
 
@@ -157,8 +157,8 @@ fn files(folder: &Path) -> Vec<String> {
     entries.map(|entry| entry.path().display().to_string()).collect()
 }
 
-/// Bytes of the leases' Store.
+/// Bytes of the leases.
 fn store(node: &Node) -> u64 {
-    let entries = std::fs::read_dir(node.path("run/store")).into_iter().flatten().flatten();
+    let entries = std::fs::read_dir(node.path("run/leases")).into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.metadata().ok()).map(|metadata| metadata.len()).sum()
 }

@@ -1,4 +1,4 @@
-//! Requests out of order, things that are not there, and a Store that refuses.
+//! Requests out of order, things that are not there, and a disk that refuses.
 
 use std::collections::BTreeSet;
 use std::io::Write as _;
@@ -22,12 +22,12 @@ fn add_twice_is_refused_and_changes_nothing() {
     rig.node.block_on(async {
         let agent = rig.start().await;
         agent.add("a", &pod).await;
-        let leases = agent.store.leases().unwrap();
+        let leases = agent.leases.records();
         let error = agent.call("ADD", "a", &pod.path(), Value::Null).await.unwrap_err();
         assert_eq!(error["code"], 4, "the interface exists: {error}");
         let error = agent.call("ADD", "a", &other.path(), Value::Null).await.unwrap_err();
         assert_eq!(error["code"], 4, "the lease exists: {error}");
-        assert_eq!(agent.store.leases().unwrap(), leases);
+        assert_eq!(agent.leases.records(), leases);
         rig.node.must(&["ping", "-c1", "-W2", "10.244.1.3"]);
     });
 }
@@ -44,7 +44,7 @@ fn add_refuses_an_interface_name_that_is_taken() {
         let agent = rig.start().await;
         let error = agent.call("ADD", "a", &pod.path(), Value::Null).await.unwrap_err();
         assert!(error["msg"].as_str().unwrap().contains("eth0 exists already"), "{error}");
-        assert_eq!((agent.store.leases().unwrap().len(), pod_links(&rig.node)), (0, 0));
+        assert_eq!((agent.leases.records().len(), pod_links(&rig.node)), (0, 0));
     });
 }
 
@@ -60,7 +60,7 @@ fn a_failed_add_leaves_nothing_behind() {
         let agent = rig.start().await;
         let error = agent.call("ADD", "a", &pod.path(), Value::Null).await.unwrap_err();
         assert!(error["msg"].as_str().unwrap().contains("10.244.1.3/32 src 192.0.2.1"), "{error}");
-        assert_eq!((agent.store.leases().unwrap().len(), pod_links(&rig.node)), (0, 0));
+        assert_eq!((agent.leases.records().len(), pod_links(&rig.node)), (0, 0));
         assert!(!pod.must(&["ip", "link"]).contains("eth0"));
         rig.node.must(&["ip", "addr", "add", "192.0.2.1/24", "dev", "up0"]);
         agent.add("a", &pod).await;
@@ -80,7 +80,7 @@ fn del_succeeds_in_every_order_and_frees_the_address() {
         agent.add("a", &pod).await;
         agent.del("a", &pod.path()).await;
         assert!(!pod.must(&["ip", "link"]).contains("eth0"));
-        assert_eq!((agent.live().len(), agent.store.leases().unwrap().len()), (0, 2), "released ones rest");
+        assert_eq!((agent.live().len(), agent.leases.records().len()), (0, 2), "released ones rest");
         agent.del("a", &pod.path()).await;
         let again = agent.add("a", &pod).await;
         assert_eq!(again[0].to_string(), "10.244.1.4");
@@ -126,7 +126,7 @@ fn a_missing_namespace_is_error_3() {
         let agent = rig.start().await;
         let error = agent.call("ADD", "a", "/run/netns/weft-none", Value::Null).await.unwrap_err();
         assert_eq!(error["code"], 3, "{error}");
-        assert_eq!(agent.store.leases().unwrap().len(), 0);
+        assert_eq!(agent.leases.records().len(), 0);
     });
 }
 
@@ -307,7 +307,7 @@ fn add_makes_a_flushed_rule_set_anew() {
     });
 }
 
-/// A file system of its own for the Store, unmounted on drop.
+/// A file system of its own for the leases, unmounted on drop.
 struct Disk<'a>(&'a str);
 
 impl<'a> Disk<'a> {
@@ -325,13 +325,13 @@ impl Drop for Disk<'_> {
 }
 
 #[test]
-fn a_full_store_fails_add_with_the_reason_and_changes_nothing() {
+fn a_full_disk_fails_add_with_the_reason_and_changes_nothing() {
     if !needs_root() {
         return;
     }
     let rig = Rig::new();
     let (a, b) = (NamedNetns::new("pod"), NamedNetns::new("pod"));
-    let path = rig.store_path().parent().unwrap().to_str().unwrap().to_owned();
+    let path = rig.leases().parent().unwrap().to_str().unwrap().to_owned();
     let disk = Disk::mount(&path);
     rig.node.block_on(async {
         let agent = rig.start().await;
@@ -340,7 +340,7 @@ fn a_full_store_fails_add_with_the_reason_and_changes_nothing() {
         std::fs::write(&filler, vec![1; 12 << 20]).unwrap_err();
         let error = agent.call("ADD", "b", &b.path(), Value::Null).await.unwrap_err();
         assert_eq!(error["code"], 103, "{error}");
-        assert!(error["msg"].as_str().unwrap().contains("no space left"), "{error}");
+        assert!(error["msg"].as_str().unwrap().contains("No space left"), "{error}");
         assert_eq!(agent.call("STATUS", "", "", Value::Null).await.unwrap_err()["code"], 50);
         assert_eq!((agent.live().len(), pod_links(&rig.node)), (2, 1));
         rig.node.must(&["ping", "-c1", "-W2", "10.244.1.3"]);

@@ -1,4 +1,4 @@
-//! An agent that comes back: after a clean stop, after dying between two steps, after losing its Store.
+//! An agent that comes back: after a clean stop, after dying between two steps, after losing its leases.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -64,7 +64,7 @@ fn a_link_that_had_ended_when_the_agent_was_killed_is_deleted_and_no_pod_again()
         let group = weft_model::constants::ENDED_LINK_GROUP.to_string();
         rig.node.must(&["ip", "link", "set", &link_of("a"), "group", &group]);
         // Its routes would bring it back: they are all that is left of who had it.
-        fill_with_garbage(&rig.store_path());
+        fill_with_garbage(&rig.leases());
         let agent = rig.start().await;
         assert_eq!(agent.live().keys().copied().collect::<Vec<IpAddr>>(), of_b);
         assert_eq!(pod_links(&rig.node), 1);
@@ -73,7 +73,7 @@ fn a_link_that_had_ended_when_the_agent_was_killed_is_deleted_and_no_pod_again()
 }
 
 #[test]
-fn leases_lost_with_the_store_are_rebuilt_from_the_kernel() {
+fn leases_that_are_lost_are_rebuilt_from_the_kernel() {
     if !needs_root() {
         return;
     }
@@ -83,9 +83,8 @@ fn leases_lost_with_the_store_are_rebuilt_from_the_kernel() {
         let agent = rig.start().await;
         let of_a = agent.add("a", &a).await;
         agent.kill().await;
-        fill_with_garbage(&rig.store_path());
+        fill_with_garbage(&rig.leases());
         let agent = rig.start().await;
-        assert!(agent.set_aside.as_ref().is_some_and(|path| path.exists()));
         assert_eq!(agent.live().keys().copied().collect::<Vec<IpAddr>>(), of_a);
         let of_b = agent.add("b", &b).await;
         assert!(of_a.iter().all(|address| !of_b.contains(address)), "{of_a:?} {of_b:?}");
@@ -104,9 +103,9 @@ fn a_lease_whose_link_is_gone_is_released() {
     rig.node.block_on(async {
         let agent = rig.start().await;
         let address: IpAddr = "10.244.1.7".parse().unwrap();
-        agent.store.write_leases(&BTreeMap::from([(address, Some(lease("a")))])).unwrap();
+        agent.leases.write(&BTreeMap::from([(address, Some(lease("a")))])).unwrap();
         assert_eq!(agent.cni.reconcile().await.released, [address]);
-        assert_eq!((agent.live().len(), agent.store.leases().unwrap().len()), (0, 1));
+        assert_eq!((agent.live().len(), agent.leases.records().len()), (0, 1));
     });
 }
 
@@ -127,7 +126,7 @@ fn an_add_that_died_half_way_is_completed_or_removed() {
         assert_eq!(agent.cni.reconcile().await.removed_links, ["weftp0000000000"]);
         veth(&link_of("a"));
         let address: IpAddr = "10.244.1.7".parse().unwrap();
-        agent.store.write_leases(&BTreeMap::from([(address, Some(lease("a")))])).unwrap();
+        agent.leases.write(&BTreeMap::from([(address, Some(lease("a")))])).unwrap();
         assert_eq!(agent.cni.reconcile().await.failed, Vec::<String>::new());
         let route = rig.node.must(&["ip", "route", "get", "10.244.1.7"]);
         assert!(route.contains(&link_of("a")), "{route}");

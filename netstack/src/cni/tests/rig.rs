@@ -19,7 +19,7 @@ use crate::cni::{Attachment, Caller, Cni, Inputs, server};
 use crate::kernel::testing::NamedNetns;
 use crate::policy::{PolicyApplier, PolicyPlanner};
 use crate::reconcile::{Loop, Pace};
-use crate::store::{LeaseRecords, Store};
+use crate::store::{LeaseRecords, Leases};
 
 pub(super) struct Rig {
     pub(super) node: NamedNetns,
@@ -29,9 +29,8 @@ pub(super) struct Rig {
 /// The agent of one life.
 pub(super) struct Agent {
     pub(super) cni: Arc<Cni>,
-    pub(super) store: Arc<Store>,
+    pub(super) leases: Arc<Leases>,
     pub(super) snapshots: watch::Sender<Option<Arc<Snapshot>>>,
-    pub(super) set_aside: Option<PathBuf>,
     pub(super) socket: PathBuf,
     server: tokio::task::JoinHandle<()>,
 }
@@ -53,8 +52,8 @@ impl Rig {
         Self { node, folder: tempfile::tempdir().unwrap() }
     }
 
-    pub(super) fn store_path(&self) -> PathBuf {
-        self.folder.path().join("run/store")
+    pub(super) fn leases(&self) -> PathBuf {
+        self.folder.path().join("run/leases")
     }
 
     /// Starts the agent as the wiring does: store, reconcile, socket.
@@ -95,12 +94,11 @@ impl Rig {
         told: watch::Sender<Attachments>,
         verdicts: Option<watch::Receiver<Report>>,
     ) -> Agent {
-        let opened = Store::open(self.store_path()).unwrap();
-        let store = Arc::new(opened.store);
+        let leases = Arc::new(Leases::open(self.leases()).unwrap());
         let receiver = snapshots.subscribe();
         let inputs = Inputs {
             snapshots: receiver,
-            store: store.clone(),
+            leases: leases.clone(),
             readiness: Arc::new(|snapshot| match snapshot.map(|snapshot| snapshot.generation) {
                 None => Err("no API server yet".to_owned()),
                 Some(Generation(0)) => Err("the overlay is not programmed yet".to_owned()),
@@ -118,7 +116,7 @@ impl Rig {
         let listener = tokio::net::UnixListener::bind(&socket).unwrap();
         let router = server::router(cni.clone()).into_make_service_with_connect_info::<Caller>();
         let server = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
-        Agent { cni, store, snapshots, set_aside: opened.set_aside, socket, server }
+        Agent { cni, leases, snapshots, socket, server }
     }
 }
 
@@ -183,7 +181,7 @@ pub(in crate::cni) fn snapshot(pod_cidrs: &[&str]) -> Snapshot {
 }
 
 impl Agent {
-    /// No good-bye: what is not in the Store or the kernel is lost.
+    /// No good-bye: what is not in a file or the kernel is lost.
     pub(super) async fn kill(self) {
         self.server.abort();
         let _ = self.server.await;
@@ -237,7 +235,7 @@ impl Agent {
     }
 
     pub(super) fn live(&self) -> LeaseRecords {
-        let mut leases = LeaseRecords::clone(&self.store.leases().unwrap());
+        let mut leases = LeaseRecords::clone(&self.leases.records());
         leases.retain(|_, lease| lease.released.is_none());
         leases
     }

@@ -110,12 +110,12 @@ fn cluster(services: Vec<Service>, slices: Vec<EndpointSlice>) -> Snapshot {
 }
 
 fn set(plan: &ProxyPlan, name: SetName) -> &Set {
-    &plan.table.sets[&name.of(false)]
+    &plan.table.sets[name.of(false)]
 }
 
 /// Of a set that may be absent.
 fn groups(plan: &ProxyPlan, name: SetName) -> impl Iterator<Item = (&Arc<str>, &Arc<Elements>)> {
-    plan.table.sets.get(&name.of(false)).into_iter().flat_map(|set| set.groups.iter())
+    plan.table.sets.get(name.of(false)).into_iter().flat_map(|set| set.groups.iter())
 }
 
 fn with_slice(snapshot: &Snapshot, slice: EndpointSlice) -> Snapshot {
