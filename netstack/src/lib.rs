@@ -11,6 +11,7 @@ pub mod admin;
 pub mod cni;
 pub mod control;
 pub mod expose;
+mod files;
 pub mod flows;
 mod host_socket;
 pub mod introduce;

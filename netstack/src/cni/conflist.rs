@@ -3,11 +3,13 @@
 //!
 //! Its appearance makes the kubelet call the node Ready, so it is written last, atomically, and only when ADD can work.
 
-use std::fs::{self, File};
-use std::io::{self, Write as _};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
+
+use crate::files::{self, Outlives};
 
 /// Runtimes take the first file in lexical order; `05` comes before what other installers usually write (`10-...`).
 pub const FILE_NAME: &str = "05-weft.conflist";
@@ -77,10 +79,7 @@ pub fn remove(folder: &Path) -> Result<bool, ConflistError> {
 fn write_atomically(folder: &Path, path: &Path, text: &str) -> io::Result<()> {
     fs::create_dir_all(folder)?;
     let temporary = folder.join(format!(".weft-{}.tmp", std::process::id()));
-    let mut file = File::create(&temporary)?;
-    file.write_all(text.as_bytes())?;
-    file.sync_all()?;
-    fs::rename(&temporary, path)
+    files::replace(path, &temporary, 0o666, text.as_bytes(), Outlives::PowerCut)
 }
 
 /// libcni reads `.conf`, `.conflist` and `.json`, in lexical order. A list that calls plugin `weft` itself (with others after

@@ -3,7 +3,6 @@
 //! Order: the table first, so that strictness stands before any route; then other programs' firewalls, sysctls, the device, WireGuard, routes. Each
 //! step is tried whatever became of those before it.
 
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
@@ -15,6 +14,7 @@ use super::plan::OverlayPlan;
 use super::sysctls;
 use super::tunnel::{KEY_FILE, SOCKET_FILE, STATE_FILE, TunnelState, read_key};
 use crate::control;
+use crate::files::{self, Outlives};
 use crate::kernel::link::{LinkError, Links};
 use crate::kernel::nft::NftTable;
 use crate::kernel::nft::passage::Passages;
@@ -172,7 +172,7 @@ impl OverlayApplier {
         let differs = std::fs::read(&path).ok().as_deref() != Some(&text);
         let mut changed = Vec::new();
         if differs {
-            replace_file(&path, &text)
+            files::replace(&path, &path.with_extension("json.new"), 0o666, &text, Outlives::PowerCut)
                 .map_err(|source| OverlayError::WriteState { path: path.clone(), source })?;
             changed.push(format!("{STATE_FILE}: {} peers", state.wireguard.peers.len()));
         }
@@ -243,15 +243,6 @@ fn note<E: std::error::Error>(applied: &mut Applied, outcome: Result<Vec<String>
         Ok(changed) => applied.changed.extend(changed),
         Err(error) => applied.failed.push(chain(&error)),
     }
-}
-
-/// The old content or the new, never a part: written beside, then renamed.
-fn replace_file(path: &Path, content: &[u8]) -> std::io::Result<()> {
-    let beside = path.with_extension("json.new");
-    let mut file = std::fs::File::create(&beside)?;
-    file.write_all(content)?;
-    file.sync_all()?;
-    std::fs::rename(&beside, path)
 }
 
 #[cfg(test)]

@@ -248,19 +248,19 @@ pub(super) fn skeleton(site: &Site) -> Table {
 /// Gives the table the sets that have to be there, and the chains that look into those.
 pub(super) fn fit(table: &mut Table, site: &Site) {
     for ipv6 in [false, true] {
-        for name in SetName::all().into_iter().filter(|name| *name != SetName::Affinity) {
-            let is_empty = table.sets.get(name.of(ipv6)).is_none_or(|set| set.groups.is_empty());
-            if name.is_permanent() {
+        for name in SetName::all() {
+            let is_filled =
+                |name: SetName| table.sets.get(name.of(ipv6)).is_some_and(|set| !set.groups.is_empty());
+            let is_needed = match name {
+                // The rules fill it.
+                SetName::Affinity => Scope::ALL.iter().any(|scope| is_filled(SetName::Sticky(*scope))),
+                _ => name.is_permanent() || is_filled(name),
+            };
+            if is_needed {
                 name.in_table(table, ipv6);
-            } else if is_empty {
+            } else {
                 table.sets.remove(name.of(ipv6));
             }
-        }
-        let sticky = |scope: &Scope| table.sets.contains_key(SetName::Sticky(*scope).of(ipv6));
-        if !Scope::ALL.iter().any(sticky) {
-            table.sets.remove(SetName::Affinity.of(ipv6));
-        } else {
-            SetName::Affinity.in_table(table, ipv6);
         }
     }
     let rules = [

@@ -1,12 +1,13 @@
 //! The WireGuard private key: a file of its own, 0600, written so that a power cut leaves the old or the new one.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+
+use crate::files::{self, Outlives};
 
 #[derive(Debug, thiserror::Error)]
 pub enum KeyError {
@@ -59,10 +60,8 @@ fn write_atomically(path: &Path, key: &[u8; 32]) -> io::Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     fs::create_dir_all(folder)?;
     let temporary = path.with_extension(format!("tmp-{}", std::process::id()));
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-    file.write_all(format!("{}\n", STANDARD.encode(key)).as_bytes())?;
-    file.sync_all()?;
-    fs::rename(&temporary, path)?;
+    let text = format!("{}\n", STANDARD.encode(key));
+    files::replace(path, &temporary, 0o600, text.as_bytes(), Outlives::PowerCut)?;
     File::open(folder)?.sync_all()
 }
 

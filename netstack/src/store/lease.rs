@@ -8,9 +8,8 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{self, Write as _};
+use std::io;
 use std::net::IpAddr;
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -21,6 +20,7 @@ use weft_model::objects::{Bandwidth, Protocol};
 
 use super::open::{keep_private, move_aside};
 use super::{StoreError, ensure_writable};
+use crate::files::{self, Outlives};
 use crate::locked;
 
 /// Below this a lease could not be written.
@@ -82,6 +82,8 @@ pub struct Leases {
     folder: PathBuf,
     /// What is in the folder; nobody else writes there.
     known: Mutex<Arc<LeaseRecords>>,
+    /// Held while files are written, so that whoever asks for a lease (DNS does at each question) does not wait for a disk.
+    writing: Mutex<()>,
 }
 
 impl Leases {
@@ -113,7 +115,7 @@ impl Leases {
                 }
             }
         }
-        Ok(Self { folder, known: Mutex::new(Arc::new(records)) })
+        Ok(Self { folder, known: Mutex::new(Arc::new(records)), writing: Mutex::default() })
     }
 
     pub fn records(&self) -> Arc<LeaseRecords> {
@@ -133,15 +135,20 @@ impl Leases {
     /// # Errors
     /// The file system takes no more, or is read-only.
     pub fn write(&self, changes: &BTreeMap<IpAddr, Option<Lease>>) -> Result<(), StoreError> {
-        let mut known = locked(&self.known);
+        let _writing = locked(&self.writing);
+        if changes.values().any(Option::is_some) {
+            self.ensure_writable()?;
+        }
         for (number, (address, lease)) in changes.iter().enumerate() {
             if let Err(error) = self.put(*address, lease.as_ref()) {
+                let before = self.records();
                 for address in changes.keys().take(number) {
-                    let _ = self.put(*address, known.get(address));
+                    let _ = self.put(*address, before.get(address));
                 }
                 return Err(error);
             }
         }
+        let mut known = locked(&self.known);
         let records = Arc::make_mut(&mut known);
         for (address, lease) in changes {
             match lease {
@@ -164,20 +171,7 @@ impl Leases {
         let text =
             serde_json::to_vec(lease).map_err(|source| StoreError::Encode { path: path.clone(), source })?;
         let unfinished = self.folder.join(format!("{UNFINISHED}{address}"));
-        let written = (|| {
-            let mut file = fs::OpenOptions::new()
-                .write(true)
-                .create(true)
-                .truncate(true)
-                .mode(0o600)
-                .open(&unfinished)?;
-            file.write_all(&text)?;
-            fs::rename(&unfinished, &path)
-        })();
-        if written.is_err() {
-            let _ = fs::remove_file(&unfinished);
-        }
-        written.map_err(failed)
+        files::replace(&path, &unfinished, 0o600, &text, Outlives::Process).map_err(failed)
     }
 
     /// Whether a write would succeed now.

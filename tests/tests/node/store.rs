@@ -19,7 +19,7 @@ fn mount(args: &[&str], target: &Path) {
 fn only_add_suffers(node: &Node, reason: &str, service: &str, endpoint: &str) {
     ip("netns add refused");
     let refused = node.cni("ADD", "1.0.0", "refused", &netns("refused"), None);
-    let said = refused.printed.to_string().to_lowercase();
+    let said = refused.printed.to_string();
     assert!(refused.failed && said.contains(reason), "{said}");
     assert!(refused.printed["code"].as_u64().is_some_and(|code| code != 0), "{said}");
     assert!(!ip("-n refused -o link").contains("eth0"), "a failed ADD leaves no interface");

@@ -340,7 +340,7 @@ fn a_full_disk_fails_add_with_the_reason_and_changes_nothing() {
         std::fs::write(&filler, vec![1; 12 << 20]).unwrap_err();
         let error = agent.call("ADD", "b", &b.path(), Value::Null).await.unwrap_err();
         assert_eq!(error["code"], 103, "{error}");
-        assert!(error["msg"].as_str().unwrap().contains("No space left"), "{error}");
+        assert!(error["msg"].as_str().unwrap().contains("no space left"), "{error}");
         assert_eq!(agent.call("STATUS", "", "", Value::Null).await.unwrap_err()["code"], 50);
         assert_eq!((agent.live().len(), pod_links(&rig.node)), (2, 1));
         rig.node.must(&["ping", "-c1", "-W2", "10.244.1.3"]);

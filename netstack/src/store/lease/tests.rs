@@ -111,12 +111,15 @@ fn a_full_disk_takes_all_of_a_change_or_nothing() {
     // The last of three finds no room.
     let filler = folder.path().join("filler");
     let room = || nix::sys::statvfs::statvfs(&path).unwrap().blocks_available();
-    fs::write(&filler, vec![1; 4096 * (room() as usize - 2)]).unwrap();
+    let leave = |pages: u64| fs::write(&filler, vec![1; 4096 * (room() - pages) as usize]).unwrap();
+    leave(MIN_FREE_BYTES / 4096 + 4);
     let released = Lease { released: Some(Boottime(7)), ..lease("a") };
-    let long = Lease { netns: "x".repeat(8192), ..lease("b") };
+    let long = Lease { netns: "x".repeat(2 * MIN_FREE_BYTES as usize), ..lease("b") };
     let changes = [("10.244.1.2", Some(released)), ("10.244.1.3", Some(lease("b"))), ("fd00::2", Some(long))];
     let refused = leases.write(&changes.map(|(text, lease)| (address(text), lease)).into());
     let (known, left) = (leases.records(), Leases::open(&path).unwrap().records());
+    fs::remove_file(&filler).unwrap();
+    leave(2);
     let writable = leases.ensure_writable();
     fs::remove_file(&filler).unwrap();
     let writable_again = leases.ensure_writable();

@@ -228,8 +228,11 @@ impl Bench {
             alone("restart with everything in place: transactions", "", transactions, Some(0.0)),
             alone("memory of the agent after a restart", "MiB", after_restart, Some(60.0)),
         ];
-        let modes = [(Mode::Nftables, CHANGES), (Mode::Iptables, SLOW_CHANGES)];
-        for (mode, count) in modes.into_iter().take(if size <= OF_IPTABLES { 2 } else { 1 }) {
+        let modes: &[_] = match size {
+            ..=OF_IPTABLES => &[(Mode::Nftables, CHANGES), (Mode::Iptables, SLOW_CHANGES)],
+            _ => &[(Mode::Nftables, CHANGES)],
+        };
+        for (mode, count) in modes.iter().copied() {
             eprintln!("{} ...", mode.name());
             self.stop_weft()?;
             let (theirs, their_load) = self.start_kube_proxy(mode)?;
