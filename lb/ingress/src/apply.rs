@@ -1,10 +1,11 @@
 //! Hands the table of routes to the process `weft ingress`: a file that is whole or absent, and a word on its socket.
 //!
 //! In: [`RouteTable`]. Outside: `ingress/routes.json` in the run directory, which the process reads at its start and whenever it
-//! is told so (`POST /apply` on `ingress/ingress.sock`). Folder and file belong to root; of others only the group of that process
+//! is told so (`POST /apply` on `ingress/ingress.sock`): a line with a whole table and a line for each change since, so that a
+//! host among ten thousand is written and read alone. What is whole is there by a rename; a line is added by one write. Folder and file belong to root; of others only the group of that process
 //! reads them, because private keys stand in the file, and nobody but root writes them.
 
-use std::future::Future;
+use std::fs::{File, Metadata};
 use std::io::Write as _;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, chown, fchown};
 use std::path::{Path, PathBuf};
@@ -19,6 +20,9 @@ use crate::plan::table::RouteTable;
 pub const FOLDER: &str = "ingress";
 pub const ROUTES_FILE: &str = "routes.json";
 pub const SOCKET_FILE: &str = "ingress.sock";
+
+/// Of changes in the file beyond what the whole table takes, before it is written anew.
+const LEEWAY_BYTES: u64 = 1 << 20;
 
 #[derive(Debug, thiserror::Error)]
 pub enum RoutesError {
@@ -57,7 +61,10 @@ pub async fn withdraw(run_dir: &Path) -> Result<(), RoutesError> {
         return Ok(());
     }
     let nothing = RouteTable::default().encode().map_err(RoutesError::Encode)?;
-    match hand_over(run_dir, &nothing, Trust::Nothing, &mut Vec::new()).await {
+    if std::fs::read(&path).ok().as_ref() != Some(&nothing) {
+        replace(run_dir, &nothing).map_err(|source| RoutesError::Write { path, source })?;
+    }
+    match tell(run_dir).await {
         Err(RoutesError::Tell { .. }) => Ok(()),
         outcome => outcome,
     }
@@ -66,31 +73,109 @@ pub async fn withdraw(run_dir: &Path) -> Result<(), RoutesError> {
 /// Owner of the routes file.
 pub struct RoutesApplier {
     run_dir: PathBuf,
+    written: Option<Written>,
+}
+
+/// The file as it was left, and what it holds.
+struct Written {
+    table: RouteTable,
+    file: File,
+    /// Of the whole table, and with the changes.
+    bytes: (u64, u64),
+}
+
+impl Written {
+    /// Whether the path leads to this file still and nobody else wrote to it.
+    fn stands_at(&self, path: &Path) -> bool {
+        let of = |found: &Metadata| (found.dev(), found.ino(), found.len());
+        let ours = self.file.metadata().ok();
+        let found = path.metadata().ok();
+        ours.is_some_and(|ours| {
+            ours.len() == self.bytes.1 && found.is_some_and(|found| of(&found) == of(&ours))
+        })
+    }
 }
 
 impl RoutesApplier {
     pub fn new(run_dir: &Path) -> Self {
-        Self { run_dir: run_dir.to_owned() }
+        Self { run_dir: run_dir.to_owned(), written: None }
+    }
+
+    async fn hand_over(
+        &mut self,
+        table: &RouteTable,
+        trust: Trust,
+        changed: &mut Vec<String>,
+    ) -> Result<(), RoutesError> {
+        let before = changed.len();
+        // Forgotten until all is well, so that the next pass writes the whole.
+        let written = self.written.take();
+        let written = match written.filter(|written| written.stands_at(&self.path())) {
+            Some(written) if trust == Trust::Shadow => self.add(written, table, changed)?,
+            _ => self.write(table, changed)?,
+        };
+        if changed.len() > before || trust == Trust::Nothing {
+            tell(&self.run_dir).await?;
+        }
+        self.written = Some(written);
+        Ok(())
+    }
+
+    fn path(&self) -> PathBuf {
+        self.run_dir.join(FOLDER).join(ROUTES_FILE)
+    }
+
+    /// A line for what is another than in the file.
+    fn add(
+        &self,
+        mut written: Written,
+        table: &RouteTable,
+        changed: &mut Vec<String>,
+    ) -> Result<Written, RoutesError> {
+        let Some(line) = table.encode_change(&written.table).map_err(RoutesError::Encode)? else {
+            return Ok(written);
+        };
+        let (whole, all) = written.bytes;
+        let all = all + line.len() as u64;
+        if all > 2 * whole + LEEWAY_BYTES {
+            return self.write(table, changed);
+        }
+        let added = written.file.write_all(&line);
+        added.map_err(|source| RoutesError::Write { path: self.path(), source })?;
+        changed.push(format!("{ROUTES_FILE}: {} bytes more", line.len()));
+        written.bytes.1 = all;
+        written.table = table.clone();
+        Ok(written)
+    }
+
+    /// The whole table, unless the file holds just that.
+    fn write(&self, table: &RouteTable, changed: &mut Vec<String>) -> Result<Written, RoutesError> {
+        let path = self.path();
+        let cannot = |source| RoutesError::Write { path: path.clone(), source };
+        let found = std::fs::read(&path).unwrap_or_default();
+        let mut bytes = found.len() as u64;
+        if RouteTable::decode(&found).ok().as_ref() != Some(table) {
+            let text = table.encode().map_err(RoutesError::Encode)?;
+            replace(&self.run_dir, &text).map_err(cannot)?;
+            bytes = text.len() as u64;
+            changed.push(format!("{ROUTES_FILE}: {bytes} bytes"));
+        }
+        let file = File::options().append(true).open(&path).map_err(cannot)?;
+        Ok(Written { table: table.clone(), file, bytes: (bytes, bytes) })
     }
 }
 
 impl Applier for RoutesApplier {
     type Plan = RouteTable;
 
-    fn apply(&mut self, plan: &RouteTable, trust: Trust) -> impl Future<Output = Applied> + Send {
-        let run_dir = self.run_dir.clone();
+    async fn apply(&mut self, plan: &RouteTable, trust: Trust) -> Applied {
         let mut applied = Applied { details: details(plan), ..Applied::default() };
         // A table that is not whole would take certificates away that are only being read; the one before stays meanwhile.
-        let encoded = plan.waiting.is_empty().then(|| plan.encode().map_err(RoutesError::Encode));
-        async move {
-            let Some(encoded) = encoded else { return applied };
-            let outcome = match encoded {
-                Ok(text) => hand_over(&run_dir, &text, trust, &mut applied.changed).await,
-                Err(error) => Err(error),
-            };
+        if plan.waiting.is_empty() {
+            let outcome = self.hand_over(plan, trust, &mut applied.changed).await;
             applied.failed.extend(outcome.err().map(|error| chain(&error)));
-            applied
         }
+        applied
     }
 }
 
@@ -108,40 +193,21 @@ fn details(plan: &RouteTable) -> Vec<(String, String)> {
     details
 }
 
-/// Writes the file when it differs, and tells the process then or when nothing is taken for granted.
-async fn hand_over(
-    run_dir: &Path,
-    text: &[u8],
-    trust: Trust,
-    changed: &mut Vec<String>,
-) -> Result<(), RoutesError> {
-    let folder = run_dir.join(FOLDER);
-    let path = folder.join(ROUTES_FILE);
-    let differs = std::fs::read(&path).ok().as_deref() != Some(text);
-    if differs {
-        let written = self::folder(run_dir).and_then(|_| replace(&path, text));
-        written.map_err(|source| RoutesError::Write { path, source })?;
-        changed.push(format!("{ROUTES_FILE}: {} bytes", text.len()));
-    }
-    if differs || trust == Trust::Nothing {
-        tell(folder.join(SOCKET_FILE)).await?;
-    }
-    Ok(())
-}
-
 /// The old content or the new, never a part, for nobody but the owner of the folder and its group.
-fn replace(path: &Path, content: &[u8]) -> std::io::Result<()> {
+fn replace(run_dir: &Path, content: &[u8]) -> std::io::Result<()> {
+    let folder = folder(run_dir)?;
+    let path = folder.join(ROUTES_FILE);
     let beside = path.with_extension("json.new");
-    let mut file =
-        std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o640).open(&beside)?;
-    let folder = path.parent().unwrap_or(Path::new("/")).metadata()?;
+    let mut file = File::options().write(true).create(true).truncate(true).mode(0o640).open(&beside)?;
+    let folder = folder.metadata()?;
     fchown(&file, Some(folder.uid()), Some(folder.gid()))?;
     file.write_all(content)?;
     std::fs::rename(&beside, path)
 }
 
 /// A process that hangs must not hold up the runtime.
-async fn tell(path: PathBuf) -> Result<(), RoutesError> {
+async fn tell(run_dir: &Path) -> Result<(), RoutesError> {
+    let path = run_dir.join(FOLDER).join(SOCKET_FILE);
     let socket = path.clone();
     let asked = tokio::task::spawn_blocking(move || control::request(&socket, "POST", "/apply")).await;
     let answer = asked.unwrap_or_else(|error| Err(std::io::Error::other(error)));

@@ -44,15 +44,28 @@ pub fn objection(chain_pem: &[u8], key_pem: &[u8]) -> Option<String> {
     }
 }
 
-/// Why clients will refuse the host's own certificate at this moment, with the remedy; `None` when its
-/// validity holds, or is written so that it cannot be read (RFC 5280 4.1.2.5).
-pub fn out_of_time(chain_pem: &[u8], now: Timestamp) -> Option<String> {
-    let chain = chain(chain_pem)?;
-    let (from, until) = validity(chain.first()?)?;
-    if until < now {
-        return Some(format!("its certificate expired at {until}; renew it, clients refuse it"));
+/// When a host's own certificate holds; `None` when that is written so that it cannot be read (RFC 5280 4.1.2.5).
+pub fn validity(chain_pem: &[u8]) -> Option<Validity> {
+    validity_of(chain(chain_pem)?.first()?)
+}
+
+/// From one instant until another, both included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Validity {
+    pub from: Timestamp,
+    pub until: Timestamp,
+}
+
+impl Validity {
+    /// Why clients will refuse it at this moment, with the remedy.
+    pub fn objection(self, now: Timestamp) -> Option<String> {
+        let Self { from, until } = self;
+        if until < now {
+            return Some(format!("its certificate expired at {until}; renew it, clients refuse it"));
+        }
+        (now < from)
+            .then(|| format!("its certificate is not valid before {from}; clients refuse it until then"))
     }
-    (now < from).then(|| format!("its certificate is not valid before {from}; clients refuse it until then"))
 }
 
 /// Who a certificate is for and who made it, as RFC 2253 writes it, the most specific part first (nginx's `$ssl_client_s_dn` and
@@ -159,11 +172,11 @@ fn escaped(value: &[u8]) -> String {
 }
 
 /// notBefore and notAfter.
-fn validity(der: &[u8]) -> Option<(Timestamp, Timestamp)> {
+fn validity_of(der: &[u8]) -> Option<Validity> {
     let (kind, from, rest) = element(parts(der)?.validity)?;
     let from = time(kind, from)?;
     let (kind, until, _) = element(rest)?;
-    Some((from, time(kind, until)?))
+    Some(Validity { from, until: time(kind, until)? })
 }
 
 /// `[0]`, explicit.
@@ -215,14 +228,14 @@ mod tests {
             wanted.self_signed(&key).unwrap().pem()
         };
         let now = "2026-11-27T00:00:00Z".parse().unwrap();
-        let said = |from, until| out_of_time(of(from, until).as_bytes(), now);
+        let said = |from, until| validity(of(from, until).as_bytes()).unwrap().objection(now);
         assert_eq!(said((2020, 1, 1), (2049, 12, 31)), None);
         assert_eq!(said((2020, 1, 1), (2051, 1, 1)), None, "a year of four digits");
         let expired = "its certificate expired at 2026-11-26T00:00:00Z; renew it, clients refuse it";
         assert_eq!(said((2020, 1, 1), (2026, 11, 26)).as_deref(), Some(expired));
         let early = "its certificate is not valid before 2026-11-28T00:00:00Z; clients refuse it until then";
         assert_eq!(said((2026, 11, 28), (2030, 1, 1)).as_deref(), Some(early));
-        assert_eq!(out_of_time(b"", now), None);
+        assert_eq!(validity(b""), None);
     }
 
     #[test]

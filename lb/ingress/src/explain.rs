@@ -58,7 +58,7 @@ pub fn candidates<'a>(table: &'a RouteTable, host: &str) -> Vec<(&'a Host, &'a S
         || table.hosts.iter().find(|(known, _)| matches!(known, Host::Wildcard(_)) && known.matches(host));
     let named = own.or_else(wildcard);
     let any = table.hosts.get_key_value(&Host::Any);
-    named.into_iter().chain(any).collect()
+    named.into_iter().chain(any).map(|(known, server)| (known, server.as_ref())).collect()
 }
 
 /// The route that takes the request.

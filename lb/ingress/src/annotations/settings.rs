@@ -653,6 +653,19 @@ fn ignored_values(r: &mut Reader<'_>) {
     r.word("proxy-http-version", &[("1.1", ())]);
 }
 
+impl Settings {
+    /// Whether no other object is named whose content the routes need.
+    pub fn refers_to_nothing(&self) -> bool {
+        let headers = self.forward_auth.as_ref().and_then(|auth| auth.set_headers.as_ref());
+        self.basic.is_none()
+            && self.client_tls.is_none()
+            && self.upstream_tls.secret.is_none()
+            && headers.is_none()
+            && self.custom_headers.is_none()
+            && self.default_backend.is_none()
+    }
+}
+
 impl Default for Settings {
     fn default() -> Self {
         read(&mut Reader::new(&BTreeMap::new()))

@@ -39,7 +39,7 @@ impl Backends {
     pub(super) fn plan(
         &mut self,
         snapshot: &Snapshot,
-        wanted: BTreeMap<BackendKey, Wanted>,
+        wanted: &BTreeMap<&BackendKey, Vec<&Wanted>>,
         problems: &mut Vec<Problem>,
     ) -> BTreeMap<BackendKey, Arc<Backend>> {
         let services: BTreeSet<&NamespacedName> = wanted.keys().map(|key| &key.service).collect();
@@ -49,23 +49,27 @@ impl Backends {
         }
         self.memo.retain(|key, _| wanted.contains_key(key));
         let mut planned = BTreeMap::new();
-        for (key, wanted) in &wanted {
+        for (key, wanted) in wanted {
             let service = snapshot.services.get(&key.service);
             let slices = slices.get(&key.service).map(Vec::as_slice).unwrap_or_default();
             let known = self.memo.get(key).filter(|memo| memo.is_for(service, slices));
             let backend = match known {
                 Some(memo) => memo.backend.clone(),
-                None => Arc::new(backend(key, service.map(Arc::as_ref), slices)),
+                None => {
+                    let backend = Arc::new(backend(key, service.map(Arc::as_ref), slices));
+                    let memo =
+                        Memo { service: service.cloned(), slices: slices.to_vec(), backend: backend.clone() };
+                    self.memo.insert((*key).clone(), memo);
+                    backend
+                }
             };
-            let memo = Memo { service: service.cloned(), slices: slices.to_vec(), backend: backend.clone() };
-            self.memo.insert(key.clone(), memo);
             if let Backend::Missing(why) = &*backend {
-                for (object, field) in wanted {
+                for (object, field) in wanted.iter().copied().flatten() {
                     let message = format!("{field}: {why}; requests get 503 meanwhile");
                     problems.push(Problem::new(object.clone(), Reason::Missing, message));
                 }
             }
-            planned.insert(key.clone(), backend);
+            planned.insert((*key).clone(), backend);
         }
         planned
     }

@@ -1,7 +1,7 @@
 //! Who gets which host and path: every rule of every Ingress is a claim, the older claim wins, canaries join the claims that they
 //! are the canaries of, and each host's routes come out in the order in which they are tried.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use weft_model::ingress::{BackendPort, Ingress, IngressBackend, IngressPath, PathType};
@@ -18,15 +18,72 @@ use crate::annotations::Settings;
 /// Which objects name a backend, and in which field.
 pub(super) type Wanted = Vec<(ObjectRef, String)>;
 
+/// The hosts of all Ingresses. Each is planned by itself, and again only when an Ingress that names it is another than before.
+#[derive(Default)]
 pub(super) struct Claims {
-    pub(super) hosts: BTreeMap<Host, Server>,
-    wanted: BTreeMap<BackendKey, Wanted>,
+    hosts: BTreeMap<Host, HostPlan>,
 }
 
-/// One path of one host. A Prefix has no `/` at its end, so that `/foo` and `/foo/` are one claim.
+/// What was planned for one host, and of whom.
+struct HostPlan {
+    claimed: Vec<Arc<Claimed>>,
+    server: Arc<Server>,
+    wanted: BTreeMap<BackendKey, Wanted>,
+    problems: Vec<Problem>,
+}
+
+impl HostPlan {
+    fn is_of(&self, claimed: &[&Arc<Claimed>]) -> bool {
+        self.claimed.len() == claimed.len()
+            && self.claimed.iter().zip(claimed).all(|(known, one)| Arc::ptr_eq(known, one))
+    }
+}
+
+impl Claims {
+    /// The hosts of the table; `claimed` is in the order of age.
+    pub(super) fn plan(
+        &mut self,
+        claimed: &[Arc<Claimed>],
+        problems: &mut Vec<Problem>,
+    ) -> BTreeMap<Host, Arc<Server>> {
+        let mut by_host: HashMap<&Host, Vec<&Arc<Claimed>>> = HashMap::new();
+        for one in claimed {
+            for host in one.hosts.keys() {
+                by_host.entry(host).or_default().push(one);
+            }
+        }
+        self.hosts.retain(|host, _| by_host.contains_key(host));
+        for (host, claimed) in by_host {
+            if !self.hosts.get(host).is_some_and(|planned| planned.is_of(&claimed)) {
+                self.hosts.insert(host.clone(), Collector::plan(host, &claimed));
+            }
+        }
+        problems.extend(self.hosts.values().flat_map(|planned| planned.problems.iter().cloned()));
+        let served = self.hosts.iter().filter(|(_, planned)| *planned.server != Server::default());
+        let mut hosts = served.map(|(host, planned)| (host.clone(), planned.server.clone())).collect();
+        let mains = || claimed.iter().filter(|one| one.parsed.settings.canary.is_none());
+        for one in mains().filter(|one| !one.parsed.settings.server_aliases.is_empty()) {
+            alias(one, &mut hosts, problems);
+        }
+        for one in mains().filter(|one| one.parsed.settings.from_to_www) {
+            redirect_www(&one.ingress, &mut hosts);
+        }
+        hosts
+    }
+
+    /// By whom each backend is named.
+    pub(super) fn wanted(&self) -> BTreeMap<&BackendKey, Vec<&Wanted>> {
+        let mut all: BTreeMap<&BackendKey, Vec<&Wanted>> = BTreeMap::new();
+        for (key, wanted) in self.hosts.values().flat_map(|planned| &planned.wanted) {
+            all.entry(key).or_default().push(wanted);
+        }
+        all
+    }
+}
+
+/// One path of a host. A Prefix has no `/` at its end, so that `/foo` and `/foo/` are one claim.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Place {
-    host: Host,
     kind: PathType,
     path: String,
 }
@@ -37,94 +94,56 @@ struct Claim {
     written: String,
 }
 
-/// Collects the claims of all Ingresses.
-struct Collector<'a, 'b> {
+/// Collects the claims to one host.
+struct Collector<'a> {
+    host: &'a Host,
     claims: BTreeMap<Place, Claim>,
-    passed: BTreeMap<Host, Passthrough>,
+    passed: Option<Passthrough>,
     wanted: BTreeMap<BackendKey, Wanted>,
-    materials: &'a mut Materials<'b>,
-    problems: &'a mut Vec<Problem>,
+    problems: Vec<Problem>,
 }
 
-impl Claims {
-    /// `claimed` is in the order of age.
-    pub(super) fn of(
-        claimed: &[Claimed],
-        materials: &mut Materials<'_>,
-        problems: &mut Vec<Problem>,
-    ) -> Self {
-        let mut collector = Collector {
+impl<'a> Collector<'a> {
+    fn plan(host: &'a Host, claimed: &[&Arc<Claimed>]) -> HostPlan {
+        let mut collector = Self {
+            host,
             claims: BTreeMap::new(),
-            passed: BTreeMap::new(),
+            passed: None,
             wanted: BTreeMap::new(),
-            materials,
-            problems,
+            problems: Vec::new(),
         };
-        let (canaries, mains): (Vec<_>, Vec<_>) =
-            claimed.iter().partition(|one| one.parsed.settings.canary.is_some());
-        for one in &mains {
+        for one in claimed.iter().filter(|one| !one.is_canary()) {
             collector.claim(one);
         }
-        for one in &canaries {
+        for one in claimed.iter().filter(|one| one.is_canary()) {
             collector.join(one);
         }
-        collector.alias(&mains);
-        let expressions = expression_hosts(claimed);
-        let Collector { claims, passed, wanted, problems, .. } = collector;
-        let mut hosts = servers(claims, &expressions, problems);
-        for (host, passthrough) in passed {
-            hosts.entry(host).or_default().passthrough = Some(passthrough);
+        let routes = collector.routes(claimed.iter().any(|one| one.has_expressions()));
+        HostPlan {
+            claimed: claimed.iter().map(|one| Arc::clone(one)).collect(),
+            server: Arc::new(Server { routes, redirect_to: None, passthrough: collector.passed }),
+            wanted: collector.wanted,
+            problems: collector.problems,
         }
-        redirect_www(&mains, &mut hosts);
-        Self { hosts, wanted }
     }
 
-    pub(super) fn backends(&self) -> BTreeMap<BackendKey, Wanted> {
-        self.wanted.clone()
-    }
-}
-
-/// Hosts whose paths are expressions, because one Ingress says so.
-fn expression_hosts(claimed: &[Claimed]) -> BTreeSet<Host> {
-    let says = |one: &&Claimed| {
-        let settings = &one.parsed.settings;
-        settings.use_regex || settings.rewrite_target.is_some()
-    };
-    let of = |one: &Claimed| {
-        one.ingress.rules.iter().map(|rule| Host::of(rule.host.as_deref())).collect::<Vec<_>>()
-    };
-    claimed.iter().filter(says).flat_map(of).collect()
-}
-
-impl Collector<'_, '_> {
     fn claim(&mut self, one: &Claimed) {
-        let base = Base::of(one, self.materials, self.problems);
-        for (i, rule) in one.ingress.rules.iter().enumerate() {
-            let host = Host::of(rule.host.as_deref());
-            for (j, path) in rule.paths.iter().enumerate() {
-                let field = format!("spec.rules[{i}].http.paths[{j}]");
-                self.claim_path(one, &base, host.clone(), field, path);
-            }
+        for (field, path) in one.paths_of(self.host) {
+            self.claim_path(one, field, path);
         }
         let Some(default) = &one.ingress.default_backend else { return };
-        let hosts: BTreeSet<Host> = match one.ingress.rules.is_empty() {
-            true => BTreeSet::from([Host::Any]),
-            false => one.ingress.rules.iter().map(|rule| Host::of(rule.host.as_deref())).collect(),
-        };
         let path = IngressPath { path: "/".to_owned(), kind: PathType::Prefix, backend: default.clone() };
-        for host in hosts {
-            let place = place(host.clone(), &path);
-            // A rule for / of the same Ingress says more than its default.
-            let own =
-                self.claims.get(&place).is_some_and(|claim| claim.route.origin.ingress == one.ingress.key);
-            if !own {
-                self.claim_path(one, &base, host, "spec.defaultBackend".to_owned(), &path);
-            }
+        // A rule for / of the same Ingress says more than its default.
+        let own =
+            self.claims.get(&place(&path)).is_some_and(|claim| claim.route.origin.ingress == one.ingress.key);
+        if !own {
+            self.claim_path(one, "spec.defaultBackend".to_owned(), &path);
         }
     }
 
-    fn claim_path(&mut self, one: &Claimed, base: &Base, host: Host, field: String, path: &IngressPath) {
-        let place = place(host.clone(), path);
+    fn claim_path(&mut self, one: &Claimed, field: String, path: &IngressPath) {
+        let (host, base) = (self.host, &one.base);
+        let place = place(path);
         if let Some(claim) = self.claims.get(&place) {
             let holder = &claim.route.origin;
             let message = format!(
@@ -136,13 +155,13 @@ impl Collector<'_, '_> {
         }
         let passes = base.settings.ssl_passthrough;
         let action = match passes {
-            true => match self.pass(one, base, &host, &field, path) {
+            true => match self.pass(one, &field, path) {
                 Some(action) => action,
                 None => return,
             },
             false => {
-                self.tell_of_passthrough(one, &host, &field);
-                self.action(one, base, &field, &path.backend)
+                self.tell_of_passthrough(one, &field);
+                self.action(one, &field, &path.backend)
             }
         };
         let fallback = base.fallback.clone();
@@ -150,7 +169,7 @@ impl Collector<'_, '_> {
             self.want(key, one.object(), "the annotation default-backend".to_owned());
         }
         let route = Route {
-            // Set when the kind of the host is known.
+            // Set when all claims are there.
             matcher: PathMatch::Exact(String::new()),
             origin: Origin { ingress: one.ingress.key.clone(), field },
             action,
@@ -158,20 +177,14 @@ impl Collector<'_, '_> {
             fallback,
             settings: base.settings.clone(),
             materials: base.materials.clone(),
-            to_https: passes || to_https(&one.ingress, &base.settings, &host),
+            to_https: passes || to_https(&one.ingress, &base.settings, host),
         };
         self.claims.insert(place, Claim { route, written: path.path.clone() });
     }
 
     /// Gives the host's TLS to the backend, and says what becomes of requests over HTTP. A path that nobody sees is no claim.
-    fn pass(
-        &mut self,
-        one: &Claimed,
-        base: &Base,
-        host: &Host,
-        field: &str,
-        path: &IngressPath,
-    ) -> Option<Action> {
+    fn pass(&mut self, one: &Claimed, field: &str, path: &IngressPath) -> Option<Action> {
+        let host = self.host;
         let mut told = |reason, message: String| {
             self.problems.push(Problem::new(one.object(), reason, format!("{field}: {message}")));
         };
@@ -186,16 +199,13 @@ impl Collector<'_, '_> {
             return None;
         }
         let refuse = |why: String| Some(Action::Refuse { status: 503, why });
-        let holder = self
-            .claims
-            .iter()
-            .find(|(place, claim)| place.host == *host && claim.route.origin.ingress != one.ingress.key);
         if *host == Host::Any {
             let why = "ssl-passthrough needs a host: TLS is passed on by the name that the client asks for";
             told(Reason::InvalidField, format!("{why}; name one, requests get 503 meanwhile"));
             return refuse(why.to_owned());
         }
-        if let Some((_, claim)) = holder {
+        if let Some(claim) = self.claims.values().find(|claim| claim.route.origin.ingress != one.ingress.key)
+        {
             let why = format!("TLS of {host} is ended here for the older {}", claim.route.origin);
             told(
                 Reason::Conflict,
@@ -205,11 +215,11 @@ impl Collector<'_, '_> {
             );
             return refuse(why);
         }
-        let action = self.action(one, base, field, &path.backend);
+        let action = self.action(one, field, &path.backend);
         let Action::Forward(backend) = action else { return Some(action) };
         let origin = Origin { ingress: one.ingress.key.clone(), field: field.to_owned() };
-        let proxy_protocol = base.settings.proxy_protocol;
-        self.passed.insert(host.clone(), Passthrough { backend, origin, proxy_protocol });
+        let proxy_protocol = one.base.settings.proxy_protocol;
+        self.passed = Some(Passthrough { backend, origin, proxy_protocol });
         // A client that has a connection for another name may ask here (RFC 9110 15.5.20).
         Some(Action::Refuse {
             status: 421,
@@ -218,27 +228,27 @@ impl Collector<'_, '_> {
     }
 
     /// A younger rule for a host whose TLS is passed on.
-    fn tell_of_passthrough(&mut self, one: &Claimed, host: &Host, field: &str) {
-        if let Some(passed) = self.passed.get(host) {
+    fn tell_of_passthrough(&mut self, one: &Claimed, field: &str) {
+        if let Some(passed) = &self.passed {
             let message = format!(
-                "{field}: TLS of {host} is passed on as it is by the older {}, so only requests without TLS come here; take \
+                "{field}: TLS of {} is passed on as it is by the older {}, so only requests without TLS come here; take \
                  another host or remove one of the two",
-                passed.origin
+                self.host, passed.origin
             );
             self.problems.push(Problem::new(one.object(), Reason::Conflict, message));
         }
     }
 
-    fn action(&mut self, one: &Claimed, base: &Base, field: &str, backend: &IngressBackend) -> Action {
-        if let Some(why) = &base.closed {
+    fn action(&mut self, one: &Claimed, field: &str, backend: &IngressBackend) -> Action {
+        if let Some(why) = &one.base.closed {
             return Action::Refuse { status: 503, why: why.clone() };
         }
-        if let Some(redirect) = &base.settings.redirect {
+        if let Some(redirect) = &one.base.settings.redirect {
             return Action::Redirect(redirect.clone());
         }
         match backend {
             IngressBackend::Service { name, port } => {
-                let key = key(&one.ingress, name, port, base.settings.service_upstream);
+                let key = key(&one.ingress, name, port, one.base.settings.service_upstream);
                 self.want(&key, one.object(), format!("{field}.backend"));
                 Action::Forward(key)
             }
@@ -259,72 +269,98 @@ impl Collector<'_, '_> {
     /// A canary takes a share of the requests of a path that another Ingress has.
     fn join(&mut self, one: &Claimed) {
         let Some(rule) = &one.parsed.settings.canary else { return };
-        for (i, ingress_rule) in one.ingress.rules.iter().enumerate() {
-            let host = Host::of(ingress_rule.host.as_deref());
-            for (j, path) in ingress_rule.paths.iter().enumerate() {
-                let field = format!("spec.rules[{i}].http.paths[{j}]");
-                let place = place(host.clone(), path);
-                let IngressBackend::Service { name, port } = &path.backend else { continue };
-                let key = key(&one.ingress, name, port, one.parsed.settings.service_upstream);
-                let origin = Origin { ingress: one.ingress.key.clone(), field: field.clone() };
-                let refusal = match self.claims.get_mut(&place) {
-                    None => Some(format!(
-                        "{field}: no other Ingress has {host}{} with the same pathType, so there is nothing to be the \
-                         canary of; add one without the annotation canary",
-                        path.path
+        let host = self.host;
+        for (field, path) in one.paths_of(host) {
+            let IngressBackend::Service { name, port } = &path.backend else { continue };
+            let key = key(&one.ingress, name, port, one.parsed.settings.service_upstream);
+            let origin = Origin { ingress: one.ingress.key.clone(), field: field.clone() };
+            let refusal = match self.claims.get_mut(&place(path)) {
+                None => Some(format!(
+                    "{field}: no other Ingress has {host}{} with the same pathType, so there is nothing to be the \
+                     canary of; add one without the annotation canary",
+                    path.path
+                )),
+                Some(claim) => match &claim.route.canary {
+                    Some(first) => Some(format!(
+                        "{field}: {host}{} has the canary of {} already, and one is all that a rule has; remove one",
+                        path.path, first.origin
                     )),
-                    Some(claim) => match &claim.route.canary {
-                        Some(first) => Some(format!(
-                            "{field}: {host}{} has the canary of {} already, and one is all that a rule has; remove one",
-                            path.path, first.origin
-                        )),
-                        None if self.passed.contains_key(&host) => Some(format!(
-                            "{field}: TLS of {host} is passed on as it is, so there is nothing to be the canary of; remove it"
-                        )),
-                        None => {
-                            claim.route.canary =
-                                Some(CanaryBranch { origin, rule: rule.clone(), backend: key.clone() });
-                            None
-                        }
-                    },
-                };
-                match refusal {
-                    Some(message) => {
-                        self.problems.push(Problem::new(one.object(), Reason::Conflict, message))
+                    None if self.passed.is_some() => Some(format!(
+                        "{field}: TLS of {host} is passed on as it is, so there is nothing to be the canary of; remove it"
+                    )),
+                    None => {
+                        claim.route.canary =
+                            Some(CanaryBranch { origin, rule: rule.clone(), backend: key.clone() });
+                        None
                     }
-                    None => self.want(&key, one.object(), format!("{field}.backend")),
-                }
+                },
+            };
+            match refusal {
+                Some(message) => self.problems.push(Problem::new(one.object(), Reason::Conflict, message)),
+                None => self.want(&key, one.object(), format!("{field}.backend")),
             }
         }
     }
 
-    /// `server-alias`: the same routes under more names, unless a rule has that name.
-    fn alias(&mut self, mains: &[&Claimed]) {
-        for one in mains {
-            for alias in &one.parsed.settings.server_aliases {
-                let alias_host = Host::of(Some(alias));
-                let holder = self.claims.iter().find(|(place, _)| place.host == alias_host);
-                if let Some((_, claim)) = holder {
-                    let message = format!(
-                        "annotation server-alias: {alias} belongs to {}, so it is no alias; remove it",
-                        claim.route.origin
-                    );
-                    self.problems.push(Problem::new(one.object(), Reason::Conflict, message));
-                    continue;
-                }
-                let hosts: BTreeSet<Host> =
-                    one.ingress.rules.iter().map(|rule| Host::of(rule.host.as_deref())).collect();
-                let copies: Vec<(Place, Claim)> = self
-                    .claims
-                    .iter()
-                    .filter(|(place, _)| hosts.contains(&place.host))
-                    .map(|(place, claim)| {
-                        let place = Place { host: alias_host.clone(), ..place.clone() };
-                        (place, Claim { route: claim.route.clone(), written: claim.written.clone() })
-                    })
-                    .collect();
-                self.claims.extend(copies);
-            }
+    /// In the order in which they are tried. `by_expression`: paths are expressions, because one Ingress says so.
+    fn routes(&mut self, by_expression: bool) -> Vec<Arc<Route>> {
+        let mut routes = Vec::new();
+        for (place, Claim { mut route, written }) in std::mem::take(&mut self.claims) {
+            route.matcher = match (by_expression, place.kind) {
+                (true, _) => match expression(&written) {
+                    Ok(_) => PathMatch::Regex(written),
+                    Err(error) => self.refuse_expression(&mut route, &written, &error),
+                },
+                (false, PathType::Exact) => PathMatch::Exact(place.path),
+                (false, PathType::Prefix) => PathMatch::Prefix(place.path),
+                (false, PathType::ImplementationSpecific) => PathMatch::Text(place.path),
+            };
+            routes.push(Arc::new(route));
+        }
+        routes.sort_by(in_turn);
+        routes
+    }
+
+    fn refuse_expression(&mut self, route: &mut Route, written: &str, error: &regex::Error) -> PathMatch {
+        let why = error.to_string();
+        let why = why.lines().last().unwrap_or("unreadable").trim().to_owned();
+        let message = format!(
+            "{}.path {written:?} is no regular expression ({why}), and paths of {} are such; requests that begin \
+             like it get 503 until it is corrected",
+            route.origin.field, self.host
+        );
+        let key = &route.origin.ingress;
+        let object = ObjectRef::new("Ingress", &key.namespace, &key.name);
+        self.problems.push(Problem::new(object, Reason::InvalidField, message));
+        route.action = Action::Refuse { status: 503, why: "its path is no regular expression".to_owned() };
+        PathMatch::Text(literal(written))
+    }
+}
+
+/// Which of two routes is tried first.
+fn in_turn(a: &Arc<Route>, b: &Arc<Route>) -> std::cmp::Ordering {
+    a.matcher.order().cmp(&b.matcher.order())
+}
+
+/// `server-alias`: the same routes under more names, unless a rule has that name.
+fn alias(one: &Claimed, hosts: &mut BTreeMap<Host, Arc<Server>>, problems: &mut Vec<Problem>) {
+    for alias in &one.parsed.settings.server_aliases {
+        let alias_host = Host::of(Some(alias));
+        if let Some(route) = hosts.get(&alias_host).and_then(|server| server.routes.first()) {
+            let message = format!(
+                "annotation server-alias: {alias} belongs to {}, so it is no alias; remove it",
+                route.origin
+            );
+            problems.push(Problem::new(one.object(), Reason::Conflict, message));
+            continue;
+        }
+        let named = one.hosts.iter().filter(|(_, rules)| !rules.is_empty()).map(|(host, _)| host);
+        let servers = named.filter_map(|host| hosts.get(host));
+        let mut routes: Vec<Arc<Route>> = servers.flat_map(|server| server.routes.clone()).collect();
+        routes.sort_by(in_turn);
+        routes.dedup_by(|later, first| later.matcher == first.matcher);
+        if !routes.is_empty() {
+            hosts.insert(alias_host, Arc::new(Server { routes, ..Server::default() }));
         }
     }
 }
@@ -337,12 +373,12 @@ fn key(ingress: &Ingress, service: &str, port: &BackendPort, by_service: bool) -
     }
 }
 
-fn place(host: Host, path: &IngressPath) -> Place {
+fn place(path: &IngressPath) -> Place {
     let text = match path.kind {
         PathType::Prefix => path.path.trim_end_matches('/').to_owned(),
         _ => path.path.clone(),
     };
-    Place { host, kind: path.kind, path: text }
+    Place { kind: path.kind, path: text }
 }
 
 /// The redirect to HTTPS: asked for, or by itself where the host has a certificate of this Ingress.
@@ -361,7 +397,8 @@ fn covers(listed: &Host, host: &Host) -> bool {
 }
 
 /// What all routes of one Ingress share.
-struct Base {
+#[derive(Default, PartialEq, Eq)]
+pub(super) struct Base {
     settings: Arc<Settings>,
     materials: RouteMaterials,
     fallback: Option<BackendKey>,
@@ -370,64 +407,29 @@ struct Base {
 }
 
 impl Base {
-    fn of(one: &Claimed, materials: &mut Materials<'_>, problems: &mut Vec<Problem>) -> Self {
-        let settings = Arc::new(one.parsed.settings.clone());
-        let (found, mut closed) = materials.of_routes(&one.ingress, &settings, problems);
+    pub(super) fn of(
+        ingress: &Ingress,
+        settings: &Settings,
+        materials: &mut Materials<'_>,
+        problems: &mut Vec<Problem>,
+    ) -> Self {
+        let (found, mut closed) = materials.of_routes(ingress, settings, problems);
         if settings.closed {
             closed = Some("an annotation that protects the backend cannot be honoured".to_owned());
         }
         let fallback = settings.default_backend.as_deref().and_then(|name| {
-            let port = materials.first_port(&one.ingress, name);
+            let port = materials.first_port(ingress, name);
             if port.is_none() {
                 let message = format!(
                     "annotation default-backend: there is no Service {}/{name} with a port; name one of the same namespace",
-                    one.ingress.key.namespace
+                    ingress.key.namespace
                 );
-                problems.push(Problem::new(one.object(), Reason::Missing, message));
+                problems.push(Problem::new(super::object(ingress), Reason::Missing, message));
             }
-            port.map(|port| key(&one.ingress, name, &BackendPort::Number(port), false))
+            port.map(|port| key(ingress, name, &BackendPort::Number(port), false))
         });
-        Self { settings, materials: found, fallback, closed }
+        Self { settings: Arc::new(settings.clone()), materials: found, fallback, closed }
     }
-}
-
-fn servers(
-    claims: BTreeMap<Place, Claim>,
-    expressions: &BTreeSet<Host>,
-    problems: &mut Vec<Problem>,
-) -> BTreeMap<Host, Server> {
-    let mut hosts: BTreeMap<Host, Vec<Route>> = BTreeMap::new();
-    for (place, Claim { mut route, written }) in claims {
-        route.matcher = match (expressions.contains(&place.host), place.kind) {
-            (true, _) => match expression(&written) {
-                Ok(_) => PathMatch::Regex(written),
-                Err(error) => {
-                    let why = error.to_string();
-                    let why = why.lines().last().unwrap_or("unreadable").trim().to_owned();
-                    let message = format!(
-                        "{}.path {written:?} is no regular expression ({why}), and paths of {} are such; requests that begin \
-                         like it get 503 until it is corrected",
-                        route.origin.field, place.host
-                    );
-                    let key = &route.origin.ingress;
-                    let object = ObjectRef::new("Ingress", &key.namespace, &key.name);
-                    problems.push(Problem::new(object, Reason::InvalidField, message));
-                    route.action =
-                        Action::Refuse { status: 503, why: "its path is no regular expression".to_owned() };
-                    PathMatch::Text(literal(&written))
-                }
-            },
-            (false, PathType::Exact) => PathMatch::Exact(place.path),
-            (false, PathType::Prefix) => PathMatch::Prefix(place.path),
-            (false, PathType::ImplementationSpecific) => PathMatch::Text(place.path),
-        };
-        hosts.entry(place.host).or_default().push(route);
-    }
-    let server = |mut routes: Vec<Route>| {
-        routes.sort_by(|a, b| a.matcher.order().cmp(&b.matcher.order()));
-        Server { routes: routes.into_iter().map(Arc::new).collect(), ..Server::default() }
-    };
-    hosts.into_iter().map(|(host, routes)| (host, server(routes))).collect()
 }
 
 /// The beginning of a path that is no expression for sure.
@@ -436,18 +438,16 @@ fn literal(path: &str) -> String {
 }
 
 /// `from-to-www-redirect`: the host with or without `www.`, whichever no rule has.
-fn redirect_www(mains: &[&Claimed], hosts: &mut BTreeMap<Host, Server>) {
-    for one in mains.iter().filter(|one| one.parsed.settings.from_to_www) {
-        for name in one.ingress.rules.iter().filter_map(|rule| rule.host.as_deref()) {
-            if name.starts_with("*.") {
-                continue;
-            }
-            let other = match name.strip_prefix("www.") {
-                Some(bare) => bare.to_owned(),
-                None => format!("www.{name}"),
-            };
-            let redirect = Server { redirect_to: Some(name.to_owned()), ..Server::default() };
-            hosts.entry(Host::Exact(other)).or_insert(redirect);
+fn redirect_www(ingress: &Ingress, hosts: &mut BTreeMap<Host, Arc<Server>>) {
+    for name in ingress.rules.iter().filter_map(|rule| rule.host.as_deref()) {
+        if name.starts_with("*.") {
+            continue;
         }
+        let other = match name.strip_prefix("www.") {
+            Some(bare) => bare.to_owned(),
+            None => format!("www.{name}"),
+        };
+        let redirect = || Arc::new(Server { redirect_to: Some(name.to_owned()), ..Server::default() });
+        hosts.entry(Host::Exact(other)).or_insert_with(redirect);
     }
 }

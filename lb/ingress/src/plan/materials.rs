@@ -2,6 +2,7 @@
 //! Ingress.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use jiff::Timestamp;
 use weft_model::ingress::{Answer, Bytes, Data, Ingress, IngressConfig, Reference};
@@ -10,15 +11,29 @@ use weft_model::{NamespacedName, ObjectRef, Problem, Reason, Snapshot};
 use super::table::{Certificate, RouteMaterials};
 use super::{Claimed, object};
 use crate::annotations::{Settings, VerifyClient};
-use crate::certificate::out_of_time;
+use crate::certificate::{Validity, validity};
 
 pub(super) struct Materials<'a> {
     snapshot: &'a Snapshot,
     waiting: BTreeSet<Reference>,
     now: Timestamp,
+    known: &'a mut Certificates,
+}
+
+/// Certificates of Secrets that were looked at before: to see whether chain and key go together takes a signature.
+#[derive(Default)]
+pub(super) struct Certificates(BTreeMap<NamespacedName, Read>);
+
+/// What a Secret gave, and when that holds.
+#[derive(Clone)]
+struct Read {
+    answer: Arc<Answer>,
+    certificate: Result<Arc<Certificate>, Lack>,
+    validity: Option<Validity>,
 }
 
 /// Why there is nothing.
+#[derive(Clone)]
 enum Lack {
     /// It was not asked for yet.
     Waiting,
@@ -27,8 +42,9 @@ enum Lack {
 }
 
 impl<'a> Materials<'a> {
-    pub(super) fn new(snapshot: &'a Snapshot, now: Timestamp) -> Self {
-        Self { snapshot, waiting: BTreeSet::new(), now }
+    pub(super) fn new(snapshot: &'a Snapshot, now: Timestamp, known: &'a mut Certificates) -> Self {
+        known.0.retain(|key, _| snapshot.referred.contains_key(&Reference::Secret(key.clone())));
+        Self { snapshot, waiting: BTreeSet::new(), now, known }
     }
 
     pub(super) fn waiting(self) -> BTreeSet<Reference> {
@@ -52,17 +68,30 @@ impl<'a> Materials<'a> {
     }
 
     fn named(&mut self, ingress: &Ingress, text: &str, secret: bool) -> Result<&'a Data, Lack> {
-        let key = ingress.referred(text);
-        if key.namespace != ingress.key.namespace {
-            return Err(Lack::Told(
-                Reason::NotSupported,
-                format!(
-                    "{text:?} is of another namespace, and only the Ingress's own one ({}) is read; copy it there",
-                    ingress.key.namespace
-                ),
-            ));
-        }
+        let key = own_key(ingress, text)?;
         self.data(&if secret { Reference::Secret(key) } else { Reference::ConfigMap(key) })
+    }
+
+    /// Chain and key of a Secret, which go together.
+    fn certificate(&mut self, key: NamespacedName) -> Result<(Arc<Certificate>, Option<Validity>), Lack> {
+        let reference = Reference::Secret(key);
+        let data = self.data(&reference)?;
+        let (Reference::Secret(key), Some(answer)) = (&reference, self.snapshot.referred.get(&reference))
+        else {
+            return Err(Lack::Waiting);
+        };
+        let known = self.known.0.get(key).filter(|known| Arc::ptr_eq(&known.answer, answer));
+        let read = match known {
+            Some(known) => known.clone(),
+            None => {
+                let certificate = certificate(key.clone(), data).map(Arc::new);
+                let validity = certificate.as_ref().ok().and_then(|one| validity(&one.chain_pem.0));
+                let read = Read { answer: answer.clone(), certificate, validity };
+                self.known.0.insert(key.clone(), read.clone());
+                read
+            }
+        };
+        Ok((read.certificate?, read.validity))
     }
 
     /// What the routes of one Ingress need, and why every request is refused, if so.
@@ -130,17 +159,16 @@ impl<'a> Materials<'a> {
     /// Of every host that an Ingress lists under `spec.tls`; of two for one host the older one's.
     pub(super) fn certificates(
         &mut self,
-        claimed: &[Claimed],
+        claimed: &[Arc<Claimed>],
         config: &IngressConfig,
         problems: &mut Vec<Problem>,
-    ) -> BTreeMap<String, Certificate> {
-        let mut certificates: BTreeMap<String, (Certificate, ObjectRef)> = BTreeMap::new();
+    ) -> BTreeMap<String, Arc<Certificate>> {
+        let mut certificates: BTreeMap<String, (Arc<Certificate>, ObjectRef)> = BTreeMap::new();
         for one in claimed {
             for (i, tls) in one.ingress.tls.iter().enumerate() {
                 let Some(secret) = &tls.secret else { continue };
-                let key = one.ingress.referred(secret);
-                let found = self.named(&one.ingress, secret, true).and_then(|data| certificate(key, data));
-                let found = match found {
+                let found = own_key(&one.ingress, secret).and_then(|key| self.certificate(key));
+                let (found, validity) = match found {
                     Ok(found) => found,
                     Err(Lack::Waiting) => continue,
                     Err(Lack::Told(reason, message)) => {
@@ -154,7 +182,7 @@ impl<'a> Materials<'a> {
                         continue;
                     }
                 };
-                if let Some(why) = out_of_time(&found.chain_pem.0, self.now) {
+                if let Some(why) = validity.and_then(|validity| validity.objection(self.now)) {
                     let message = format!("spec.tls[{i}].secretName: Secret {}: {why}", found.secret);
                     problems.push(Problem::new(one.object(), Reason::InvalidField, message));
                 }
@@ -186,13 +214,11 @@ impl<'a> Materials<'a> {
         &mut self,
         config: &IngressConfig,
         problems: &mut Vec<Problem>,
-    ) -> Option<Certificate> {
+    ) -> Option<Arc<Certificate>> {
         let key = config.default_certificate.clone()?;
-        let found =
-            self.data(&Reference::Secret(key.clone())).and_then(|data| certificate(key.clone(), data));
-        match found {
-            Ok(found) => {
-                if let Some(why) = out_of_time(&found.chain_pem.0, self.now) {
+        match self.certificate(key.clone()) {
+            Ok((found, validity)) => {
+                if let Some(why) = validity.and_then(|validity| validity.objection(self.now)) {
                     let object = ObjectRef::new("Secret", &key.namespace, &key.name);
                     let message = format!("--ingress-default-certificate: {why}");
                     problems.push(Problem::new(object, Reason::InvalidField, message));
@@ -210,6 +236,21 @@ impl<'a> Materials<'a> {
             }
         }
     }
+}
+
+/// Of the Ingress's own namespace: no other is read.
+fn own_key(ingress: &Ingress, text: &str) -> Result<NamespacedName, Lack> {
+    let key = ingress.referred(text);
+    if key.namespace == ingress.key.namespace {
+        return Ok(key);
+    }
+    Err(Lack::Told(
+        Reason::NotSupported,
+        format!(
+            "{text:?} is of another namespace, and only the Ingress's own one ({}) is read; copy it there",
+            ingress.key.namespace
+        ),
+    ))
 }
 
 fn lacks(key: &str) -> Lack {

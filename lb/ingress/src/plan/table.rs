@@ -10,17 +10,17 @@ use weft_model::ingress::{Bytes, Front, Observe, Reference};
 
 use crate::annotations::{Canary, HttpRedirect, ProxyVersion, Settings};
 
-/// Everything that the ingress of one node does. Written and read by [`RouteTable::encode`] and [`RouteTable::decode`] alone.
+/// Everything that the ingress of one node does. Written and read by the methods here alone.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RouteTable {
     /// Where it listens.
     pub addresses: Vec<IpAddr>,
-    pub hosts: BTreeMap<Host, Server>,
+    pub hosts: BTreeMap<Host, Arc<Server>>,
     #[serde(with = "pairs")]
     pub backends: BTreeMap<BackendKey, Arc<Backend>>,
     /// By host name in lower case, `*.` for one label.
-    pub certificates: BTreeMap<String, Certificate>,
-    pub default_certificate: Option<Certificate>,
+    pub certificates: BTreeMap<String, Arc<Certificate>>,
+    pub default_certificate: Option<Arc<Certificate>>,
     /// What stands in front of the ingress, and whom of it to believe.
     #[serde(default)]
     pub front: Front,
@@ -30,10 +30,12 @@ pub struct RouteTable {
     pub waiting: BTreeSet<Reference>,
 }
 
-/// The file's content: settings stand once in it, however many routes have the same.
+/// A line of the file: settings stand once in it, however many routes have the same.
 #[derive(Serialize)]
 struct Encoded<'a> {
     table: &'a RouteTable,
+    #[serde(skip_serializing_if = "Gone::is_nothing")]
+    gone: &'a Gone,
     settings: Vec<&'a Settings>,
     /// For each route, host by host, the place of its settings.
     settings_of_routes: Vec<usize>,
@@ -42,14 +44,79 @@ struct Encoded<'a> {
 #[derive(Deserialize)]
 struct Decoded {
     table: RouteTable,
+    #[serde(default)]
+    gone: Gone,
     settings: Vec<Arc<Settings>>,
     settings_of_routes: Vec<usize>,
 }
 
+/// What a change takes away.
+#[derive(Default, PartialEq, Serialize, Deserialize)]
+struct Gone {
+    hosts: Vec<Host>,
+    backends: Vec<BackendKey>,
+    certificates: Vec<String>,
+}
+
+impl Gone {
+    fn is_nothing(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// What is new or another in `now`, and what is gone.
+fn changed<K: Ord + Clone, V: PartialEq + Clone>(
+    now: &BTreeMap<K, V>,
+    before: &BTreeMap<K, V>,
+) -> (BTreeMap<K, V>, Vec<K>) {
+    let others = now.iter().filter(|(key, value)| before.get(key) != Some(value));
+    let gone = before.keys().filter(|key| !now.contains_key(key));
+    (others.map(|(key, value)| (key.clone(), value.clone())).collect(), gone.cloned().collect())
+}
+
+fn take<K: Ord, V>(table: &mut BTreeMap<K, V>, others: BTreeMap<K, V>, gone: &[K]) {
+    table.extend(others);
+    for key in gone {
+        table.remove(key);
+    }
+}
+
 impl RouteTable {
+    /// The whole table as a line, without its end.
+    ///
     /// # Errors
     /// None that a table of the planner could give.
     pub fn encode(&self) -> serde_json::Result<Vec<u8>> {
+        self.encode_line(&Gone::default())
+    }
+
+    /// The line that makes this table of the one `before`, after the line's end there; `None` when they are the same.
+    ///
+    /// # Errors
+    /// None that a table of the planner could give.
+    pub fn encode_change(&self, before: &Self) -> serde_json::Result<Option<Vec<u8>>> {
+        let (hosts, hosts_gone) = changed(&self.hosts, &before.hosts);
+        let (backends, backends_gone) = changed(&self.backends, &before.backends);
+        let (certificates, certificates_gone) = changed(&self.certificates, &before.certificates);
+        let gone = Gone { hosts: hosts_gone, backends: backends_gone, certificates: certificates_gone };
+        let rest = |table: &Self| Self {
+            addresses: table.addresses.clone(),
+            default_certificate: table.default_certificate.clone(),
+            front: table.front.clone(),
+            observe: table.observe,
+            waiting: table.waiting.clone(),
+            ..Self::default()
+        };
+        let change = Self { hosts, backends, certificates, ..rest(self) };
+        if gone.is_nothing() && change == rest(before) {
+            return Ok(None);
+        }
+        let mut line = vec![b'\n'];
+        line.extend(change.encode_line(&gone)?);
+        Ok(Some(line))
+    }
+
+    fn encode_line(&self, gone: &Gone) -> serde_json::Result<Vec<u8>> {
         let (mut settings, mut settings_of_routes) = (Vec::new(), Vec::new());
         let (mut by_address, mut by_text) = (HashMap::new(), HashMap::new());
         for route in self.hosts.values().flat_map(|server| &server.routes) {
@@ -68,27 +135,53 @@ impl RouteTable {
             };
             settings_of_routes.push(place);
         }
-        serde_json::to_vec(&Encoded { table: self, settings, settings_of_routes })
+        serde_json::to_vec(&Encoded { table: self, gone, settings, settings_of_routes })
     }
 
+    /// A file of the table's line and those of its changes.
+    ///
     /// # Errors
-    /// It is no file that [`RouteTable::encode`] of this version or of the one before wrote.
+    /// It is no file that this version or the one before wrote.
     pub fn decode(text: &[u8]) -> serde_json::Result<Self> {
+        let mut lines = text.split(|byte| *byte == b'\n');
+        let mut table = Self::decode_line(lines.next().unwrap_or_default())?.0;
+        lines.try_for_each(|line| table.change(line))?;
+        Ok(table)
+    }
+
+    /// Takes a line of [`RouteTable::encode_change`], without the end of the line before it.
+    ///
+    /// # Errors
+    /// It is no such line; nothing changes.
+    pub fn change(&mut self, line: &[u8]) -> serde_json::Result<()> {
+        let (change, gone) = Self::decode_line(line)?;
+        let Self { hosts, backends, certificates, .. } = std::mem::take(self);
+        let Self { hosts: new_hosts, backends: new_backends, certificates: new_certificates, .. } = change;
+        *self = Self { hosts, backends, certificates, ..change };
+        take(&mut self.hosts, new_hosts, &gone.hosts);
+        take(&mut self.backends, new_backends, &gone.backends);
+        take(&mut self.certificates, new_certificates, &gone.certificates);
+        Ok(())
+    }
+
+    fn decode_line(line: &[u8]) -> serde_json::Result<(Self, Gone)> {
         use serde::de::Error as _;
-        let Decoded { mut table, settings, settings_of_routes } = match serde_json::from_slice(text) {
+        let Decoded { mut table, gone, settings, settings_of_routes } = match serde_json::from_slice(line) {
             Ok(decoded) => decoded,
             // What the agent of the version before wrote has settings in each route: an upgraded proxy serves it until the agent
             // writes anew.
-            Err(error) => return serde_json::from_slice(text).map_err(|_| error),
+            Err(error) => {
+                return serde_json::from_slice(line).map(|table| (table, Gone::default())).map_err(|_| error);
+            }
         };
-        let routes = table.hosts.values_mut().flat_map(|server| &mut server.routes);
+        let routes = table.hosts.values_mut().flat_map(|server| &mut Arc::make_mut(server).routes);
         let mut places = settings_of_routes.into_iter();
         for route in routes {
             let of_route = places.next().and_then(|place| settings.get(place)).cloned();
             Arc::make_mut(route).settings =
                 of_route.ok_or_else(|| serde_json::Error::custom("a route without settings"))?;
         }
-        Ok(table)
+        Ok((table, gone))
     }
 }
 
@@ -99,7 +192,7 @@ fn unset() -> Arc<Settings> {
 }
 
 /// The host part of a rule. Order: exact names, wildcards, then every host.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(into = "String", from = "String")]
 pub enum Host {
     Exact(String),
@@ -164,6 +257,14 @@ pub struct Server {
     pub passthrough: Option<Passthrough>,
 }
 
+impl Server {
+    /// What its routes lead to; one may come more than once.
+    pub fn backends(&self) -> impl Iterator<Item = &BackendKey> {
+        let passed = self.passthrough.as_ref().map(|passthrough| &passthrough.backend);
+        self.routes.iter().flat_map(|route| route.backends()).chain(passed)
+    }
+}
+
 /// TLS that goes to a backend as it is (`ssl-passthrough`).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Passthrough {
@@ -188,6 +289,17 @@ pub struct Route {
     pub materials: RouteMaterials,
     /// HTTP is redirected to HTTPS.
     pub to_https: bool,
+}
+
+impl Route {
+    fn backends(&self) -> impl Iterator<Item = &BackendKey> {
+        let forward = match &self.action {
+            Action::Forward(key) => Some(key),
+            _ => None,
+        };
+        let canary = self.canary.as_ref().map(|canary| &canary.backend);
+        [forward, canary, self.fallback.as_ref()].into_iter().flatten()
+    }
 }
 
 /// Where a route comes from, for people.

@@ -42,15 +42,15 @@ fn plan(documents: Vec<Value>) -> Planned<RouteTable> {
     IngressPlanner::default().plan(&snapshot(documents))
 }
 
-fn backend(service: &str) -> Value {
+pub(super) fn backend(service: &str) -> Value {
     json!({"service": {"name": service, "port": {"number": 80}}})
 }
 
-fn path(kind: &str, path: &str, service: &str) -> Value {
+pub(super) fn path(kind: &str, path: &str, service: &str) -> Value {
     json!({"path": path, "pathType": kind, "backend": backend(service)})
 }
 
-fn ingress_of(name: &str, day: u8, annotations: Value, spec: Value) -> Value {
+pub(super) fn ingress_of(name: &str, day: u8, annotations: Value, spec: Value) -> Value {
     let mut spec = spec;
     if spec.get("ingressClassName").is_none() {
         spec["ingressClassName"] = json!("weft");
@@ -62,7 +62,7 @@ fn ingress_of(name: &str, day: u8, annotations: Value, spec: Value) -> Value {
             .collect::<serde_json::Map<_, _>>()}})
 }
 
-fn rules(host: Option<&str>, paths: &[Value]) -> Value {
+pub(super) fn rules(host: Option<&str>, paths: &[Value]) -> Value {
     let mut rule = json!({"http": {"paths": paths}});
     if let Some(host) = host {
         rule["host"] = json!(host);
@@ -70,12 +70,12 @@ fn rules(host: Option<&str>, paths: &[Value]) -> Value {
     json!({"rules": [rule]})
 }
 
-fn service(name: &str) -> Value {
+pub(super) fn service(name: &str) -> Value {
     json!({"kind": "Service", "metadata": {"name": name, "namespace": "default"},
         "spec": {"clusterIP": "10.96.0.9", "ports": [{"port": 80, "name": "http"}]}})
 }
 
-fn slice(service: &str, endpoints: &[(&str, bool, bool)]) -> Value {
+pub(super) fn slice(service: &str, endpoints: &[(&str, bool, bool)]) -> Value {
     let endpoints: Vec<Value> = endpoints
         .iter()
         .map(|(address, ready, terminating)| {
@@ -319,13 +319,13 @@ fn a_canary_joins_the_rule_of_another_ingress() {
     assert!(messages(&alone)[0].contains("there is nothing to be the canary of"));
 }
 
-fn secret(name: &str, data: &[(&str, &str)]) -> Value {
+pub(super) fn secret(name: &str, data: &[(&str, &str)]) -> Value {
     let data: serde_json::Map<_, _> =
         data.iter().map(|(key, value)| ((*key).to_owned(), json!(value))).collect();
     json!({"kind": "Secret", "metadata": {"name": name, "namespace": "default"}, "stringData": data})
 }
 
-fn pair(host: &str) -> (String, String) {
+pub(super) fn pair(host: &str) -> (String, String) {
     let made = rcgen::generate_simple_self_signed([host.to_owned()]).unwrap();
     (made.cert.pem(), made.signing_key.serialize_pem())
 }
@@ -461,6 +461,18 @@ fn an_unknown_annotation_is_a_problem_and_the_ingress_still_routes() {
           nothing: the nearest real one is nginx.ingress.kubernetes.io/limit-rps"
         ]
     );
+}
+
+/// ingress-nginx: an alias is another `server_name` of the same server, expressions included.
+#[test]
+fn an_alias_has_the_routes_of_its_host_as_they_are() {
+    let annotations = json!({"server-alias": "b.example", "use-regex": "true"});
+    let of = rules(Some("a.example"), &[path("ImplementationSpecific", "/v[0-9]", "web")]);
+    let planned = plan(vec![service("web"), ingress_of("web", 1, annotations, of)]);
+    for host in ["a.example", "b.example"] {
+        assert_eq!(answer(&planned, &format!("http://{host}/v1/x")), "web");
+        assert_eq!(answer(&planned, &format!("http://{host}/vx")), "404");
+    }
 }
 
 #[test]

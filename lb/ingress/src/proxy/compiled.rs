@@ -18,7 +18,7 @@ use super::limits::Clients;
 use super::mirror::MAX_COPIES;
 use super::pool::{Speech, Tls};
 use super::stats::{RouteLabels, RouteStats, Stats};
-use super::tls::{self, Certificates};
+use super::tls;
 use crate::annotations::{BackendProtocol, ProxyVersion, VerifyClient};
 use crate::plan::table::{
     Action, Backend, BackendKey, Host, Passthrough, PathMatch, Route, RouteMaterials, RouteTable, Server,
@@ -62,16 +62,18 @@ impl Standing {
 
 #[derive(Default)]
 pub(super) struct Compiled {
-    exact: HashMap<String, CompiledServer>,
+    exact: HashMap<String, Arc<CompiledServer>>,
     /// By what follows the first label.
-    wildcard: HashMap<String, CompiledServer>,
-    any: Option<CompiledServer>,
+    wildcard: HashMap<String, Arc<CompiledServer>>,
+    any: Option<Arc<CompiledServer>>,
+    backends: BTreeMap<BackendKey, (Arc<Backend>, Places)>,
     pub(super) addresses: BTreeSet<SocketAddr>,
     pub(super) front: Front,
     pub(super) observe: Observe,
 }
 
 pub(super) struct CompiledServer {
+    made_from: Arc<Server>,
     /// In the order in which they are tried.
     routes: Vec<Arc<CompiledRoute>>,
     /// Where in it what stands, so that none of many is looked at in vain.
@@ -172,31 +174,44 @@ pub(super) enum Found<'a> {
 }
 
 impl Compiled {
-    /// With the certificates, which listeners look up by themselves.
-    pub(super) fn new(table: &RouteTable, standing: &Standing) -> (Self, Certificates) {
-        let places: BTreeMap<&BackendKey, Places> =
-            table.backends.iter().map(|(key, backend)| (key, places(backend, standing))).collect();
+    /// What is the same in the table `before` is not made anew: an expression and the TLS of a backend take long.
+    pub(super) fn new(table: &RouteTable, before: &Self, standing: &Standing) -> Self {
         let mut compiled = Self { front: table.front.clone(), observe: table.observe, ..Self::default() };
-        let mut mutual = BTreeSet::new();
-        for (host, server) in &table.hosts {
-            let ready = server_of(host, server, &places, standing);
-            if ready.routes.iter().any(|route| asks_for_certificate(&route.route)) {
-                mutual.insert(host.to_string());
+        let mut others = BTreeSet::new();
+        for (key, backend) in &table.backends {
+            let known = before.backends.get(key).filter(|(known, _)| known == backend);
+            let places = known.map(|(_, places)| places.clone()).unwrap_or_else(|| {
+                others.insert(key);
+                places(backend, standing)
+            });
+            if let Backend::Endpoints(targets) = &**backend {
+                compiled.addresses.extend(targets.iter().map(|target| target.address));
             }
+            compiled.backends.insert(key.clone(), (backend.clone(), places));
+        }
+        others.extend(before.backends.keys().filter(|key| !table.backends.contains_key(key)));
+        for (host, server) in &table.hosts {
+            let is_same = |known: &&Arc<CompiledServer>| {
+                known.made_from == *server && !server.backends().any(|key| others.contains(key))
+            };
+            let ready = before.server(host).filter(is_same).cloned();
+            let ready =
+                ready.unwrap_or_else(|| Arc::new(server_of(host, server, &compiled.backends, standing)));
             match host {
                 Host::Exact(name) => drop(compiled.exact.insert(name.clone(), ready)),
                 Host::Wildcard(rest) => drop(compiled.wildcard.insert(rest.clone(), ready)),
                 Host::Any => compiled.any = Some(ready),
             }
         }
-        for backend in table.backends.values() {
-            if let Backend::Endpoints(targets) = &**backend {
-                compiled.addresses.extend(targets.iter().map(|target| target.address));
-            }
+        compiled
+    }
+
+    fn server(&self, host: &Host) -> Option<&Arc<CompiledServer>> {
+        match host {
+            Host::Exact(name) => self.exact.get(name),
+            Host::Wildcard(rest) => self.wildcard.get(rest),
+            Host::Any => self.any.as_ref(),
         }
-        let certificates =
-            Certificates::new(table.certificates.iter(), table.default_certificate.as_ref(), mutual);
-        (compiled, certificates)
     }
 
     /// The host's own rules, else a wildcard's; where none of their paths is meant, the rules for every host.
@@ -205,13 +220,13 @@ impl Compiled {
         if let Some(other) = named.and_then(|server| server.redirect_to.as_deref()) {
             return Some(Found::OtherName(other));
         }
-        let mut servers = named.into_iter().chain(&self.any);
+        let mut servers = named.into_iter().chain(self.any.as_deref());
         servers.find_map(|server| server.find(path)).map(Found::Route)
     }
 
     fn named(&self, host: &str) -> Option<&CompiledServer> {
         let wildcard = || host.split_once('.').and_then(|(_, rest)| self.wildcard.get(rest));
-        self.exact.get(host).or_else(wildcard)
+        self.exact.get(host).or_else(wildcard).map(Arc::as_ref)
     }
 
     /// Where TLS goes whose ClientHello asks for this name, when it is not for this proxy.
@@ -256,6 +271,12 @@ impl CompiledRoute {
     }
 }
 
+/// Hosts that ask for a certificate of the client.
+pub(super) fn mutual(table: &RouteTable) -> BTreeSet<String> {
+    let asks = |server: &Server| server.routes.iter().any(|route| asks_for_certificate(route));
+    table.hosts.iter().filter(|(_, server)| asks(server)).map(|(host, _)| host.to_string()).collect()
+}
+
 fn asks_for_certificate(route: &Route) -> bool {
     route.settings.client_tls.as_ref().is_some_and(|tls| tls.verify != VerifyClient::Off)
 }
@@ -269,10 +290,14 @@ fn places(backend: &Backend, standing: &Standing) -> Places {
     }
 }
 
+fn places_of(key: &BackendKey, all: &BTreeMap<BackendKey, (Arc<Backend>, Places)>) -> Places {
+    all.get(key).map_or(Places::None, |(_, places)| places.clone())
+}
+
 fn server_of(
     host: &Host,
-    server: &Server,
-    places: &BTreeMap<&BackendKey, Places>,
+    server: &Arc<Server>,
+    places: &BTreeMap<BackendKey, (Arc<Backend>, Places)>,
     standing: &Standing,
 ) -> CompiledServer {
     let routes: Vec<_> =
@@ -287,18 +312,24 @@ fn server_of(
             canary: String::new(),
         };
         Arc::new(Passed {
-            places: places.get(backend).cloned().unwrap_or(Places::None),
+            places: places_of(backend, places),
             proxy_protocol: *proxy_protocol,
             stats: standing.stats.of(labels),
         })
     });
-    CompiledServer { index: Index::new(&routes), routes, redirect_to: server.redirect_to.clone(), passed }
+    CompiledServer {
+        made_from: server.clone(),
+        index: Index::new(&routes),
+        routes,
+        redirect_to: server.redirect_to.clone(),
+        passed,
+    }
 }
 
 fn route_of(
     host: &Host,
     route: &Arc<Route>,
-    places: &BTreeMap<&BackendKey, Places>,
+    places: &BTreeMap<BackendKey, (Arc<Backend>, Places)>,
     standing: &Standing,
 ) -> CompiledRoute {
     let settings = &route.settings;
@@ -308,7 +339,7 @@ fn route_of(
         Speech { http2: false, tls: None }
     });
     let upstream = |key: &BackendKey, speech: &Speech| Upstream {
-        places: places.get(key).cloned().unwrap_or(Places::None),
+        places: places_of(key, places),
         speech: speech.clone(),
     };
     let canary = route.canary.as_ref().map(|canary| {
@@ -409,6 +440,7 @@ mod tests {
     use super::*;
     use crate::explain::decide;
     use crate::plan::IngressPlanner;
+    use crate::plan::changes::tables;
     use crate::plan::tests::snapshot;
 
     const KINDS: [&str; 3] = ["Exact", "Prefix", "ImplementationSpecific"];
@@ -428,7 +460,50 @@ mod tests {
         IngressPlanner::default().plan(&snapshot(vec![ingress])).plan
     }
 
+    /// Every route of the table with what it leads to.
+    fn described(compiled: &Compiled) -> Vec<String> {
+        let addresses = |upstream: &Upstream| match &upstream.places {
+            Places::Endpoints(all) => format!("{:?}", all.iter().map(|one| one.address).collect::<Vec<_>>()),
+            Places::Name(name, port) => format!("{name}:{port}"),
+            Places::None => "none".to_owned(),
+        };
+        let route = |host: &str, route: &CompiledRoute| {
+            let canary = route.canary.as_ref().map(|(_, upstream)| addresses(upstream));
+            let leads =
+                (route.upstream.as_ref().map(addresses), canary, route.fallback.as_ref().map(addresses));
+            format!("{host} {:?} {leads:?} {:?}", route.route, route.closed)
+        };
+        let server = |(host, server): (&String, &Arc<CompiledServer>)| {
+            let passed = server.passed.as_ref().map(|passed| {
+                addresses(&Upstream {
+                    places: passed.places.clone(),
+                    speech: Speech { http2: false, tls: None },
+                })
+            });
+            let mut lines: Vec<String> = server.routes.iter().map(|one| route(host, one)).collect();
+            lines.push(format!("{host} {:?} {passed:?}", server.redirect_to));
+            lines
+        };
+        let any = compiled.any.as_ref().map(|server| ("*".to_owned(), server.clone()));
+        let all = compiled.exact.iter().chain(&compiled.wildcard);
+        let mut lines: Vec<String> =
+            all.chain(any.as_ref().map(|(host, server)| (host, server))).flat_map(server).collect();
+        lines.sort();
+        lines.push(format!("{:?}", compiled.addresses));
+        lines
+    }
+
     proptest! {
+        #[test]
+        fn what_is_made_of_a_change_is_what_would_be_made_of_the_whole(tables in tables()) {
+            let (standing, mut compiled) = (Standing::default(), Compiled::default());
+            for table in tables {
+                compiled = Compiled::new(&table, &compiled, &standing);
+                let anew = Compiled::new(&table, &Compiled::default(), &standing);
+                prop_assert_eq!(described(&compiled), described(&anew));
+            }
+        }
+
         #[test]
         fn the_index_takes_the_route_that_a_look_at_each_in_turn_takes(
             paths in proptest::collection::vec((0..3_usize, "(/[ab]{1,2}){0,3}/?"), 1..12),
@@ -437,7 +512,7 @@ mod tests {
         ) {
             let paths: Vec<_> = paths.into_iter().map(|(kind, path)| (kind, format!("/{}", path.trim_start_matches('/')))).collect();
             let table = table(&paths, regex);
-            let (compiled, _) = Compiled::new(&table, &Standing::default());
+            let compiled = Compiled::new(&table, &Compiled::default(), &Standing::default());
             for asked in asked {
                 let path = format!("/{}", asked.trim_start_matches('/'));
                 let found = compiled.find("a.com", &path).map(|found| match found {

@@ -91,7 +91,7 @@ fn whole(length: usize, stream: &mut TcpStream) -> io::Result<bool> {
 
 fn table(web: SocketAddr) -> RouteTable {
     let mut table = simple_table(&json!({"proxy-read-timeout": "1"}), web);
-    table.default_certificate = Some(certificate("a.com"));
+    table.default_certificate = Some(certificate("a.com").into());
     table
 }
 
@@ -465,7 +465,7 @@ fn other_bodies_do_not_go_from_socket_to_socket() {
     let after = spliced(&rig);
     assert!(after > 0);
     let mut table = simple_table(&json!({"limit-rate": "2000"}), web);
-    table.default_certificate = Some(certificate("a.com"));
+    table.default_certificate = Some(certificate("a.com").into());
     rig.proxy.apply(&table);
     assert_comes_whole(rig.plain, LARGE);
     assert_eq!(spliced(&rig), after, "an answer that is held back");

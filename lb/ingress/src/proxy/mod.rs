@@ -106,7 +106,8 @@ impl Proxy {
         if table.observe.access_log && self.log.get().is_none() {
             self.log_to(std::io::stdout());
         }
-        let (compiled, certificates) = Compiled::new(table, &self.standing);
+        let compiled = Compiled::new(table, &self.compiled.load(), &self.standing);
+        let certificates = Certificates::new(table, &self.certificates.load(), compiled::mutual(table));
         self.sources.store(Arc::new(table.addresses.clone()));
         // A host's certificate is there before its routes are.
         self.certificates.store(Arc::new(certificates));

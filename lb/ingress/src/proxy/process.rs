@@ -5,10 +5,13 @@
 //! its sockets go to the next one, where the service manager keeps them ([`Handover`]).
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::{Read as _, Seek as _, SeekFrom};
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::net::TcpListener;
@@ -118,16 +121,21 @@ pub fn run(config: Config, control: UnixListener) -> Result<(), ProcessError> {
     let (ports, handover) =
         (Ports { http: config.http_port, https: config.https_port }, Arc::new(config.handover));
     let shared = handover.clone();
-    let read = move |proxy: &Proxy| -> Result<(), ReadError> {
-        let table = read(&routes)?;
-        proxy.apply(&table);
+    let file = Mutex::new(RoutesFile::new(routes));
+    let read = move |proxy: &Proxy, cut: Cut| -> Result<(), ReadError> {
+        let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+        if !file.read(cut)? {
+            return Ok(());
+        }
+        let table = &file.table;
+        proxy.apply(table);
         let named = table.addresses.iter().copied().collect();
         let all = ports.on(&named);
         shared.close_others(|address| all.contains_key(address));
         addresses.send_replace(named);
         Ok(())
     };
-    if let Err(error) = read(&proxy) {
+    if let Err(error) = read(&proxy, Cut::Ignored) {
         tracing::info!(
             error = weft_netstack::reconcile::chain(&error),
             "no routes yet; the agent writes them"
@@ -151,7 +159,7 @@ pub fn run(config: Config, control: UnixListener) -> Result<(), ProcessError> {
         .spawn(move || {
             let ended = control::serve(&control, |method, path| match (method, path) {
                 ("GET", "/metrics") => Response { status: 200, body: shared.metrics() },
-                ("POST", "/apply") => applied(read(&shared)),
+                ("POST", "/apply") => applied(read(&shared, Cut::Refused)),
                 _ => Response { status: 404, body: String::new() },
             });
             tracing::error!(?ended, "the control socket ended");
@@ -177,9 +185,59 @@ fn applied(outcome: Result<(), ReadError>) -> Response {
     }
 }
 
-fn read(path: &Path) -> Result<RouteTable, ReadError> {
-    let text = std::fs::read(path).map_err(|source| ReadError::Read { path: path.to_owned(), source })?;
-    RouteTable::decode(&text).map_err(|source| ReadError::Parse { path: path.to_owned(), source })
+/// A last line of the file that is not whole: its writer died, or writes at this moment and says so when it is done.
+#[derive(Clone, Copy, PartialEq)]
+enum Cut {
+    Ignored,
+    Refused,
+}
+
+/// The file of the routes and what was read of it.
+struct RoutesFile {
+    path: PathBuf,
+    /// Kept open, so that another file is not taken for this one.
+    read: Option<(File, u64)>,
+    table: RouteTable,
+}
+
+impl RoutesFile {
+    fn new(path: PathBuf) -> Self {
+        Self { path, read: None, table: RouteTable::default() }
+    }
+
+    /// Whether the table is another than before. Of a file that has only grown, what is new is read.
+    fn read(&mut self, cut: Cut) -> Result<bool, ReadError> {
+        let cannot = |source| ReadError::Read { path: self.path.clone(), source };
+        let mut file = File::open(&self.path).map_err(cannot)?;
+        let found = file.metadata().map_err(cannot)?;
+        let is_that = |known: &(File, u64)| {
+            known.0.metadata().is_ok_and(|known| (known.dev(), known.ino()) == (found.dev(), found.ino()))
+        };
+        let from = self.read.take().filter(is_that).map_or(0, |(_, end)| end);
+        let mut text = Vec::new();
+        file.seek(SeekFrom::Start(from)).and_then(|_| file.read_to_end(&mut text)).map_err(cannot)?;
+        let parsed = match (from, text.strip_prefix(b"\n")) {
+            (0, _) => self.decode(&mut text, cut),
+            (_, Some(lines)) => {
+                lines.split(|byte| *byte == b'\n').try_for_each(|line| self.table.change(line))
+            }
+            (_, None) => Ok(()),
+        };
+        parsed.map_err(|source| ReadError::Parse { path: self.path.clone(), source })?;
+        self.read = Some((file, from + text.len() as u64));
+        Ok(from == 0 || !text.is_empty())
+    }
+
+    fn decode(&mut self, text: &mut Vec<u8>, cut: Cut) -> serde_json::Result<()> {
+        let mut decoded = RouteTable::decode(text);
+        let last_line = text.iter().rposition(|byte| *byte == b'\n');
+        if let (Err(_), Cut::Ignored, Some(last_line)) = (&decoded, cut, last_line) {
+            text.truncate(last_line);
+            decoded = RouteTable::decode(text);
+        }
+        self.table = decoded?;
+        Ok(())
+    }
 }
 
 fn start(proxy: &Arc<Proxy>, wanted: &Wanted) -> Result<Vec<std::thread::JoinHandle<()>>, ProcessError> {
@@ -304,4 +362,89 @@ fn until_drained(phase: &watch::Sender<Phase>, early: Arc<()>, late: Arc<()>) ->
         phase.send_replace(Phase::Ending);
         Ok(())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use weft_netstack::reconcile::{Applier as _, Trust};
+
+    use super::*;
+    use crate::apply::RoutesApplier;
+    use crate::plan::table::{Host, Server};
+
+    /// With one host, whose other name is that long.
+    fn table(letter: char, bytes: usize) -> RouteTable {
+        let server = Server { redirect_to: Some(letter.to_string().repeat(bytes)), ..Server::default() };
+        let hosts = [(Host::Exact(format!("{letter}.example")), Arc::new(server))].into();
+        RouteTable { hosts, ..RouteTable::default() }
+    }
+
+    fn read(path: &Path, cut: Cut) -> Result<RouteTable, ReadError> {
+        let mut file = RoutesFile::new(path.to_owned());
+        file.read(cut).map(|_| file.table)
+    }
+
+    #[tokio::test]
+    async fn changes_are_lines_of_the_file_until_they_are_many_and_a_cut_one_is_none() {
+        let run_dir = tempfile::tempdir().unwrap();
+        let listener = bind(run_dir.path()).unwrap();
+        let path = run_dir.path().join(FOLDER).join(ROUTES_FILE);
+        let served = Arc::new(Mutex::new(RoutesFile::new(path.clone())));
+        let file = served.clone();
+        std::thread::spawn(move || {
+            control::serve(&listener, |_, _| applied(file.lock().unwrap().read(Cut::Refused).map(|_| ())))
+        });
+        let mut applier = RoutesApplier::new(run_dir.path());
+        let file = || path.metadata().map(|file| (file.ino(), file.len())).unwrap();
+
+        assert_eq!(applier.apply(&table('a', 1), Trust::Nothing).await.failed, [""; 0]);
+        let first = file();
+        let applied = applier.apply(&table('b', 1), Trust::Shadow).await;
+        assert!(applied.failed.is_empty() && applied.changed[0].ends_with(" bytes more"), "{applied:?}");
+        assert!(file().0 == first.0 && file().1 > first.1, "the file has grown");
+        assert_eq!(served.lock().unwrap().table, table('b', 1));
+        assert_eq!(read(&path, Cut::Refused).unwrap(), table('b', 1));
+        assert_eq!(applier.apply(&table('b', 1), Trust::Nothing).await.changed, [""; 0], "it holds that");
+
+        let mut other = File::options().append(true).open(&path).unwrap();
+        other.write_all(b"\n{\"table\":{\"addr").unwrap();
+        assert_eq!(read(&path, Cut::Ignored).unwrap(), table('b', 1), "whoever wrote it died");
+        assert!(matches!(read(&path, Cut::Refused), Err(ReadError::Parse { .. })));
+        let before = file();
+        assert_eq!(applier.apply(&table('c', 1), Trust::Shadow).await.failed, [""; 0]);
+        assert!(
+            file().0 != before.0 && file().1 < before.1,
+            "written whole, since somebody else wrote to it"
+        );
+        assert_eq!(served.lock().unwrap().table, table('c', 1));
+
+        let (before, mut lengths) = (file(), Vec::new());
+        while file().0 == before.0 {
+            let letter = ['d', 'e'][lengths.len() % 2];
+            assert_eq!(applier.apply(&table(letter, 100_000), Trust::Shadow).await.failed, [""; 0]);
+            assert_eq!(served.lock().unwrap().table, table(letter, 100_000));
+            lengths.push(file().1);
+        }
+        assert_eq!(lengths.len(), 11, "ten lines of a tenth of a mebibyte, then the whole: {lengths:?}");
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_changes_nothing_and_the_next_is_read_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(ROUTES_FILE);
+        let mut file = RoutesFile::new(path.clone());
+        assert!(matches!(file.read(Cut::Refused), Err(ReadError::Read { .. })));
+        std::fs::write(&path, table('a', 1).encode().unwrap()).unwrap();
+        assert!(file.read(Cut::Refused).unwrap() && !file.read(Cut::Refused).unwrap());
+        let line = table('b', 1).encode_change(&table('a', 1)).unwrap().unwrap();
+        let append = |text: &[u8]| File::options().append(true).open(&path).unwrap().write_all(text).unwrap();
+        append(b"\n{}");
+        assert!(file.read(Cut::Refused).is_err());
+        assert_eq!(file.table, table('a', 1));
+        std::fs::write(&path, [table('c', 1).encode().unwrap(), line].concat()).unwrap();
+        assert!(file.read(Cut::Refused).unwrap());
+        assert_eq!(file.table.hosts.len(), 2, "the line takes a.example away, which is not there");
+    }
 }

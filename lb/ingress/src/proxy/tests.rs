@@ -572,8 +572,8 @@ async fn http_2(rig: &Rig) -> (Http2, impl Future<Output = hyper::Result<()>> + 
 async fn http_2_over_tls_by_sni_reaches_the_backend_and_shows_a_renewed_certificate() {
     let document = ingress("web", "a.com", &json!({}), &[("Prefix", "/", "web")]);
     let mut table = table(vec![document], &[("web", &[backend("web")])], &[]);
-    table.certificates.insert("a.com".to_owned(), certificate("a.com"));
-    table.default_certificate = Some(certificate("default"));
+    table.certificates.insert("a.com".to_owned(), certificate("a.com").into());
+    table.default_certificate = Some(certificate("default").into());
     let rig = Rig::start(&table);
     let shown = async |name: &'static str| {
         let stream = tls_for_http_2(rig.tls, name).await;
@@ -588,7 +588,7 @@ async fn http_2_over_tls_by_sni_reaches_the_backend_and_shows_a_renewed_certific
     let ((status, own), (_, default)) = (shown("a.com").await, shown("b.com").await);
     assert_eq!(status, 200);
     assert_ne!(own, default);
-    table.certificates.insert("a.com".to_owned(), certificate("a.com"));
+    table.certificates.insert("a.com".to_owned(), certificate("a.com").into());
     rig.proxy.apply(&table);
     assert_ne!(shown("a.com").await.1, own, "renewed");
 }
@@ -730,7 +730,7 @@ fn a_drain_ends_kept_connections_with_their_next_answer_and_idle_ones_by_themsel
 async fn a_drain_ends_http_2_with_goaway_after_the_requests_that_are_under_way() {
     let document = ingress("web", "a.com", &json!({}), &[("Prefix", "/", "web")]);
     let mut table = table(vec![document], &[("web", &[backend("web")])], &[]);
-    table.default_certificate = Some(certificate("a.com"));
+    table.default_certificate = Some(certificate("a.com").into());
     let rig = Rig::start(&table);
     let (mut sender, connection) = http_2(&rig).await;
     let ended = tokio::spawn(connection);
@@ -858,7 +858,7 @@ fn requests_are_counted_by_route_and_what_is_refused_by_its_reason() {
 async fn a_client_resumes_its_tls_session_after_a_restart() {
     let document = ingress("web", "a.com", &json!({}), &[("Prefix", "/", "web")]);
     let mut table = table(vec![document], &[("web", &[backend("web")])], &[]);
-    table.default_certificate = Some(certificate("a.com"));
+    table.default_certificate = Some(certificate("a.com").into());
     let folder = tempfile::tempdir().unwrap();
     let keys = folder.path().join("tickets.key");
     tickets::prepare(&keys).unwrap();
@@ -1043,7 +1043,7 @@ async fn a_name_in_the_handshake_that_is_no_name_or_that_nobody_has_ends_it() {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let document = ingress("web", "a.com", &json!({}), &[("Prefix", "/", "web")]);
     let mut table = table(vec![document], &[("web", &[backend("web")])], &[]);
-    table.certificates.insert("aaaa.com".to_owned(), certificate("aaaa.com"));
+    table.certificates.insert("aaaa.com".to_owned(), certificate("aaaa.com").into());
     let rig = Rig::start(&table);
     for (name, sound) in [("aaaa.com", true), ("bbbb.com", false), ("aa\0a.com", false), ("a a..com", false)]
     {
@@ -1132,7 +1132,7 @@ fn error_of(heard: &[Frame]) -> Option<u32> {
 fn http_2_rig() -> Rig {
     let document = ingress("web", "a.com", &json!({}), &[("Prefix", "/", "web")]);
     let mut table = table(vec![document], &[("web", &[backend("web")])], &[]);
-    table.default_certificate = Some(certificate("a.com"));
+    table.default_certificate = Some(certificate("a.com").into());
     Rig::start(&table)
 }
 
@@ -1244,7 +1244,7 @@ async fn a_client_shows_a_certificate_that_is_trusted_and_has_the_wanted_name() 
         let document = ingress("web", "a.com", &annotations, &[("Prefix", "/", "web")]);
         let mut table =
             table(vec![document], &[("web", &[backend("web")])], &[("authority", "ca.crt", &authority)]);
-        table.default_certificate = Some(certificate("a.com"));
+        table.default_certificate = Some(certificate("a.com").into());
         Rig::start(&table)
     };
     let ask = async |rig: &Rig, identity: Option<&crate::plan::table::Certificate>| {
@@ -1329,7 +1329,7 @@ pub(super) fn passing(annotations: &Value, endpoints: &[SocketAddr]) -> RouteTab
     }
     let web = ingress("web", "a.com", &json!({}), &[("Prefix", "/", "web")]);
     let mut table = table(vec![pass, web], &[("pass", endpoints), ("web", &[backend("web")])], &[]);
-    table.default_certificate = Some(certificate("a.com"));
+    table.default_certificate = Some(certificate("a.com").into());
     table
 }
 
@@ -1522,7 +1522,7 @@ fn deaf() -> SocketAddr {
 
 fn upload_rig(annotations: &Value, web: SocketAddr) -> Rig {
     let mut table = simple_table(annotations, web);
-    table.default_certificate = Some(certificate("a.com"));
+    table.default_certificate = Some(certificate("a.com").into());
     Rig::start(&table)
 }
 

@@ -15,9 +15,11 @@ use rustls::{
     ClientConfig, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, SignatureScheme,
 };
 
+use weft_model::NamespacedName;
+
 use super::tickets::Tickets;
 use crate::certificate::{self, Pair};
-use crate::plan::table::Certificate;
+use crate::plan::table::{Certificate, RouteTable};
 
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
@@ -40,29 +42,32 @@ fn provider() -> Arc<CryptoProvider> {
 pub(super) struct Certificates {
     by_name: HashMap<String, Arc<CertifiedKey>>,
     default: Option<Arc<CertifiedKey>>,
+    /// By Secret, with what each was read from.
+    keys: HashMap<NamespacedName, (Arc<Certificate>, Arc<CertifiedKey>)>,
     /// Hosts that ask for a certificate of the client.
     pub(super) mutual: BTreeSet<String>,
 }
 
 impl Certificates {
-    /// What cannot be used is left out: the planner has told it.
-    pub(super) fn new<'a>(
-        by_name: impl Iterator<Item = (&'a String, &'a Certificate)>,
-        default: Option<&Certificate>,
-        mutual: BTreeSet<String>,
-    ) -> Self {
-        let mut parsed: HashMap<_, Arc<CertifiedKey>> = HashMap::new();
-        let mut key = |certificate: &Certificate| {
-            if let Some(known) = parsed.get(&certificate.secret) {
+    /// What cannot be used is left out: the planner has told it. Keys of `before` are not read again.
+    pub(super) fn new(table: &RouteTable, before: &Self, mutual: BTreeSet<String>) -> Self {
+        let mut keys: HashMap<_, (Arc<Certificate>, Arc<CertifiedKey>)> = HashMap::new();
+        let mut key = |one: &Arc<Certificate>| {
+            if let Some((_, known)) = keys.get(&one.secret) {
                 return Some(known.clone());
             }
-            let made = Arc::new(certified(certificate).ok()?);
-            parsed.insert(certificate.secret.clone(), made.clone());
-            Some(made)
+            let known = before.keys.get(&one.secret).filter(|(read_from, _)| read_from == one);
+            let key = match known {
+                Some((_, known)) => known.clone(),
+                None => Arc::new(certified(one).ok()?),
+            };
+            keys.insert(one.secret.clone(), (one.clone(), key.clone()));
+            Some(key)
         };
-        let default = default.and_then(&mut key);
-        let by_name = by_name.filter_map(|(name, one)| Some((name.clone(), key(one)?))).collect();
-        Self { by_name, default, mutual }
+        let default = table.default_certificate.as_ref().and_then(&mut key);
+        let by_name =
+            table.certificates.iter().filter_map(|(name, one)| Some((name.clone(), key(one)?))).collect();
+        Self { by_name, default, keys, mutual }
     }
 
     fn of(&self, name: Option<&str>) -> Option<Arc<CertifiedKey>> {
