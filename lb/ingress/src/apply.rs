@@ -125,7 +125,7 @@ impl RoutesApplier {
         self.run_dir.join(FOLDER).join(ROUTES_FILE)
     }
 
-    /// A line for what is another than in the file.
+    /// A line for what is another than in the file, unless that would keep what nobody is to have any more.
     fn add(
         &self,
         mut written: Written,
@@ -137,7 +137,7 @@ impl RoutesApplier {
         };
         let (whole, all) = written.bytes;
         let all = all + line.len() as u64;
-        if all > 2 * whole + LEEWAY_BYTES {
+        if all > 2 * whole + LEEWAY_BYTES || table.withdraws_secrets_of(&written.table) {
             return self.write(table, changed);
         }
         let added = written.file.write_all(&line);

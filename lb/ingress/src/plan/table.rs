@@ -116,6 +116,17 @@ impl RouteTable {
         Ok(Some(line))
     }
 
+    /// Whether the table `before` holds keys or users that this one does not: what is withdrawn is not to stay in a file.
+    pub fn withdraws_secrets_of(&self, before: &Self) -> bool {
+        let withdrawn = |(name, one)| self.certificates.get(name) != Some(one);
+        let changed = |(host, server): &(&Host, &Arc<Server>)| self.hosts.get(host) != Some(server);
+        let holds =
+            |(_, server): (_, &Arc<Server>)| server.routes.iter().any(|route| !route.materials.is_empty());
+        before.certificates.iter().any(withdrawn)
+            || before.default_certificate.is_some() && before.default_certificate != self.default_certificate
+            || before.hosts.iter().filter(changed).any(holds)
+    }
+
     fn encode_line(&self, gone: &Gone) -> serde_json::Result<Vec<u8>> {
         let (mut settings, mut settings_of_routes) = (Vec::new(), Vec::new());
         let (mut by_address, mut by_text) = (HashMap::new(), HashMap::new());

@@ -368,11 +368,13 @@ fn until_drained(phase: &watch::Sender<Phase>, early: Arc<()>, late: Arc<()>) ->
 mod tests {
     use std::io::Write as _;
 
+    use weft_model::NamespacedName;
+    use weft_model::ingress::Bytes;
     use weft_netstack::reconcile::{Applier as _, Trust};
 
     use super::*;
     use crate::apply::RoutesApplier;
-    use crate::plan::table::{Host, Server};
+    use crate::plan::table::{Certificate, Host, Server};
 
     /// With one host, whose other name is that long.
     fn table(letter: char, bytes: usize) -> RouteTable {
@@ -428,6 +430,36 @@ mod tests {
             lengths.push(file().1);
         }
         assert_eq!(lengths.len(), 11, "ten lines of a tenth of a mebibyte, then the whole: {lengths:?}");
+    }
+
+    #[tokio::test]
+    async fn a_key_that_is_withdrawn_does_not_stay_in_the_file() {
+        let run_dir = tempfile::tempdir().unwrap();
+        let listener = bind(run_dir.path()).unwrap();
+        std::thread::spawn(move || control::serve(&listener, |_, _| applied(Ok(()))));
+        let mut applier = RoutesApplier::new(run_dir.path());
+        let path = run_dir.path().join(FOLDER).join(ROUTES_FILE);
+        let mut holds = async |table: &RouteTable| {
+            assert_eq!(applier.apply(table, Trust::Shadow).await.failed, [""; 0]);
+            let text = std::fs::read_to_string(&path).unwrap();
+            // "first" and "second" in Base64.
+            ["Zmlyc3Q", "c2Vjb25k"].map(|key| text.contains(key))
+        };
+        let mut table = table('a', 1);
+        let certificate = |key: &str| Certificate {
+            secret: NamespacedName::new("d", "tls"),
+            chain_pem: Bytes(b"chain".to_vec()),
+            key_pem: Bytes(key.as_bytes().to_vec()),
+        };
+        assert_eq!(holds(&table).await, [false, false]);
+        table.certificates.insert("a.example".to_owned(), certificate("first").into());
+        assert_eq!(holds(&table).await, [true, false]);
+        table.certificates.insert("a.example".to_owned(), certificate("second").into());
+        assert_eq!(holds(&table).await, [false, true]);
+        table.default_certificate = table.certificates.remove("a.example");
+        assert_eq!(holds(&table).await, [false, true]);
+        table.default_certificate = None;
+        assert_eq!(holds(&table).await, [false, false]);
     }
 
     #[test]

@@ -84,11 +84,12 @@ pub(super) fn routes(shape: Shape, certificate: &Path, key: &Path) -> anyhow::Re
     let known: usize = table.hosts.values().map(|server| server.routes.len()).sum();
     anyhow::ensure!(known == shape.routes() + 1, "{known} routes, {:?}", planned.problems);
     table.addresses = PROXY.iter().map(|address| address.parse()).collect::<Result<Vec<IpAddr>, _>>()?;
-    table.default_certificate = Some(Certificate {
+    let certificate = Certificate {
         secret: NamespacedName::new("default", "bench"),
         chain_pem: Bytes(std::fs::read(certificate)?),
         key_pem: Bytes(std::fs::read(key)?),
-    });
+    };
+    table.default_certificate = Some(certificate.into());
     Ok(table)
 }
 

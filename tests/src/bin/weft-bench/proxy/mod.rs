@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 
+use super::dns::Awake;
 use super::rig::{Rig, private_names, resident_mib, until_within};
 use super::row::{Better, Row, median, table};
 use load::{PROBE_IP, make, make_probe, move_probe};
@@ -164,8 +165,9 @@ impl Bench {
         Ok(())
     }
 
-    /// Through the VIP and directly, in turns.
+    /// Through the VIP and directly, in turns. A core that has to wake up takes longer than a connection.
     fn path(&mut self) -> anyhow::Result<Passage> {
+        let _awake = Awake::keep_all();
         let direct = SocketAddr::new(self.answerers[self.at].ip, PORT);
         let (mut rates, mut shares, mut firsts, mut directs) = (vec![], vec![], vec![], vec![]);
         for _ in 0..ROUNDS {
