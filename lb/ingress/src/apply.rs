@@ -74,6 +74,8 @@ pub async fn withdraw(run_dir: &Path) -> Result<(), RoutesError> {
 pub struct RoutesApplier {
     run_dir: PathBuf,
     written: Option<Written>,
+    /// The process did not take what was written last: one of the version before knows no lines.
+    untold: bool,
 }
 
 /// The file as it was left, and what it holds.
@@ -98,7 +100,7 @@ impl Written {
 
 impl RoutesApplier {
     pub fn new(run_dir: &Path) -> Self {
-        Self { run_dir: run_dir.to_owned(), written: None }
+        Self { run_dir: run_dir.to_owned(), written: None, untold: false }
     }
 
     async fn hand_over(
@@ -115,7 +117,9 @@ impl RoutesApplier {
             _ => self.write(table, changed)?,
         };
         if changed.len() > before || trust == Trust::Nothing {
+            self.untold = true;
             tell(&self.run_dir).await?;
+            self.untold = false;
         }
         self.written = Some(written);
         Ok(())
@@ -148,13 +152,14 @@ impl RoutesApplier {
         Ok(written)
     }
 
-    /// The whole table, unless the file holds just that.
+    /// The whole table, unless the file holds just that in a way that the process takes.
     fn write(&self, table: &RouteTable, changed: &mut Vec<String>) -> Result<Written, RoutesError> {
         let path = self.path();
         let cannot = |source| RoutesError::Write { path: path.clone(), source };
         let found = std::fs::read(&path).unwrap_or_default();
         let mut bytes = found.len() as u64;
-        if RouteTable::decode(&found).ok().as_ref() != Some(table) {
+        let unreadable = self.untold && found.contains(&b'\n');
+        if unreadable || RouteTable::decode(&found).ok().as_ref() != Some(table) {
             let text = table.encode().map_err(RoutesError::Encode)?;
             replace(&self.run_dir, &text).map_err(cannot)?;
             bytes = text.len() as u64;

@@ -433,6 +433,25 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_process_that_takes_no_lines_gets_the_whole_table() {
+        let run_dir = tempfile::tempdir().unwrap();
+        let listener = bind(run_dir.path()).unwrap();
+        let path = run_dir.path().join(FOLDER).join(ROUTES_FILE);
+        let read = path.clone();
+        std::thread::spawn(move || {
+            control::serve(&listener, |_, _| {
+                let text = std::fs::read(&read).unwrap();
+                Response { status: if text.contains(&b'\n') { 500 } else { 204 }, body: String::new() }
+            })
+        });
+        let mut applier = RoutesApplier::new(run_dir.path());
+        let mut apply = async |letter, trust| applier.apply(&table(letter, 1), trust).await.failed.len();
+        assert_eq!(apply('a', Trust::Nothing).await, 0);
+        assert_eq!((apply('b', Trust::Shadow).await, apply('b', Trust::Nothing).await), (1, 0));
+        assert_eq!(RouteTable::decode(&std::fs::read(&path).unwrap()).unwrap(), table('b', 1));
+    }
+
+    #[tokio::test]
     async fn a_key_that_is_withdrawn_does_not_stay_in_the_file() {
         let run_dir = tempfile::tempdir().unwrap();
         let listener = bind(run_dir.path()).unwrap();

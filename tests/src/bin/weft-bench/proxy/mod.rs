@@ -40,6 +40,8 @@ const CHANGES: usize = 20;
 const SLOW_CHANGES: usize = 5;
 /// kube-proxy lets a second pass between two syncs, so that changes come rarely enough for each to find it idle.
 const BETWEEN_CHANGES: Duration = Duration::from_millis(1200);
+/// Before a process is asked for its memory: what the last change left for a moment is gone, and a Snapshot is not being written.
+const REST: Duration = Duration::from_secs(5);
 const ROUNDS: usize = 7;
 const ROUND_MILLIS: u32 = 400;
 const FIRST_PACKETS: usize = 400;
@@ -205,6 +207,7 @@ impl Bench {
 
     /// Load, change, restart and memory at one size, beside kube-proxy.
     fn programming(&mut self, size: usize, change: &[f64], work: &Work) -> anyhow::Result<Vec<Row>> {
+        std::thread::sleep(REST);
         let memory = self.rig.resident_mib("agent")?;
         let (restart_seconds, transactions) = self.restart()?;
         let after_restart = self.rig.resident_mib("agent")?;
@@ -239,6 +242,7 @@ impl Bench {
             self.stop_weft()?;
             let (theirs, their_load) = self.start_kube_proxy(mode)?;
             let (their_change, their_work) = self.changes(theirs.pid(), count, None)?;
+            std::thread::sleep(REST);
             let their_memory = resident_mib(theirs.pid())?;
             theirs.end()?;
             self.start_weft()?;
