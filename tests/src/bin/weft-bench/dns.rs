@@ -407,38 +407,25 @@ fn latencies(server: &str, per_second: f64, lost: Duration) -> anyhow::Result<Ve
     Ok(took)
 }
 
-/// Something that runs on a core only when nothing else does, so that the core does not sleep.
+/// Something that runs on the server's core only when nothing else does, so that the core does not sleep.
 pub(crate) struct Awake(Arc<AtomicBool>);
 
 impl Awake {
-    /// The server's core.
     pub(crate) fn keep() -> Self {
-        Self::on(SERVER_CORE..SERVER_CORE + 1)
-    }
-
-    pub(crate) fn keep_all() -> Self {
-        Self::on(0..std::thread::available_parallelism().map_or(1, usize::from))
-    }
-
-    fn on(cores: std::ops::Range<usize>) -> Self {
         let over = Arc::<AtomicBool>::default();
-        for core in cores {
-            let told = over.clone();
-            std::thread::spawn(move || spin(core, &told));
-        }
+        let told = over.clone();
+        std::thread::spawn(move || {
+            let mut core = CpuSet::new();
+            core.set(SERVER_CORE).expect("there is a first core");
+            sched_setaffinity(Pid::from_raw(0), &core).expect("a thread may choose its core");
+            // Of itself: the thread's own number.
+            let thread = nix::unistd::gettid().to_string();
+            let idle = Command::new("chrt").args(["--idle", "--pid", "0", &thread]).status();
+            while idle.as_ref().is_ok_and(|status| status.success()) && !told.load(Ordering::Relaxed) {
+                std::hint::spin_loop();
+            }
+        });
         Self(over)
-    }
-}
-
-fn spin(core: usize, over: &AtomicBool) {
-    let mut cores = CpuSet::new();
-    cores.set(core).expect("there is this core");
-    sched_setaffinity(Pid::from_raw(0), &cores).expect("a thread may choose its core");
-    // Of itself: the thread's own number.
-    let thread = nix::unistd::gettid().to_string();
-    let idle = Command::new("chrt").args(["--idle", "--pid", "0", &thread]).status();
-    while idle.as_ref().is_ok_and(|status| status.success()) && !over.load(Ordering::Relaxed) {
-        std::hint::spin_loop();
     }
 }
 

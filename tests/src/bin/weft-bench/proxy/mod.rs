@@ -20,7 +20,6 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 
-use super::dns::Awake;
 use super::rig::{Rig, private_names, resident_mib, until_within};
 use super::row::{Better, Row, median, table};
 use load::{PROBE_IP, make, make_probe, move_probe};
@@ -42,8 +41,10 @@ const SLOW_CHANGES: usize = 5;
 const BETWEEN_CHANGES: Duration = Duration::from_millis(1200);
 /// Before a process is asked for its memory: what the last change left for a moment is gone, and a Snapshot is not being written.
 const REST: Duration = Duration::from_secs(5);
+/// Short, since what the machine does besides lasts longer.
+const RATE_ROUNDS: usize = 71;
+const RATE_MILLIS: u32 = 40;
 const ROUNDS: usize = 7;
-const ROUND_MILLIS: u32 = 400;
 const FIRST_PACKETS: usize = 400;
 const PATIENCE: Duration = Duration::from_secs(600);
 const AGENT: &str = "127.0.0.1:9470";
@@ -167,16 +168,17 @@ impl Bench {
         Ok(())
     }
 
-    /// Through the VIP and directly, in turns. A core that has to wake up takes longer than a connection.
+    /// Through the VIP and directly, in turns.
     fn path(&mut self) -> anyhow::Result<Passage> {
-        let _awake = Awake::keep_all();
         let direct = SocketAddr::new(self.answerers[self.at].ip, PORT);
         let (mut rates, mut shares, mut firsts, mut directs) = (vec![], vec![], vec![], vec![]);
-        for _ in 0..ROUNDS {
-            let straight = self.asker.rate(direct, ROUND_MILLIS)?;
-            let translated = self.asker.rate(Self::vip(), ROUND_MILLIS)?;
+        for _ in 0..RATE_ROUNDS {
+            let straight = self.asker.rate(direct, RATE_MILLIS)?;
+            let translated = self.asker.rate(Self::vip(), RATE_MILLIS)?;
             rates.push(translated);
             shares.push(translated / straight);
+        }
+        for _ in 0..ROUNDS {
             directs.push(self.asker.first_packet(direct, FIRST_PACKETS)?);
             firsts.push(self.asker.first_packet(Self::vip(), FIRST_PACKETS)?);
         }

@@ -13,6 +13,7 @@ use anyhow::{Context as _, bail, ensure};
 use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::cni::{Chain, Pod};
+use crate::dns::to_client_core;
 use crate::rig::Rig;
 use crate::row::median;
 
@@ -141,7 +142,7 @@ fn ask() -> anyhow::Result<()> {
     for line in std::io::stdin().lines() {
         let line = line?;
         let answer = match line.split(' ').collect::<Vec<_>>().as_slice() {
-            ["rate", to, millis] => rate(to.parse()?, Duration::from_millis(millis.parse()?))?,
+            ["rate", to, millis] => rate_on_a_core(to.parse()?, Duration::from_millis(millis.parse()?))?,
             ["first", to, count] => first_packet(to.parse()?, count.parse()?)?,
             ["await", to, name] => await_name(to.parse()?, name)?,
             other => bail!("unknown command {other:?}"),
@@ -154,6 +155,15 @@ fn ask() -> anyhow::Result<()> {
 /// With a reset, so that neither end waits in TIME-WAIT, which would use the ports up.
 fn abandon(stream: TcpStream) {
     let _ = setsockopt(&stream, sockopt::Linger, &nix::libc::linger { l_onoff: 1, l_linger: 0 });
+}
+
+/// On one core: to change it costs as much as a connection.
+fn rate_on_a_core(to: SocketAddr, time: Duration) -> anyhow::Result<f64> {
+    let rate = std::thread::spawn(move || {
+        to_client_core();
+        rate(to, time)
+    });
+    rate.join().map_err(|_| anyhow::anyhow!("whoever connects panicked"))?
 }
 
 fn rate(to: SocketAddr, time: Duration) -> anyhow::Result<f64> {
