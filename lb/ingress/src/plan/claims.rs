@@ -61,7 +61,7 @@ impl Claims {
         problems.extend(self.hosts.values().flat_map(|planned| planned.problems.iter().cloned()));
         let served = self.hosts.iter().filter(|(_, planned)| *planned.server != Server::default());
         let mut hosts = served.map(|(host, planned)| (host.clone(), planned.server.clone())).collect();
-        let mains = || claimed.iter().filter(|one| one.parsed.settings.canary.is_none());
+        let mains = || claimed.iter().filter(|one| !one.is_canary());
         for one in mains().filter(|one| !one.parsed.settings.server_aliases.is_empty()) {
             alias(one, &mut hosts, problems);
         }
