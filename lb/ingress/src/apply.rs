@@ -60,11 +60,8 @@ pub async fn withdraw(run_dir: &Path) -> Result<(), RoutesError> {
     if !path.exists() {
         return Ok(());
     }
-    let nothing = RouteTable::default().encode().map_err(RoutesError::Encode)?;
-    if std::fs::read(&path).ok().as_ref() != Some(&nothing) {
-        replace(run_dir, &nothing).map_err(|source| RoutesError::Write { path, source })?;
-    }
-    match tell(run_dir).await {
+    let mut applier = RoutesApplier::new(run_dir);
+    match applier.hand_over(&RouteTable::default(), Trust::Nothing, &mut Vec::new()).await {
         Err(RoutesError::Tell { .. }) => Ok(()),
         outcome => outcome,
     }
@@ -89,12 +86,9 @@ struct Written {
 impl Written {
     /// Whether the path leads to this file still and nobody else wrote to it.
     fn stands_at(&self, path: &Path) -> bool {
-        let of = |found: &Metadata| (found.dev(), found.ino(), found.len());
-        let ours = self.file.metadata().ok();
-        let found = path.metadata().ok();
-        ours.is_some_and(|ours| {
-            ours.len() == self.bytes.1 && found.is_some_and(|found| of(&found) == of(&ours))
-        })
+        let of = |found: Metadata| (found.dev(), found.ino(), found.len());
+        let (ours, found) = (self.file.metadata().map(of), path.metadata().map(of));
+        ours.is_ok_and(|ours| ours.2 == self.bytes.1 && found.is_ok_and(|found| found == ours))
     }
 }
 
@@ -103,20 +97,20 @@ impl RoutesApplier {
         Self { run_dir: run_dir.to_owned(), written: None, untold: false }
     }
 
+    /// Says in `changed`, which is empty, what it did to the file.
     async fn hand_over(
         &mut self,
         table: &RouteTable,
         trust: Trust,
         changed: &mut Vec<String>,
     ) -> Result<(), RoutesError> {
-        let before = changed.len();
         // Forgotten until all is well, so that the next pass writes the whole.
         let written = self.written.take();
         let written = match written.filter(|written| written.stands_at(&self.path())) {
             Some(written) if trust == Trust::Shadow => self.add(written, table, changed)?,
             _ => self.write(table, changed)?,
         };
-        if changed.len() > before || trust == Trust::Nothing {
+        if !changed.is_empty() || trust == Trust::Nothing {
             self.untold = true;
             tell(&self.run_dir).await?;
             self.untold = false;

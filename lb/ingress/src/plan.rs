@@ -172,12 +172,7 @@ fn claimed(
             }
         });
     }
-    known.retain(|key, _| snapshot.ingresses.contains_key(key));
-    for one in &claimed {
-        if !known.get(&one.ingress.key).is_some_and(|known| Arc::ptr_eq(known, one)) {
-            known.insert(one.ingress.key.clone(), one.clone());
-        }
-    }
+    *known = claimed.iter().map(|one| (one.ingress.key.clone(), one.clone())).collect();
     claimed.sort_by(|a, b| (a.ingress.created, &a.ingress.key).cmp(&(b.ingress.created, &b.ingress.key)));
     claimed
 }

@@ -22,7 +22,7 @@ pub(super) struct Materials<'a> {
 
 /// Certificates of Secrets that were looked at before: to see whether chain and key go together takes a signature.
 #[derive(Default)]
-pub(super) struct Certificates(BTreeMap<NamespacedName, Read>);
+pub(super) struct Certificates(BTreeMap<Reference, Read>);
 
 /// What a Secret gave, and when that holds.
 #[derive(Clone)]
@@ -43,7 +43,7 @@ enum Lack {
 
 impl<'a> Materials<'a> {
     pub(super) fn new(snapshot: &'a Snapshot, now: Timestamp, known: &'a mut Certificates) -> Self {
-        known.0.retain(|key, _| snapshot.referred.contains_key(&Reference::Secret(key.clone())));
+        known.0.retain(|reference, _| snapshot.referred.contains_key(reference));
         Self { snapshot, waiting: BTreeSet::new(), now, known }
     }
 
@@ -51,20 +51,16 @@ impl<'a> Materials<'a> {
         self.waiting
     }
 
+    fn answer(&mut self, reference: &Reference) -> Result<&'a Arc<Answer>, Lack> {
+        let answer = self.snapshot.referred.get(reference);
+        answer.ok_or_else(|| {
+            self.waiting.insert(reference.clone());
+            Lack::Waiting
+        })
+    }
+
     fn data(&mut self, reference: &Reference) -> Result<&'a Data, Lack> {
-        match self.snapshot.referred.get(reference).map(|answer| &**answer) {
-            Some(Answer::Found(data)) => Ok(data),
-            Some(Answer::Absent) => {
-                Err(Lack::Told(Reason::Missing, format!("there is no {reference}; create it")))
-            }
-            Some(Answer::Refused(why)) => {
-                Err(Lack::Told(Reason::Missing, format!("{reference} may not be read: {why}")))
-            }
-            None => {
-                self.waiting.insert(reference.clone());
-                Err(Lack::Waiting)
-            }
-        }
+        found(reference, self.answer(reference)?)
     }
 
     fn named(&mut self, ingress: &Ingress, text: &str, secret: bool) -> Result<&'a Data, Lack> {
@@ -74,20 +70,17 @@ impl<'a> Materials<'a> {
 
     /// Chain and key of a Secret, which go together.
     fn certificate(&mut self, key: NamespacedName) -> Result<(Arc<Certificate>, Option<Validity>), Lack> {
-        let reference = Reference::Secret(key);
-        let data = self.data(&reference)?;
-        let (Reference::Secret(key), Some(answer)) = (&reference, self.snapshot.referred.get(&reference))
-        else {
-            return Err(Lack::Waiting);
-        };
-        let known = self.known.0.get(key).filter(|known| Arc::ptr_eq(&known.answer, answer));
+        let reference = Reference::Secret(key.clone());
+        let answer = self.answer(&reference)?;
+        let known = self.known.0.get(&reference).filter(|known| Arc::ptr_eq(&known.answer, answer));
         let read = match known {
             Some(known) => known.clone(),
             None => {
-                let certificate = certificate(key.clone(), data).map(Arc::new);
+                let certificate = found(&reference, answer).and_then(|data| certificate(key, data));
+                let certificate = certificate.map(Arc::new);
                 let validity = certificate.as_ref().ok().and_then(|one| validity(&one.chain_pem.0));
                 let read = Read { answer: answer.clone(), certificate, validity };
-                self.known.0.insert(key.clone(), read.clone());
+                self.known.0.insert(reference, read.clone());
                 read
             }
         };
@@ -234,6 +227,16 @@ impl<'a> Materials<'a> {
                 problems.push(Problem::new(object, reason, message));
                 None
             }
+        }
+    }
+}
+
+fn found<'a>(reference: &Reference, answer: &'a Answer) -> Result<&'a Data, Lack> {
+    match answer {
+        Answer::Found(data) => Ok(data),
+        Answer::Absent => Err(Lack::Told(Reason::Missing, format!("there is no {reference}; create it"))),
+        Answer::Refused(why) => {
+            Err(Lack::Told(Reason::Missing, format!("{reference} may not be read: {why}")))
         }
     }
 }

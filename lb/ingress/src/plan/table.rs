@@ -74,11 +74,12 @@ fn changed<K: Ord + Clone, V: PartialEq + Clone>(
     (others.map(|(key, value)| (key.clone(), value.clone())).collect(), gone.cloned().collect())
 }
 
-fn take<K: Ord, V>(table: &mut BTreeMap<K, V>, others: BTreeMap<K, V>, gone: &[K]) {
+fn with<K: Ord, V>(mut table: BTreeMap<K, V>, others: BTreeMap<K, V>, gone: &[K]) -> BTreeMap<K, V> {
     table.extend(others);
     for key in gone {
         table.remove(key);
     }
+    table
 }
 
 impl RouteTable {
@@ -165,13 +166,12 @@ impl RouteTable {
     /// # Errors
     /// It is no such line; nothing changes.
     pub fn change(&mut self, line: &[u8]) -> serde_json::Result<()> {
-        let (change, gone) = Self::decode_line(line)?;
-        let Self { hosts, backends, certificates, .. } = std::mem::take(self);
-        let Self { hosts: new_hosts, backends: new_backends, certificates: new_certificates, .. } = change;
-        *self = Self { hosts, backends, certificates, ..change };
-        take(&mut self.hosts, new_hosts, &gone.hosts);
-        take(&mut self.backends, new_backends, &gone.backends);
-        take(&mut self.certificates, new_certificates, &gone.certificates);
+        let (mut change, gone) = Self::decode_line(line)?;
+        change.hosts = with(std::mem::take(&mut self.hosts), change.hosts, &gone.hosts);
+        change.backends = with(std::mem::take(&mut self.backends), change.backends, &gone.backends);
+        change.certificates =
+            with(std::mem::take(&mut self.certificates), change.certificates, &gone.certificates);
+        *self = change;
         Ok(())
     }
 
@@ -191,6 +191,14 @@ impl RouteTable {
             let of_route = places.next().and_then(|place| settings.get(place)).cloned();
             Arc::make_mut(route).settings =
                 of_route.ok_or_else(|| serde_json::Error::custom("a route without settings"))?;
+        }
+        // Hosts of one certificate share it, as in the table that was written.
+        let mut first: HashMap<NamespacedName, Arc<Certificate>> = HashMap::new();
+        for one in table.certificates.values_mut() {
+            let known = first.entry(one.secret.clone()).or_insert_with(|| one.clone());
+            if known == one {
+                *one = known.clone();
+            }
         }
         Ok((table, gone))
     }

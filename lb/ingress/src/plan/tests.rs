@@ -463,6 +463,18 @@ fn an_unknown_annotation_is_a_problem_and_the_ingress_still_routes() {
     );
 }
 
+#[test]
+fn hosts_of_one_certificate_share_it_after_reading_too() {
+    let (chain, key) = pair("a.example");
+    let mut web = with_tls(json!({}));
+    web["spec"]["tls"][0]["hosts"] = json!(["a.example", "b.example"]);
+    let planned = plan(vec![service("web"), web, secret("tls", &[("tls.crt", &chain), ("tls.key", &key)])]);
+    let read = RouteTable::decode(&planned.plan.encode().unwrap()).unwrap();
+    for table in [&planned.plan, &read] {
+        assert!(Arc::ptr_eq(&table.certificates["a.example"], &table.certificates["b.example"]));
+    }
+}
+
 /// ingress-nginx: an alias is another `server_name` of the same server, expressions included.
 #[test]
 fn an_alias_has_the_routes_of_its_host_as_they_are() {

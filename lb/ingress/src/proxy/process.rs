@@ -186,7 +186,7 @@ fn applied(outcome: Result<(), ReadError>) -> Response {
 }
 
 /// A last line of the file that is not whole: its writer died, or writes at this moment and says so when it is done.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy)]
 enum Cut {
     Ignored,
     Refused,
@@ -216,12 +216,10 @@ impl RoutesFile {
         let from = self.read.take().filter(is_that).map_or(0, |(_, end)| end);
         let mut text = Vec::new();
         file.seek(SeekFrom::Start(from)).and_then(|_| file.read_to_end(&mut text)).map_err(cannot)?;
-        let parsed = match (from, text.strip_prefix(b"\n")) {
-            (0, _) => self.decode(&mut text, cut),
-            (_, Some(lines)) => {
-                lines.split(|byte| *byte == b'\n').try_for_each(|line| self.table.change(line))
-            }
-            (_, None) => Ok(()),
+        let parsed = match from {
+            0 => self.decode(&mut text, cut),
+            // Each begins with the end of the line before it.
+            _ => text.split(|byte| *byte == b'\n').skip(1).try_for_each(|line| self.table.change(line)),
         };
         parsed.map_err(|source| ReadError::Parse { path: self.path.clone(), source })?;
         self.read = Some((file, from + text.len() as u64));

@@ -14,7 +14,6 @@ use rustls::sign::CertifiedKey;
 use rustls::{
     ClientConfig, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, SignatureScheme,
 };
-
 use weft_model::NamespacedName;
 
 use super::tickets::Tickets;
