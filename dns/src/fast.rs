@@ -72,7 +72,7 @@ impl<'a> Asked<'a> {
         if flags & 0b1111_1110 != 0 || more_flags & 0b1100_1111 != 0 {
             return None;
         }
-        let (name, name_len) = lower_name(rest)?;
+        let name_len = name_octets(rest)?;
         let (question, rest) = rest.split_at_checked(name_len + QUESTION_TAIL_BYTES)?;
         let &[type0, type1, class0, class1] = question.get(name_len..)? else { return None };
         if u16::from_be_bytes([class0, class1]) != CLASS_IN {
@@ -88,7 +88,7 @@ impl<'a> Asked<'a> {
             recursion_desired: flags & 1 != 0,
             checking_disabled: more_flags & 0b0001_0000 != 0,
             question,
-            name,
+            name: lower(question.get(..name_len)?),
             name_len,
             record_type: u16::from_be_bytes([type0, type1]),
             edns,
@@ -156,24 +156,27 @@ impl<'a> Asked<'a> {
     }
 }
 
-/// The name at the beginning of `bytes` in lower case, and its length; without pointers.
-fn lower_name(bytes: &[u8]) -> Option<([u8; MAX_NAME_OCTETS], usize)> {
-    let mut name = [0; MAX_NAME_OCTETS];
+/// How long the name at the beginning of `bytes` is, which has no pointers.
+fn name_octets(bytes: &[u8]) -> Option<usize> {
     let mut at = 0;
     loop {
         let length = *bytes.get(at)?;
-        if length > 63 {
+        at += 1 + usize::from(length);
+        if length > 63 || at > MAX_NAME_OCTETS {
             return None;
         }
-        let end = at + 1 + usize::from(length);
-        name.get_mut(at..end)?.copy_from_slice(bytes.get(at..end)?);
-        at = end;
         if length == 0 {
-            // Length octets are below 'A'.
-            name[..at].make_ascii_lowercase();
-            return Some((name, at));
+            return Some(at);
         }
     }
+}
+
+/// At most [`MAX_NAME_OCTETS`], in lower case: length octets are below 'A'.
+fn lower(name: &[u8]) -> [u8; MAX_NAME_OCTETS] {
+    let mut lower = [0; MAX_NAME_OCTETS];
+    lower[..name.len()].copy_from_slice(name);
+    lower[..name.len()].make_ascii_lowercase();
+    lower
 }
 
 /// An OPT record of version 0 that ends the packet and whose options are whole (RFC 6891 section 6.1.2).

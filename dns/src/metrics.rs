@@ -250,14 +250,15 @@ mod tests {
     #[test]
     fn the_page_has_coredns_names_labels_and_buckets() {
         let stats = Arc::new(Stats::default());
-        stats.count_asked(&Came {
+        let came = Came {
             protocol: Protocol::Udp,
             ipv6: false,
             record_type: Some(28),
             dnssec_ok: true,
             takes_bytes: 1232,
-        });
-        stats.count_sent(Protocol::Udp, 93);
+        };
+        stats.count_asked(&came, 1);
+        stats.count_sent(Protocol::Udp, 93, 1);
         stats.count_duration(std::time::Duration::from_micros(300), 1);
         stats.count_upstream("192.0.2.1:53", Some(3), std::time::Duration::from_millis(4));
         stats.count_upstream("192.0.2.1:53", None, std::time::Duration::from_secs(2));

@@ -75,7 +75,7 @@ pub struct Stats {
 }
 
 /// A message that came.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Came {
     pub(crate) protocol: Protocol,
     pub(crate) ipv6: bool,
@@ -214,7 +214,11 @@ impl Stats {
     }
 
     pub(crate) fn count_response(&self, code: ResponseCode) {
-        count(&self.codes[code_at(u16::from(code))]);
+        self.count_responses(code, 1);
+    }
+
+    fn count_responses(&self, code: ResponseCode, times: u64) {
+        count_many(&self.codes[code_at(u16::from(code))], times);
     }
 
     /// Answers by response code, in a fixed order; the names are those of the DNS (RFC 1035, RFC 2136).
@@ -222,15 +226,15 @@ impl Stats {
         std::array::from_fn(|at| (CODES[at].0, self.codes[at].load(Ordering::Relaxed)))
     }
 
-    pub(crate) fn count_asked(&self, came: &Came) {
+    pub(crate) fn count_asked(&self, came: &Came, times: u64) {
         let of_type = |number| TYPES.iter().position(|(_, known)| *known == number);
         let at = came.record_type.and_then(of_type).unwrap_or(TYPES.len() - 1);
         let protocol = transport(came.protocol);
-        count(&self.asked[protocol][usize::from(came.ipv6)][at]);
+        count_many(&self.asked[protocol][usize::from(came.ipv6)][at], times);
         if came.dnssec_ok {
-            count(&self.asked_for_dnssec);
+            count_many(&self.asked_for_dnssec, times);
         }
-        self.takes_bytes[protocol].count(u64::from(came.takes_bytes), 1);
+        self.takes_bytes[protocol].count(u64::from(came.takes_bytes), times);
     }
 
     /// Messages that came by transport, address family (1: IPv4, 2: IPv6) and type; only what there was.
@@ -251,8 +255,8 @@ impl Stats {
     }
 
     /// An answer of so many octets was sent.
-    pub(crate) fn count_sent(&self, protocol: Protocol, bytes: usize) {
-        self.sent_bytes[transport(protocol)].count(u64::try_from(bytes).unwrap_or(u64::MAX), 1);
+    pub(crate) fn count_sent(&self, protocol: Protocol, bytes: usize, times: u64) {
+        self.sent_bytes[transport(protocol)].count(u64::try_from(bytes).unwrap_or(u64::MAX), times);
     }
 
     /// So many answers took this long.
@@ -376,6 +380,68 @@ impl Stats {
     }
 }
 
+/// What is counted of a batch of datagrams: equals in a row at once, because each counter is shared with other threads.
+pub(crate) struct Tally<'a> {
+    stats: &'a Stats,
+    came: Run<Came>,
+    answers: Run<(ResponseCode, usize)>,
+}
+
+impl<'a> Tally<'a> {
+    /// Counts when it is dropped at the latest.
+    pub(crate) fn of(stats: &'a Stats) -> Self {
+        Self { stats, came: Run(None), answers: Run(None) }
+    }
+
+    pub(crate) fn came(&mut self, came: Came) {
+        let before = self.came.add(came);
+        self.count_came(before);
+    }
+
+    /// An answer with this code, in so many octets.
+    pub(crate) fn answered(&mut self, code: ResponseCode, bytes: usize) {
+        let before = self.answers.add((code, bytes));
+        self.count_answers(before);
+    }
+
+    fn count_came(&self, equals: Option<(Came, u64)>) {
+        if let Some((came, times)) = equals {
+            self.stats.count_asked(&came, times);
+        }
+    }
+
+    fn count_answers(&self, equals: Option<((ResponseCode, usize), u64)>) {
+        if let Some(((code, bytes), times)) = equals {
+            self.stats.count_responses(code, times);
+            self.stats.count_sent(Protocol::Udp, bytes, times);
+        }
+    }
+}
+
+impl Drop for Tally<'_> {
+    fn drop(&mut self) {
+        let (came, answers) = (self.came.0.take(), self.answers.0.take());
+        self.count_came(came);
+        self.count_answers(answers);
+    }
+}
+
+/// A value, and how often it came in a row.
+struct Run<T>(Option<(T, u64)>);
+
+impl<T: PartialEq> Run<T> {
+    /// Returns the run before, when another begins.
+    fn add(&mut self, value: T) -> Option<(T, u64)> {
+        match &mut self.0 {
+            Some((same, times)) if *same == value => {
+                *times += 1;
+                None
+            }
+            _ => self.0.replace((value, 1)),
+        }
+    }
+}
+
 fn transport(protocol: Protocol) -> usize {
     usize::from(protocol != Protocol::Udp)
 }
@@ -386,5 +452,42 @@ fn code_at(code: u16) -> usize {
 }
 
 pub(crate) fn count(counter: &AtomicU64) {
-    counter.fetch_add(1, Ordering::Relaxed);
+    count_many(counter, 1);
+}
+
+fn count_many(counter: &AtomicU64, times: u64) {
+    counter.fetch_add(times, Ordering::Relaxed);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tally_counts_what_was_counted_one_by_one() {
+        let came = |record_type, ipv6| Came {
+            protocol: Protocol::Udp,
+            ipv6,
+            record_type: Some(record_type),
+            dnssec_ok: ipv6,
+            takes_bytes: 1232,
+        };
+        let questions = [came(1, false), came(1, false), came(28, false), came(1, false), came(1, true)];
+        let answers =
+            [(ResponseCode::NoError, 90), (ResponseCode::NoError, 90), (ResponseCode::NXDomain, 90)];
+        let (one_by_one, together) = (Stats::default(), Stats::default());
+        let mut tally = Tally::of(&together);
+        for question in questions {
+            one_by_one.count_asked(&question, 1);
+            tally.came(question);
+        }
+        for (code, bytes) in answers {
+            one_by_one.count_response(code);
+            one_by_one.count_sent(Protocol::Udp, bytes, 1);
+            tally.answered(code, bytes);
+        }
+        drop(tally);
+        assert_eq!(format!("{together:?}"), format!("{one_by_one:?}"));
+        assert_eq!(together.asked(), [("udp", "1", "A", 3), ("udp", "1", "AAAA", 1), ("udp", "2", "A", 1)]);
+    }
 }

@@ -15,6 +15,7 @@ mod contributions;
 mod pages;
 mod tree;
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -215,7 +216,8 @@ impl Store {
     /// The table as it is now: writers wait until it is dropped.
     pub(crate) fn read(&self) -> Reading<'_> {
         let table = self.read_lock();
-        Reading { ready: self.is_ready(), table }
+        let outside_all = Place { node: None, zone: None };
+        Reading { ready: self.is_ready(), table, last_parent: RefCell::new((Vec::new(), outside_all)) }
     }
 
     /// Answers from the table. `turn` rotates the records of a set: the caller counts it up.
@@ -281,12 +283,27 @@ impl fmt::Display for Written {
 pub(crate) struct Reading<'a> {
     table: RwLockReadGuard<'a, Table>,
     ready: bool,
+    /// The parent of the name that was looked for last, and where it stands: the next is often another name of its Namespace.
+    last_parent: RefCell<(Vec<u8>, Place)>,
 }
 
 impl Reading<'_> {
     /// What there is for one lower-case wire name and type; aliases are not followed.
     pub(crate) fn find(&self, wire: &[u8], record_type: RecordType) -> Found<'_> {
-        self.table.find(wire, record_type, self.ready)
+        self.table.find(self.place(wire), wire, record_type, self.ready)
+    }
+
+    fn place(&self, wire: &[u8]) -> Place {
+        let Some((label, parent)) = first_label(wire).zip(parent(wire)) else {
+            return self.table.place(wire);
+        };
+        let (last, place) = &mut *self.last_parent.borrow_mut();
+        if last != parent {
+            *place = self.table.place(parent);
+            last.clear();
+            last.extend_from_slice(parent);
+        }
+        self.table.below(*place, label)
     }
 
     /// The addresses of SRV targets that are ours, for the additional section (RFC 2782).
@@ -314,7 +331,8 @@ pub(crate) enum Found<'a> {
 
 /// The records of one name and type.
 pub(crate) enum Records<'a> {
-    Listed(NameRef<'a>, RecordType),
+    /// So many of the name's records.
+    Listed(NameRef<'a>, RecordType, usize),
     /// Worked out from the name of a pod.
     Pod(IpAddr),
 }
@@ -322,7 +340,7 @@ pub(crate) enum Records<'a> {
 impl<'a> Records<'a> {
     pub(crate) fn iter(&self) -> impl Iterator<Item = DataRef<'a>> + use<'a> {
         let (listed, pod) = match *self {
-            Self::Listed(name, record_type) => (Some(of_type(name, record_type)), None),
+            Self::Listed(name, record_type, _) => (Some(of_type(name, record_type)), None),
             Self::Pod(address) => (None, Some(Data::from(address))),
         };
         listed.into_iter().flatten().chain(pod)
@@ -330,7 +348,10 @@ impl<'a> Records<'a> {
 
     /// Beginning at another one with every turn, so that clients that take the first spread.
     pub(crate) fn rotated(&self, turn: usize) -> impl Iterator<Item = DataRef<'a>> + use<'a> {
-        let first = turn % self.iter().count().max(1);
+        let first = match self {
+            Self::Listed(_, _, count) => turn % count.max(&1),
+            Self::Pod(_) => 0,
+        };
         self.iter().skip(first).chain(self.iter().take(first))
     }
 }
@@ -340,6 +361,7 @@ fn of_type(name: NameRef<'_>, record_type: RecordType) -> impl Iterator<Item = D
 }
 
 /// Where a wire name stands.
+#[derive(Clone, Copy)]
 struct Place {
     /// Of the name itself, when it is known.
     node: Option<Id>,
@@ -372,21 +394,21 @@ impl Table {
         let starts = LabelStarts::of(wire);
         let mut labels = starts.backwards(wire);
         let domain = self.domain.zip(self.zones.as_ref()).map(|(id, zones)| (id, &zones.domain));
-        let (mut id, mut zone) = match domain.filter(|(_, domain)| starts.end_with(wire, domain)) {
+        let top = match domain.filter(|(_, domain)| starts.end_with(wire, domain)) {
             Some((id, domain)) => {
                 labels.by_ref().take(domain.labels().count()).for_each(drop);
-                (id, Some(id))
+                Place { node: Some(id), zone: Some(id) }
             }
-            None => (ROOT, None),
+            None => Place { node: Some(ROOT), zone: None },
         };
-        for label in labels {
-            let Some(child) = self.tree.child(id, label) else { return Place { node: None, zone } };
-            id = child;
-            if zone.is_none() && self.apexes.contains_key(&id) {
-                zone = Some(id);
-            }
-        }
-        Place { node: Some(id), zone }
+        labels.fold(top, |place, label| self.below(place, label))
+    }
+
+    /// Where the name with one label more stands.
+    fn below(&self, place: Place, label: &[u8]) -> Place {
+        let node = place.node.and_then(|id| self.tree.child(id, label));
+        let apex = || node.filter(|id| self.apexes.contains_key(id));
+        Place { node, zone: place.zone.or_else(apex) }
     }
 
     fn exists(&self, id: Id) -> bool {
@@ -470,18 +492,23 @@ impl Table {
         self.tree.parent(id).filter(|_| in_zone)
     }
 
-    fn find(&self, wire: &[u8], record_type: RecordType, ready: bool) -> Found<'_> {
-        let place = self.place(wire);
+    fn find(&self, place: Place, wire: &[u8], record_type: RecordType, ready: bool) -> Found<'_> {
         let soa = place.zone.and_then(|zone| self.apexes.get(&zone));
         if !ready && soa.is_some() {
             return Found::NotReady;
         }
         let name = place.node.filter(|id| self.exists(*id)).map(|id| NameRef { tree: &self.tree, id });
-        let has_some = |name: &NameRef<'_>| of_type(*name, record_type).next().is_some();
-        let listed = name.filter(has_some).map(|name| Records::Listed(name, record_type));
+        let (mut count, mut alias) = (0, None);
+        for data in name.into_iter().flat_map(|name| contributions::records(name.tree, name.id)) {
+            count += usize::from(asks_for(record_type, &data));
+            if let Data::Cname(target) = data {
+                alias.get_or_insert(target);
+            }
+        }
+        let listed = name.filter(|_| count > 0).map(|name| Records::Listed(name, record_type, count));
         let Some(soa) = soa else { return listed.map_or(Found::Elsewhere, Found::Records) };
         let records = match name {
-            Some(name) => match alias(name) {
+            Some(_) => match alias {
                 Some(target) if !matches!(record_type, RecordType::CNAME | RecordType::ANY) => {
                     return Found::Alias(target);
                 }
@@ -520,6 +547,7 @@ impl Table {
     }
 
     fn targets<'a>(&'a self, records: &Records<'a>) -> Vec<(NameRef<'a>, DataRef<'a>)> {
+        let Records::Listed(_, RecordType::SRV | RecordType::ANY, _) = records else { return Vec::new() };
         let mut seen = BTreeSet::new();
         let targets = records.iter().filter_map(|data| match data {
             Data::Srv(srv) if seen.insert(srv.target.id) => Some(srv.target),
@@ -528,11 +556,6 @@ impl Table {
         let addresses = |target| of_type(target, RecordType::A).chain(of_type(target, RecordType::AAAA));
         targets.flat_map(|target| addresses(target).map(move |data| (target, data))).collect()
     }
-}
-
-fn alias(name: NameRef<'_>) -> Option<NameRef<'_>> {
-    contributions::records(name.tree, name.id)
-        .find_map(|data| if let Data::Cname(target) = data { Some(target) } else { None })
 }
 
 impl DataRef<'_> {

@@ -66,7 +66,7 @@ async fn converse(stream: TcpStream, client: SocketAddr, resolver: &Resolver) ->
         let Some(bytes) = within(read_frame(&mut stream)).await? else { return Ok(()) };
         resolver.stats().count_requests(Protocol::Tcp, 1);
         let (now, stats) = (Instant::now(), resolver.stats());
-        stats.count_asked(&came(&bytes, Asked::read(&bytes).as_ref(), client, Protocol::Tcp));
+        stats.count_asked(&came(&bytes, Asked::read(&bytes).as_ref(), client, Protocol::Tcp), 1);
         if !resolver.rate().admits(client.ip(), now) {
             stats.count_dropped(Dropped::Rate);
             resolver.log().note(client, Protocol::Tcp, &bytes, Heard::Nothing(Dropped::Rate), now);
@@ -87,7 +87,7 @@ async fn converse(stream: TcpStream, client: SocketAddr, resolver: &Resolver) ->
         if let Some(question) = question {
             resolver.log().note(client, Protocol::Tcp, &question, Heard::Answer(&answer), now);
         }
-        stats.count_sent(Protocol::Tcp, answer.len());
+        stats.count_sent(Protocol::Tcp, answer.len(), 1);
         stats.count_duration(now.elapsed(), 1);
     }
 }

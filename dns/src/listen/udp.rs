@@ -29,7 +29,7 @@ use crate::fast::Asked;
 use crate::log::Heard;
 use crate::quota::Quota;
 use crate::serve::{Resolver, came, undeserving};
-use crate::stats::Dropped;
+use crate::stats::{Dropped, Tally};
 use crate::store::Reading;
 
 use super::heart::{Heart, Pulse};
@@ -160,6 +160,7 @@ impl Serving {
         {
             let custom = self.resolver.custom();
             let reading = self.resolver.store().read();
+            let mut tally = Tally::of(self.resolver.stats());
             for datagram in batch.datagrams() {
                 if self.heart.as_ref().is_some_and(|heart| heart.is_own(datagram.from, datagram.bytes)) {
                     continue;
@@ -173,7 +174,7 @@ impl Serving {
                     self.resolver.log().note(client, Protocol::Udp, datagram.bytes, heard, now);
                     continue;
                 }
-                match answer_one(&self.resolver, &custom, &reading, now, datagram) {
+                match answer_one(&self.resolver, &custom, &reading, &mut tally, now, datagram) {
                     Became::Answered => answered += 1,
                     Became::Nothing => {}
                     Became::Left(bytes, client) => left.push((bytes, client)),
@@ -210,7 +211,7 @@ impl Serving {
                 if let Some(question) = question {
                     resolver.log().note(client, Protocol::Udp, &question, Heard::Answer(&reply), came_at);
                 }
-                resolver.stats().count_sent(Protocol::Udp, reply.len());
+                resolver.stats().count_sent(Protocol::Udp, reply.len(), 1);
                 resolver.stats().count_duration(came_at.elapsed(), 1);
             }
         };
@@ -232,6 +233,7 @@ fn answer_one(
     resolver: &Resolver,
     custom: &Custom,
     reading: &Reading<'_>,
+    tally: &mut Tally<'_>,
     now: Instant,
     datagram: Datagram<'_>,
 ) -> Became {
@@ -241,11 +243,10 @@ fn answer_one(
         return Became::Nothing;
     }
     let asked = if datagram.cut { None } else { Asked::read(datagram.bytes) };
-    resolver.stats().count_asked(&came(datagram.bytes, asked.as_ref(), client, Protocol::Udp));
+    tally.came(came(datagram.bytes, asked.as_ref(), client, Protocol::Udp));
     let code = asked.and_then(|asked| resolver.at_hand(&asked, custom, reading, now, datagram.reply));
     let Some(code) = code else { return Became::Left(datagram.bytes.to_vec(), client) };
-    resolver.stats().count_response(code);
-    resolver.stats().count_sent(Protocol::Udp, datagram.reply.len());
+    tally.answered(code, datagram.reply.len());
     resolver.log().note(client, Protocol::Udp, datagram.bytes, Heard::Answer(datagram.reply), now);
     Became::Answered
 }

@@ -9,6 +9,7 @@ use proptest::prelude::*;
 use super::tests::{exchange, resolver, resolver_of};
 use super::*;
 use crate::fast::{self, Asked, Outcome};
+use crate::store::Reading;
 use crate::zone::{Data, DnsPlan, Group, GroupKey, Groups, Srv, Zones};
 
 const DOMAIN: &str = "cluster.local";
@@ -136,9 +137,13 @@ fn question() -> impl Strategy<Value = (Vec<u8>, usize)> {
 
 /// What the short path says, if it takes part.
 fn short_answer(resolver: &Resolver, bytes: &[u8], turn: usize) -> Option<Vec<u8>> {
+    answer_of(&resolver.store.read(), bytes, turn)
+}
+
+fn answer_of(reading: &Reading<'_>, bytes: &[u8], turn: usize) -> Option<Vec<u8>> {
     let mut reply = Vec::new();
     let asked = Asked::read(bytes)?;
-    match fast::answer(&asked, &resolver.store.read(), turn, &mut reply) {
+    match fast::answer(&asked, reading, turn, &mut reply) {
         Outcome::Answered(code) => {
             assert_eq!(code.low(), reply[3] & 0xf, "the code that is counted is the one that is sent");
             Some(reply)
@@ -155,7 +160,8 @@ fn limit(message: &Message) -> usize {
 }
 
 /// Both say the same. Where a set does not fit, each gives as many records from the same first one on as fit it;
-/// and hickory may not find room for additional records that the other has room for, or the other way round.
+/// and hickory may not find room for additional records that the other has room for, or the other way round. It looks for
+/// room for a record's whole name before it writes two octets of it, so it may cut a set that just fits.
 fn assert_same(asked: &[u8], short: &[u8], long: &[u8]) -> Result<(), TestCaseError> {
     let (query, a, b) = (
         Message::from_vec(asked).unwrap(),
@@ -167,12 +173,16 @@ fn assert_same(asked: &[u8], short: &[u8], long: &[u8]) -> Result<(), TestCaseEr
         &short[12..12 + query.queries[0].name.len()],
         &asked[12..12 + query.queries[0].name.len()]
     );
-    prop_assert_eq!(a.metadata, b.metadata);
+    let whole_record = query.queries[0].name.len() + 26;
+    let cut_early = b.metadata.truncation && long.len() + whole_record > limit(&query);
+    let mut metadata = a.metadata;
+    metadata.truncation |= cut_early;
+    prop_assert_eq!(metadata, b.metadata);
     prop_assert_eq!(&a.queries, &b.queries);
     prop_assert_eq!(a.edns.as_ref(), b.edns.as_ref());
     let same_case = |x: &Record, y: &Record| x == y && x.name.to_ascii() == y.name.to_ascii();
     prop_assert!(a.answers.iter().zip(&b.answers).all(|(x, y)| same_case(x, y)), "{:?} {:?}", a, b);
-    if a.metadata.truncation {
+    if metadata.truncation {
         prop_assert!(!a.answers.is_empty() && a.answers.len() >= b.answers.len());
     } else {
         prop_assert_eq!(a.answers.len(), b.answers.len());
@@ -187,8 +197,41 @@ fn assert_same(asked: &[u8], short: &[u8], long: &[u8]) -> Result<(), TestCaseEr
     Ok(())
 }
 
+#[test]
+fn a_set_that_just_fits_is_whole() {
+    let resolver = everything();
+    let name = WireName::from_ascii("many.default.svc.cluster.local.").unwrap();
+    for payload in 512..=600 {
+        let mut message = Message::query();
+        message.add_query(Query::query(name.clone(), RecordType::A));
+        message.set_edns(Edns::new().set_max_payload(payload).clone());
+        let bytes = message.to_vec().unwrap();
+        let short = short_answer(&resolver, &bytes, 0).unwrap();
+        resolver.turn.store(0, Ordering::Relaxed);
+        let long = exchange(&resolver, bytes.clone(), Protocol::Udp).unwrap();
+        assert_same(&bytes, &short, &long).unwrap();
+        // Header, question with the root's octet, thirty records and OPT.
+        let whole = HEADER_BYTES + (name.len() + 1 + 4) + 30 * 16 + OPT_BYTES;
+        let answer = Message::from_vec(&short).unwrap();
+        assert_eq!(answer.answers.len() == 30, usize::from(payload) >= whole, "{payload}");
+        assert_eq!(answer.metadata.truncation, usize::from(payload) < whole, "{payload}");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 4096, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn what_was_asked_before_in_a_batch_changes_no_answer(batch in prop::collection::vec(question(), 2..20)) {
+        thread_local!(static RESOLVER: Resolver = everything());
+        RESOLVER.with(|resolver| {
+            let reading = resolver.store.read();
+            for (bytes, turn) in &batch {
+                prop_assert_eq!(answer_of(&reading, bytes, *turn), short_answer(resolver, bytes, *turn));
+            }
+            Ok(())
+        })?;
+    }
 
     #[test]
     fn both_paths_say_the_same((bytes, turn) in question()) {

@@ -96,7 +96,7 @@ impl Tree {
     }
 
     pub(super) fn label(&self, id: Id) -> &[u8] {
-        self.parts(id).0
+        Octets(self.octets.from(self.node(id).at)).counted().unwrap_or_default()
     }
 
     pub(super) fn content(&self, id: Id) -> &[u8] {

@@ -11,7 +11,7 @@
 
 mod names;
 
-use std::io::{Read as _, Write as _};
+use std::io::{IoSlice, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::Path;
@@ -23,9 +23,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::socket::{
-    self, AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, setsockopt, sockopt,
+    self, AddressFamily, Backlog, ControlMessage, MsgFlags, SockFlag, SockType, SockaddrStorage, setsockopt,
+    sockopt,
 };
 use nix::unistd::Pid;
+use weft_netstack::kernel::datagram::Batch;
 
 use super::proxy::{SERVICES, make_services};
 use super::rig::{Peer, Rig, cpu_seconds_by_mode, resident_mib, until, until_within};
@@ -99,7 +101,7 @@ fn grown(rig: &Rig, ours: u32, theirs: u32) -> anyhow::Result<Row> {
     let last = [vec![question(&names::LAST_SERVICE)], vec![question(&names::LAST_SET)]];
     for server in [OURS, THEIRS] {
         for questions in &last {
-            until_within(Duration::from_secs(60), server, || ask(&socket(server), questions, 0, 1) == 1)?;
+            until_within(Duration::from_secs(60), server, || Asker::new(server).ask(questions, 0, 1) == 1)?;
         }
     }
     std::thread::sleep(Duration::from_secs(2));
@@ -141,8 +143,8 @@ fn all(ours: u32, theirs: u32, folder: &Path) -> anyhow::Result<Vec<Row>> {
         pin_all(pid)?;
     }
     for server in [OURS, THEIRS] {
-        let (socket, questions) = (socket(server), questions());
-        until(server, || ask(&socket, &questions, 0, 1) == 1)?;
+        let (mut asker, questions) = (Asker::new(server), questions());
+        until(server, || asker.ask(&questions, 0, 1) == 1)?;
     }
     let of = |rounds: &[Round], pick: fn(&Round) -> f64| median(rounds.iter().map(pick).collect());
     let mut rows = Vec::new();
@@ -276,13 +278,13 @@ pub(crate) fn to_client_core() {
 }
 
 fn udp_client(server: &str, n: usize, _round: usize) -> u64 {
-    let (socket, questions) = (socket(server), questions());
+    let (mut asker, questions) = (Asker::new(server), questions());
     let deadline = Instant::now() + Duration::from_secs(SECONDS);
     let mut answers = 0;
     let mut service = n;
     while Instant::now() < deadline {
         service = (service + 61) % SERVICES;
-        answers += ask(&socket, &questions, service, WINDOW);
+        answers += asker.ask(&questions, service, WINDOW);
     }
     answers
 }
@@ -350,14 +352,14 @@ fn ask_stream(stream: &mut TcpStream, question: &[u8]) -> std::io::Result<()> {
 
 /// Every name once.
 fn miss_client(server: &str, n: usize, round: usize) -> u64 {
-    let socket = socket(server);
+    let mut asker = Asker::new(server);
     let deadline = Instant::now() + Duration::from_secs(SECONDS);
     let mut answers = 0;
     let mut batch = 0;
     while Instant::now() < deadline {
         let names = (0..MISS_WINDOW).map(|at| format!("m{round}-{n}-{batch}-{at}"));
         let questions: Vec<Vec<u8>> = names.map(|name| question(&[&name, "bench", "example"])).collect();
-        answers += ask(&socket, &questions, 0, MISS_WINDOW);
+        answers += asker.ask(&questions, 0, MISS_WINDOW);
         batch += 1;
     }
     answers
@@ -497,28 +499,64 @@ fn question(labels: &[&str]) -> Vec<u8> {
     question
 }
 
-/// Asks `window` of the questions from `first` on at once, and returns how many were answered before one was missing: an answer
-/// has the id of a question that has none yet, response code 0 and at least one address (RFC 1035 section 4.1.1).
-fn ask(socket: &UdpSocket, questions: &[Vec<u8>], first: usize, window: usize) -> u64 {
-    let mut outstanding = vec![false; window];
-    let mut message = Vec::with_capacity(64);
-    for (id, waits) in outstanding.iter_mut().enumerate() {
-        message.clear();
-        message.extend_from_slice(&questions[(first + id) % questions.len()]);
-        message[..2].copy_from_slice(&u16::try_from(id).unwrap_or(u16::MAX).to_be_bytes());
-        *waits = socket.send(&message).is_ok();
+/// Questions that leave together, in trains of equal length (udp(7), UDP_SEGMENT), which the kernel cuts at the server's socket, and
+/// answers that are taken in batches: what a client costs is less than what a server does, so that it is the server that says how many
+/// there are.
+struct Asker {
+    socket: UdpSocket,
+    batch: Batch,
+    train: Vec<u8>,
+}
+
+impl Asker {
+    fn new(server: &str) -> Self {
+        Self { socket: socket(server), batch: Batch::default(), train: Vec::new() }
     }
-    let mut answers = 0;
-    let mut answer = [0; 512];
-    while outstanding.contains(&true) {
-        let Ok(length) = socket.recv(&mut answer) else { break };
-        let id = usize::from(u16::from_be_bytes([answer[0], answer[1]]));
-        let good = length > 12 && answer[3] & 0xf == 0 && answer[7] > 0;
-        if good && outstanding.get_mut(id).is_some_and(std::mem::take) {
-            answers += 1;
+
+    /// Asks `window` of the questions from `first` on at once, and returns how many were answered before one was missing: an
+    /// answer has the id of a question that has none yet, response code 0 and at least one address (RFC 1035 section 4.1.1).
+    fn ask(&mut self, questions: &[Vec<u8>], first: usize, window: usize) -> u64 {
+        let asked: Vec<&[u8]> =
+            (first..first + window).map(|at| &questions[at % questions.len()][..]).collect();
+        let mut id = 0_u16;
+        for equals in asked.chunk_by(|one, other| one.len() == other.len()) {
+            self.train.clear();
+            for question in equals {
+                self.train.extend_from_slice(&id.to_be_bytes());
+                self.train.extend_from_slice(&question[2..]);
+                id += 1;
+            }
+            if self.send(equals[0].len()).is_err() {
+                return 0;
+            }
         }
+        let mut outstanding = vec![true; window];
+        let mut answers = 0;
+        while outstanding.contains(&true) {
+            if !matches!(self.batch.receive(&self.socket), Ok(1..)) {
+                break;
+            }
+            for datagram in self.batch.datagrams() {
+                let answer = datagram.bytes;
+                let [id0, id1, _, code, _, _, _, addresses, _, _, _, _, _, ..] = *answer else { continue };
+                let good = code & 0xf == 0 && addresses > 0;
+                let id = usize::from(u16::from_be_bytes([id0, id1]));
+                if good && outstanding.get_mut(id).is_some_and(std::mem::take) {
+                    answers += 1;
+                }
+            }
+        }
+        answers
     }
-    answers
+
+    /// The train as datagrams of `segment` octets.
+    fn send(&self, segment: usize) -> nix::Result<usize> {
+        let segment = u16::try_from(segment).expect("a question is short");
+        let control = [ControlMessage::UdpGsoSegments(&segment)];
+        let control = if self.train.len() > usize::from(segment) { &control[..] } else { &[] };
+        let pieces = [IoSlice::new(&self.train)];
+        socket::sendmsg::<SockaddrStorage>(self.socket.as_raw_fd(), &pieces, control, MsgFlags::empty(), None)
+    }
 }
 
 /// Every thread of a process to the server's core.

@@ -1,8 +1,8 @@
 //! Pods of the node, attached by Weft's plugin: one that asks, two that answer. What runs in them is this very program.
 //!
 //! In: commands on the asker's standard input. Out: one line each on its standard output:
-//! `rate ADDRESS MILLIS` -> connections a second, `first ADDRESS COUNT` -> microseconds to the answer of a first packet (median),
-//! `await ADDRESS NAME` -> when NAME first answered, in microseconds since the epoch.
+//! `rate ADDRESS MILLIS` -> connections a second, `first ADDRESS ADDRESS COUNT` -> microseconds to the answer of a first packet to each
+//! (medians), `await ADDRESS NAME` -> when NAME first answered, in microseconds since the epoch.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -72,10 +72,10 @@ impl Asker {
         self.end()
     }
 
-    /// Microseconds until the first packet of a flow is answered, median of `count` flows.
-    pub(super) fn first_packet(&mut self, to: SocketAddr, count: usize) -> anyhow::Result<f64> {
-        self.begin(&format!("first {to} {count}"))?;
-        self.end()
+    /// Microseconds until the first packet of a flow is answered, median of `count` flows to each of two addresses by turns.
+    pub(super) fn first_packets(&mut self, to: [SocketAddr; 2], count: usize) -> anyhow::Result<[f64; 2]> {
+        self.begin(&format!("first {} {} {count}", to[0], to[1]))?;
+        self.numbers()
     }
 
     /// From now on asks `to` until `name` answers; `end` says when that was.
@@ -88,9 +88,15 @@ impl Asker {
     }
 
     pub(super) fn end(&mut self) -> anyhow::Result<f64> {
+        self.numbers().map(|[number]| number)
+    }
+
+    fn numbers<const N: usize>(&mut self) -> anyhow::Result<[f64; N]> {
         let mut line = String::new();
         self.answers.read_line(&mut line)?;
-        line.trim().parse().with_context(|| format!("the asker said {line:?}"))
+        let numbers: Result<Vec<f64>, _> = line.split_whitespace().map(str::parse).collect();
+        let numbers = numbers.ok().and_then(|numbers| numbers.try_into().ok());
+        numbers.with_context(|| format!("the asker said {line:?}"))
     }
 }
 
@@ -142,9 +148,16 @@ fn ask() -> anyhow::Result<()> {
     for line in std::io::stdin().lines() {
         let line = line?;
         let answer = match line.split(' ').collect::<Vec<_>>().as_slice() {
-            ["rate", to, millis] => rate_on_a_core(to.parse()?, Duration::from_millis(millis.parse()?))?,
-            ["first", to, count] => first_packet(to.parse()?, count.parse()?)?,
-            ["await", to, name] => await_name(to.parse()?, name)?,
+            ["rate", to, millis] => {
+                let (to, time) = (to.parse()?, Duration::from_millis(millis.parse()?));
+                on_a_core(move || rate(to, time))?.to_string()
+            }
+            ["first", one, other, count] => {
+                let (to, count) = ([one.parse()?, other.parse()?], count.parse()?);
+                let [one, other] = on_a_core(move || first_packets(to, count))?;
+                format!("{one} {other}")
+            }
+            ["await", to, name] => await_name(to.parse()?, name)?.to_string(),
             other => bail!("unknown command {other:?}"),
         };
         println!("{answer}");
@@ -158,12 +171,14 @@ fn abandon(stream: TcpStream) {
 }
 
 /// On one core: to change it costs as much as a connection.
-fn rate_on_a_core(to: SocketAddr, time: Duration) -> anyhow::Result<f64> {
-    let rate = std::thread::spawn(move || {
+fn on_a_core<T: Send + 'static>(
+    work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
+) -> anyhow::Result<T> {
+    let thread = std::thread::spawn(|| {
         to_client_core();
-        rate(to, time)
+        work()
     });
-    rate.join().map_err(|_| anyhow::anyhow!("whoever connects panicked"))?
+    thread.join().map_err(|_| anyhow::anyhow!("whoever asks panicked"))?
 }
 
 fn rate(to: SocketAddr, time: Duration) -> anyhow::Result<f64> {
@@ -176,22 +191,30 @@ fn rate(to: SocketAddr, time: Duration) -> anyhow::Result<f64> {
     Ok(f64::from(connections) / began.elapsed().as_secs_f64())
 }
 
-fn first_packet(to: SocketAddr, count: usize) -> anyhow::Result<f64> {
-    let mut samples = Vec::with_capacity(count);
+/// By turns, so that a machine that wakes slowly for a while does so for both.
+fn first_packets(to: [SocketAddr; 2], count: usize) -> anyhow::Result<[f64; 2]> {
+    let mut samples = [Vec::with_capacity(count), Vec::with_capacity(count)];
     for _ in 0..count {
-        let socket = UdpSocket::bind("0.0.0.0:0")?;
-        socket.set_read_timeout(Some(Duration::from_millis(500)))?;
-        socket.connect(to)?;
-        let sent_at = Instant::now();
-        socket.send(b"?")?;
-        let answered = socket.recv(&mut [0; 16]).is_ok();
-        // One lost in a thousand is no reason to begin again.
-        if answered {
-            samples.push(sent_at.elapsed().as_secs_f64() * 1e6);
+        for (to, samples) in to.iter().zip(&mut samples) {
+            // One lost in a thousand is no reason to begin again.
+            samples.extend(first_packet(*to)?);
         }
     }
-    ensure!(samples.len() * 2 > count, "{to} answered {} of {count}", samples.len());
-    Ok(median(samples))
+    for (to, samples) in to.iter().zip(&samples) {
+        ensure!(samples.len() * 2 > count, "{to} answered {} of {count}", samples.len());
+    }
+    Ok(samples.map(median))
+}
+
+/// Microseconds until the answer; `None` when there is none.
+fn first_packet(to: SocketAddr) -> anyhow::Result<Option<f64>> {
+    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    socket.set_read_timeout(Some(Duration::from_millis(500)))?;
+    socket.connect(to)?;
+    let sent_at = Instant::now();
+    socket.send(b"?")?;
+    let answered = socket.recv(&mut [0; 16]).is_ok();
+    Ok(answered.then(|| sent_at.elapsed().as_secs_f64() * 1e6))
 }
 
 fn await_name(to: SocketAddr, name: &str) -> anyhow::Result<f64> {
