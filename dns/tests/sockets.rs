@@ -676,6 +676,74 @@ fn a_burst_is_answered_whole_from_the_address_that_was_asked() {
     });
 }
 
+fn framed(message: &[u8]) -> Vec<u8> {
+    [&u16::try_from(message.len()).unwrap().to_be_bytes()[..], message].concat()
+}
+
+/// The next message of a connection.
+fn next_message(stream: &mut TcpStream) -> Message {
+    use std::io::Read as _;
+    let mut length = [0; 2];
+    stream.read_exact(&mut length).unwrap();
+    let mut message = vec![0; usize::from(u16::from_be_bytes(length))];
+    stream.read_exact(&mut message).unwrap();
+    Message::from_vec(&message).unwrap()
+}
+
+#[test]
+fn questions_that_come_together_on_a_connection_are_answered_each_and_in_order() {
+    in_namespace(|place| {
+        use std::io::Write as _;
+        place.serve(&with_big());
+        for server in ["10.43.0.10:53", "[fd00:43::a]:53"] {
+            let mut stream = TcpStream::connect(server).unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+            // At hand, the long way, one that does not exist, and one too large for what is read or sent at once.
+            let name = |id: u16| ["web", "alias", "absent", "big"][usize::from(id) % 4];
+            let questions = (0..400).map(|id| framed(&query(id, name(id)))).collect::<Vec<_>>().concat();
+            let (most, last) = questions.split_at(questions.len() - 9);
+            stream.write_all(most).unwrap();
+            for id in 0..399 {
+                let answer = next_message(&mut stream);
+                let (code, addresses) = match name(id) {
+                    "absent" => (ResponseCode::NXDomain, 0),
+                    "big" => (ResponseCode::NoError, 60),
+                    "alias" => (ResponseCode::NoError, 2),
+                    _ => (ResponseCode::NoError, 1),
+                };
+                assert_eq!((answer.metadata.id, answer.metadata.response_code), (id, code), "{server}");
+                assert_eq!(answer.answers.len(), addresses, "{server} {id}");
+            }
+            stream.write_all(last).unwrap();
+            assert_eq!(next_message(&mut stream).metadata.id, 399, "{server}");
+        }
+        assert_eq!(place.stats.requests()[1], ("tcp", 800));
+    });
+}
+
+#[test]
+fn an_answer_does_not_wait_for_the_upstream_of_the_question_behind_it() {
+    in_namespace(|place| {
+        use std::io::Write as _;
+        // Takes datagrams and never answers.
+        let _silent = UdpSocket::bind("127.0.0.3:53").unwrap();
+        place.nameservers(&["127.0.0.3"]);
+        place.serve(&zoo());
+        for server in ["10.43.0.10:53", "[fd00:43::a]:53"] {
+            let mut stream = TcpStream::connect(server).unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+            let mut outside = Message::query();
+            outside.add_query(Query::query(
+                format!("x{}.example.com.", server.len()).parse().unwrap(),
+                RecordType::A,
+            ));
+            let both = [framed(&query(7, "web")), framed(&outside.to_vec().unwrap())].concat();
+            stream.write_all(&both).unwrap();
+            assert_eq!(next_message(&mut stream).metadata.id, 7, "{server}");
+        }
+    });
+}
+
 #[test]
 fn what_gets_no_answer_is_counted_by_its_reason() {
     in_namespace(|place| {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hickory_server::net::xfer::Protocol;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -27,6 +27,12 @@ const MAX_CONNECTIONS_PER_CLIENT: usize = 16;
 /// A client that sends no whole question, or takes no whole answer, for this long is disconnected (RFC 7766
 /// section 6.2.3: seconds).
 const IDLE: Duration = Duration::from_secs(10);
+/// Of a connection's questions that are read at once.
+const READ_BYTES: usize = 2048;
+/// Of answers that are sent at the latest.
+const WRITE_BYTES: usize = 16 * 1024;
+/// A frame's length, before its message (RFC 1035 section 4.2.2).
+const FRAME_LENGTH_BYTES: usize = 2;
 /// Pause after a failed accept: descriptors or memory ran out, or the client is gone already.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -60,36 +66,106 @@ pub(super) async fn serve(listener: TcpListener, resolver: Arc<Resolver>) {
 
 /// Question after question, answered in order, until the client closes, idles, asks too often or sends what deserves no answer.
 async fn converse(stream: TcpStream, client: SocketAddr, resolver: &Resolver) -> io::Result<()> {
-    // A frame's length and its message come together, so they are read together.
-    let mut stream = BufReader::with_capacity(usize::from(PLAIN_UDP_BYTES), stream);
-    loop {
-        let Some(bytes) = within(read_frame(&mut stream)).await? else { return Ok(()) };
-        resolver.stats().count_requests(Protocol::Tcp, 1);
-        let (now, stats) = (Instant::now(), resolver.stats());
-        stats.count_asked(&came(&bytes, Asked::read(&bytes).as_ref(), client, Protocol::Tcp), 1);
-        if !resolver.rate().admits(client.ip(), now) {
-            stats.count_dropped(Dropped::Rate);
-            resolver.log().note(client, Protocol::Tcp, &bytes, Heard::Nothing(Dropped::Rate), now);
-            return Ok(());
+    let stream = BufReader::with_capacity(READ_BYTES, stream);
+    let mut line = Line { stream, answers: Vec::new(), waiting: 0, since: Instant::now() };
+    while let Some(bytes) = line.question(resolver).await? {
+        let Some(answer) = answer(bytes, client, resolver, &mut line).await? else { break };
+        line.put(&answer)?;
+        if line.answers.len() > WRITE_BYTES {
+            line.send(resolver).await?;
         }
-        let at_hand = at_hand(resolver, &bytes, client, now);
-        let question = resolver.log().is_looked_at().then(|| bytes.clone());
-        let answer = match at_hand {
-            Some(answer) => answer,
-            None => match resolver.exchange(bytes, client, Protocol::Tcp).await {
-                Some(answer) => answer,
-                None => return Ok(()),
-            },
-        };
-        let length = u16::try_from(answer.len()).map_err(io::Error::other)?;
-        let frame = [&length.to_be_bytes()[..], answer.as_slice()].concat();
-        within(stream.write_all(&frame)).await?;
+    }
+    line.send(resolver).await
+}
+
+/// `None` for what deserves no answer, which ends the conversation.
+async fn answer(
+    bytes: Vec<u8>,
+    client: SocketAddr,
+    resolver: &Resolver,
+    line: &mut Line,
+) -> io::Result<Option<Vec<u8>>> {
+    let (now, stats, log) = (Instant::now(), resolver.stats(), resolver.log());
+    stats.count_requests(Protocol::Tcp, 1);
+    stats.count_asked(&came(&bytes, Asked::read(&bytes).as_ref(), client, Protocol::Tcp), 1);
+    if !resolver.rate().admits(client.ip(), now) {
+        stats.count_dropped(Dropped::Rate);
+        log.note(client, Protocol::Tcp, &bytes, Heard::Nothing(Dropped::Rate), now);
+        return Ok(None);
+    }
+    let at_hand = at_hand(resolver, &bytes, client, now);
+    let question = log.is_looked_at().then(|| bytes.clone());
+    let answer = match at_hand {
+        Some(answer) => Some(answer),
+        None => {
+            // Those before do not wait for an upstream.
+            line.send(resolver).await?;
+            resolver.exchange(bytes, client, Protocol::Tcp).await
+        }
+    };
+    if let Some(answer) = &answer {
         if let Some(question) = question {
-            resolver.log().note(client, Protocol::Tcp, &question, Heard::Answer(&answer), now);
+            log.note(client, Protocol::Tcp, &question, Heard::Answer(answer), now);
         }
         stats.count_sent(Protocol::Tcp, answer.len(), 1);
-        stats.count_duration(now.elapsed(), 1);
     }
+    Ok(answer)
+}
+
+/// A connection, and the answers that wait until no whole question is left of what was read: who sends many questions at once (RFC
+/// 7766 section 6.2.1.1) gets many answers at once.
+struct Line {
+    stream: BufReader<TcpStream>,
+    /// Frames.
+    answers: Vec<u8>,
+    waiting: usize,
+    /// When the first of them was asked for.
+    since: Instant,
+}
+
+impl Line {
+    /// `None` when the client closed between two messages.
+    async fn question(&mut self, resolver: &Resolver) -> io::Result<Option<Vec<u8>>> {
+        let question = match whole_frame(self.stream.buffer()).map(<[u8]>::to_vec) {
+            Some(bytes) => {
+                self.stream.consume(FRAME_LENGTH_BYTES + bytes.len());
+                Some(bytes)
+            }
+            None => {
+                self.send(resolver).await?;
+                within(read_frame(&mut self.stream)).await?
+            }
+        };
+        if self.waiting == 0 {
+            self.since = Instant::now();
+        }
+        Ok(question)
+    }
+
+    fn put(&mut self, answer: &[u8]) -> io::Result<()> {
+        let length = u16::try_from(answer.len()).map_err(io::Error::other)?;
+        self.answers.extend_from_slice(&length.to_be_bytes());
+        self.answers.extend_from_slice(answer);
+        self.waiting += 1;
+        Ok(())
+    }
+
+    async fn send(&mut self, resolver: &Resolver) -> io::Result<()> {
+        if self.answers.is_empty() {
+            return Ok(());
+        }
+        within(self.stream.write_all(&self.answers)).await?;
+        resolver.stats().count_duration(self.since.elapsed(), std::mem::take(&mut self.waiting));
+        // An idle connection holds no memory for answers.
+        self.answers = Vec::new();
+        Ok(())
+    }
+}
+
+/// The message of the first frame, if it is all there.
+fn whole_frame(read: &[u8]) -> Option<&[u8]> {
+    let (length, rest) = read.split_first_chunk::<FRAME_LENGTH_BYTES>()?;
+    rest.get(..usize::from(u16::from_be_bytes(*length)))
 }
 
 /// The answer that UDP would give, when it is at hand and whole.

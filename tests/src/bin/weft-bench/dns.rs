@@ -2,7 +2,7 @@
 //! `kubernetes` plugin and `cache 30`, both fed by the same API server. The server has one core, the clients and the upstream the
 //! other.
 //!
-//! Closed loop: four clients, each with as many questions outstanding as the figure's window, or with a name's A and AAAA, as a C
+//! Closed loop: four clients, each with as many questions outstanding as the figure's window, or one, or a name's A and AAAA, as a C
 //! library asks. Open loop, for the latency: a question at a time, at half of what CoreDNS answers at most, while something of the
 //! lowest priority keeps the server's core awake. And beside `dnsperf`, which has no part of ours.
 //!
@@ -11,7 +11,7 @@
 
 mod names;
 
-use std::io::{IoSlice, Read as _, Write as _};
+use std::io::{BufReader, IoSlice, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::Path;
@@ -173,7 +173,8 @@ fn all(ours: u32, theirs: u32, folder: &Path) -> anyhow::Result<Vec<Row>> {
         let name = format!("{what}, CPU per answer in the kernel");
         rows.push(Row::bounded(&name, "us", weft, ("CoreDNS", peer), Better::Lower, None));
     }
-    rows.extend(pairs(ours, theirs)?);
+    rows.extend(unaided(ours, theirs, "A and AAAA of a Service by UDP from a new socket", pair_client)?);
+    rows.extend(unaided(ours, theirs, "A of a Service by TCP, one by one", tcp_single_client)?);
     rows.push(beside_dnsperf(folder)?);
     let (mut of_ours, mut of_theirs) = (Vec::new(), Vec::new());
     let _awake = Awake::keep();
@@ -187,17 +188,23 @@ fn all(ours: u32, theirs: u32, folder: &Path) -> anyhow::Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// What a name costs that is asked as a C library does: nothing else waits in its socket.
-fn pairs(ours: u32, theirs: u32) -> anyhow::Result<[Row; 2]> {
+/// What an answer costs where nothing else waits in its socket.
+fn unaided(ours: u32, theirs: u32, what: &str, client: Client) -> anyhow::Result<[Row; 2]> {
     let (mut of_ours, mut of_theirs) = (Vec::new(), Vec::new());
     for number in 0..ROUNDS {
-        of_ours.push(round(OURS, ours, pair_client, number)?);
-        of_theirs.push(round(THEIRS, theirs, pair_client, number)?);
+        of_ours.push(round(OURS, ours, client, number)?);
+        of_theirs.push(round(THEIRS, theirs, client, number)?);
     }
     let row = |name: &str, unit, pick: fn(&Round) -> f64, better| {
         let of = |rounds: &[Round]| median(rounds.iter().map(pick).collect());
-        let name = format!("A and AAAA of a Service by UDP from a new socket, {name}");
-        Row::bounded(&name, unit, of(&of_ours), ("CoreDNS", of(&of_theirs)), better, None)
+        Row::bounded(
+            &format!("{what}, {name}"),
+            unit,
+            of(&of_ours),
+            ("CoreDNS", of(&of_theirs)),
+            better,
+            None,
+        )
     };
     Ok([
         row("answers on one core", "1/s", |round| round.per_second, Better::Higher),
@@ -318,20 +325,45 @@ fn pair_client(server: &str, n: usize, _round: usize) -> u64 {
     answers
 }
 
-/// One connection, one question after the other, as a resolver does after a truncated answer; opened anew after a hundred.
+/// As many questions of a connection outstanding as by UDP, as dnsperf asks; opened anew before CoreDNS would end it, which takes 128.
 fn tcp_client(server: &str, n: usize, _round: usize) -> u64 {
+    on_connections(server, n, 128 / WINDOW, |stream, questions, service| {
+        let asked = (service..service + WINDOW).flat_map(|at| framed(&questions[at % SERVICES]));
+        stream.get_mut().write_all(&asked.collect::<Vec<_>>())?;
+        (0..WINDOW).try_for_each(|_| hear(stream))?;
+        Ok(WINDOW as u64)
+    })
+}
+
+/// One question after the other, as a resolver does after a truncated answer.
+fn tcp_single_client(server: &str, n: usize, _round: usize) -> u64 {
+    on_connections(server, n, 100, |stream, questions, service| {
+        stream.get_mut().write_all(&framed(&questions[service]))?;
+        hear(stream)?;
+        Ok(1)
+    })
+}
+
+/// Answers by connections on which something is asked so many times.
+fn on_connections(
+    server: &str,
+    n: usize,
+    times: usize,
+    ask: impl Fn(&mut BufReader<TcpStream>, &[Vec<u8>], usize) -> std::io::Result<u64>,
+) -> u64 {
     let questions = questions();
     let deadline = Instant::now() + Duration::from_secs(SECONDS);
     let mut answers = 0;
     let mut service = n;
     while Instant::now() < deadline {
-        let Ok(mut stream) = TcpStream::connect(server) else { continue };
+        let Ok(stream) = TcpStream::connect(server) else { continue };
         let prepared =
             stream.set_nodelay(true).and(stream.set_read_timeout(Some(Duration::from_millis(500))));
-        for _ in 0..if prepared.is_ok() { 100 } else { 0 } {
+        let mut stream = BufReader::with_capacity(32 * 1024, stream);
+        for _ in 0..if prepared.is_ok() { times } else { 0 } {
             service = (service + 61) % SERVICES;
-            match ask_stream(&mut stream, &questions[service]) {
-                Ok(()) => answers += 1,
+            match ask(&mut stream, &questions, service) {
+                Ok(count) => answers += count,
                 Err(_) => break,
             }
         }
@@ -339,9 +371,14 @@ fn tcp_client(server: &str, n: usize, _round: usize) -> u64 {
     answers
 }
 
-fn ask_stream(stream: &mut TcpStream, question: &[u8]) -> std::io::Result<()> {
-    let length = u16::try_from(question.len()).map_err(std::io::Error::other)?;
-    stream.write_all(&[&length.to_be_bytes()[..], question].concat())?;
+/// A message behind its length.
+fn framed(message: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(message.len()).expect("a question is short");
+    [&length.to_be_bytes()[..], message].concat()
+}
+
+/// An answer, which has an address.
+fn hear(stream: &mut BufReader<TcpStream>) -> std::io::Result<()> {
     let mut length = [0; 2];
     stream.read_exact(&mut length)?;
     let mut answer = vec![0; usize::from(u16::from_be_bytes(length))];
