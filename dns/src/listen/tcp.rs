@@ -66,6 +66,8 @@ pub(super) async fn serve(listener: TcpListener, resolver: Arc<Resolver>) {
 
 /// Question after question, answered in order, until the client closes, idles, asks too often or sends what deserves no answer.
 async fn converse(stream: TcpStream, client: SocketAddr, resolver: &Resolver) -> io::Result<()> {
+    // The answers behind those that are on their way do not wait for the client's acknowledgement (RFC 896).
+    stream.set_nodelay(true)?;
     let stream = BufReader::with_capacity(READ_BYTES, stream);
     let mut line = Line { stream, answers: Vec::new(), waiting: 0, since: Instant::now() };
     while let Some(bytes) = line.question(resolver).await? {

@@ -73,7 +73,6 @@ impl Server {
         heart: Option<Heart>,
     ) -> io::Result<Self> {
         socket.set_nonblocking(false)?;
-        socket.set_read_timeout(Some(LOOK))?;
         let stop = Arc::<AtomicBool>::default();
         let pulse = heart.as_ref().map(Heart::pulse);
         let mut serving = Serving {
@@ -142,7 +141,7 @@ impl Serving {
 
     /// Waits for one batch and answers it.
     fn turn(&mut self, batch: &mut Batch) {
-        match batch.receive(&self.socket) {
+        match batch.receive(&self.socket, LOOK) {
             Ok(0) => {}
             Ok(_) => self.answer(batch),
             Err(error) if is_about_a_reply(&error) => {}

@@ -10,7 +10,11 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::ops::Range;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::train::{Waiting, couple};
 use super::udp::{Refused, STORAGE_LEN, SegmentControl, from_storage, has_segmentation};
@@ -75,11 +79,20 @@ impl Default for Batch {
 }
 
 impl Batch {
-    /// Waits for a datagram, as long as the socket's read timeout says, and takes those that are there. Returns how many.
+    /// Waits for a datagram at most as long as `patience` and takes those that are there. Returns how many.
+    ///
+    /// Waits before it takes: a receive that waits itself and whose process is killed takes what comes until its thread runs for
+    /// the last time, and who reads the socket next never sees that.
     ///
     /// Errors: what the socket is told about earlier replies (`ECONNREFUSED` and the like) too; the next call goes on.
-    pub fn receive(&mut self, socket: &UdpSocket) -> io::Result<usize> {
+    pub fn receive(&mut self, socket: &UdpSocket, patience: Duration) -> io::Result<usize> {
         self.received.clear();
+        let limit = PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)], limit) {
+            Ok(0) | Err(Errno::EINTR) => return Ok(0),
+            Ok(_) => {}
+            Err(error) => return Err(error.into()),
+        }
         let mut pieces = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; BATCH];
         let mut headers = empty_headers();
         let parts = headers.iter_mut().zip(&mut pieces).zip(&mut self.buffers).zip(&mut self.addresses);
@@ -98,7 +111,7 @@ impl Batch {
                 socket.as_raw_fd(),
                 headers.as_mut_ptr(),
                 BATCH as libc::c_uint,
-                libc::MSG_WAITFORONE,
+                libc::MSG_DONTWAIT,
                 std::ptr::null_mut(),
             )
         };
@@ -237,7 +250,7 @@ fn empty_headers() -> [libc::mmsghdr; BATCH] {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     use nix::sys::socket::{setsockopt, sockopt};
     use proptest::collection::vec;
@@ -246,6 +259,8 @@ mod tests {
     use super::*;
     use crate::kernel::netns::Netns;
     use crate::kernel::testing::{NamedNetns, needs_root, run};
+
+    const PATIENCE: Duration = Duration::from_millis(500);
 
     fn pair(address: &str) -> (UdpSocket, UdpSocket) {
         let server = UdpSocket::bind((address, 0)).unwrap();
@@ -288,7 +303,7 @@ mod tests {
         let mut unsent = 0;
         let mut came = 0;
         while came < wanted.len() {
-            came += batch.receive(server).unwrap();
+            came += batch.receive(server, PATIENCE).unwrap();
             for datagram in batch.datagrams() {
                 let (number, len) = datagram.bytes.split_at(8);
                 let len = usize::from_be_bytes(len.try_into().unwrap());
@@ -384,6 +399,61 @@ mod tests {
             })
         });
         assert_eq!(trains.unwrap(), [[1, 1, 2, 2, 3, 1, 1, 2]; 2]);
+    }
+
+    /// The other process of the test below: reads its standard input.
+    #[test]
+    fn a_reader_that_is_killed() {
+        if std::env::var_os("WEFT_TEST_READER").is_some() {
+            let socket = UdpSocket::from(std::io::stdin().as_fd().try_clone_to_owned().unwrap());
+            println!("reading");
+            while Batch::default().receive(&socket, Duration::from_secs(60)).is_ok_and(|count| count == 0) {}
+        }
+    }
+
+    #[test]
+    fn what_comes_while_its_reader_is_killed_is_left_for_the_next() {
+        use std::io::{BufRead as _, BufReader};
+        use std::process::{Command, Stdio};
+
+        use nix::sched::{CpuSet, sched_setaffinity};
+        use nix::unistd::Pid;
+        // The instant that matters is not met each time.
+        for address in ["127.0.0.1", "::1"].repeat(4) {
+            let (server, client) = pair(address);
+            let name = "kernel::datagram::tests::a_reader_that_is_killed";
+            let mut reader = Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", name, "--nocapture"])
+                .env("WEFT_TEST_READER", "1")
+                .stdin(Stdio::from(std::os::fd::OwnedFd::from(server.try_clone().unwrap())))
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let mut said = BufReader::new(reader.stdout.take().unwrap()).lines();
+            assert!(said.any(|line| line.unwrap().contains("reading")));
+            // From now on its threads run only when nothing else wants their core: they are not over at once.
+            let id = reader.id().to_string();
+            run(&["taskset", "--all-tasks", "--cpu-list", "--pid", "0", &id]);
+            run(&["chrt", "--all-tasks", "--idle", "--pid", "0", &id]);
+            std::thread::sleep(Duration::from_millis(100));
+            let over = AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let mut core = CpuSet::new();
+                    core.set(0).unwrap();
+                    sched_setaffinity(Pid::from_raw(0), &core).unwrap();
+                    while !over.load(Ordering::Relaxed) {
+                        std::hint::spin_loop();
+                    }
+                });
+                std::thread::sleep(Duration::from_millis(20));
+                reader.kill().unwrap();
+                (0..3).for_each(|_| assert_eq!(client.send(b"question").unwrap(), 8));
+                reader.wait().unwrap();
+                over.store(true, Ordering::Relaxed);
+            });
+            assert_eq!(Batch::default().receive(&server, PATIENCE).unwrap(), 3, "{address}");
+        }
     }
 
     #[test]
@@ -501,7 +571,7 @@ mod tests {
                 client.send_to(b"?", server.local_addr().unwrap()).unwrap();
             }
             let mut batch = Batch::default();
-            assert_eq!(batch.receive(&server).unwrap(), 20);
+            assert_eq!(batch.receive(&server, PATIENCE).unwrap(), 20);
             for (number, datagram) in batch.datagrams().enumerate() {
                 *datagram.reply = reply(number, 400);
             }
@@ -543,7 +613,7 @@ mod tests {
             other.send(b"two").unwrap();
             client.send(b"mute").unwrap();
             let mut batch = Batch::default();
-            assert_eq!(batch.receive(&server).unwrap(), 3);
+            assert_eq!(batch.receive(&server, PATIENCE).unwrap(), 3);
             for datagram in batch.datagrams().filter(|datagram| datagram.bytes != b"mute") {
                 let port = datagram.from.unwrap().port();
                 datagram.reply.extend_from_slice(format!("{port} {:?}", datagram.bytes).as_bytes());
@@ -564,7 +634,7 @@ mod tests {
         client.send(b"large").unwrap();
         client.send(b"small").unwrap();
         let mut batch = Batch::default();
-        assert_eq!(batch.receive(&server).unwrap(), 2);
+        assert_eq!(batch.receive(&server, PATIENCE).unwrap(), 2);
         for datagram in batch.datagrams() {
             // Longer than any datagram may be.
             let length = if datagram.bytes == b"large" { 70_000 } else { 1 };
@@ -580,10 +650,10 @@ mod tests {
         let (server, client) = pair("127.0.0.1");
         server.set_read_timeout(Some(Duration::from_millis(10))).unwrap();
         let mut batch = Batch::default();
-        assert_eq!(batch.receive(&server).unwrap(), 0);
+        assert_eq!(batch.receive(&server, PATIENCE).unwrap(), 0);
         client.send(&[1; RECEIVE_BYTES + 1]).unwrap();
         client.send(&[2; RECEIVE_BYTES]).unwrap();
-        assert_eq!(batch.receive(&server).unwrap(), 2);
+        assert_eq!(batch.receive(&server, PATIENCE).unwrap(), 2);
         let seen: Vec<_> = batch.datagrams().map(|datagram| (datagram.bytes.len(), datagram.cut)).collect();
         assert_eq!(seen, [(RECEIVE_BYTES, true), (RECEIVE_BYTES, false)]);
     }

@@ -570,7 +570,7 @@ impl Asker {
         let mut outstanding = vec![true; window];
         let mut answers = 0;
         while outstanding.contains(&true) {
-            if !matches!(self.batch.receive(&self.socket), Ok(1..)) {
+            if !matches!(self.batch.receive(&self.socket, LOST), Ok(1..)) {
                 break;
             }
             for datagram in self.batch.datagrams() {
