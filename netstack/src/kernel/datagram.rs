@@ -449,9 +449,9 @@ mod tests {
                 std::thread::sleep(Duration::from_millis(20));
                 reader.kill().unwrap();
                 (0..3).for_each(|_| assert_eq!(client.send(b"question").unwrap(), 8));
-                reader.wait().unwrap();
                 over.store(true, Ordering::Relaxed);
             });
+            reader.wait().unwrap();
             assert_eq!(Batch::default().receive(&server, PATIENCE).unwrap(), 3, "{address}");
         }
     }
