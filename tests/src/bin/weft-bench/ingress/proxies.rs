@@ -26,7 +26,9 @@ const MANY: [(&str, Shape); 3] = [
 ];
 /// Of the open loop.
 const PACED_CONNECTIONS: usize = 64;
-const PACED: Duration = Duration::from_secs(3);
+const PACED: Duration = Duration::from_secs(1);
+/// Many and short: what the client and the backend do to each other on their core differs from second to second.
+const PACED_ROUNDS: usize = 15;
 
 pub(crate) fn measure(weft: &Path) -> anyhow::Result<Vec<Row>> {
     ip("link set lo up")?;
@@ -252,7 +254,7 @@ fn paced(proxies: &[Proxy], per_second: f64) -> anyhow::Result<Vec<Row>> {
     let _awake = Awake::keep();
     let paced = [Kind::Weft, Kind::Nginx, Kind::Haproxy];
     let mut figures = vec![Vec::new(); proxies.len()];
-    for _ in 0..ROUNDS {
+    for _ in 0..PACED_ROUNDS {
         for (proxy, figures) in
             proxies.iter().zip(&mut figures).filter(|(proxy, _)| paced.contains(&proxy.kind))
         {
