@@ -14,6 +14,9 @@ use tokio::runtime::Handle;
 /// A third of the time for which the rule believes one, so that the thread may be late.
 const BEAT: Duration = Duration::from_millis(190);
 
+/// How often a thread without names looks whether they came.
+const NAMES_LOOK: Duration = Duration::from_millis(100);
+
 /// When a thread gave its last sign of life; shared with who tells.
 #[derive(Clone)]
 pub(super) struct Pulse {
@@ -56,26 +59,31 @@ impl Heart {
         self.pulse.clone()
     }
 
-    /// Gives a sign of life if it is time for one.
+    /// Gives a sign of life if it is time for one. Returns how long until the next is due.
     pub(super) fn beat(
         &mut self,
         socket: &UdpSocket,
         has_names: impl FnOnce() -> bool,
         runtime: &Handle,
         now: Instant,
-    ) {
-        if self.beaten.is_some_and(|then| now.duration_since(then) < BEAT) || !has_names() {
-            return;
+    ) -> Duration {
+        let left = self.beaten.map_or(Duration::ZERO, |then| BEAT.saturating_sub(now.duration_since(then)));
+        if !left.is_zero() {
+            return left;
+        }
+        if !has_names() {
+            return NAMES_LOOK;
         }
         self.beaten = Some(now);
         if !self.runtime_lives.swap(false, Ordering::Relaxed) {
-            return;
+            return BEAT;
         }
         let lives = self.runtime_lives.clone();
         runtime.spawn(async move { lives.store(true, Ordering::Relaxed) });
         // Refused by the rule that takes it off the way.
         let _ = socket.send_to(&[], self.address);
         self.pulse.note();
+        BEAT
     }
 
     /// Where there is no such rule, as in tests, it comes back.

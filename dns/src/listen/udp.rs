@@ -14,7 +14,6 @@ use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd as _;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -23,6 +22,7 @@ use nix::sys::socket::{MsgFlags, SockaddrStorage, sendto};
 use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 use weft_netstack::kernel::datagram::{Batch, Datagram};
+use weft_netstack::kernel::stop::Stop;
 
 use crate::custom::Custom;
 use crate::fast::Asked;
@@ -34,8 +34,8 @@ use crate::store::Reading;
 
 use super::heart::{Heart, Pulse};
 
-/// How often a thread without datagrams looks whether it is to end.
-const LOOK: Duration = Duration::from_millis(100);
+/// A thread without datagrams that gives no signs of life looks around this often.
+const REST: Duration = Duration::from_secs(60);
 /// How long a kept socket is left alone for names to come. Not longer: where there is no last good Snapshot, names outside the
 /// cluster would wait for nothing.
 const LEFT_ALONE: Duration = Duration::from_secs(1);
@@ -59,7 +59,7 @@ pub(super) enum First {
 
 /// A socket that is answered until this is dropped.
 pub(super) struct Server {
-    stop: Arc<AtomicBool>,
+    stop: Arc<Stop>,
     thread: JoinHandle<()>,
     pulse: Option<Pulse>,
 }
@@ -73,7 +73,7 @@ impl Server {
         heart: Option<Heart>,
     ) -> io::Result<Self> {
         socket.set_nonblocking(false)?;
-        let stop = Arc::<AtomicBool>::default();
+        let stop = Arc::new(Stop::new()?);
         let pulse = heart.as_ref().map(Heart::pulse);
         let mut serving = Serving {
             socket: Arc::new(socket),
@@ -89,9 +89,9 @@ impl Server {
             if first == First::Names {
                 serving.await_names(&told);
             }
-            while !told.load(Ordering::Relaxed) {
-                serving.beat();
-                serving.turn(&mut batch);
+            while !told.is_asked() {
+                let patience = serving.beat();
+                serving.turn(&mut batch, patience, &told);
             }
         })?;
         Ok(Self { stop, thread, pulse })
@@ -108,9 +108,9 @@ impl Server {
 }
 
 impl Drop for Server {
-    /// The thread closes the socket when it looks next.
+    /// The thread closes the socket after its batch.
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
+        self.stop.ask();
     }
 }
 
@@ -124,24 +124,24 @@ struct Serving {
 }
 
 impl Serving {
-    fn await_names(&self, stop: &AtomicBool) {
+    fn await_names(&self, stop: &Stop) {
         let since = Instant::now();
         let store = self.resolver.store();
-        while !store.is_ready() && !stop.load(Ordering::Relaxed) && since.elapsed() < LEFT_ALONE {
+        while !store.is_ready() && !stop.is_asked() && since.elapsed() < LEFT_ALONE {
             std::thread::sleep(NAMES_LOOK);
         }
     }
 
-    fn beat(&mut self) {
-        if let Some(heart) = &mut self.heart {
-            let has_names = || self.resolver.store().is_ready();
-            heart.beat(&self.socket, has_names, &self.runtime, Instant::now());
-        }
+    /// Returns how long until the next.
+    fn beat(&mut self) -> Duration {
+        let Some(heart) = &mut self.heart else { return REST };
+        let has_names = || self.resolver.store().is_ready();
+        heart.beat(&self.socket, has_names, &self.runtime, Instant::now())
     }
 
     /// Waits for one batch and answers it.
-    fn turn(&mut self, batch: &mut Batch) {
-        match batch.receive(&self.socket, LOOK) {
+    fn turn(&mut self, batch: &mut Batch, patience: Duration, stop: &Stop) {
+        match batch.receive(&self.socket, patience, stop) {
             Ok(0) => {}
             Ok(_) => self.answer(batch),
             Err(error) if is_about_a_reply(&error) => {}

@@ -16,6 +16,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::stop::Stop;
 use super::train::{Waiting, couple};
 use super::udp::{Refused, STORAGE_LEN, SegmentControl, from_storage, has_segmentation};
 
@@ -79,18 +80,21 @@ impl Default for Batch {
 }
 
 impl Batch {
-    /// Waits for a datagram at most as long as `patience` and takes those that are there. Returns how many.
+    /// Waits for a datagram at most as long as `patience`, and not beyond the word to end, and takes those that are there. Returns
+    /// how many.
     ///
     /// Waits before it takes: a receive that waits itself and whose process is killed takes what comes until its thread runs for
     /// the last time, and who reads the socket next never sees that.
     ///
     /// Errors: what the socket is told about earlier replies (`ECONNREFUSED` and the like) too; the next call goes on.
-    pub fn receive(&mut self, socket: &UdpSocket, patience: Duration) -> io::Result<usize> {
+    pub fn receive(&mut self, socket: &UdpSocket, patience: Duration, stop: &Stop) -> io::Result<usize> {
         self.received.clear();
         let limit = PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX);
-        match poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)], limit) {
-            Ok(0) | Err(Errno::EINTR) => return Ok(0),
-            Ok(_) => {}
+        let mut waits =
+            [PollFd::new(socket.as_fd(), PollFlags::POLLIN), PollFd::new(stop.as_fd(), PollFlags::empty())];
+        match poll(&mut waits, limit) {
+            Ok(_) if waits[0].any() == Some(true) => {}
+            Ok(_) | Err(Errno::EINTR) => return Ok(0),
             Err(error) => return Err(error.into()),
         }
         let mut pieces = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; BATCH];
@@ -303,7 +307,7 @@ mod tests {
         let mut unsent = 0;
         let mut came = 0;
         while came < wanted.len() {
-            came += batch.receive(server, PATIENCE).unwrap();
+            came += batch.receive(server, PATIENCE, &Stop::new().unwrap()).unwrap();
             for datagram in batch.datagrams() {
                 let (number, len) = datagram.bytes.split_at(8);
                 let len = usize::from_be_bytes(len.try_into().unwrap());
@@ -401,13 +405,29 @@ mod tests {
         assert_eq!(trains.unwrap(), [[1, 1, 2, 2, 3, 1, 1, 2]; 2]);
     }
 
+    #[test]
+    fn the_word_to_end_ends_a_wait() {
+        let (server, _client) = pair("127.0.0.1");
+        let stop = Stop::new().unwrap();
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| Batch::default().receive(&server, Duration::from_secs(60), &stop));
+            std::thread::sleep(Duration::from_millis(20));
+            stop.ask();
+            assert_eq!(waits.join().unwrap().unwrap(), 0);
+        });
+    }
+
     /// The other process of the test below: reads its standard input.
     #[test]
     fn a_reader_that_is_killed() {
         if std::env::var_os("WEFT_TEST_READER").is_some() {
             let socket = UdpSocket::from(std::io::stdin().as_fd().try_clone_to_owned().unwrap());
             println!("reading");
-            while Batch::default().receive(&socket, Duration::from_secs(60)).is_ok_and(|count| count == 0) {}
+            let never = Stop::new().unwrap();
+            while Batch::default()
+                .receive(&socket, Duration::from_secs(60), &never)
+                .is_ok_and(|count| count == 0)
+            {}
         }
     }
 
@@ -452,7 +472,11 @@ mod tests {
                 over.store(true, Ordering::Relaxed);
             });
             reader.wait().unwrap();
-            assert_eq!(Batch::default().receive(&server, PATIENCE).unwrap(), 3, "{address}");
+            assert_eq!(
+                Batch::default().receive(&server, PATIENCE, &Stop::new().unwrap()).unwrap(),
+                3,
+                "{address}"
+            );
         }
     }
 
@@ -571,7 +595,7 @@ mod tests {
                 client.send_to(b"?", server.local_addr().unwrap()).unwrap();
             }
             let mut batch = Batch::default();
-            assert_eq!(batch.receive(&server, PATIENCE).unwrap(), 20);
+            assert_eq!(batch.receive(&server, PATIENCE, &Stop::new().unwrap()).unwrap(), 20);
             for (number, datagram) in batch.datagrams().enumerate() {
                 *datagram.reply = reply(number, 400);
             }
@@ -613,7 +637,7 @@ mod tests {
             other.send(b"two").unwrap();
             client.send(b"mute").unwrap();
             let mut batch = Batch::default();
-            assert_eq!(batch.receive(&server, PATIENCE).unwrap(), 3);
+            assert_eq!(batch.receive(&server, PATIENCE, &Stop::new().unwrap()).unwrap(), 3);
             for datagram in batch.datagrams().filter(|datagram| datagram.bytes != b"mute") {
                 let port = datagram.from.unwrap().port();
                 datagram.reply.extend_from_slice(format!("{port} {:?}", datagram.bytes).as_bytes());
@@ -634,7 +658,7 @@ mod tests {
         client.send(b"large").unwrap();
         client.send(b"small").unwrap();
         let mut batch = Batch::default();
-        assert_eq!(batch.receive(&server, PATIENCE).unwrap(), 2);
+        assert_eq!(batch.receive(&server, PATIENCE, &Stop::new().unwrap()).unwrap(), 2);
         for datagram in batch.datagrams() {
             // Longer than any datagram may be.
             let length = if datagram.bytes == b"large" { 70_000 } else { 1 };
@@ -650,10 +674,10 @@ mod tests {
         let (server, client) = pair("127.0.0.1");
         server.set_read_timeout(Some(Duration::from_millis(10))).unwrap();
         let mut batch = Batch::default();
-        assert_eq!(batch.receive(&server, PATIENCE).unwrap(), 0);
+        assert_eq!(batch.receive(&server, PATIENCE, &Stop::new().unwrap()).unwrap(), 0);
         client.send(&[1; RECEIVE_BYTES + 1]).unwrap();
         client.send(&[2; RECEIVE_BYTES]).unwrap();
-        assert_eq!(batch.receive(&server, PATIENCE).unwrap(), 2);
+        assert_eq!(batch.receive(&server, PATIENCE, &Stop::new().unwrap()).unwrap(), 2);
         let seen: Vec<_> = batch.datagrams().map(|datagram| (datagram.bytes.len(), datagram.cut)).collect();
         assert_eq!(seen, [(RECEIVE_BYTES, true), (RECEIVE_BYTES, false)]);
     }

@@ -17,7 +17,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use nix::sys::socket::{setsockopt, sockopt::TcpUserTimeout};
 use rustls::server::{Accepted, Acceptor};
-use tokio::io::{AsyncRead as _, AsyncWriteExt as _, ReadBuf};
+use tokio::io::{AsyncRead as _, AsyncWriteExt as _, BufWriter, ReadBuf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::watch;
 use tokio_rustls::server::{StartHandshake, TlsStream};
@@ -71,6 +71,8 @@ const MAX_FIELDS: usize = 100;
 /// Of a ClientHello with its records; real ones have less than 2 kB.
 const MAX_HELLO_BYTES: usize = 32 * 1024;
 const MAX_STREAMS: u32 = 128;
+/// Of what a TLS record holds at most (RFC 8446 section 5.1).
+const RECORD_BYTES: usize = 16 * 1024;
 /// Streams that a client opened and reset at once and that wait still (CVE-2023-44487).
 const MAX_PENDING_RESETS: usize = 20;
 const BACKLOG: u32 = 4096;
@@ -377,7 +379,8 @@ where
 }
 
 async fn http_2(worker: Arc<Worker>, stream: TlsStream<TcpStream>, peer: Peer, until: Until) {
-    let stream = Lingering::new(stream, peer.open.clone());
+    // Frames of streams that are ready together leave together: without it each of them is a record and a system call.
+    let stream = BufWriter::with_capacity(RECORD_BYTES, Lingering::new(stream, peer.open.clone()));
     let (patience, stats) = (peer.patience, worker.proxy.standing.stats.clone());
     let peer = Arc::new(peer);
     let service = service_fn(move |request| {

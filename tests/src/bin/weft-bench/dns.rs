@@ -28,6 +28,7 @@ use nix::sys::socket::{
 };
 use nix::unistd::Pid;
 use weft_netstack::kernel::datagram::Batch;
+use weft_netstack::kernel::stop::Stop;
 
 use super::proxy::{SERVICES, make_services};
 use super::rig::{Peer, Rig, cpu_seconds_by_mode, resident_mib, until, until_within};
@@ -542,12 +543,14 @@ fn question(labels: &[&str]) -> Vec<u8> {
 struct Asker {
     socket: UdpSocket,
     batch: Batch,
+    never: Stop,
     train: Vec<u8>,
 }
 
 impl Asker {
     fn new(server: &str) -> Self {
-        Self { socket: socket(server), batch: Batch::default(), train: Vec::new() }
+        let never = Stop::new().expect("a pipe can be opened");
+        Self { socket: socket(server), batch: Batch::default(), never, train: Vec::new() }
     }
 
     /// Asks `window` of the questions from `first` on at once, and returns how many were answered before one was missing: an
@@ -570,7 +573,7 @@ impl Asker {
         let mut outstanding = vec![true; window];
         let mut answers = 0;
         while outstanding.contains(&true) {
-            if !matches!(self.batch.receive(&self.socket, LOST), Ok(1..)) {
+            if !matches!(self.batch.receive(&self.socket, LOST, &self.never), Ok(1..)) {
                 break;
             }
             for datagram in self.batch.datagrams() {
