@@ -471,7 +471,7 @@ fn browsers_are_told_what_they_may_do() {
 
 #[test]
 fn a_dead_endpoint_costs_no_request() {
-    let dead = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
+    let (_held, dead) = dead();
     let document = ingress("web", "a.com", &json!({}), &[("Prefix", "/", "web")]);
     let rig = Rig::start(&table(vec![document], &[("web", &[dead, backend("web")])], &[]));
     assert!((0..20).all(|_| who(&rig.get("a.com", "/", "")) == "web"));
@@ -960,7 +960,7 @@ fn the_cookie_of_an_endpoint_that_failed_stays_unless_it_is_told_to_change() {
         let annotations = json!({"affinity": "cookie", "session-cookie-name": "route",
             "session-cookie-change-on-failure": change});
         let document = ingress("web", "a.com", &annotations, &[("Prefix", "/", "web")]);
-        let dead = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
+        let (_held, dead) = dead();
         let rig = Rig::start(&table(vec![document], &[("web", &[dead, backend("web")])], &[]));
         let token = rig.proxy.standing.endpoints.one(dead).token();
         let answer = rig.get("a.com", "/", &format!("Cookie: route={token}\r\n"));
@@ -968,6 +968,14 @@ fn the_cookie_of_an_endpoint_that_failed_stays_unless_it_is_told_to_change() {
         let gone = rig.get("a.com", "/", "Cookie: route=0123456789abcdef\r\n");
         assert!(field(&gone, "set-cookie").is_some(), "an endpoint that is no more");
     }
+}
+
+/// An address that refuses connections as long as the socket is held: nobody else gets its port.
+fn dead() -> (tokio::net::TcpSocket, SocketAddr) {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+    let address = socket.local_addr().unwrap();
+    (socket, address)
 }
 
 /// How often the proxy has refused for this reason.
@@ -1351,7 +1359,7 @@ async fn heard_over_tls(at: SocketAddr, name: &'static str, sent: &[u8]) -> (Str
 
 #[tokio::test]
 async fn tls_that_is_passed_on_ends_at_the_backend_and_that_of_other_hosts_here() {
-    let dead = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
+    let (_held, dead) = dead();
     let rig = Rig::start(&passing(&json!({}), &[dead, tls_backend(false)]));
     let request = b"GET / HTTP/1.1\r\nHost: a.com\r\nConnection: close\r\n\r\n";
     for at in [rig.tls, rig.tls_6] {
@@ -1481,7 +1489,7 @@ fn a_passed_connection_lasts_while_bytes_come_and_through_a_drain() {
 
 #[test]
 fn tls_that_no_endpoint_takes_and_a_hello_without_end_are_closed_and_counted() {
-    let dead = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
+    let (_held, dead) = dead();
     for endpoints in [&[dead][..], &[]] {
         let rig = Rig::start(&passing(&json!({}), endpoints));
         let mut stream = StdStream::connect(rig.tls).unwrap();
