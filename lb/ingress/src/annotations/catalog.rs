@@ -103,7 +103,11 @@ pub static CATALOG: &[Known] = &[
     differs("auth-tls-secret", "", "only a Secret of the Ingress's own namespace is read"),
     same("auth-tls-verify-client", "on"),
     differs("auth-tls-verify-depth", "1", "a chain of any length is verified"),
-    differs("auth-type", "", "`digest` is not done"),
+    differs(
+        "auth-type",
+        "",
+        "`digest`: a nonce is good for a minute and each of its counts once; who fails often is not shut out",
+    ),
     same("auth-url", ""),
     differs("backend-protocol", "HTTP", "`FCGI` and `AUTO_HTTP` are not done"),
     same("canary", "false"),

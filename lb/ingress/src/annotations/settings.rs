@@ -97,6 +97,9 @@ pub struct BasicAuth {
     /// `auth-map`: every key of the Secret is a user. Otherwise key `auth` holds an htpasswd file.
     pub map: bool,
     pub realm: String,
+    /// Passwords are asked for by Digest, and the Secret holds hashes of htdigest.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub digest: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -389,29 +392,25 @@ fn cors(r: &mut Reader<'_>) -> Option<Cors> {
     on.then_some(cors)
 }
 
-/// A type that is not done closes the route: it was to be protected.
+/// A type that there is not closes the route: it was to be protected.
 fn basic(r: &mut Reader<'_>) -> Option<BasicAuth> {
     let map = r.word("auth-secret-type", &[("auth-file", false), ("auth-map", true)]).unwrap_or(false);
     let realm = r.header_value("auth-realm").unwrap_or_default();
-    match r.text("auth-type")?.to_ascii_lowercase().as_str() {
-        "basic" => {}
-        "digest" => {
-            r.differs("auth-type", "\"digest\" is not done; nobody is let in until it is basic");
-            r.closed = true;
-            return None;
-        }
+    let digest = match r.text("auth-type")?.to_ascii_lowercase().as_str() {
+        "basic" => false,
+        "digest" => true,
         _ => {
-            r.wrong("auth-type", "is not \"basic\"; nobody is let in until it is");
+            r.wrong("auth-type", "is neither \"basic\" nor \"digest\"; nobody is let in until it is");
             r.closed = true;
             return None;
         }
-    }
+    };
     let Some(secret) = r.text("auth-secret") else {
         r.wrong("auth-type", "needs the annotation auth-secret; nobody is let in until it names a Secret");
         r.closed = true;
         return None;
     };
-    Some(BasicAuth { secret: secret.to_owned(), map, realm })
+    Some(BasicAuth { secret: secret.to_owned(), map, realm, digest })
 }
 
 fn forward_auth(r: &mut Reader<'_>) -> Option<ForwardAuth> {

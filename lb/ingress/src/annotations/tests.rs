@@ -94,11 +94,14 @@ fn cors_has_the_documented_defaults() {
 }
 
 #[test]
-fn basic_auth_needs_its_secret_and_digest_is_closed() {
+fn passwords_need_a_secret_and_a_type_that_there_is() {
     let basic = settings(&[("auth-type", "basic"), ("auth-secret", "users"), ("auth-realm", "Staff")]);
-    assert_eq!(basic.basic, Some(BasicAuth { secret: "users".into(), map: false, realm: "Staff".into() }));
+    let expected = BasicAuth { secret: "users".into(), map: false, realm: "Staff".into(), digest: false };
+    assert_eq!(basic.basic, Some(expected.clone()));
+    let digest = settings(&[("auth-type", "Digest"), ("auth-secret", "users"), ("auth-realm", "Staff")]);
+    assert_eq!(digest.basic, Some(BasicAuth { digest: true, ..expected }));
     for wrong in
-        [[("auth-type", "basic"), ("auth-realm", "x")], [("auth-type", "digest"), ("auth-secret", "users")]]
+        [[("auth-type", "basic"), ("auth-realm", "x")], [("auth-type", "ntlm"), ("auth-secret", "users")]]
     {
         let parsed = parsed(&wrong);
         assert!(parsed.settings.closed && parsed.settings.basic.is_none(), "{wrong:?}");

@@ -10,7 +10,7 @@ use weft_model::{NamespacedName, ObjectRef, Problem, Reason, Snapshot};
 
 use super::table::{Certificate, RouteMaterials};
 use super::{Claimed, object};
-use crate::annotations::{Settings, VerifyClient};
+use crate::annotations::{BasicAuth, Settings, VerifyClient};
 use crate::certificate::{Validity, validity};
 
 pub(super) struct Materials<'a> {
@@ -107,7 +107,7 @@ impl<'a> Materials<'a> {
             }
         };
         if let Some(basic) = &settings.basic {
-            match self.named(ingress, &basic.secret, true).and_then(|data| users(data, basic.map)) {
+            match self.named(ingress, &basic.secret, true).and_then(|data| users(data, basic)) {
                 Ok(users) => found.users = Some(users),
                 Err(lack) => tell("auth-secret", lack, true),
             }
@@ -274,16 +274,31 @@ fn authorities(data: &Data) -> Result<Bytes, Lack> {
 }
 
 /// Every key a user, or the lines `user:hash` of the key `auth`.
-fn users(data: &Data, map: bool) -> Result<BTreeMap<String, String>, Lack> {
+/// Hashes by user, or by user and realm (`user:realm`) where they are htdigest's.
+fn users(data: &Data, auth: &BasicAuth) -> Result<BTreeMap<String, String>, Lack> {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
-    if map {
-        return Ok(data.0.iter().map(|(user, hash)| (user.clone(), text(&hash.0))).collect());
+    let lines: Vec<String> = if auth.map {
+        data.0.iter().map(|(user, hash)| format!("{user}:{}", text(&hash.0))).collect()
+    } else {
+        let kind = if auth.digest { "htdigest" } else { "htpasswd" };
+        let file = data.bytes("auth").ok_or_else(|| lacks(&format!("key auth (an {kind} file)")))?;
+        let file = text(file);
+        let lines = file.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+        lines.map(str::to_owned).collect()
+    };
+    let split = |line: &String| {
+        let (user, hash) = if auth.digest { line.rsplit_once(':') } else { line.split_once(':') }?;
+        Some((user.to_owned(), hash.to_owned()))
+    };
+    let users: BTreeMap<String, String> = lines.iter().filter_map(split).collect();
+    let of_realm = |user: &String| user.strip_suffix(&auth.realm).is_some_and(|user| user.ends_with(':'));
+    if auth.digest && !users.keys().any(of_realm) {
+        let realm = &auth.realm;
+        return Err(lacks(&format!(
+            "user of the realm {realm:?} of auth-realm (htdigest FILE REALM USER makes one)"
+        )));
     }
-    let file = data.bytes("auth").ok_or_else(|| lacks("key auth (an htpasswd file)"))?;
-    let file = text(file);
-    let lines = file.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
-    let users = lines.filter_map(|line| line.split_once(':'));
-    Ok(users.map(|(user, hash)| (user.to_owned(), hash.to_owned())).collect())
+    Ok(users)
 }
 
 fn headers(data: &Data) -> BTreeMap<String, String> {

@@ -419,6 +419,25 @@ fn a_backend_whose_users_are_unknown_lets_nobody_in() {
 }
 
 #[test]
+fn users_of_digest_are_those_of_its_realm_and_there_are_some() {
+    let annotations = json!({"auth-type": "digest", "auth-secret": "users", "auth-realm": "Cellar"});
+    let web = ingress_of("web", 1, annotations, rules(None, &[path("Prefix", "/", "web")]));
+    let with = |auth: &str| plan(vec![service("web"), web.clone(), secret("users", &[("auth", auth)])]);
+    let good = with("amy:Attic:0\namy:Cellar:1\n");
+    assert_eq!((answer(&good, "http://a/").as_str(), messages(&good).len()), ("web", 0));
+    let (_, route) = decide(&good.plan, "a", "/").unwrap();
+    assert_eq!(
+        route.materials.users.as_ref().unwrap().keys().collect::<Vec<_>>(),
+        ["amy:Attic", "amy:Cellar"]
+    );
+    for file in ["amy:$apr1$x$y", "amy:Attic:0", ""] {
+        let wrong = with(file);
+        assert_eq!(answer(&wrong, "http://a/"), "503", "{file}");
+        assert!(messages(&wrong)[0].contains("no user of the realm \"Cellar\""), "{:?}", messages(&wrong));
+    }
+}
+
+#[test]
 fn an_alias_is_one_more_name_unless_a_rule_has_it() {
     let planned = plan(vec![
         service("web"),

@@ -4,12 +4,15 @@ use std::net::IpAddr;
 
 use base64::Engine as _;
 use http::header::{self, HeaderMap, HeaderValue};
+use http::request::Parts;
 use http::{Method, StatusCode};
 use rustls::pki_types::{CertificateDer, UnixTime};
 
 use super::answer::Peer;
 use super::compiled::CompiledRoute;
+use super::digest::{self, Nonces};
 use super::htpasswd;
+use super::variables::target;
 use crate::annotations::{ClientTls, Cors, Satisfy, VerifyClient};
 use crate::plan::table::RouteMaterials;
 
@@ -20,6 +23,8 @@ pub(super) enum Denial {
     Address,
     /// No password, or a wrong one; the realm.
     Password(String),
+    /// The same by Digest; `stale`: it was right, but for a challenge that is over.
+    Digest { realm: String, stale: bool },
     /// No certificate of the client, or one that is not trusted; where its browser is sent, if anywhere.
     Certificate(Option<String>),
     /// The certificate is trusted and for somebody else (`auth-tls-match-cn`).
@@ -30,15 +35,21 @@ pub(super) enum Denial {
 ///
 /// # Errors
 /// What is not satisfied.
-pub(super) fn admit(route: &CompiledRoute, client: IpAddr, headers: &HeaderMap) -> Result<(), Denial> {
+pub(super) fn admit(
+    route: &CompiledRoute,
+    client: IpAddr,
+    head: &Parts,
+    nonces: &Nonces,
+) -> Result<(), Denial> {
     let settings = &route.route.settings;
     let allowed =
         settings.allow.as_ref().is_none_or(|ranges| ranges.iter().any(|range| range.contains(&client)));
     let denied = settings.deny.iter().any(|range| range.contains(&client));
     let by_address = if allowed && !denied { Ok(()) } else { Err(Denial::Address) };
     let Some(basic) = &settings.basic else { return by_address };
-    let by_password = match password(&route.route.materials, headers) {
-        true => Ok(()),
+    let by_password = match basic.digest {
+        true => digest(&route.route.materials, &basic.realm, head, nonces),
+        false if password(&route.route.materials, &head.headers) => Ok(()),
         false => Err(Denial::Password(basic.realm.clone())),
     };
     let restricts = settings.allow.is_some() || !settings.deny.is_empty();
@@ -62,6 +73,18 @@ fn password(materials: &RouteMaterials, headers: &HeaderMap) -> bool {
     let (Some(user), Some(password)) = (parts.next(), parts.next()) else { return false };
     let hash = std::str::from_utf8(user).ok().and_then(|user| users.get(user));
     hash.is_some_and(|hash| htpasswd::verify(password, hash))
+}
+
+fn digest(materials: &RouteMaterials, realm: &str, head: &Parts, nonces: &Nonces) -> Result<(), Denial> {
+    let denial = |stale| Err(Denial::Digest { realm: realm.to_owned(), stale });
+    let given = head.headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let (Some(users), Some(given)) = (&materials.users, given) else { return denial(false) };
+    let asked = digest::Asked { method: head.method.as_str(), target: target(&head.uri), realm, users };
+    match nonces.check(&asked, given) {
+        digest::Verdict::Pass => Ok(()),
+        digest::Verdict::Wrong => denial(false),
+        digest::Verdict::Stale => denial(true),
+    }
 }
 
 /// The certificate that the client showed, as its route wants it; returns what `ssl-client-verify` says.
@@ -102,8 +125,12 @@ fn verified(
 }
 
 /// Status and fields of the answer to somebody who may not pass.
-pub(super) fn answer(denial: &Denial) -> (StatusCode, Option<(header::HeaderName, String)>) {
+pub(super) fn answer(denial: &Denial, nonces: &Nonces) -> (StatusCode, Option<(header::HeaderName, String)>) {
     match denial {
+        Denial::Digest { realm, stale } => {
+            let challenge = nonces.challenge(realm, *stale);
+            (StatusCode::UNAUTHORIZED, Some((header::WWW_AUTHENTICATE, challenge)))
+        }
         Denial::Address | Denial::Name => (StatusCode::FORBIDDEN, None),
         Denial::Password(realm) => {
             let quoted: String = realm.chars().filter(|letter| !matches!(letter, '"' | '\\')).collect();

@@ -18,6 +18,7 @@ use super::arriving::Arriving;
 use super::balance::Choice;
 use super::body::Body;
 use super::compiled::{Compiled, CompiledRoute, Found, Upstream};
+use super::digest::Nonces;
 use super::forward::{self, Answered, Plan, address, forward};
 use super::front::{self, Client};
 use super::hygiene::{self, Admitted, Told};
@@ -251,17 +252,18 @@ async fn late(taken: &Taken<'_>, asked: &mut Asked) -> Response<Body> {
         return plain(StatusCode::SERVICE_UNAVAILABLE);
     };
     let verified = access::client_certificate(&taken.route, taken.peer);
-    let verified = match verified
-        .and_then(|verified| access::admit(&taken.route, client, &head.headers).map(|()| verified))
-    {
+    let nonces = &taken.worker.proxy.standing.nonces;
+    let admitted =
+        verified.and_then(|verified| access::admit(&taken.route, client, head, nonces).map(|()| verified));
+    let verified = match admitted {
         Ok(verified) => verified,
-        Err(denial) => return denied(&denial),
+        Err(denial) => return denied(&denial, nonces),
     };
     let too_long = |limit: u64| content_length(&head.headers).is_some_and(|length| length > limit);
     if settings.body_limit_bytes.is_some_and(too_long) {
         return plain(StatusCode::PAYLOAD_TOO_LARGE);
     }
-    let mut cookies = Vec::new();
+    let (mut cookies, mut of_authenticator) = (Vec::new(), Vec::new());
     if let Some(auth) = &settings.forward_auth {
         let question = authenticate::Question {
             worker: taken.worker,
@@ -271,13 +273,17 @@ async fn late(taken: &Taken<'_>, asked: &mut Asked) -> Response<Body> {
         };
         match Box::pin(authenticate::ask(&question)).await {
             authenticate::Verdict::Pass(pass) => {
-                for (name, value) in pass.fields {
-                    head.headers.insert(name, value);
-                }
-                cookies = pass.cookies;
+                (cookies, of_authenticator) = (pass.cookies, pass.fields);
             }
             authenticate::Verdict::Answer(response) => return response,
         }
+    }
+    if settings.basic.is_some() {
+        // The password is for this proxy.
+        head.headers.remove(header::AUTHORIZATION);
+    }
+    for (name, value) in of_authenticator {
+        head.headers.insert(name, value);
     }
     client_fields(taken, &mut head.headers, verified);
     let mut response = backend(taken, asked, counted).await;
@@ -293,8 +299,8 @@ fn content_length(headers: &HeaderMap) -> Option<u64> {
     headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
-fn denied(denial: &access::Denial) -> Response<Body> {
-    let (status, field) = access::answer(denial);
+fn denied(denial: &access::Denial, nonces: &Nonces) -> Response<Body> {
+    let (status, field) = access::answer(denial, nonces);
     let mut response = plain(status);
     if let Some((name, value)) = field
         && let Ok(value) = HeaderValue::from_str(&value)

@@ -14,6 +14,7 @@ use weft_model::NamespacedName;
 use weft_model::ingress::{Front, Observe};
 
 use super::balance::{Directory, Endpoint};
+use super::digest::Nonces;
 use super::limits::Clients;
 use super::mirror::MAX_COPIES;
 use super::pool::{Speech, Tls};
@@ -32,6 +33,7 @@ pub(super) struct Standing {
     pub(super) stats: Arc<Stats>,
     /// Copies of requests (`mirror`) that may be begun.
     pub(super) copies: Arc<Semaphore>,
+    pub(super) nonces: Nonces,
 }
 
 impl Default for Standing {
@@ -41,6 +43,7 @@ impl Default for Standing {
             clients: Mutex::default(),
             stats: Arc::default(),
             copies: Arc::new(Semaphore::new(MAX_COPIES)),
+            nonces: Nonces::default(),
         }
     }
 }

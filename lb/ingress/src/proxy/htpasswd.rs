@@ -22,7 +22,7 @@ pub(super) fn verify(password: &[u8], hash: &str) -> bool {
 }
 
 /// In a time that does not tell where they differ.
-fn same(a: &[u8], b: &[u8]) -> bool {
+pub(super) fn same(a: &[u8], b: &[u8]) -> bool {
     a.len() == b.len() && a.iter().zip(b).fold(0, |differs, (a, b)| differs | (a ^ b)) == 0
 }
 
@@ -73,7 +73,7 @@ fn encoded(d: &[u8; 16]) -> String {
 }
 
 /// RFC 1321.
-fn md5(message: &[u8]) -> [u8; 16] {
+pub(super) fn md5(message: &[u8]) -> [u8; 16] {
     const SHIFTS: [[u32; 4]; 4] = [[7, 12, 17, 22], [5, 9, 14, 20], [4, 11, 16, 23], [6, 10, 15, 21]];
     let mut padded = message.to_vec();
     padded.push(0x80);

@@ -18,6 +18,7 @@ mod balance;
 mod body;
 mod codec;
 mod compiled;
+mod digest;
 mod exchange;
 mod forward;
 mod front;

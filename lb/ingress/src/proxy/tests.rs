@@ -429,8 +429,52 @@ fn who_may_not_pass_does_not() {
     let rig = Rig::start(&table(vec![document], &[("web", &[backend("web")])], &[("users", "auth", users)]));
     let answer = rig.get("a.com", "/", "");
     assert_eq!((status(&answer), field(&answer, "www-authenticate")), (401, Some("Basic realm=\"Cellar\"")));
-    assert_eq!(status(&rig.get("a.com", "/", "Authorization: Basic YW5uOnBhc3N3b3Jk\r\n")), 200);
+    let answer = rig.get("a.com", "/", "Authorization: Basic YW5uOnBhc3N3b3Jk\r\n");
+    assert_eq!(status(&answer), 200);
+    assert!(!answer.contains("authorization"), "the backend is not told the password: {answer}");
     assert_eq!(status(&rig.get("a.com", "/", "Authorization: Basic YW5uOnBhc3N3b3Jx\r\n")), 401);
+    let open = simple(&json!({}), ("Prefix", "/"));
+    assert!(open.get("a.com", "/", "Authorization: Bearer x\r\n").contains("authorization: Bearer x"));
+}
+
+#[test]
+fn a_password_by_digest_passes_once_for_each_count() {
+    let md5 = |text: &str| -> String {
+        super::htpasswd::md5(text.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
+    };
+    let ha1 = md5("ann:Cellar:secret");
+    for (kind, key, value) in [
+        ("auth-file", "auth", format!("# staff\nann:Attic:0\nann:Cellar:{ha1}\n")),
+        ("auth-map", "ann", format!("Cellar:{ha1}")),
+    ] {
+        let annotations = json!({"auth-type": "digest", "auth-secret": "users", "auth-secret-type": kind,
+            "auth-realm": "Cellar"});
+        let document = ingress("web", "a.com", &annotations, &[("Prefix", "/", "web")]);
+        let rig =
+            Rig::start(&table(vec![document], &[("web", &[backend("web")])], &[("users", key, &value)]));
+        let challenge = |answer: &str| field(answer, "www-authenticate").unwrap_or_default().to_owned();
+        let asked = challenge(&rig.get("a.com", "/x?y", ""));
+        let nonce = asked.split("nonce=\"").nth(1).and_then(|rest| rest.split('"').next()).unwrap();
+        assert_eq!(asked, format!("Digest realm=\"Cellar\", qop=\"auth\", algorithm=MD5, nonce=\"{nonce}\""));
+        let told = |user: &str, ha1: &str| {
+            let response = md5(&format!("{ha1}:{nonce}:00000001:c:auth:{}", md5("GET:/x?y")));
+            format!(
+                "Authorization: Digest username=\"{user}\", realm=\"Cellar\", nonce=\"{nonce}\", uri=\"/x?y\", \
+                 nc=00000001, cnonce=\"c\", qop=auth, response=\"{response}\"\r\n"
+            )
+        };
+        assert_eq!(status(&rig.get("a.com", "/x?y", &told("ann", &md5("ann:Cellar:wrong")))), 401, "{kind}");
+        assert_eq!(status(&rig.get("a.com", "/x?y", &told("bob", &ha1))), 401, "{kind}");
+        let answer = rig.get("a.com", "/x?y", &told("ann", &ha1));
+        assert_eq!((status(&answer), answer.contains("Digest")), (200, false), "{kind}: {answer}");
+        let again = rig.get("a.com", "/x?y", &told("ann", &ha1));
+        assert_eq!(
+            (status(&again), challenge(&again).ends_with(", stale=true")),
+            (401, true),
+            "{kind}: {again}"
+        );
+        assert_eq!(status(&rig.get("a.com", "/other", &told("ann", &ha1))), 401, "{kind}");
+    }
 }
 
 #[test]
