@@ -117,13 +117,20 @@ fn policy_obstacle(report: &Report) -> Option<Obstacle> {
     Some(Obstacle { sentence, kind: Kind::Passing })
 }
 
-/// How often the obstacles are compared with what the log knows.
-const LOOK: Duration = Duration::from_millis(200);
+/// Between two comparisons of the obstacles with what the log knows.
+const REST: Duration = Duration::from_millis(200);
 
 /// Tells each lasting obstacle to the log once when it appears and once when it is gone.
-pub(super) async fn tell(sources: Sources, found: watch::Receiver<Configurations>) -> Result<(), String> {
+pub(super) async fn tell(sources: Sources, mut found: watch::Receiver<Configurations>) -> Result<(), String> {
+    let (mut snapshots, mut api) = (sources.snapshots.clone(), sources.api.clone());
+    let mut overlay = sources.overlay.reports();
+    let mut policy = sources.policy.as_ref().map(LoopHandle::reports);
     let mut told = BTreeSet::new();
     loop {
+        snapshots.mark_unchanged();
+        api.mark_unchanged();
+        found.mark_unchanged();
+        [Some(&mut overlay), policy.as_mut()].into_iter().flatten().for_each(watch::Receiver::mark_unchanged);
         let lasting = sources.obstacles().into_iter().filter(|obstacle| obstacle.kind == Kind::Lasting);
         let mut now: BTreeSet<String> = lasting.map(|obstacle| obstacle.sentence).collect();
         now.extend(found.borrow().objection.clone());
@@ -134,8 +141,25 @@ pub(super) async fn tell(sources: Sources, found: watch::Receiver<Configurations
             tracing::info!(reason, "no longer keeps the node from being ready");
         }
         told = now;
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(REST).await;
+        tokio::select! {
+            () = changed(Some(&mut snapshots)) => {}
+            () = changed(Some(&mut api)) => {}
+            () = changed(Some(&mut overlay)) => {}
+            () = changed(policy.as_mut()) => {}
+            () = changed(Some(&mut found)) => {}
+        }
     }
+}
+
+/// Never, where nobody tells any more.
+async fn changed<T>(told: Option<&mut watch::Receiver<T>>) {
+    if let Some(told) = told
+        && told.changed().await.is_ok()
+    {
+        return;
+    }
+    std::future::pending().await
 }
 
 #[cfg(test)]
