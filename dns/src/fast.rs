@@ -156,8 +156,8 @@ impl<'a> Asked<'a> {
     }
 }
 
-/// How long the name at the beginning of `bytes` is, which has no pointers.
-fn name_octets(bytes: &[u8]) -> Option<usize> {
+/// How long the name at the beginning of `bytes` is; `None` where it has a pointer, no end or more than [`MAX_NAME_OCTETS`].
+pub(crate) fn name_octets(bytes: &[u8]) -> Option<usize> {
     let mut at = 0;
     loop {
         let length = *bytes.get(at)?;

@@ -29,7 +29,7 @@ use crate::Namespaces;
 use crate::answer::{Answer, Local, Question};
 use crate::autopath::rest_of_path;
 use crate::custom::{Custom, Rewritten, Verdict};
-use crate::fast::{self, Asked, Outcome};
+use crate::fast::{self, Asked, Outcome, name_octets};
 use crate::forward::{ForwardError, Forwarder, Outside};
 use crate::log::QueryLog;
 use crate::name::Name;
@@ -456,15 +456,7 @@ fn has_plain_name(bytes: &[u8]) -> bool {
 
 /// Where the question's name ends; `None` where it has a pointer or no end.
 fn behind_name(bytes: &[u8]) -> Option<usize> {
-    const POINTER: u8 = 0b1100_0000;
-    let mut at = HEADER_BYTES;
-    loop {
-        match *bytes.get(at)? {
-            0 => return Some(at + 1),
-            length if length & POINTER != 0 => return None,
-            length => at += 1 + usize::from(length),
-        }
-    }
+    Some(HEADER_BYTES + name_octets(bytes.get(HEADER_BYTES..)?)?)
 }
 
 /// What is counted of a message; `asked` where it is a plain question.

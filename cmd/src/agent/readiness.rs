@@ -124,13 +124,14 @@ const REST: Duration = Duration::from_millis(200);
 pub(super) async fn tell(sources: Sources, mut found: watch::Receiver<Configurations>) -> Result<(), String> {
     let (mut snapshots, mut api) = (sources.snapshots.clone(), sources.api.clone());
     let mut overlay = sources.overlay.reports();
-    let mut policy = sources.policy.as_ref().map(LoopHandle::reports);
+    let mut policy = sources.policy.as_ref().unwrap_or(&sources.overlay).reports();
     let mut told = BTreeSet::new();
     loop {
         snapshots.mark_unchanged();
         api.mark_unchanged();
+        overlay.mark_unchanged();
+        policy.mark_unchanged();
         found.mark_unchanged();
-        [Some(&mut overlay), policy.as_mut()].into_iter().flatten().for_each(watch::Receiver::mark_unchanged);
         let lasting = sources.obstacles().into_iter().filter(|obstacle| obstacle.kind == Kind::Lasting);
         let mut now: BTreeSet<String> = lasting.map(|obstacle| obstacle.sentence).collect();
         now.extend(found.borrow().objection.clone());
@@ -143,23 +144,15 @@ pub(super) async fn tell(sources: Sources, mut found: watch::Receiver<Configurat
         told = now;
         tokio::time::sleep(REST).await;
         tokio::select! {
-            () = changed(Some(&mut snapshots)) => {}
-            () = changed(Some(&mut api)) => {}
-            () = changed(Some(&mut overlay)) => {}
-            () = changed(policy.as_mut()) => {}
-            () = changed(Some(&mut found)) => {}
+            Ok(()) = snapshots.changed() => {}
+            Ok(()) = api.changed() => {}
+            Ok(()) = overlay.changed() => {}
+            Ok(()) = policy.changed() => {}
+            Ok(()) = found.changed() => {}
+            // Nobody tells any more.
+            else => std::future::pending().await,
         }
     }
-}
-
-/// Never, where nobody tells any more.
-async fn changed<T>(told: Option<&mut watch::Receiver<T>>) {
-    if let Some(told) = told
-        && told.changed().await.is_ok()
-    {
-        return;
-    }
-    std::future::pending().await
 }
 
 #[cfg(test)]

@@ -13,9 +13,8 @@ use tokio::runtime::Handle;
 
 /// A third of the time for which the rule believes one, so that the thread may be late.
 const BEAT: Duration = Duration::from_millis(190);
-
-/// How often a thread without names looks whether they came.
-const NAMES_LOOK: Duration = Duration::from_millis(100);
+/// Until a thread without names is asked again whether they came.
+const NAMELESS: Duration = Duration::from_millis(100);
 
 /// When a thread gave its last sign of life; shared with who tells.
 #[derive(Clone)]
@@ -72,7 +71,7 @@ impl Heart {
             return left;
         }
         if !has_names() {
-            return NAMES_LOOK;
+            return NAMELESS;
         }
         self.beaten = Some(now);
         if !self.runtime_lives.swap(false, Ordering::Relaxed) {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hickory_server::net::xfer::Protocol;
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -31,8 +31,6 @@ const IDLE: Duration = Duration::from_secs(10);
 const READ_BYTES: usize = 2048;
 /// Of answers that are sent at the latest.
 const WRITE_BYTES: usize = 16 * 1024;
-/// A frame's length, before its message (RFC 1035 section 4.2.2).
-const FRAME_LENGTH_BYTES: usize = 2;
 /// Pause after a failed accept: descriptors or memory ran out, or the client is gone already.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -128,16 +126,10 @@ struct Line {
 impl Line {
     /// `None` when the client closed between two messages.
     async fn question(&mut self, resolver: &Resolver) -> io::Result<Option<Vec<u8>>> {
-        let question = match whole_frame(self.stream.buffer()).map(<[u8]>::to_vec) {
-            Some(bytes) => {
-                self.stream.consume(FRAME_LENGTH_BYTES + bytes.len());
-                Some(bytes)
-            }
-            None => {
-                self.send(resolver).await?;
-                within(read_frame(&mut self.stream)).await?
-            }
-        };
+        if !begins_with_frame(self.stream.buffer()) {
+            self.send(resolver).await?;
+        }
+        let question = within(read_frame(&mut self.stream)).await?;
         if self.waiting == 0 {
             self.since = Instant::now();
         }
@@ -164,10 +156,10 @@ impl Line {
     }
 }
 
-/// The message of the first frame, if it is all there.
-fn whole_frame(read: &[u8]) -> Option<&[u8]> {
-    let (length, rest) = read.split_first_chunk::<FRAME_LENGTH_BYTES>()?;
-    rest.get(..usize::from(u16::from_be_bytes(*length)))
+/// The first frame is all there.
+fn begins_with_frame(read: &[u8]) -> bool {
+    read.split_first_chunk()
+        .is_some_and(|(length, rest)| usize::from(u16::from_be_bytes(*length)) <= rest.len())
 }
 
 /// The answer that UDP would give, when it is at hand and whole.

@@ -62,8 +62,7 @@ pub(super) fn admit(
 
 fn password(materials: &RouteMaterials, headers: &HeaderMap) -> bool {
     let Some(users) = &materials.users else { return false };
-    let given = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let encoded = given.and_then(|value| {
+    let encoded = authorization(headers).and_then(|value| {
         let (scheme, encoded) = value.split_once(' ')?;
         scheme.eq_ignore_ascii_case("basic").then_some(encoded.trim())
     });
@@ -75,10 +74,15 @@ fn password(materials: &RouteMaterials, headers: &HeaderMap) -> bool {
     hash.is_some_and(|hash| htpasswd::verify(password, hash))
 }
 
+fn authorization(headers: &HeaderMap) -> Option<&str> {
+    headers.get(header::AUTHORIZATION)?.to_str().ok()
+}
+
 fn digest(materials: &RouteMaterials, realm: &str, head: &Parts, nonces: &Nonces) -> Result<(), Denial> {
     let denial = |stale| Err(Denial::Digest { realm: realm.to_owned(), stale });
-    let given = head.headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let (Some(users), Some(given)) = (&materials.users, given) else { return denial(false) };
+    let (Some(users), Some(given)) = (&materials.users, authorization(&head.headers)) else {
+        return denial(false);
+    };
     let asked = digest::Asked { method: head.method.as_str(), target: target(&head.uri), realm, users };
     match nonces.check(&asked, given) {
         digest::Verdict::Pass => Ok(()),

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::htpasswd::hex;
 use crate::plan::table::Target;
 
 /// Failures in a row after which an endpoint is left out.
@@ -65,7 +66,7 @@ impl Endpoint {
     /// What the affinity cookie holds for it: nothing that tells the address.
     pub(super) fn token(&self) -> String {
         let digest = ring::digest::digest(&ring::digest::SHA256, self.address.to_string().as_bytes());
-        digest.as_ref().iter().take(16).map(|byte| format!("{byte:02x}")).collect()
+        hex(&digest.as_ref()[..16])
     }
 }
 

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use ring::hmac;
 use ring::rand::SystemRandom;
 
-use super::htpasswd::{md5, same};
+use super::htpasswd::{hex, md5, same};
 
 /// Of a nonce (nginx's auth_digest_timeout).
 const LIFETIME: Duration = Duration::from_secs(60);
@@ -92,7 +92,9 @@ impl Nonces {
     fn check_at(&self, asked: &Asked<'_>, field: &str, now: Instant) -> Verdict {
         let Some(given) = parameters(field) else { return Verdict::Wrong };
         let of = |name: &str| given.get(name).map_or("", String::as_str);
-        let Some(ha1) = asked.users.get(&format!("{}:{}", of("username"), asked.realm)) else {
+        // With a colon in it a user's name would reach into the realm of another.
+        let user = Some(of("username")).filter(|user| !user.contains(':'));
+        let Some(ha1) = user.and_then(|user| asked.users.get(&format!("{user}:{}", asked.realm))) else {
             return Verdict::Wrong;
         };
         let ha2 = hash(&[asked.method, of("uri")]);
@@ -240,10 +242,6 @@ fn hash(parts: &[&str]) -> String {
     hex(&md5(parts.join(":").as_bytes()))
 }
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 fn octets((millis, random): Nonce) -> [u8; 16] {
     (u128::from(millis) << 64 | u128::from(random)).to_be_bytes()
 }
@@ -355,6 +353,24 @@ mod tests {
             )
         };
         assert_eq!([at(50, "00000001"), at(62, "00000002")], [Verdict::Pass, Verdict::Stale]);
+    }
+
+    #[test]
+    fn a_user_of_one_realm_is_none_of_another_that_ends_like_it() {
+        let nonces = Nonces::default();
+        let ha1 = hash(&["ann", "Staff:Cellar", "x"]);
+        let users = BTreeMap::from([("ann:Staff:Cellar".to_owned(), ha1.clone())]);
+        let verdict = |user: &str, realm: &str| {
+            let nonce = nonce_of(&nonces.challenge(realm, false));
+            let response = hash(&[&ha1, &nonce, "00000001", "c", "auth", &hash(&["GET", "/"])]);
+            let field = format!(
+                "Digest username=\"{user}\", realm=\"{realm}\", nonce=\"{nonce}\", uri=\"/\", nc=00000001, cnonce=\"c\", \
+                 qop=auth, response=\"{response}\""
+            );
+            nonces.check(&Asked { method: "GET", target: "/", realm, users: &users }, &field)
+        };
+        assert_eq!(verdict("ann", "Staff:Cellar"), Verdict::Pass);
+        assert_eq!(verdict("ann:Staff", "Cellar"), Verdict::Wrong);
     }
 
     #[test]

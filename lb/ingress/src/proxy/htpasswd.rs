@@ -72,6 +72,10 @@ fn encoded(d: &[u8; 16]) -> String {
     text
 }
 
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// RFC 1321.
 pub(super) fn md5(message: &[u8]) -> [u8; 16] {
     const SHIFTS: [[u32; 4]; 4] = [[7, 12, 17, 22], [5, 9, 14, 20], [4, 11, 16, 23], [6, 10, 15, 21]];
@@ -126,16 +130,12 @@ fn sine(step: usize) -> u32 {
 mod tests {
     use super::*;
 
-    fn hex(digest: [u8; 16]) -> String {
-        digest.iter().map(|byte| format!("{byte:02x}")).collect()
-    }
-
     #[test]
     fn md5_is_that_of_rfc_1321() {
-        assert_eq!(hex(md5(b"")), "d41d8cd98f00b204e9800998ecf8427e");
-        assert_eq!(hex(md5(b"message digest")), "f96b697d7cb7938d525a2f31aaf161d0");
+        assert_eq!(hex(&md5(b"")), "d41d8cd98f00b204e9800998ecf8427e");
+        assert_eq!(hex(&md5(b"message digest")), "f96b697d7cb7938d525a2f31aaf161d0");
         let long = b"12345678901234567890123456789012345678901234567890123456789012345678901234567890";
-        assert_eq!(hex(md5(long)), "57edf4a22be3c955ac49da2e2107b67a");
+        assert_eq!(hex(&md5(long)), "57edf4a22be3c955ac49da2e2107b67a");
     }
 
     #[test]

@@ -439,9 +439,7 @@ fn who_may_not_pass_does_not() {
 
 #[test]
 fn a_password_by_digest_passes_once_for_each_count() {
-    let md5 = |text: &str| -> String {
-        super::htpasswd::md5(text.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
-    };
+    let md5 = |text: &str| super::htpasswd::hex(&super::htpasswd::md5(text.as_bytes()));
     let ha1 = md5("ann:Cellar:secret");
     for (kind, key, value) in [
         ("auth-file", "auth", format!("# staff\nann:Attic:0\nann:Cellar:{ha1}\n")),
